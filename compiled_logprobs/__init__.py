@@ -1,0 +1,31 @@
+"""Log-probabilities of labels from logits: always right, and as fast as this machine allows."""
+
+from compiled_logprobs.api import (
+    LogProbs,
+    cross_entropy_from_logits,
+    entropy_from_logits,
+    log_probs_from_logits,
+)
+from compiled_logprobs.backends import backends, register_backend
+from compiled_logprobs.errors import (
+    BackendUnavailable,
+    InputError,
+    LogProbsError,
+    ProfileError,
+)
+from compiled_logprobs.tuning.gate import CheckReport, check_backend
+
+__all__ = [
+    "BackendUnavailable",
+    "CheckReport",
+    "InputError",
+    "LogProbs",
+    "LogProbsError",
+    "ProfileError",
+    "backends",
+    "check_backend",
+    "cross_entropy_from_logits",
+    "entropy_from_logits",
+    "log_probs_from_logits",
+    "register_backend",
+]

@@ -1,0 +1,68 @@
+"""What a backend is."""
+
+import hashlib
+import inspect
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from torch import Tensor
+
+from compiled_logprobs import formula
+from compiled_logprobs.problem import Problem
+
+
+class Backend(ABC):
+    """One way to compute the operation: a pair of pure functions, and when they can be used.
+
+    `compiled_logprobs.autograd` wraps the pair. It merges the leading dimensions of the logits as far as their strides
+    allow, brings the labels into range, keeps the sign, and handles ignored and invalid rows: a backend sees clean input.
+
+    Shapes: `logits` [..., V], two dimensions or more, unit last stride, any row strides, at least one row; `labels` [..., K]
+    int64 in [0, V), contiguous; `temperature` a positive number, or [...] in float32 (float64 for float64 logits).
+    """
+
+    name: str
+    """What users write in `backend="..."`."""
+    summary: str
+    """One line for people."""
+
+    @abstractmethod
+    def forward(
+        self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """Log-probabilities [..., K], entropy [...] or None, and the residuals that `backward` needs; float32.
+
+        Does not write to its arguments. The same row gives the same bits whether or not a gradient will be asked for.
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        temperature: float | Tensor,
+        residuals: tuple[Tensor, ...],
+        ignored: Tensor,
+        grad_log_probs: Tensor,
+        grad_entropy: Tensor | None,
+        *,
+        inplace: bool,
+    ) -> Tensor:
+        """The gradient in the logits, [..., V] in their dtype: contiguous and new, or `logits` overwritten if `inplace`.
+
+        `ignored` [...] bool: rows that get exactly 0, whatever they hold. `grad_log_probs` [..., K] is contiguous;
+        `grad_entropy` [...] is None where no gradient comes through the entropy.
+        """
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Why this backend cannot run `problem` here; None if it can."""
+        return None
+
+    def is_warm(self, problem: Problem) -> bool:
+        """Whether `problem` runs without compiling anything first, as a CUDA-graph capture needs."""
+        return True
+
+    def fingerprint(self) -> str:
+        """Changes whenever the results or the speed may: a digest of this backend's source and of the formula."""
+        sources = (Path(inspect.getfile(type(self))), Path(formula.__file__))
+        return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Proving and choosing: the gate, and what follows it."""

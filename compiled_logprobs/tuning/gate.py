@@ -1,0 +1,382 @@
+"""The gate ("sign check"): whether a backend, or any function, keeps the contract on this device.
+
+The truth is `compiled_logprobs.reference`; the budget for an error is what plain torch itself makes of the same input.
+
+Shapes: N rows, V vocabulary, K labels a row; R the leading dimensions, one or two, whose product is N.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_logprobs.autograd import compute
+from compiled_logprobs.backends import get_backend, require_backend, why_not
+from compiled_logprobs.errors import InputError
+from compiled_logprobs.problem import Problem, short_name
+from compiled_logprobs.tuning.inputs import IGNORE_INDEX, cases
+from compiled_logprobs.tuning.judge import (
+    Check,
+    Findings,
+    Inputs,
+    Outcome,
+    Stop,
+    gradient_of,
+    judge,
+    judge_gradient_sign,
+    judge_memory,
+    make_inputs,
+    same_bits,
+)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the gate found."""
+
+    subject: str
+    problems: tuple[Problem, ...]
+    checks: tuple[Check, ...]
+    """One a check and problem."""
+    seed: int
+    """Of the inputs: `check_backend(..., seed=report.seed)` makes the same ones."""
+    repeatable: bool | None = None
+    """Whether the same call gave the same bits twice. Recorded; neither is a failure."""
+    row_invariant: bool | None = None
+    """Whether a row had the same bits in batches of different N. Recorded; neither is a failure."""
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def reasons(self) -> list[str]:
+        """The names of the checks that failed, each once."""
+        return list(dict.fromkeys(check.name for check in self.checks if not check.passed))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs: plain values only, and None where a figure is not finite."""
+
+        def number(value: float | None) -> float | None:
+            return value if value is not None and math.isfinite(value) else None
+
+        return {
+            "subject": self.subject,
+            "passed": self.passed,
+            "reasons": self.reasons,
+            "seed": self.seed,
+            "repeatable": self.repeatable,
+            "row_invariant": self.row_invariant,
+            "checks": [
+                {
+                    "name": check.name,
+                    "meaning": check.meaning,
+                    "problem": str(check.problem),
+                    "options": check.problem.details(),
+                    "passed": check.passed,
+                    "figure": number(check.figure),
+                    "limit": number(check.limit),
+                    "detail": check.detail,
+                }
+                for check in self.checks
+            ],
+        }
+
+
+def check_backend(
+    name_or_callable: str | Callable[..., Any],
+    problem: Problem | None = None,
+    *,
+    short: bool = False,
+    ignore_index: bool = True,
+    device: str | None = None,
+    seed: int | None = None,
+) -> CheckReport:
+    """Hold a backend, or any function of (logits, labels), against the contract.
+
+    Args:
+        name_or_callable: a registered backend's name; or a function that takes logits [N, V], labels [N] int64 and whichever
+            of `temperature`, `ignore_index`, `return_entropy`, `masked_logits`, `inplace_backward`, `out_dtype` its
+            signature names, and returns log-probabilities [N] (with `return_entropy=True` also the entropy [N]).
+        problem: what to check it for; by default a few small problems in float32 and bfloat16 with what it supports.
+        short: fewer inputs, for a check right before the first use.
+        ignore_index: whether labels of -100 are among the inputs.
+        device: where the default problems lie; by default the accelerator if there is one.
+        seed: of the inputs; fresh at random by default.
+
+    Returns:
+        A `CheckReport`; `.passed`, and if not, `.reasons`.
+
+    Raises:
+        BackendUnavailable: the named backend is unknown, or cannot run the problem here.
+    """
+    seed = int(torch.randint(2**31, ()).item()) if seed is None else seed
+    subject = _Named(name_or_callable) if isinstance(name_or_callable, str) else _Function(name_or_callable)
+    problems = subject.default_problems(device or _default_device()) if problem is None else [subject.within(problem)]
+    checks: list[Check] = []
+    recorded = _Recorded()
+    for one in problems:
+        findings = Findings(one)
+        _check(subject, one, findings, recorded, short, ignore_index, seed)
+        checks += findings.checks()
+    return CheckReport(subject.name, tuple(problems), tuple(checks), seed, recorded.repeatable, recorded.row_invariant)
+
+
+def _default_device() -> str:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def _default_problem(device_type: str, dtype: torch.dtype) -> Problem:
+    """V is odd and off every block size; flash-attn needs three blocks for it."""
+    return Problem(device_type, rows=48, vocab=32771, dtype=dtype, needs_grad=True)
+
+
+class _Named:
+    """A registered backend, called through `compute` as the public functions do."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._backend = get_backend(name)
+
+    def within(self, problem: Problem) -> Problem:
+        require_backend(self.name, problem)
+        return problem
+
+    def default_problems(self, device_type: str) -> list[Problem]:
+        found = []
+        strided = {"layout": "rows", "aligned": False}
+        for dtype, layout in ((torch.float32, {}), (torch.bfloat16, strided), (torch.float16, strided)):
+            plain = _default_problem(device_type, dtype)._replace(**layout)
+            richest_first = (
+                plain._replace(entropy=True, temperature="number"),
+                plain._replace(temperature="number"),
+                plain,
+            )
+            found += [p for p in richest_first if why_not(self.name, p) is None][:1]
+        if not found:
+            require_backend(self.name, _default_problem(device_type, torch.float32))  # raises
+        return found[:2]
+
+    def __call__(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, problem: Problem) -> Any:
+        log_probs, entropy = compute(
+            self._backend,
+            logits,
+            labels,
+            temperature,
+            ignore_index=IGNORE_INDEX,
+            entropy=problem.entropy,
+            inplace_backward=problem.inplace_backward,
+        )
+        log_probs = log_probs.to(problem.out_dtype)
+        return (log_probs, entropy.to(problem.out_dtype)) if entropy is not None else log_probs
+
+
+class _Function:
+    """Somebody's function of (logits [N, V], labels [N]); only the options that its signature names are used."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.name = getattr(function, "__qualname__", type(function).__name__)
+        self._function = function
+        try:
+            self._options = set(inspect.signature(function).parameters)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"got {function!r}, whose signature cannot be read ({error}); "
+                "a function of (logits, labels) is valid. Wrap it in one."
+            ) from error
+
+    def within(self, problem: Problem) -> Problem:
+        has = self._options.__contains__
+        return problem._replace(
+            temperature=problem.temperature if has("temperature") else "none",
+            entropy=problem.entropy and has("return_entropy"),
+            masked_logits=problem.masked_logits and has("masked_logits"),
+            inplace_backward=problem.inplace_backward and has("inplace_backward"),
+            out_dtype=problem.out_dtype if has("out_dtype") else torch.float32,
+            labels_per_row=1,
+            layout="rows" if problem.layout == "other" else problem.layout,
+        )
+
+    def default_problems(self, device_type: str) -> list[Problem]:
+        found = []
+        for dtype in (torch.float32, torch.bfloat16):
+            plain = _default_problem(device_type, dtype)
+            rich = self.within(plain._replace(entropy=True, temperature="number", masked_logits=True))
+            in_place = self.within(plain._replace(inplace_backward=True))
+            found += list(dict.fromkeys((plain, rich, in_place)))
+        return found
+
+    def __call__(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, problem: Problem) -> Any:
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "ignore_index": IGNORE_INDEX,
+            "return_entropy": problem.entropy,
+            "masked_logits": problem.masked_logits,
+            "inplace_backward": problem.inplace_backward,
+            "out_dtype": problem.out_dtype,
+        }
+        result = self._function(
+            logits, labels.squeeze(-1), **{name: value for name, value in options.items() if name in self._options}
+        )
+        if isinstance(result, Tensor):
+            return result.unsqueeze(-1)
+        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor):
+            return (result[0].unsqueeze(-1), result[1])
+        return result
+
+
+_Subject = _Named | _Function
+
+
+@dataclass
+class _Recorded:
+    repeatable: bool | None = None
+    row_invariant: bool | None = None
+
+    def saw_repeat(self, equal: bool) -> None:
+        self.repeatable = equal and self.repeatable is not False
+
+    def saw_rows(self, equal: bool) -> None:
+        self.row_invariant = equal and self.row_invariant is not False
+
+
+def _check(
+    subject: _Subject,
+    problem: Problem,
+    findings: Findings,
+    recorded: _Recorded,
+    short: bool,
+    ignore_index: bool,
+    seed: int,
+) -> None:
+    generator = torch.Generator(problem.device_type).manual_seed(seed)
+    for case in cases(problem, short=short, foreign=isinstance(subject, _Function)):
+        if not ignore_index:
+            case = replace(case, ignored=0.0)
+        inputs = make_inputs(case, problem, generator)
+        try:
+            _run_case(subject, inputs, findings, recorded, generator)
+        except Stop:
+            return  # what follows would only repeat it
+
+
+def _run_case(
+    subject: _Subject, inputs: Inputs, findings: Findings, recorded: _Recorded, generator: torch.Generator
+) -> None:
+    problem = inputs.problem
+    first = _run(subject, inputs, findings, with_gradient=False)
+    judge(inputs, first, findings)
+    kept = Outcome(first.log_probs.clone(), None if first.entropy is None else first.entropy.clone())
+    if problem.needs_grad:
+        second = _run(subject, inputs, findings, with_gradient=True)
+        judge(inputs, second, findings)
+        same = same_bits(second.log_probs, kept.log_probs) and (
+            kept.entropy is None or second.entropy is None or same_bits(second.entropy, kept.entropy)
+        )
+        findings.add("grad_mode_bits", same, f"{inputs.case.name}: the bits differ")
+    if inputs.case.name != "normal":
+        return
+
+    again = _run(subject, inputs, findings, with_gradient=False)
+    recorded.saw_repeat(same_bits(again.log_probs, kept.log_probs))
+    # Other values in the same memory: a result remembered by address or by shape shows itself.
+    inputs.arena.refill(generator)
+    inputs.solve()
+    other = _run(subject, inputs, findings, with_gradient=problem.needs_grad)
+    judge(inputs, other, findings)
+    findings.add("stale_result", same_bits(first.log_probs, kept.log_probs), "a later call changed an earlier result")
+    _record_rows(subject, inputs, other, recorded)
+
+
+def _record_rows(subject: _Subject, inputs: Inputs, whole: Outcome, recorded: _Recorded) -> None:
+    logits, labels, t = inputs.arena.logits, inputs.labels, inputs.temperature
+    log_probs = whole.log_probs.clone()
+    for count in range(1, min(3, len(logits))):
+        part = subject(logits[:count], labels[:count], t[:count] if isinstance(t, Tensor) else t, inputs.problem)
+        part = part if isinstance(part, Tensor) else part[0]
+        recorded.saw_rows(same_bits(part, log_probs[:count]))
+
+
+class _NotALeaf(torch.autograd.Function):
+    """Gives `logits` a gradient function, as if a model had computed them, in the memory that they have."""
+
+    @staticmethod
+    def forward(ctx: Any, model: Tensor, logits: Tensor) -> Tensor:
+        # Not a view: autograd watches views more closely than it watches what a model returns.
+        return logits.new_empty(0).set_(
+            logits.untyped_storage(), logits.storage_offset(), logits.shape, logits.stride()
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _run(subject: _Subject, inputs: Inputs, findings: Findings, *, with_gradient: bool) -> Outcome:
+    """Call the subject once; find out whether the results are what they should be in kind, and what it did to memory."""
+    problem, case, arena = inputs.problem, inputs.case, inputs.arena
+    labels, t = inputs.labels.clone(), inputs.temperature
+    t = t.clone() if isinstance(t, Tensor) else t
+    logits = arena.logits
+    if with_gradient:
+        model = torch.zeros((), device=logits.device, requires_grad=True)
+        logits = _NotALeaf.apply(model, logits)
+    gradient = None
+    version = logits._version
+    try:
+        with torch.set_grad_enabled(with_gradient):
+            result = subject(logits, labels, t, problem)
+        outcome = _typed(result, inputs, findings)
+        if with_gradient:
+            flows = outcome.log_probs.requires_grad
+            findings.require("gradient_flows", flows, f"{case.name}: the log-probabilities do not require a gradient")
+            if case.rows and problem.labels_per_row == 1 and not problem.inplace_backward:
+                only_log_probs = torch.autograd.grad(
+                    outcome.log_probs, logits, inputs.grad_log_probs, retain_graph=True
+                )
+                judge_gradient_sign(inputs, only_log_probs[0], findings)
+            gradient = gradient_of(
+                logits, outcome.log_probs, outcome.entropy, inputs.grad_log_probs, inputs.grad_entropy
+            )
+    except Stop:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a backend raises is its verdict
+        judge_memory(inputs, logits, version, labels, t, gradient, findings)
+        findings.require("runs", False, f"{case.name}: {type(error).__name__}: {error}")
+    findings.add("runs", True)
+    judge_memory(inputs, logits, version, labels, t, gradient, findings)
+    if gradient is not None:
+        fits = gradient.shape == logits.shape
+        findings.require("shape", fits, f"{case.name}: gradient {list(gradient.shape)}, expected {list(logits.shape)}")
+        right = gradient.dtype == problem.dtype
+        findings.add("dtype", right, f"{case.name}: gradient {short_name(gradient.dtype)}")
+        gradient = gradient.clone() if problem.inplace_backward else gradient
+        if arena.logits_changed():
+            arena.restore()
+    return replace(
+        outcome,
+        log_probs=outcome.log_probs.detach(),
+        entropy=None if outcome.entropy is None else outcome.entropy.detach(),
+        gradient=gradient,
+    )
+
+
+def _typed(result: Any, inputs: Inputs, findings: Findings) -> Outcome:
+    problem, case = inputs.problem, inputs.case
+    parts = tuple(result) if isinstance(result, tuple) else (result,)
+    kinds = all(isinstance(part, Tensor) for part in parts) and len(parts) == (2 if problem.entropy else 1)
+    findings.require("result_type", kinds, f"{case.name}: got {', '.join(type(part).__name__ for part in parts)}")
+    expected = (inputs.labels.shape, inputs.labels.shape[:-1])
+    for part, shape in zip(parts, expected, strict=False):
+        fits = part.shape == shape
+        findings.require("shape", fits, f"{case.name}: got {list(part.shape)}, expected {list(shape)}")
+        right = part.dtype == problem.out_dtype
+        findings.add(
+            "dtype", right, f"{case.name}: got {short_name(part.dtype)}, expected {short_name(problem.out_dtype)}"
+        )
+    return Outcome(parts[0], parts[1] if problem.entropy else None)

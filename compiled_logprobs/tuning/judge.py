@@ -1,0 +1,352 @@
+"""Verdicts: what one call returned and did, held against float64 and against what plain torch makes of the same input.
+
+Shapes: N rows, n of them compared, V vocabulary, K labels a row; R the leading dimensions, one or two, whose product is N.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from compiled_logprobs.autograd import compute
+from compiled_logprobs.backends import get_backend
+from compiled_logprobs.decisions import EAGER
+from compiled_logprobs.problem import Problem
+from compiled_logprobs.reference import Reference, reference
+from compiled_logprobs.tuning.inputs import IGNORE_INDEX, Arena, Case, labels_for
+
+EPS = torch.finfo(torch.float32).eps
+BUDGET = 2.0
+"""How many times the error of eager a backend may make."""
+EAGER_CEILING = 64.0
+"""How many times eps(float32) times the row's largest |x| eager may be off: what its own summation order costs at V = 2^18."""
+CHECKED_ELEMENTS = 2**24
+"""Larger inputs are compared with the reference on `SAMPLED_ROWS` rows, the first and the last among them."""
+SAMPLED_ROWS = 64
+
+MEANING = {
+    "runs": "every call returns",
+    "result_type": "returns a tensor, or (log_probs, entropy) where the entropy is asked for",
+    "shape": "the results have the shape of the labels, the entropy that of the rows",
+    "dtype": "the results have the dtype that was asked for, the gradient that of the logits",
+    "log_prob_sign": "no log-probability is positive, no cross entropy negative",
+    "log_prob_error": "largest error of a log-probability against float64, in nats",
+    "log_prob_rmse": "root mean square error of the log-probabilities against float64, in nats",
+    "entropy_sign": "no entropy is negative",
+    "entropy_error": "largest error of an entropy against float64, in nats",
+    "entropy_rmse": "root mean square error of the entropies against float64, in nats",
+    "gradient_flows": "the results carry a gradient to the logits",
+    "gradient_error": "largest error of the gradient against float64",
+    "gradient_rmse": "root mean square error of the gradient against float64",
+    "gradient_sign": "a log-probability rises with its own logit and falls with every other",
+    "gradient_row_sum": "the gradient of a row sums to 0",
+    "ignored_rows": "ignored labels give exactly 0, and their rows a gradient of exactly 0",
+    "nan_pattern": "NaN and infinities stand where they stand in float64",
+    "inputs_changed": "logits, labels and temperature keep every bit",
+    "outside_write": "no memory outside the results is written",
+    "version_counter": "a gradient written over the logits is announced to autograd",
+    "stale_result": "a later call leaves the results of an earlier one alone",
+    "grad_mode_bits": "a row has the same bits with and without a gradient",
+}
+"""What each check demands; its keys are the reasons for which a backend is stopped."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The verdict of one check on one problem, and the worst figure that was seen."""
+
+    name: str
+    problem: Problem
+    passed: bool
+    figure: float | None = None
+    limit: float | None = None
+    detail: str = ""
+
+    @property
+    def meaning(self) -> str:
+        return MEANING[self.name]
+
+
+class Stop(Exception):
+    """Nothing further can be learned from this case."""
+
+
+class Findings:
+    """The worst that was seen of each check."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._worst: dict[str, tuple[float, Check]] = {}
+
+    def add(
+        self, name: str, passed: bool, detail: str = "", figure: float | None = None, limit: float | None = None
+    ) -> None:
+        badness = 1.0 if figure is None or not limit else figure / limit
+        rank = (math.inf if math.isnan(badness) else badness) + (0.0 if passed else 1e300)
+        if name not in self._worst or rank > self._worst[name][0]:
+            self._worst[name] = rank, Check(name, self._problem, passed, figure, limit, "" if passed else detail)
+
+    def require(self, name: str, passed: bool, detail: str) -> None:
+        """As `add`, and stop the case on a failure."""
+        self.add(name, passed, detail)
+        if not passed:
+            raise Stop
+
+    def checks(self) -> list[Check]:
+        order = list(MEANING)
+        return sorted((check for _, check in self._worst.values()), key=lambda check: order.index(check.name))
+
+
+@dataclass
+class Outcome:
+    log_probs: Tensor
+    entropy: Tensor | None
+    gradient: Tensor | None = None
+
+
+@dataclass
+class Inputs:
+    """One case, ready to run."""
+
+    case: Case
+    problem: Problem
+    arena: Arena
+    labels: Tensor
+    temperature: float | Tensor
+    grad_log_probs: Tensor
+    grad_entropy: Tensor | None
+    sample: Tensor
+    """Indices of the rows, of N, that are compared with the reference."""
+    true: Reference = field(init=False)
+    eager: Outcome = field(init=False)
+
+    def solve(self) -> None:
+        """Compute the truth, and what eager makes of the same rows."""
+        vocab = self.problem.vocab
+        logits = self.arena.logits.reshape(-1, vocab)[self.sample]
+        labels = self.labels.reshape(-1, self.problem.labels_per_row)[self.sample]
+        t = self.temperature
+        t = t.reshape(-1)[self.sample] if isinstance(t, Tensor) else t
+        g = self.grad_log_probs.reshape(-1, self.problem.labels_per_row)[self.sample]
+        h = None if self.grad_entropy is None else self.grad_entropy.reshape(-1)[self.sample]
+        self.true = reference(
+            logits,
+            labels,
+            t,
+            ignore_index=IGNORE_INDEX,
+            grad_log_probs=g if self.problem.needs_grad else None,
+            grad_entropy=h if self.problem.needs_grad else None,
+        )
+        logits.requires_grad_(self.problem.needs_grad)
+        log_probs, entropy = compute(
+            get_backend(EAGER), logits, labels, t, ignore_index=IGNORE_INDEX, entropy=self.problem.entropy
+        )
+        out = self.problem.out_dtype
+        log_probs, entropy = log_probs.to(out), None if entropy is None else entropy.to(out)
+        self.eager = Outcome(log_probs.detach(), None if entropy is None else entropy.detach())
+        if self.problem.needs_grad:
+            self.eager.gradient = gradient_of(logits, log_probs, entropy, g, h)
+
+
+def make_inputs(case: Case, problem: Problem, generator: torch.Generator) -> Inputs:
+    """Fresh inputs of one kind, with the truth about them."""
+    device = generator.device
+    arena = Arena(case, problem, device)
+    arena.refill(generator)
+    rows = tuple(arena.logits.shape[:-1])
+    labels = labels_for(case, rows, problem, generator)
+    temperature: float | Tensor = 1.0
+    if problem.temperature == "number":
+        temperature = float(torch.empty((), device=device).uniform_(0.5, 2.0, generator=generator))
+    elif problem.temperature == "per_token":
+        temperature = torch.empty(rows, device=device).uniform_(0.5, 2.0, generator=generator)
+    count = math.prod(rows)
+    sample = torch.arange(count, device=device)
+    if count * problem.vocab > CHECKED_ELEMENTS and count > SAMPLED_ROWS:
+        inner = 1 + torch.randperm(count - 2, generator=generator, device=device)[: SAMPLED_ROWS - 2]
+        sample = torch.cat([sample[:1], inner.sort().values, sample[-1:]])
+    inputs = Inputs(
+        case,
+        problem,
+        arena,
+        labels,
+        temperature,
+        torch.randn(labels.shape, generator=generator, device=device),
+        torch.randn(rows, generator=generator, device=device) if problem.entropy else None,
+        sample,
+    )
+    inputs.solve()
+    return inputs
+
+
+def gradient_of(
+    logits: Tensor, log_probs: Tensor, entropy: Tensor | None, grad_log_probs: Tensor, grad_entropy: Tensor | None
+) -> Tensor:
+    outputs, upstream = [log_probs], [grad_log_probs.to(log_probs.dtype)]
+    if entropy is not None and grad_entropy is not None:
+        outputs.append(entropy)
+        upstream.append(grad_entropy.to(entropy.dtype))
+    return torch.autograd.grad(outputs, [logits], upstream)[0]
+
+
+def judge_memory(
+    inputs: Inputs,
+    logits: Tensor,
+    version: int,
+    labels: Tensor,
+    temperature: float | Tensor,
+    gradient: Tensor | None,
+    findings: Findings,
+) -> None:
+    case, arena = inputs.case, inputs.arena
+    may_overwrite = inputs.problem.inplace_backward and gradient is not None
+    changed = arena.logits_changed()
+    announced = logits._version > version
+    findings.add("inputs_changed", may_overwrite or not changed, f"{case.name}: the logits were overwritten")
+    findings.add("inputs_changed", torch.equal(labels, inputs.labels), f"{case.name}: the labels were overwritten")
+    if isinstance(temperature, Tensor) and isinstance(inputs.temperature, Tensor):
+        kept = torch.equal(temperature, inputs.temperature)
+        findings.add("inputs_changed", kept, f"{case.name}: the temperature was overwritten")
+    if may_overwrite:
+        findings.add(
+            "version_counter", announced or not changed, f"{case.name}: the logits changed, their version did not"
+        )
+    around = arena.surroundings_changed()
+    findings.add("outside_write", not around, f"{case.name}: memory beside the logits was written")
+
+
+def judge(inputs: Inputs, outcome: Outcome, findings: Findings) -> None:
+    """Hold an outcome against the truth."""
+    problem, case = inputs.problem, inputs.case
+    largest = float(outcome.log_probs.nan_to_num(nan=-1.0).max()) if outcome.log_probs.numel() else 0.0
+    true = inputs.true
+    log_probs = outcome.log_probs.reshape(-1, problem.labels_per_row)[inputs.sample]
+    flipped = (
+        case.rows > 1 and not case.special and torch.allclose(log_probs.double(), -true.log_probs, rtol=1e-2, atol=1e-2)
+    )
+    hint = "; this is +cross entropy: negate it" if flipped and largest > 0 else ""
+    findings.add("log_prob_sign", largest <= 0.0, f"{case.name}: largest log-probability {largest:.4g}{hint}", largest)
+    ignored = inputs.labels == IGNORE_INDEX
+    zero = bool((outcome.log_probs[ignored] == 0).all())
+    findings.add("ignored_rows", zero, f"{case.name}: an ignored label does not give 0")
+
+    x_scale = _row_scale(inputs)
+    _judge_values("log_prob", inputs, log_probs, true.log_probs, inputs.eager.log_probs, x_scale, findings)
+    if outcome.entropy is not None and inputs.eager.entropy is not None:
+        smallest = float(outcome.entropy.nan_to_num(nan=1.0).min()) if outcome.entropy.numel() else 0.0
+        findings.add("entropy_sign", smallest >= 0.0, f"{case.name}: smallest entropy {smallest:.4g}", -smallest)
+        entropy = outcome.entropy.reshape(-1, 1)[inputs.sample]
+        _judge_values(
+            "entropy", inputs, entropy, true.entropy[:, None], inputs.eager.entropy[:, None], x_scale, findings
+        )
+    if outcome.gradient is not None and inputs.eager.gradient is not None and true.gradient is not None:
+        gradient = outcome.gradient.reshape(-1, problem.vocab)[inputs.sample]
+        # Of a row that is NaN, logsumexp's own gradient is NaN in some places only; that is warning enough.
+        gradient = gradient.masked_fill(gradient.isnan().any(-1, keepdim=True), torch.nan)
+        all_ignored = ignored.reshape(-1, problem.labels_per_row).all(-1)[inputs.sample]
+        zero = bool((gradient[all_ignored] == 0).all())
+        findings.add("ignored_rows", zero, f"{case.name}: the gradient of an ignored row is not 0")
+        upstream = inputs.grad_log_probs.abs().reshape(-1, problem.labels_per_row).sum(-1)
+        if inputs.grad_entropy is not None:
+            upstream = upstream + inputs.grad_entropy.reshape(-1).abs() * (1 + math.log(problem.vocab))
+        scale = x_scale * (upstream[inputs.sample, None] / _row_temperature(inputs))
+        _judge_values("gradient", inputs, gradient, true.gradient, inputs.eager.gradient, scale, findings)
+
+
+def _judge_values(
+    what: str, inputs: Inputs, got: Tensor, true: Tensor, eager: Tensor, scale: Tensor, findings: Findings
+) -> None:
+    """Errors of `got` [n, C] against `true` [n, C], where both are finite, and the places where they are not.
+
+    `scale` [n, 1] is the size that one eps(float32) is relative to; what the dtype of the result rounds comes on top.
+    """
+    case = inputs.case
+    if got.numel() == 0:
+        return
+    rounded = true.to(got.dtype)
+    pattern = torch.equal(got.isnan(), rounded.isnan()) and torch.equal(
+        got.isinf() * got.sign(), rounded.isinf() * rounded.sign()
+    )
+    findings.add("nan_pattern", pattern, f"{case.name}: {what} is NaN or infinite elsewhere than in float64")
+    finite = (true.isfinite() & got.isfinite() & rounded.isfinite()).double()
+    truth = true.nan_to_num(0.0, 0.0, 0.0) * finite
+    error = (got.double().nan_to_num(0.0, 0.0, 0.0) * finite - truth).abs()
+    eager_error = (eager.double().nan_to_num(0.0, 0.0, 0.0) * finite - truth).abs()
+    scale = scale.double().nan_to_num(0.0, 0.0, 0.0).clamp(min=float(truth.abs().max()) if what != "gradient" else 0.0)
+    rounding = torch.finfo(got.dtype).eps * truth.abs().amax(-1, keepdim=True)
+    floor, ceiling = BUDGET * EPS * scale, EAGER_CEILING * EPS * scale + rounding
+    for name, reduce in (("error", _largest), ("rmse", _rms)):
+        budget = torch.minimum(torch.full_like(floor, BUDGET * reduce(eager_error)), ceiling)
+        limits = torch.maximum(budget, floor)
+        if name == "error":
+            worst = int((error / limits.clamp(min=1e-300)).amax(-1).argmax())
+            figure, limit = float(error[worst].max()), float(limits[worst])
+        else:
+            figure, limit = reduce(error), float(limits.max())
+        findings.add(f"{what}_{name}", figure <= limit, f"{case.name}: {figure:.3g}, limit {limit:.3g}", figure, limit)
+
+
+def _largest(error: Tensor) -> float:
+    return float(error.max())
+
+
+def _rms(error: Tensor) -> float:
+    return float(error.square().mean().sqrt())
+
+
+def _row_temperature(inputs: Inputs) -> Tensor | float:
+    t = inputs.temperature
+    return t.reshape(-1, 1)[inputs.sample] if isinstance(t, Tensor) else t
+
+
+def _row_scale(inputs: Inputs) -> Tensor:
+    """[n, 1]: the largest finite |x| of each row, x = logits / temperature; at least 1."""
+    logits = inputs.arena.logits.reshape(-1, inputs.problem.vocab)[inputs.sample]
+    largest = (
+        logits.float().nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True) if len(logits) else logits[:, :1].float()
+    )
+    return (largest / _row_temperature(inputs)).clamp(min=1.0)
+
+
+def judge_gradient_sign(inputs: Inputs, gradient: Tensor, findings: Findings) -> None:
+    """The gradient of the log-probabilities alone, K = 1, in the direction of the upstream gradient."""
+    if inputs.case.special or gradient.shape != inputs.arena.logits.shape:
+        return
+    vocab = inputs.problem.vocab
+    gradient = gradient.reshape(-1, vocab)[inputs.sample].float()
+    upstream = inputs.grad_log_probs.reshape(-1, 1)[inputs.sample]
+    labels = inputs.labels.reshape(-1, 1)[inputs.sample]
+    kept = (labels != IGNORE_INDEX).squeeze(-1)
+    gradient, upstream, labels = gradient[kept], upstream[kept], labels[kept]
+    if not len(gradient):
+        return
+    along = gradient * upstream.sign()
+    at_label = along.gather(-1, labels)
+    elsewhere = along.scatter(-1, labels, 0.0)
+    # A probability of 1 may round to a little more, by as much as a log-probability may be off.
+    scale = EPS * upstream.abs() * _row_scale(inputs)[kept]
+    right = bool((at_label >= -BUDGET * scale).all() and (elsewhere <= 0).all())
+    findings.add(
+        "gradient_sign",
+        right,
+        f"{inputs.case.name}: smallest at a label {float(at_label.min()):.3g}, "
+        f"largest elsewhere {float(elsewhere.max()):.3g}",
+    )
+    # Rounding of the dtype at every entry, and what the error budget of each probability adds up to.
+    size = gradient.double().abs().sum(-1)
+    limits = torch.finfo(inputs.problem.dtype).eps * size + EAGER_CEILING * scale.squeeze(-1)
+    sums = gradient.double().sum(-1).abs()
+    worst = int((sums / limits.clamp(min=1e-300)).argmax())
+    figure, limit = float(sums[worst]), float(limits[worst])
+    findings.add(
+        "gradient_row_sum", figure <= limit, f"{inputs.case.name}: {figure:.3g}, limit {limit:.3g}", figure, limit
+    )
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal in every bit, NaN included."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return torch.equal(one.detach().contiguous().view(bits), other.detach().contiguous().view(bits))
