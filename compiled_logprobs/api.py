@@ -184,7 +184,7 @@ def _run(
     """Choose a backend for `labels` [..., K] and call it."""
     if name != "auto" and name not in backends.backends():
         backends.get_backend(name)  # raises
-    if _is_tracing():
+    if _is_watched(logits):
         return compute(_PLAIN, logits, labels, temperature, ignore_index=ignore_index, entropy=entropy)
     problem = problem_of(logits, labels, temperature, entropy, masked_logits, inplace_backward, out_dtype)
     if name == "auto":
@@ -247,9 +247,14 @@ def problem_of(
     )
 
 
-def _is_tracing() -> bool:
-    """Whether a compiler, an exporter or a fake mode watches the operations."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+def _is_watched(logits: Tensor) -> bool:
+    """Whether a compiler, an exporter, a dispatch mode or a tensor subclass watches the operations; values may not exist."""
+    return (
+        torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or type(logits) not in (Tensor, torch.nn.Parameter)
+        or logits.is_meta
+    )
 
 
 def _is_capturing(problem: Problem) -> bool:
@@ -302,7 +307,7 @@ def _check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
         )
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise InputError(f"got ignore_index={ignore_index!r}; an integer is valid, e.g. -100.")
-    if logits.device.type == "cpu" and not _is_tracing():
+    if logits.device.type == "cpu" and not _is_watched(logits):
         vocab = logits.shape[-1]
         bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
         if bad.any():
@@ -353,7 +358,7 @@ def _checked_temperature_tensor(logits: Tensor, temperature: Tensor) -> Tensor:
             f"a shape broadcastable to {list(rows)} is valid (one temperature a token). "
             "For one a sequence use temperature.unsqueeze(-1)."
         )
-    if temperature.device.type == "cpu" and not _is_tracing():
+    if temperature.device.type == "cpu" and not _is_watched(logits):
         bad = ~((temperature >= _FLOAT32.tiny) & (temperature <= _FLOAT32.max))
         if bad.any():
             first = bad.nonzero()[0].tolist()

@@ -138,15 +138,15 @@ class _LogProbs(torch.autograd.Function):
         if isinstance(t, Tensor):
             usable = (t >= torch.finfo(t.dtype).tiny) & (t <= torch.finfo(t.dtype).max)
             invalid = invalid | ~usable
-            t = torch.where(usable, t, 1.0)
+            t = t.masked_fill(~usable, 1.0)
 
         log_probs, entropies, residuals = backend.forward(x, in_range, t, entropy=entropy)
 
         all_ignored = ignored.all(-1)
-        log_probs = torch.where(invalid.unsqueeze(-1), torch.nan, log_probs.clamp(max=0.0))
+        log_probs = log_probs.clamp(max=0.0).masked_fill(invalid.unsqueeze(-1), torch.nan)
         log_probs = log_probs.masked_fill(ignored, 0.0).view(labels.shape)
         if entropies is not None:
-            entropies = torch.where(invalid, torch.nan, entropies.clamp(min=0.0))
+            entropies = entropies.clamp(min=0.0).masked_fill(invalid, torch.nan)
             entropies = entropies.masked_fill(all_ignored, 0.0).view(ctx.shape[:-1])
 
         ctx.temperature = None if isinstance(t, Tensor) else t
@@ -175,9 +175,9 @@ class _LogProbs(torch.autograd.Function):
         if grad_log_probs is None:
             grad_log_probs = torch.zeros(labels.shape, dtype=dtype, device=x.device)
         grad_log_probs = grad_log_probs.reshape(labels.shape).masked_fill(ignored, 0.0)
-        grad_log_probs = torch.where(invalid.unsqueeze(-1), torch.nan, grad_log_probs)
+        grad_log_probs = grad_log_probs.masked_fill(invalid.unsqueeze(-1), torch.nan)
         if grad_entropy is not None:
-            grad_entropy = torch.where(invalid, torch.nan, grad_entropy.reshape(invalid.shape))
+            grad_entropy = grad_entropy.reshape(invalid.shape).masked_fill(invalid, torch.nan)
         gradient = ctx.backend.backward(
             x,
             labels,

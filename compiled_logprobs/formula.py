@@ -92,7 +92,7 @@ def backward(
     t = per_row(temperature)
     inverse_t = 1.0 / t
     total = grad_log_probs.sum(-1, keepdim=True)
-    keep = ~ignored.unsqueeze(-1)
+    drop = ignored.unsqueeze(-1)
 
     def without_label_term(columns: Tensor) -> Tensor:
         log_p = (columns.to(m.dtype) - m) * inverse_t - log_s
@@ -101,12 +101,12 @@ def backward(
             weight = total + grad_entropy.unsqueeze(-1) * (finite(log_p) + residuals[2])
         return -(log_p.exp() * weight) * inverse_t
 
-    gradient = torch.where(keep, without_label_term(logits), 0.0).to(logits.dtype)
+    gradient = without_label_term(logits).masked_fill(drop, 0.0).to(logits.dtype)
     # A repeated label writes the whole sum each time, so that the order of the writes does not matter.
     same_label = labels.unsqueeze(-1) == labels.unsqueeze(-2)
-    label_term = torch.where(same_label, grad_log_probs.unsqueeze(-2), 0.0).sum(-1) * inverse_t
+    label_term = grad_log_probs.unsqueeze(-2).expand_as(same_label).masked_fill(~same_label, 0.0).sum(-1) * inverse_t
     at_labels = without_label_term(logits.gather(-1, labels)) + label_term
-    return gradient, torch.where(keep, at_labels, 0.0).to(logits.dtype)
+    return gradient, at_labels.masked_fill(drop, 0.0).to(logits.dtype)
 
 
 def write_label_columns(gradient: Tensor, labels: Tensor, at_labels: Tensor) -> None:
