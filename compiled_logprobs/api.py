@@ -13,6 +13,7 @@ from compiled_logprobs.autograd import PlainFormula, compute
 from compiled_logprobs.errors import BackendUnavailable, InputError
 from compiled_logprobs.problem import (
     DTYPES,
+    Layout,
     Problem,
     Temperature,
     collapse,
@@ -227,7 +228,10 @@ def problem_of(
     """The problem that a call with `labels` [..., K] poses."""
     vocab = logits.shape[-1]
     copied = logits.stride(-1) != 1 and vocab > 1
-    layout, aligned = ("flat", True) if copied or logits.numel() == 0 else layout_of(collapse(logits.detach()))
+    layout: Layout = "flat"
+    aligned = True
+    if not copied and logits.numel() > 0:
+        layout, aligned = layout_of(collapse(logits.detach()))
     kind: Temperature = "per_token" if isinstance(temperature, Tensor) else "none" if temperature == 1.0 else "number"
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
     return Problem(

@@ -93,10 +93,10 @@ def compute(
     if isinstance(temperature, Tensor):
         dtype = formula.accumulation_dtype(logits.dtype)
         temperature = temperature.to(dtype).expand(logits.shape[:-1])
-    log_probs, entropies = _LogProbs.apply(
+    results: tuple[Tensor, Tensor | None] = _LogProbs.apply(  # type: ignore[no-untyped-call]  # torch's gap
         logits, labels, temperature, backend, ignore_index, entropy, inplace_backward
     )
-    return log_probs, entropies
+    return results
 
 
 class _LogProbs(torch.autograd.Function):

@@ -12,9 +12,11 @@ from torch import Tensor
 from triton_interpreter import like_a_gpu
 
 from compiled_logprobs.autograd import ForwardBackward, compute
+from compiled_logprobs.backends import register_backend
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.backends.flash_attn import FlashAttn, _kernels
 from compiled_logprobs.problem import Problem
+from compiled_logprobs.tuning.gate import check_backend
 
 IGNORE = -100
 
@@ -171,6 +173,20 @@ def check_that_masked_logits_are_refused_with_reason() -> None:
     assert log_probs.isnan().all(), "flash-attention#1930 is mended: masked logits need not be refused any more"
 
 
+def check_that_the_gate_lets_it_pass(dtype: torch.dtype) -> None:
+    register_backend("interpreted_flash_attn", FLASH_ATTN)
+    for change in (
+        {},
+        {"needs_grad": True, "temperature": "number"},
+        {"needs_grad": True, "inplace_backward": True, "layout": "other"},
+        {"needs_grad": True, "layout": "rows", "aligned": False},
+    ):
+        problem = Problem("cpu", rows=8, vocab=20011, dtype=dtype)._replace(**change)
+        report = check_backend("interpreted_flash_attn", problem)
+        assert report.passed, [check.detail for check in report.checks if not check.passed]
+        print(f"gate, {problem} ({problem.details() or 'forward'}): passed {len(report.checks)} checks", flush=True)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     check_reasons()
@@ -183,3 +199,5 @@ if __name__ == "__main__":
             for vocab in (7, 5000, 32771):  # 32771: three blocks forward, nine backward
                 check_values(dtype, vocab, temperature=0.7)
             check_values(dtype, 5000, temperature=1.0)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            check_that_the_gate_lets_it_pass(dtype)

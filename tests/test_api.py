@@ -166,7 +166,9 @@ def test_named_backends_run_or_raise():
         "backend 'flash_attn' cannot run 2 x 256 float32 on cpu: needs a CUDA or ROCm device.\n"
         "Backends that can: compiled, eager. Name one of them, or use backend='auto'."
     )
-    with pytest.raises(clp.BackendUnavailable, match="backend 'fastest' is unknown. Registered: compiled, flash_attn, eager"):
+    with pytest.raises(
+        clp.BackendUnavailable, match="backend 'fastest' is unknown. Registered: compiled, flash_attn, eager"
+    ):
         clp.log_probs_from_logits(logits, labels, backend="fastest")
 
 
@@ -189,13 +191,21 @@ def wrong_calls():
         "no vocabulary": ((torch.randn(2, 5, 0), y), {}, "got logits of shape [2, 5, 0]; [..., V] with a vocabulary V"),
         "a number as logits": ((torch.tensor(1.0), y), {}, "got logits of shape []; [..., V] with a vocabulary V"),
         "labels of another type": ((x, 3), {}, "got labels of type int; a torch.Tensor of integers is valid."),
-        "float labels": ((x, y.float()), {}, "got labels of dtype float32; int64 and int32 are valid. Use labels.long()."),
+        "float labels": (
+            (x, y.float()),
+            {},
+            "got labels of dtype float32; int64 and int32 are valid. Use labels.long().",
+        ),
         "labels of another shape": (
             (x, y[:, :-1]),
             {},
             "got labels of shape [2, 4] for logits of shape [2, 5, 7]; [2, 5] and [2, 5, K] are valid. Shift or slice",
         ),
-        "no labels a row": ((x, y[..., None][..., :0]), {}, "got labels of shape [2, 5, 0] for logits of shape [2, 5, 7]"),
+        "no labels a row": (
+            (x, y[..., None][..., :0]),
+            {},
+            "got labels of shape [2, 5, 0] for logits of shape [2, 5, 7]",
+        ),
         "labels elsewhere": ((x, y.to("meta")), {}, "got labels on meta and logits on cpu; one device is valid."),
         "label out of range": (
             (x, bad),

@@ -98,6 +98,7 @@ class Compiled(Backend):
         key = _key_of(logits, labels, t)
         m, log_s = residuals[:2]
         through_entropy = () if grad_entropy is None else (residuals[2], grad_entropy)
+        gradient: Tensor
         gradient, at_labels = _run(
             _compiled_backward(key, grad_entropy is not None, inplace),
             *(logits, labels, t, m, log_s, ignored, grad_log_probs, *through_entropy),
@@ -154,7 +155,10 @@ def _compiled_backward(key: _Key, through_entropy: bool, inplace: bool) -> Calla
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, isolate_recompiles=True, recompile_limit=RECOMPILE_LIMIT)
+    compiled: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]  # its overloads lack the last two
+        function, fullgraph=True, isolate_recompiles=True, recompile_limit=RECOMPILE_LIMIT
+    )
+    return compiled
 
 
 def _run(function: Callable[..., Any], logits: Tensor, *others: Tensor) -> Any:
@@ -170,7 +174,7 @@ def _run(function: Callable[..., Any], logits: Tensor, *others: Tensor) -> Any:
     for argument in arguments:
         if argument.ndim:
             # On every call: an unmarked one that recompiles, for whatever reason, would compile N as a constant.
-            torch._dynamo.mark_dynamic(argument, leading)  # type: ignore[attr-defined]
+            torch._dynamo.mark_dynamic(argument, leading)
     with torch.no_grad(), _no_autocast(logits.device.type), _translated_errors():
         return function(*arguments)
 
@@ -189,11 +193,16 @@ def _no_autocast(device_type: str) -> Iterator[None]:
 def _translated_errors() -> Iterator[None]:
     try:
         yield
-    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:  # type: ignore[attr-defined]
+    except Exception as error:
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import InductorError
+
+        if not isinstance(error, TorchDynamoException | InductorError):
+            raise
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BackendUnavailable(
-            f"backend 'compiled' could not be compiled here: {first_line}. The cause is above. "
-            "Name another backend, e.g. backend='eager', or use backend='auto'."
+            f"backend 'compiled' could not be compiled here: {first_line} The whole error is above. "
+            "Mend what it names, or use backend='eager' or backend='auto'."
         ) from error
 
 

@@ -3,6 +3,7 @@
 Shapes: N rows, V vocabulary, K labels a row; R the leading dimensions, one or two, whose product is N.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Case:
 
     name: str
     rows: int
-    fill: Callable[[Tensor], None]
+    fill: Callable[[Tensor, torch.Generator], None]
     """Changes [N, V] float32 logits, which come as normal deviates of scale 3, in place."""
     strided: bool = False
     """Row stride and offset that no alignment holds for, whatever the problem's layout."""
@@ -33,6 +34,8 @@ class Case:
     """Holds NaN or infinities."""
     ignored: float = 0.2
     """The share of rows whose labels are all ignored."""
+    through_entropy: bool = True
+    """Whether, where there is an entropy, a gradient comes through it."""
 
 
 def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
@@ -49,7 +52,7 @@ def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
     bottom = max(1, next(n for n in range(top, 0, -1) if n == 1 or bucket(problem._replace(rows=n - 1)).rows < top))
     found = [
         Case("normal", few, _nothing),
-        Case("shifted up by 1e4", few, _shift(1e4)),
+        Case("shifted up by 1e4", few, _shift_up, through_entropy=False),
         Case("one dominant logit", few, _dominate),
         Case("infinite and NaN", few, _special, special=True, ignored=0.0),
     ]
@@ -61,55 +64,59 @@ def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
         return found
     return [
         Case("no rows", 0, _nothing),
-        Case("one row", 1, _nothing, ignored=0.0),
+        Case("one row", 1, _nothing, ignored=0.0, through_entropy=False),
         *found,
-        Case("shifted down by 1e4", few, _shift(-1e4)),
-        Case("all equal", few, _equalise),
-        Case("wide", few, _scale(20.0)),
+        Case("shifted down by 1e4", few, _shift_down),
+        Case("all equal", few, _equalise, through_entropy=False),
+        Case("wide", few, _widen),
         *([Case("strided and misaligned", few, _nothing, strided=True)] if foreign else []),
-        *(Case(f"{n} rows", n, _nothing) for n in dict.fromkeys((bottom, top)) if n not in (1, few)),
+        *(
+            Case(f"{n} rows", n, _nothing, through_entropy=n == top)
+            for n in dict.fromkeys((bottom, top))
+            if n not in (1, few)
+        ),
     ]
 
 
-def _nothing(x_NV: Tensor) -> None:
+def _nothing(x_NV: Tensor, generator: torch.Generator) -> None:
     pass
 
 
-def _shift(by: float) -> Callable[[Tensor], None]:
-    return lambda x_NV: _discard(x_NV.add_(by))
+def _shift_up(x_NV: Tensor, generator: torch.Generator) -> None:
+    x_NV += 1e4
 
 
-def _scale(by: float) -> Callable[[Tensor], None]:
-    return lambda x_NV: _discard(x_NV.mul_(by))
+def _shift_down(x_NV: Tensor, generator: torch.Generator) -> None:
+    x_NV -= 1e4
 
 
-def _discard(_: Tensor) -> None:
-    """An in-place operation returns its tensor, a `Case.fill` nothing."""
+def _widen(x_NV: Tensor, generator: torch.Generator) -> None:
+    x_NV *= 20.0
 
 
-def _equalise(x_NV: Tensor) -> None:
+def _equalise(x_NV: Tensor, generator: torch.Generator) -> None:
     x_NV[:] = x_NV[:, :1].clone()
 
 
-def _dominate(x_NV: Tensor) -> None:
+def _dominate(x_NV: Tensor, generator: torch.Generator) -> None:
     """The first column, which is the first row's label, or a random one, far above the rest."""
-    rows = torch.arange(len(x_NV), device=x_NV.device)
-    columns = torch.randint(x_NV.shape[1], rows.shape, device=x_NV.device).masked_fill(rows % 2 == 0, 0)
-    x_NV[rows, columns] += 20.0 + 40.0 * torch.rand(rows.shape, device=x_NV.device)
+    device = x_NV.device
+    rows = torch.arange(len(x_NV), device=device)
+    columns = torch.randint(x_NV.shape[1], rows.shape, generator=generator, device=device).masked_fill(rows % 2 == 0, 0)
+    x_NV[rows, columns] += 20.0 + 40.0 * torch.rand(rows.shape, generator=generator, device=device)
 
 
-def _special(x_NV: Tensor) -> None:
+def _special(x_NV: Tensor, generator: torch.Generator) -> None:
     """A NaN, a +inf, all -inf, single -inf (the first column, a likely label, among them), and rows left as they are."""
     vocab = x_NV.shape[1]
-    last = vocab - 1
-    x_NV[0::7, torch.randint(vocab, ())] = torch.nan
-    x_NV[1::7, last] = torch.inf
+    x_NV[0::7, torch.randint(vocab, (), generator=generator, device=x_NV.device)] = torch.nan
+    x_NV[1::7, vocab - 1] = torch.inf
     x_NV[2::7] = -torch.inf
     x_NV[3::7, : vocab // 2 : 3] = -torch.inf
-    x_NV[4::7, last] = -torch.inf
+    x_NV[4::7, vocab - 1] = -torch.inf
 
 
-def _mask_regions(x_NV: Tensor) -> None:
+def _mask_regions(x_NV: Tensor, generator: torch.Generator) -> None:
     """Rows of which only the top 20 tokens, one token, the end or the start of the vocabulary are left."""
     vocab = x_NV.shape[1]
     kept = x_NV.topk(min(20, vocab), dim=-1).values[:, -1:]
@@ -151,10 +158,10 @@ class Arena:
 
     def refill(self, generator: torch.Generator) -> None:
         """New values in the same memory."""
-        rows, vocab = self._case.rows, self._shape[-1]
+        rows, vocab = math.prod(self._shape[:-1]), self._shape[-1]
         x_NV = 3.0 * torch.randn(rows, vocab, generator=generator, device=self._memory.device)
         if rows:
-            self._case.fill(x_NV)
+            self._case.fill(x_NV, generator)
         self.logits.copy_(x_NV.view(self._shape))
         self._before = self._memory.clone()
 

@@ -173,7 +173,7 @@ def make_inputs(case: Case, problem: Problem, generator: torch.Generator) -> Inp
         labels,
         temperature,
         torch.randn(labels.shape, generator=generator, device=device),
-        torch.randn(rows, generator=generator, device=device) if problem.entropy else None,
+        torch.randn(rows, generator=generator, device=device) if problem.entropy and case.through_entropy else None,
         sample,
     )
     inputs.solve()
@@ -251,6 +251,7 @@ def judge(inputs: Inputs, outcome: Outcome, findings: Findings) -> None:
         if inputs.grad_entropy is not None:
             upstream = upstream + inputs.grad_entropy.reshape(-1).abs() * (1 + math.log(problem.vocab))
         scale = x_scale * (upstream[inputs.sample, None] / _row_temperature(inputs))
+        _judge_gradient_sign(inputs, gradient, findings)
         _judge_values("gradient", inputs, gradient, true.gradient, inputs.eager.gradient, scale, findings)
 
 
@@ -309,12 +310,12 @@ def _row_scale(inputs: Inputs) -> Tensor:
     return (largest / _row_temperature(inputs)).clamp(min=1.0)
 
 
-def judge_gradient_sign(inputs: Inputs, gradient: Tensor, findings: Findings) -> None:
-    """The gradient of the log-probabilities alone, K = 1, in the direction of the upstream gradient."""
-    if inputs.case.special or gradient.shape != inputs.arena.logits.shape:
+def _judge_gradient_sign(inputs: Inputs, gradient: Tensor, findings: Findings) -> None:
+    """In the direction of the upstream gradient, where all of it comes from one label a row."""
+    if inputs.case.special or inputs.grad_entropy is not None or inputs.problem.labels_per_row != 1:
         return
     vocab = inputs.problem.vocab
-    gradient = gradient.reshape(-1, vocab)[inputs.sample].float()
+    gradient = gradient.float()
     upstream = inputs.grad_log_probs.reshape(-1, 1)[inputs.sample]
     labels = inputs.labels.reshape(-1, 1)[inputs.sample]
     kept = (labels != IGNORE_INDEX).squeeze(-1)
@@ -335,7 +336,8 @@ def judge_gradient_sign(inputs: Inputs, gradient: Tensor, findings: Findings) ->
     )
     # Rounding of the dtype at every entry, and what the error budget of each probability adds up to.
     size = gradient.double().abs().sum(-1)
-    limits = torch.finfo(inputs.problem.dtype).eps * size + EAGER_CEILING * scale.squeeze(-1)
+    info = torch.finfo(inputs.problem.dtype)
+    limits = info.eps * (size + vocab * info.tiny) + EAGER_CEILING * scale.squeeze(-1)
     sums = gradient.double().sum(-1).abs()
     worst = int((sums / limits.clamp(min=1e-300)).argmax())
     figure, limit = float(sums[worst]), float(limits[worst])
@@ -345,8 +347,9 @@ def judge_gradient_sign(inputs: Inputs, gradient: Tensor, findings: Findings) ->
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Equal in every bit, NaN included."""
+    """Whether all numbers are equal in every bit, and NaN stands where NaN stands."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return torch.equal(one.detach().contiguous().view(bits), other.detach().contiguous().view(bits))
+    one, other = (x.detach().masked_fill(x.isnan(), torch.nan).contiguous() for x in (one, other))
+    return torch.equal(one.view(bits), other.view(bits))

@@ -1,0 +1,46 @@
+# make test      set up .venv, then run the whole suite
+# make profile   set up .venv, then show what this machine can run, and check it
+# make check     format, lint and types, as CI does
+# make format    mend what can be mended by itself
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Without the constraints, pip would take the newest torch, which is larger and not the one that was tested.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: test profile check format clean
+
+test: .venv/.installed-flash-attn
+	$(BIN)/python -m pytest
+
+# The command that measures the backends and stores what it finds, `compiled-logprobs profile`, does not exist yet.
+profile: .venv/.installed-flash-attn
+	$(BIN)/compiled-logprobs doctor
+	$(BIN)/compiled-logprobs check
+
+check: .venv/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find compiled_logprobs tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[test]'
+	touch $@
+
+# flash-attn's Triton kernels are plain Python: its CUDA extension, which takes long to build, is left out. Its setup.py
+# imports torch, hence no build isolation; it depends on einops, which these kernels do not use.
+.venv/.installed-flash-attn: .venv/.installed
+	FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE \
+		$(INSTALL) --no-build-isolation --no-deps flash-attn
+	touch $@
