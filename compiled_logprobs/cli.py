@@ -22,7 +22,7 @@ from rich.text import Text
 
 from compiled_logprobs.backends import backends, register_backend, why_not
 from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.environment import Environment, cpp_compiler, environments, without_paths
+from compiled_logprobs.environment import Environment, cpp_compiler_version, environments, without_paths
 from compiled_logprobs.errors import BackendUnavailable, InputError, LogProbsError
 from compiled_logprobs.problem import Problem, short_name
 from compiled_logprobs.tuning.gate import CheckReport, check_backend
@@ -112,7 +112,7 @@ def check(
 def doctor(as_json: AsJson = False) -> None:
     """Show this machine, the versions on it, and which backends can run here, or why not."""
     found = environments()
-    compiler = cpp_compiler()
+    compiler = cpp_compiler_version()
     answers = [
         (name, problem, reason if reason is None else without_paths(reason))
         for name in backends()

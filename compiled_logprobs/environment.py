@@ -109,19 +109,23 @@ def environments() -> list[Environment]:
 
 
 def cpp_compiler() -> str | None:
-    """Name and version of the C++ compiler that torch.compile takes on the CPU; None if it would find none."""
+    """Where the C++ compiler is that torch.compile takes on the CPU; None if it would find none."""
     usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
-    command = os.environ.get("CXX", usual)
-    found = shutil.which(command)
+    return shutil.which(os.environ.get("CXX", usual))
+
+
+def cpp_compiler_version() -> str | None:
+    """Name and version of `cpp_compiler()`, without its place; None if there is none, or it cannot be run."""
+    found = cpp_compiler()
     if found is None:
         return None
-    if Path(command).stem == "cl":
+    if Path(found).stem == "cl":
         return "cl"  # has no option that only prints the version
     try:
         answer = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return without_paths(next(iter(answer.splitlines()), Path(command).name))
+    return without_paths(next(iter(answer.splitlines()), Path(found).name))
 
 
 def without_paths(text: str) -> str:

@@ -55,7 +55,9 @@ def test_without_a_compiler_the_backend_says_so(monkeypatch, tmp_path):
     _why_no_cpp_compiler.cache_clear()
     try:
         reason = get_backend("compiled").why_not(Problem("cpu", 8, 100, torch.float32))
-        assert reason == "torch.compile needs a C++ compiler on CPU, and neither CXX, g++ nor clang++ is there"
+        assert reason == (
+            "torch.compile needs a C++ compiler on CPU, and there is none on the PATH: install one, or name it in CXX"
+        )
     finally:
         _why_no_cpp_compiler.cache_clear()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compiled_logprobs import environment
-from compiled_logprobs.environment import Environment, cpp_compiler, environment_of, environments, without_paths
+from compiled_logprobs.environment import Environment, cpp_compiler_version, environment_of, environments, without_paths
 
 
 @pytest.fixture
@@ -123,13 +123,13 @@ def test_the_home_folder_is_cut_even_if_it_holds_a_space(monkeypatch):
 
 def test_the_cpp_compiler_is_the_one_that_torch_takes(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(tmp_path / "missing"))
-    assert cpp_compiler() is None
+    assert cpp_compiler_version() is None
 
     compiler = tmp_path / "my-c++"
     compiler.write_text(f"#!/bin/sh\necho '{tmp_path}/my-c++ (a compiler) 1.2.3'\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    assert cpp_compiler() == "my-c++ (a compiler) 1.2.3"
+    assert cpp_compiler_version() == "my-c++ (a compiler) 1.2.3"
 
     compiler.write_text("#!/bin/sh\nexit 1\n")
-    assert cpp_compiler() is None
+    assert cpp_compiler_version() is None

@@ -6,8 +6,6 @@ K and options (`_Key`) has compiled functions of its own, so that none counts ag
 Shapes: N rows (or A x B, where two strides lead from row to row), V vocabulary, K labels a row.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from compiled_logprobs import formula
 from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.environment import cpp_compiler
 from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.problem import Problem
 
@@ -219,10 +218,9 @@ def _as_tensor(temperature: float | Tensor, logits: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _why_no_cpp_compiler() -> str | None:
-    candidates = [os.environ.get("CXX"), "g++", "clang++", "cl"]
-    if any(shutil.which(name) for name in candidates if name):
+    if cpp_compiler() is not None:
         return None
-    return "torch.compile needs a C++ compiler on CPU, and neither CXX, g++ nor clang++ is there"
+    return "torch.compile needs a C++ compiler on CPU, and there is none on the PATH: install one, or name it in CXX"
 
 
 @lru_cache(maxsize=1)
