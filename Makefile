@@ -10,6 +10,8 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 
 .PHONY: test profile check format clean
 
+# Threads that spin while they wait make torch several times slower wherever something else uses the cores as well.
+test: export OMP_WAIT_POLICY := PASSIVE
 test: .venv/.installed-flash-attn
 	$(BIN)/python -m pytest
 

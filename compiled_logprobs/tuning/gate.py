@@ -25,6 +25,7 @@ from compiled_logprobs.tuning.judge import (
     Inputs,
     Outcome,
     Stop,
+    eager_yardstick,
     gradient_of,
     judge,
     judge_memory,
@@ -252,10 +253,11 @@ def _check(
     seed: int,
 ) -> None:
     generator = torch.Generator(problem.device_type).manual_seed(seed)
+    yardstick = eager_yardstick(problem, generator)
     for case in cases(problem, short=short, foreign=isinstance(subject, _Function)):
         if not ignore_index:
             case = replace(case, ignored=0.0)
-        inputs = make_inputs(case, problem, generator)
+        inputs = make_inputs(case, problem, yardstick, generator)
         try:
             _run_case(subject, inputs, findings, recorded, generator)
         except Stop:
@@ -287,14 +289,17 @@ def _run_case(
     other = _run(subject, inputs, findings, with_gradient=problem.needs_grad)
     judge(inputs, other, findings)
     findings.add("stale_result", same_bits(first.log_probs, kept.log_probs), "a later call changed an earlier result")
-    _record_rows(subject, inputs, other, recorded)
+    _record_rows(subject, inputs, other, findings, recorded)
 
 
-def _record_rows(subject: _Subject, inputs: Inputs, whole: Outcome, recorded: _Recorded) -> None:
+def _record_rows(subject: _Subject, inputs: Inputs, whole: Outcome, findings: Findings, recorded: _Recorded) -> None:
     logits, labels, t = inputs.arena.logits, inputs.labels, inputs.temperature
     log_probs = whole.log_probs.clone()
     for count in range(1, min(3, len(logits))):
-        part = subject(logits[:count], labels[:count], t[:count] if isinstance(t, Tensor) else t, inputs.problem)
+        try:
+            part = subject(logits[:count], labels[:count], t[:count] if isinstance(t, Tensor) else t, inputs.problem)
+        except Exception as error:  # noqa: BLE001 - whatever a backend raises is its verdict
+            findings.require("runs", False, f"{count} of the rows alone: {type(error).__name__}: {error}")
         part = part if isinstance(part, Tensor) else part[0]
         recorded.saw_rows(same_bits(part, log_probs[:count]))
 

@@ -36,6 +36,8 @@ class Case:
     """The share of rows whose labels are all ignored."""
     through_entropy: bool = True
     """Whether, where there is an entropy, a gradient comes through it."""
+    first_column_is_a_label: bool = False
+    """Of every second row: the column that `fill` does something special to."""
 
 
 def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
@@ -51,10 +53,10 @@ def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
     few = min(7, top)
     bottom = max(1, next(n for n in range(top, 0, -1) if n == 1 or bucket(problem._replace(rows=n - 1)).rows < top))
     found = [
-        Case("normal", few, _nothing),
+        Case("normal", few, fill_nothing),
         Case("shifted up by 1e4", few, _shift_up, through_entropy=False),
-        Case("one dominant logit", few, _dominate),
-        Case("infinite and NaN", few, _special, special=True, ignored=0.0),
+        Case("one dominant logit", few, _dominate, ignored=0.0, first_column_is_a_label=True),
+        Case("infinite and NaN", few, _special, special=True, ignored=0.0, first_column_is_a_label=True),
     ]
     if not foreign:
         found.append(Case("ignored rows of NaN and infinities", few, _special, special=True, ignored=1.0))
@@ -63,22 +65,22 @@ def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
     if short:
         return found
     return [
-        Case("no rows", 0, _nothing),
-        Case("one row", 1, _nothing, ignored=0.0, through_entropy=False),
+        Case("no rows", 0, fill_nothing),
+        Case("one row", 1, fill_nothing, ignored=0.0, through_entropy=False),
         *found,
         Case("shifted down by 1e4", few, _shift_down),
         Case("all equal", few, _equalise, through_entropy=False),
         Case("wide", few, _widen),
-        *([Case("strided and misaligned", few, _nothing, strided=True)] if foreign else []),
+        *([Case("strided and misaligned", few, fill_nothing, strided=True)] if foreign else []),
         *(
-            Case(f"{n} rows", n, _nothing, through_entropy=n == top)
+            Case(f"{n} rows", n, fill_nothing, through_entropy=n == top)
             for n in dict.fromkeys((bottom, top))
             if n not in (1, few)
         ),
     ]
 
 
-def _nothing(x_NV: Tensor, generator: torch.Generator) -> None:
+def fill_nothing(x_NV: Tensor, generator: torch.Generator) -> None:
     pass
 
 
@@ -99,11 +101,11 @@ def _equalise(x_NV: Tensor, generator: torch.Generator) -> None:
 
 
 def _dominate(x_NV: Tensor, generator: torch.Generator) -> None:
-    """The first column, which is the first row's label, or a random one, far above the rest."""
+    """One logit far above the rest: the label's in every second row, so that its probability rounds to 1."""
     device = x_NV.device
     rows = torch.arange(len(x_NV), device=device)
-    columns = torch.randint(x_NV.shape[1], rows.shape, generator=generator, device=device).masked_fill(rows % 2 == 0, 0)
-    x_NV[rows, columns] += 20.0 + 40.0 * torch.rand(rows.shape, generator=generator, device=device)
+    columns = torch.randint(x_NV.shape[1], rows.shape, generator=generator, device=device).masked_fill(rows % 2 == 1, 0)
+    x_NV[rows, columns] += 20.0 + 80.0 * torch.rand(rows.shape, generator=generator, device=device)
 
 
 def _special(x_NV: Tensor, generator: torch.Generator) -> None:
@@ -199,8 +201,8 @@ def labels_for(case: Case, rows: tuple[int, ...], problem: Problem, generator: t
     flat = labels.view(-1)
     used = min(len(edges), (len(flat) + 1) // 2)
     flat[:used] = edges[:used]
-    if case.special and len(rows) == 1:
-        labels[3:4] = 0  # a label at -inf
+    if case.first_column_is_a_label:
+        labels.view(-1, count)[1::2] = 0
     if count > 1:
         labels[..., 1] = torch.where(random(rows) < 0.3, labels[..., 0], labels[..., 1])
     labels[random(rows) < case.ignored] = IGNORE_INDEX
