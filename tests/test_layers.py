@@ -9,7 +9,8 @@ NAME = PACKAGE.name
 # From the bottom up; a module may import those of lower layers, and in its own layer only what ALLOWED_BESIDE names.
 LAYERS = [
     {"problem", "errors", "formula"},
-    {"environment", "autograd", "backends.base", "backends.flash_attn_rows", "reference"},
+    {"environment", "clock", "telemetry", "autograd", "backends.base", "backends.flash_attn_rows", "reference"},
+    {"store", "roofline"},
     {"backends.eager", "backends.compiled", "backends.flash_attn"},
     {"backends"},
     {"decisions"},

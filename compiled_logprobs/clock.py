@@ -1,0 +1,220 @@
+"""What a run costs on a device: seconds and peak bytes, and the cold cache and free memory that it starts from.
+
+CUDA's side goes through the one name `cuda`, where tests put a stand-in. ROCm is CUDA here, as in torch.
+"""
+
+import ctypes
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, cuda
+
+from compiled_logprobs.errors import InputError
+
+MIB = 2**20
+CPU_CACHES = Path("/sys/devices/system/cpu")
+CGROUPS = Path("/sys/fs/cgroup")
+PROCESS = Path("/proc/self")
+UNKNOWN_CACHE = 64 * MIB
+"""Taken for the last level of a CPU's cache where the system does not tell."""
+INFINITY_CACHE = 256 * MIB
+"""Of the AMD accelerators that have most of it: it lies behind the L2 cache, and torch does not report it."""
+
+
+class Clock:
+    """Seconds between `start()` and `stop()` on `device`, by the device's own events if it is CUDA.
+
+    Work that was queued on the current stream before `start()` is not counted, and `stop()` waits for what came after it.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = measurable(device)
+        self._events: list[cuda.Event] = []
+        if self._device.type == "cuda":
+            self._events = [
+                cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's gap
+                for _ in range(2)
+            ]
+        self._began = 0.0
+
+    def start(self) -> None:
+        if self._events:
+            self._events[0].record(cuda.current_stream(self._device))
+        else:
+            self._began = time.perf_counter()
+
+    def stop(self) -> float:
+        if not self._events:
+            return time.perf_counter() - self._began
+        began, ended = self._events
+        ended.record(cuda.current_stream(self._device))
+        ended.synchronize()
+        return float(began.elapsed_time(ended)) / 1000
+
+
+def time_call(function: Callable[[], object], device: torch.device | str) -> float:
+    """Seconds that one call of `function` takes; what it returns is freed outside of the clock."""
+    clock = Clock(device)
+    clock.start()
+    result = function()
+    seconds = clock.stop()
+    del result
+    return seconds
+
+
+def cache_bytes(device: torch.device | str) -> int:
+    """Size of the last level of cache in front of the device's memory, all its instances together."""
+    device = measurable(device)
+    if device.type == "cpu":
+        return _cpu_cache(CPU_CACHES) or UNKNOWN_CACHE
+    l2 = cuda.get_device_properties(device).L2_cache_size
+    return max(l2, INFINITY_CACHE) if torch.version.hip else l2
+
+
+def flush_cache(device: torch.device | str) -> None:
+    """Put other data into the device's cache; queued on the current stream if it is CUDA."""
+    device = measurable(device)
+    buffer = _scratch(device)
+    if device.type == "cuda":
+        buffer.zero_()
+    else:
+        buffer.amax()  # only read, so that nothing is left to be written back while the clock runs
+
+
+def free_memory(device: torch.device | str) -> int | None:
+    """Bytes that can still be taken, None if the system does not tell.
+
+    On CUDA: of the device, without what torch's allocator holds in reserve. On the CPU: within the limits of the control
+    groups that this process is in.
+    """
+    device = measurable(device)
+    if device.type == "cuda":
+        return int(cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min([*available, *_cgroup_room()], default=None)
+
+
+def why_no_peak(device: torch.device | str) -> str | None:
+    """Why `extra_peak_bytes` cannot measure here; None if it can."""
+    if measurable(device).type == "cuda":
+        return None
+    if sys.platform != "linux":
+        return "the peak of memory in use is measured on Linux and on CUDA devices only"
+    if not os.access(PROCESS / "clear_refs", os.W_OK) or _status("VmHWM") is None or _status("VmRSS") is None:
+        return "this system does not let a process reset and read the peak of its memory (/proc/self/clear_refs, VmHWM)"
+    return None
+
+
+def extra_peak_bytes(function: Callable[[], object], device: torch.device | str) -> int | None:
+    """Peak of the memory in use while `function` runs, over what was in use before; its result counts.
+
+    On CUDA it is what torch's allocator hands out. On the CPU it is the resident memory of the whole process, so other
+    threads count too. None, without a call, where `why_no_peak` has a reason.
+    """
+    device = measurable(device)
+    if why_no_peak(device) is not None:
+        return None
+    gc.collect()
+    if device.type == "cuda":
+        cuda.synchronize(device)
+        cuda.reset_peak_memory_stats(device)
+        before = cuda.memory_allocated(device)
+        result = function()
+        cuda.synchronize(device)
+        peak = cuda.max_memory_allocated(device)
+    else:
+        _return_freed_memory()
+        before = _status("VmRSS") or 0
+        (PROCESS / "clear_refs").write_text("5", encoding="ascii")  # sets VmHWM back to what is resident now
+        result = function()
+        peak = _status("VmHWM") or 0
+    del result
+    return max(0, peak - before)
+
+
+def measurable(device: torch.device | str) -> torch.device:
+    """`device` with its index, if it is of a type that can be measured."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.device("cuda", cuda.current_device()) if device.index is None else device
+    if device.type == "cpu":
+        return torch.device("cpu")
+    raise InputError(
+        f"got device '{device}'; time and memory are measured on 'cpu' and 'cuda' devices. Name one of these."
+    )
+
+
+@lru_cache(maxsize=1)
+def _scratch(device: torch.device) -> Tensor:
+    """A buffer of twice the cache, written once: memory that was never written is one page of zeros on the CPU."""
+    return torch.ones(2 * cache_bytes(device) // 4, dtype=torch.float32, device=device)
+
+
+@cache
+def _cpu_cache(folder: Path) -> int | None:
+    """Size of the last level of the CPUs that this process may use, as Linux describes it; None if it does not.
+
+    CPUs that share an instance count it once.
+    """
+    sizes: dict[tuple[int, str], int] = {}
+    cpus = os.sched_getaffinity(0) if sys.platform == "linux" else ()
+    for entry in (entry for cpu in cpus for entry in (folder / f"cpu{cpu}" / "cache").glob("index*")):
+        try:
+            level, size, shared = ((entry / name).read_text().strip() for name in ("level", "size", "shared_cpu_list"))
+            sizes[int(level), shared] = int(size.removesuffix("K")) * 1024
+        except (OSError, ValueError):
+            continue
+    last = max((level for level, _ in sizes), default=0)
+    return sum(size for (level, _), size in sizes.items() if level == last) or None
+
+
+def _cgroup_room() -> list[int]:
+    """What each limit on this process's memory leaves; the page cache that can be dropped counts as free."""
+    room = []
+    for line in _text(PROCESS / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            root, limit_file, use_file, dropped = CGROUPS, "memory.max", "memory.current", "inactive_file "
+        elif "memory" in controllers.split(","):
+            root, limit_file, use_file = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            dropped = "total_inactive_file "
+        else:
+            continue
+        group = root / path.lstrip("/")  # in a container it may not exist, and then the root holds the limits
+        for folder in [group, *(parent for parent in group.parents if parent.is_relative_to(root))]:
+            limit, used = _text(folder / limit_file).strip(), _text(folder / use_file).strip()
+            if limit.isdigit() and used.isdigit():  # no limit is 'max'
+                statistics = _text(folder / "memory.stat").splitlines()
+                cached = sum(int(line.split()[1]) for line in statistics if line.startswith(dropped))
+                room.append(max(0, int(limit) - int(used) + cached))
+    return room
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _status(field: str) -> int | None:
+    """A size in /proc/self/status, in bytes."""
+    lines = _text(PROCESS / "status").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+
+
+def _return_freed_memory() -> None:
+    """So that what was freed before does not hide what is taken now."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)

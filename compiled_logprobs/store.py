@@ -1,0 +1,395 @@
+"""Profiles on disk: read, check, publish. What a decision means is for the layers above; here it is a plain dict.
+
+<root>/v1/<environment>/environment.json                the facts of that environment
+<root>/v1/<environment>/decisions/<problem>.json        one decision
+<root>/v1/<environment>/decisions/<problem>.times.json  the raw times that it rests on
+
+There is no lock: a file is complete before it gets its name, so a reader meets the old one or the new one, whoever writes.
+Each file says where it belongs and carries a digest of its record; what does not fit is a miss with a warning.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import stat
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+
+from compiled_logprobs.environment import Environment
+from compiled_logprobs.errors import ProfileError
+from compiled_logprobs.problem import DTYPES, Problem, short_name
+
+Record = dict[str, Any]
+
+SCHEMA = 1
+LIMIT = 2**20
+"""Bytes of a file, so that a wrong one costs no memory."""
+TIMES_LIMIT = 16 * LIMIT
+DEPTH = 32
+"""Levels of a record, so that who walks through one needs no guard."""
+ABANDONED_S = 3600.0
+"""After which a temporary file is taken for that of a writer that was killed."""
+FACTS = "environment.json"
+TIMES = ".times.json"
+TEMPORARY = ".tmp"
+ROOT_VARIABLE = "COMPILED_LOGPROBS_PROFILES"
+
+_FINGERPRINT = re.compile("[0-9a-f]{16}")
+_DTYPES = {short_name(dtype): dtype for dtype in DTYPES}
+_KINDS: dict[str, Any] = get_type_hints(Problem)
+_READ_ONLY = ("this process may not write there", "Make it writable")
+_CAUSES = {
+    errno.ENOSPC: ("the disk is full", "Free some space"),
+    errno.EDQUOT: ("the quota is used up", "Free some space"),
+    errno.EROFS: ("the file system is read-only", "Make it writable"),
+    errno.EACCES: _READ_ONLY,
+    errno.EPERM: _READ_ONLY,
+}
+_warned: set[Path] = set()
+
+
+def problem_to_dict(problem: Problem) -> Record:
+    """Every field of `problem`, as plain values."""
+    fields = problem._asdict()
+    return {name: short_name(value) if _KINDS[name] is torch.dtype else value for name, value in fields.items()}
+
+
+def problem_from_dict(fields: object) -> Problem:
+    """What `problem_to_dict` was given. Raises ProfileError for anything that it does not return."""
+    if not isinstance(fields, dict) or fields.keys() != _KINDS.keys():
+        got = ", ".join(map(str, fields)) if isinstance(fields, dict) else f"a {type(fields).__name__}"
+        raise ProfileError(f"a problem is {got:.200}; valid is an object of {', '.join(_KINDS)}")
+    for name, value in fields.items():
+        right, valid = _judged(_KINDS[name], value)
+        if not right:
+            raise ProfileError(f"the problem's {name} is {value!r:.80}; valid is {valid}")
+    values: Record = {
+        name: _DTYPES.get(value) if _KINDS[name] is torch.dtype else value for name, value in fields.items()
+    }
+    return Problem(**values)
+
+
+def _judged(kind: object, value: object) -> tuple[bool, str]:
+    """Whether `value` is a stored field of the type `kind`, and which values are."""
+    if kind is bool:
+        return isinstance(value, bool), "true or false"
+    if kind is int:
+        return type(value) is int and 0 <= value < 10**18, "an integer from 0 to 10^18 - 1"
+    if kind is str:  # the type of device: a third party may add one, so that only its form can be checked
+        right = isinstance(value, str) and re.fullmatch("[a-z][a-z0-9_]{0,31}", value) is not None
+        return right, "a name of at most 32 lower-case letters, digits and underscores"
+    choices = list(_DTYPES) if kind is torch.dtype else get_args(kind)
+    return isinstance(value, str) and value in choices, f"one of {', '.join(choices)}"
+
+
+def problem_name(problem: Problem) -> str:
+    """A file's name that tells `problem` from every other, also where upper and lower case are the same."""
+    problem_from_dict(problem_to_dict(problem))  # so that no name leads out of its folder
+    parts = [
+        problem.device_type,
+        f"n{problem.rows}",
+        f"v{problem.vocab}",
+        short_name(problem.dtype),
+        "" if problem.out_dtype == torch.float32 else f"out_{short_name(problem.out_dtype)}",
+        "" if problem.labels_per_row == 1 else f"k{problem.labels_per_row}",
+        "grad" if problem.needs_grad else "",
+        "entropy" if problem.entropy else "",
+        "" if problem.temperature == "none" else f"t_{problem.temperature}",
+        "masked" if problem.masked_logits else "",
+        "inplace" if problem.inplace_backward else "",
+        "" if problem.layout == "flat" else f"layout_{problem.layout}",
+        "" if problem.aligned else "unaligned",
+    ]
+    return "-".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Profiles under one folder, which need not exist.
+
+    No file makes a method that reads raise. A key under which nothing can be stored, such as an environment that is not
+    a fingerprint, is the caller's mistake: ProfileError.
+    """
+
+    root: Path
+
+    def read(self, environment: str, problem: Problem) -> Record | None:
+        """The decision stored for exactly this; None if there is none, or (with a warning) none to be trusted."""
+        found = _load_or_warn(self._path(environment, problem))
+        return found["record"] if found else None
+
+    def times(self, environment: str, problem: Problem) -> Record | None:
+        """The raw times of the decision that `read` returns, if they were stored with it."""
+        path = self._path(environment, problem)
+        decision, found = _load_or_warn(path), _load_or_warn(path.with_suffix(TIMES))
+        # Two writers at once, or one killed between its two files, can leave the times of another decision.
+        return found["record"] if decision and found and found.get("decision") == decision["sha256"] else None
+
+    def records(self, environment: str | None = None) -> Iterator[tuple[str, Problem, Record]]:
+        """Environment, problem and decision of all that is stored and can be trusted, or of one environment's."""
+        for folder in self._folders():
+            for path in _decisions(folder) if environment in (None, folder.name) else []:
+                if found := _load_or_warn(path):
+                    yield folder.name, problem_from_dict(found["problem"]), found["record"]
+
+    def environments(self) -> dict[str, Record]:
+        """The facts of each stored environment, as `Environment.to_dict` gives them, by fingerprint."""
+        files = {folder.name: _load_or_warn(folder / FACTS) for folder in self._folders()}
+        return {name: found["record"] for name, found in files.items() if found}
+
+    def near(self, environment: str, problem: Problem) -> list[Problem]:
+        """The problems stored, and readable, that differ from `problem` in N only, by rising N."""
+        folder = self._path(environment, problem).parents[1]
+        numbers = [re.match("[^-]+-n([0-9]{1,18})-", path.name) for path in _decisions(folder)]
+        others = [problem._replace(rows=n) for n in sorted({int(n[1]) for n in numbers if n} - {problem.rows})]
+        return [other for other in others if self.read(environment, other) is not None]
+
+    def publish(self, environment: Environment, problem: Problem, record: Record, times: Record | None = None) -> Path:
+        """Store `record` as the decision for `problem`, in place of an older one. Raises ProfileError if it cannot."""
+        fingerprint = environment.fingerprint()
+        path = self._path(fingerprint, problem)
+        facts, beside = path.parents[1] / FACTS, path.with_suffix(TIMES)
+        key: Record = {"environment": fingerprint, "problem": problem_to_dict(problem)}
+        files = {path: _seal(path, key, record)}
+        if times is not None:
+            files[beside] = _seal(beside, {**key, "decision": _digest(record)}, times)
+        if _standing(facts) != "whole":
+            files = {facts: _seal(facts, {"environment": fingerprint}, environment.to_dict()), **files}
+        if newer := next((file for file in files if _standing(file) == "newer"), None):
+            raise _unwritable(newer, "a newer release wrote what is there", "Upgrade compiled-logprobs")
+        if str(self.root).startswith("~"):  # a folder of that name would be made, and removing that one can cost a home
+            raise _unwritable(path, "the home folder of this user is not known", "Set HOME")
+        try:
+            _write(files)
+            if times is None:
+                beside.unlink(missing_ok=True)
+        except OSError as error:
+            raise _unwritable(
+                path, *_CAUSES.get(error.errno or 0, (error.strerror or str(error), "Mend that"))
+            ) from error
+        return path
+
+    def _path(self, environment: str, problem: Problem) -> Path:
+        if not _FINGERPRINT.fullmatch(environment):
+            raise ProfileError(
+                f"{environment!r:.80} is no environment; valid is a fingerprint of 16 characters, as "
+                "`compiled-logprobs doctor` prints it"
+            )
+        return self.root / f"v{SCHEMA}" / environment / "decisions" / f"{problem_name(problem)}.json"
+
+    def _folders(self) -> list[Path]:
+        return [path for path in _listing(self.root / f"v{SCHEMA}") if _FINGERPRINT.fullmatch(path.name)]
+
+
+def user_store() -> Store:
+    """Where this user's decisions are kept."""
+    if root := os.environ.get(ROOT_VARIABLE):
+        return Store(Path(os.path.expanduser(root)))
+    from platformdirs import user_data_path
+
+    return Store(user_data_path("compiled-logprobs"))
+
+
+def project_store() -> Store | None:
+    """`profiles` in the current folder, if profiles are there."""
+    return Store(Path(os.path.abspath("profiles"))) if os.path.isdir(f"profiles/v{SCHEMA}") else None
+
+
+def bundled_store() -> Store:
+    """What came with the package: inside it where it is installed, beside it in a checkout."""
+    inside = Path(__file__).parent / "profiles"
+    return Store(inside if inside.is_dir() else inside.parents[1] / "profiles")
+
+
+def stores() -> list[Store]:
+    """The user's, the project's and the bundled store, in the order in which they are asked, each folder once."""
+    found: dict[str, Store] = {}
+    for store in (user_store(), project_store(), bundled_store()):
+        if store is not None:
+            found.setdefault(os.path.realpath(store.root), store)
+    return list(found.values())
+
+
+class _Newer(ProfileError):
+    """A file of a schema that is yet to come: it cannot be read, and must not be replaced."""
+
+
+def _load(path: Path) -> Record | None:
+    """The content of a file that is whole and lies where it belongs; None if there is no file. ProfileError says why not."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ProfileError("it is not a regular file")  # and opening a pipe would wait for its writer
+        with path.open("rb") as file:
+            data = file.read(_limit(path) + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ProfileError(f"it cannot be read ({error.strerror})") from error
+    if len(data) > _limit(path):
+        raise ProfileError(f"it has more than {_limit(path)} bytes")
+    try:
+        content = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise ProfileError(f"it is not JSON in UTF-8 ({error})" if data else "it is empty") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if type(schema) is int and schema > SCHEMA:
+        raise _Newer(f"a newer release wrote it, with schema {schema}")
+    _check_plain(content, "its content", depth=-1)  # so that the record in it may be as deep as when it was stored
+    if type(schema) is not int or schema != SCHEMA or not isinstance(content.get("record"), dict):
+        raise ProfileError(f"it is not an object with a record and schema {SCHEMA}")
+    if content.get("sha256") != _digest(content["record"]):
+        raise ProfileError("its record was changed or cut after it was written: the digest is another")
+    folder = path.parent if path.name == FACTS else path.parents[1]
+    if content.get("environment") != folder.name:
+        raise ProfileError(f"it is of another environment, {content.get('environment')!r:.80}")
+    if path.name != FACTS:
+        name = problem_name(problem_from_dict(content.get("problem")))
+        if name != path.name.split(".")[0]:
+            raise ProfileError(f"it is of another problem, {name}")
+    return content  # type: ignore[no-any-return]  # json.loads returns Any
+
+
+def _load_or_warn(path: Path) -> Record | None:
+    try:
+        return _load(path)
+    except ProfileError as error:
+        _warn(path, error)
+        return None
+
+
+def _warn(path: Path, error: Exception) -> None:
+    if path in _warned:
+        return
+    _warned.add(path)
+    found = re.sub("[^ -~]", "?", str(error))[:300]  # it may quote the file, which may hold anything
+    remedy = "Upgrade compiled-logprobs" if isinstance(error, _Newer) else "Make it readable, or delete it"
+    warnings.warn(
+        f"the stored profile {path} is passed over: {found}.\nA profile is JSON of schema {SCHEMA} with the digest of its "
+        f"record, in the folder of its environment. {remedy}: what it told can be measured again.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _standing(path: Path) -> Literal["missing", "whole", "broken", "newer"]:
+    try:
+        return "missing" if _load(path) is None else "whole"
+    except _Newer:
+        return "newer"
+    except ProfileError:
+        return "broken"
+
+
+def _listing(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        _warn(folder, ProfileError(f"it cannot be listed ({error.strerror})"))
+        return []
+
+
+def _decisions(folder: Path) -> list[Path]:
+    return [path for path in _listing(folder / "decisions") if re.fullmatch(r"[^.]+\.json", path.name)]
+
+
+def _limit(path: Path) -> int:
+    return TIMES_LIMIT if path.name.endswith(TIMES) else LIMIT
+
+
+def _digest(record: Record) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _seal(path: Path, key: Record, record: Record) -> bytes:
+    """The bytes of the file at `path`: `record`, where it belongs, and its digest."""
+    _check_plain(record, "record")
+    content = {"schema": SCHEMA, **key, "sha256": _digest(record), "record": record}
+    indent = None if path.name.endswith(TIMES) else 2  # a line for each of thousands of times helps no reader
+    data = (json.dumps(content, sort_keys=True, indent=indent, allow_nan=False) + "\n").encode()
+    if len(data) > _limit(path):
+        raise ProfileError(
+            f"{path.name} would have {len(data)} bytes; valid are at most {_limit(path)}. Store less in it."
+        )
+    return data
+
+
+def _check_plain(value: object, where: str, depth: int = 0) -> None:
+    """Raise ProfileError for what JSON cannot give back as it was."""
+    if depth > DEPTH:
+        raise ProfileError(f"{where:.80} is nested deeper than {DEPTH} levels. Store it flatter.")
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if not isinstance(name, str):
+                raise ProfileError(f"{where} has the key {name!r:.80}; valid are strings. Name it by one.")
+            _check_plain(item, f"{where}.{name}", depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]", depth + 1)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ProfileError(f"{where} is {value}; valid are finite numbers. Store null, and the reason beside it.")
+    elif isinstance(value, int):
+        if abs(value) >= 2**63:
+            raise ProfileError(f"{where} is an integer of {value.bit_length()} bits; valid are 63. Store it as text.")
+    elif value is not None and not isinstance(value, str):
+        raise ProfileError(f"{where} is a {type(value).__name__}; valid are JSON's own types. Convert it to one.")
+
+
+def _write(files: dict[Path, bytes]) -> None:
+    """Put all `files` in their places, in this order, once all of them are on disk under other names."""
+    staged: dict[Path, Path] = {}
+    try:
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(path.parent)
+            temporary = path.with_name(f".{secrets.token_hex(8)}{TEMPORARY}")
+            staged[temporary] = path
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, path in staged.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in staged:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                temporary.unlink(missing_ok=True)
+    for folder in {folder for path in files for folder in path.parents[:4]}:  # which may be new in those above them
+        _sync(folder)
+
+
+def _sync(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows and some network file systems cannot; the files are whole all the same
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for path in folder.iterdir():
+        if re.fullmatch(rf"\.[0-9a-f]{{16}}{re.escape(TEMPORARY)}", path.name):
+            with contextlib.suppress(OSError):  # another writer was quicker
+                if time.time() - path.stat().st_mtime > ABANDONED_S:
+                    path.unlink()
+
+
+def _unwritable(path: Path, why: str, remedy: str) -> ProfileError:
+    return ProfileError(
+        f"the profile {path} cannot be written: {why}.\nValid is a folder that this process may write to, on a disk with "
+        f"room. {remedy}, or let {ROOT_VARIABLE} name another folder."
+    )

@@ -1,0 +1,94 @@
+/* A stand-in for libnvidia-ml.so.1, NVML as the driver brings it: two GPUs, the second of which has a slice.
+ *
+ * FAKE_NVML_INIT     what nvmlInit returns (default 0, success)
+ * FAKE_NVML_RETURN   what every other query returns
+ * FAKE_NVML_REASONS  the bits of the throttle reasons
+ * FAKE_NVML_POWER    milliwatts
+ * -D OLD_DRIVER      leaves out what older drivers do not have
+ */
+#include <stdlib.h>
+#include <string.h>
+
+enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7 };
+
+typedef struct device {
+    const char *uuid, *address;
+    struct device *whole;
+    unsigned number;
+} device;
+
+static device devices[] = {
+    {"GPU-aaaaaaaa-0000-0000-0000-000000000000", "00000000:0A:00.0", 0, 1},
+    {"GPU-bbbbbbbb-0000-0000-0000-000000000000", "00000000:8B:00.0", 0, 2},
+    {"MIG-cccccccc-0000-0000-0000-000000000000", "", &devices[1], 3},
+};
+
+static unsigned setting(const char *name, unsigned otherwise) {
+    const char *text = getenv(name);
+    return text ? (unsigned)strtoul(text, 0, 0) : otherwise;
+}
+
+static int answer(void) { return (int)setting("FAKE_NVML_RETURN", SUCCESS); }
+
+int nvmlInitWithFlags(unsigned flags) { return (int)setting("FAKE_NVML_INIT", SUCCESS); }
+
+static int find(const char *name, int by_uuid, device **found) {
+    for (unsigned i = 0; i < sizeof devices / sizeof *devices; i++)
+        if (!strcmp(name, by_uuid ? devices[i].uuid : devices[i].address)) {
+            *found = &devices[i];
+            return SUCCESS;
+        }
+    return NOT_FOUND;
+}
+
+int nvmlDeviceGetHandleByUUID(const char *uuid, device **found) { return find(uuid, 1, found); }
+int nvmlDeviceGetHandleByPciBusId_v2(const char *address, device **found) { return find(address, 0, found); }
+
+int nvmlDeviceGetDeviceHandleFromMigDeviceHandle(device *slice, device **whole) {
+    if (!slice->whole) return INVALID_ARGUMENT;
+    *whole = slice->whole;
+    return SUCCESS;
+}
+
+typedef struct { unsigned version; unsigned long long total, reserved, available, used; } memory;
+int nvmlDeviceGetMemoryInfo_v2(device *d, memory *m) {
+    m->total = d->number * 1000ull;
+    m->used = d->number * 100ull;
+    return answer();
+}
+
+typedef struct { unsigned gpu, memory; } utilisation;
+int nvmlDeviceGetUtilizationRates(device *d, utilisation *u) {
+    u->gpu = 0;
+    u->memory = 40 + d->number;
+    return answer();
+}
+
+/* clock: 1 of the multiprocessors, 2 of the memory */
+int nvmlDeviceGetClockInfo(device *d, unsigned clock, unsigned *mhz) { return *mhz = clock * 1000 + d->number, answer(); }
+int nvmlDeviceGetMaxClockInfo(device *d, unsigned clock, unsigned *mhz) { return *mhz = clock * 2000 + d->number, answer(); }
+int nvmlDeviceGetPowerUsage(device *d, unsigned *mw) { return *mw = setting("FAKE_NVML_POWER", 350500), answer(); }
+int nvmlDeviceGetEnforcedPowerLimit(device *d, unsigned *mw) { return *mw = 700000, answer(); }
+int nvmlDeviceGetPersistenceMode(device *d, unsigned *on) { return *on = 0, answer(); }
+int nvmlDeviceGetMigMode(device *d, unsigned *now, unsigned *pending) { return *now = d->number == 2, *pending = 0, answer(); }
+int nvmlDeviceGetTemperature(device *d, unsigned sensor, unsigned *celsius) { return *celsius = 50, answer(); }
+
+#ifndef OLD_DRIVER
+typedef struct { unsigned version, sensor; int celsius; } temperature;
+int nvmlDeviceGetTemperatureV(device *d, temperature *t) { return t->celsius = 60, answer(); }
+#endif
+
+int nvmlDeviceGetCurrentClocksEventReasons(device *d, unsigned long long *bits) {
+    return *bits = setting("FAKE_NVML_REASONS", 0), answer();
+}
+
+typedef struct { unsigned pid; unsigned long long used; unsigned gpu_instance, compute_instance; } process;
+int nvmlDeviceGetComputeRunningProcesses_v3(device *d, unsigned *count, process *found) {
+    if (answer() != SUCCESS) return answer();
+    if (d->number == 1) return *count = 0, SUCCESS;
+    if (*count < 2) return *count = 2, INSUFFICIENT_SIZE;
+    *count = 2;
+    found[0] = (process){4711, 2048, 0, 0};
+    found[1] = (process){4712, ~0ull, 0, 0}; /* its memory is not available */
+    return SUCCESS;
+}
