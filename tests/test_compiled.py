@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import compiled_logprobs as clp
 from compiled_logprobs.autograd import compute
 from compiled_logprobs.backends import get_backend
 from compiled_logprobs.backends.compiled import _why_no_cpp_compiler
@@ -39,6 +42,42 @@ def test_any_number_of_rows_and_any_temperature_take_one_compilation_a_direction
             log_probs, _ = compute(backend, logits, labels, temperature)
             backward += compilations(lambda: log_probs.sum().backward())  # noqa: B023 - called at once
     assert (forward, backward) == (1, 1)
+
+
+def test_any_batch_and_length_take_one_compilation_a_direction():
+    """Whole [B, T, V] logits are those of [B * T, V]; a slice of the positions has two strides, and a compilation of its own."""
+    whole = sliced = 0
+    for batch, length in ((2, 5), (3, 5), (4, 7), (3, 9), (8, 3), (5, 4)):
+        leaf, labels = torch.randn(batch, length, 53, requires_grad=True), torch.randint(53, (batch, length))
+
+        def run(logits, labels):
+            clp.log_probs_from_logits(logits, labels, backend="compiled").sum().backward()
+
+        whole += compilations(lambda: run(leaf * 1.0, labels))  # noqa: B023 - called at once
+        sliced += compilations(lambda: run((leaf * 1.0)[:, :-1], labels[:, :-1]))  # noqa: B023 - called at once
+    # The first slice is compiled with its stride as a constant, the second with any.
+    assert (whole, sliced) == (2, 2) or (whole, sliced) == (2, 4)
+
+
+def test_a_vocabulary_is_a_constant_of_its_kernel():
+    """torch.compile takes a size that has changed for dynamic; the vocabulary of another function must not count."""
+    backend = get_backend("compiled")
+    found = []
+
+    def spy(self, *arguments, **options):
+        size = create_symbol(self, *arguments, **options)
+        found.append(str(size))
+        return size
+
+    create_symbol = ShapeEnv.create_symbol
+    for vocab in (47, 43, 41):
+        logits, labels = torch.randn(6, vocab, requires_grad=True), torch.randint(vocab, (6, 1))
+        found.clear()
+        with mock.patch.object(ShapeEnv, "create_symbol", spy):
+            log_probs, _ = compute(backend, logits, labels)
+            log_probs.sum().backward()
+        assert found.count(str(vocab)) == 2  # not a symbol: forward and backward
+        assert any(size.startswith("s") for size in found)  # but N is
 
 
 def test_many_vocabularies_do_not_exhaust_a_recompilation_limit():

@@ -99,7 +99,7 @@ def test_inputs_cover_what_the_design_lists():
     assert {0, 3000, -100} <= set(labels.tolist())
     assert {1023, 1024, 2047, 2048} <= set(labels.tolist())
     values = [logits for logits, _ in seen if len(logits)]
-    assert any(x.isnan().any() for x in values) and any((x == torch.inf).any() for x in values)
+    assert any(x.isnan().any() for x in values)
     assert any((x == -torch.inf).all(-1).any() for x in values)
     assert any(x.min() > 9e3 for x in values) and any(x.max() < -9e3 for x in values)
     assert any((x == x[:, :1]).all() for x in values)
@@ -113,8 +113,7 @@ def test_reports_are_plain_json():
 
 def test_row_invariance_is_recorded_and_no_failure():
     def depends_on_the_batch(logits, labels):
-        x = logits.float() if len(labels) > 2 else logits.double()
-        return -torch.nn.functional.cross_entropy(x, labels, reduction="none").float()
+        return good(logits, labels) * (1.0 if len(labels) > 2 else 1.0 + 2**-23)
 
     report = clp.check_backend(depends_on_the_batch, Problem("cpu", 12, 3001, torch.float32))
     assert report.passed and report.row_invariant is False and report.repeatable

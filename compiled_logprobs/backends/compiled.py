@@ -1,7 +1,7 @@
 """torch.compile over the formula: one fused forward pass, one fused pointwise backward.
 
 N is dynamic and V static: one compilation a direction serves every N and every temperature. Each combination of V, dtype,
-K and options (`_Key`) has compiled functions of its own, so that none counts against another's recompilation limit.
+K and options (`_Key`) has a compiled function of its own, which knows nothing of the others.
 
 Shapes: N rows (or A x B, where two strides lead from row to row), V vocabulary, K labels a row.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib.util import find_spec
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -128,7 +129,7 @@ def _compiled_forward(key: _Key, entropy: bool) -> Callable[..., Any]:
     def forward(logits: Tensor, labels: Tensor, temperature: Tensor) -> Any:
         return formula.forward(logits, labels, temperature, entropy=entropy)
 
-    return _compile(forward)
+    return _compile(forward, f"forward_{key}_{entropy}")
 
 
 @cache
@@ -150,12 +151,20 @@ def _compiled_backward(key: _Key, through_entropy: bool, inplace: bool) -> Calla
         )
         return logits.copy_(gradient) if inplace else gradient, at_labels
 
-    return _compile(backward)
+    return _compile(backward, f"backward_{key}_{through_entropy}_{inplace}")
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]  # its overloads lack the last two
-        function, fullgraph=True, isolate_recompiles=True, recompile_limit=RECOMPILE_LIMIT
+def _compile(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Compile a copy of `function` that has a code object and a name of its own.
+
+    torch.compile remembers by these which sizes have changed so far, and takes them for dynamic from then on: to one function
+    for all keys, V would look like such a size. It also counts compilations by code object.
+    """
+    assert isinstance(function, FunctionType)
+    code = function.__code__.replace(co_name=name)
+    own = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    compiled: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]  # its overloads lack the last
+        own, fullgraph=True, recompile_limit=RECOMPILE_LIMIT
     )
     return compiled
 
@@ -167,7 +176,8 @@ def _run(function: Callable[..., Any], logits: Tensor, *others: Tensor) -> Any:
     compile once more for it, with another order of summation.
     """
     leading = list(range(logits.ndim - 1))
-    arguments = [logits, *others]
+    # `.data` is no view: of a view, the compiler also looks at the tensor that it was made from, and at its sizes.
+    arguments = [logits.data, *others]
     if logits.shape[0] == 1:
         arguments = [torch.cat([a, a]) if a.ndim else a for a in arguments]
     for argument in arguments:

@@ -47,7 +47,8 @@ def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
         problem: gives V, the bucket of N, and whether regions are -inf.
         short: only the inputs that find most mistakes, with few rows.
         foreign: for somebody's function. It gets strided rows as well, which for a backend are another problem. It is not asked
-            about ignored rows that hold NaN, to which plain torch gives a gradient of 0 * NaN.
+            about +inf, where a label's logit minus logsumexp is -inf and log_softmax NaN; nor about ignored rows that hold NaN,
+            to which plain torch gives a gradient of 0 * NaN.
     """
     top = bucket(problem).rows
     few = min(7, top)
@@ -56,10 +57,11 @@ def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
         Case("normal", few, fill_nothing),
         Case("shifted up by 1e4", few, _shift_up, through_entropy=False),
         Case("one dominant logit", few, _dominate, ignored=0.0, first_column_is_a_label=True),
-        Case("infinite and NaN", few, _special, special=True, ignored=0.0, first_column_is_a_label=True),
+        Case("-inf and NaN", few, _special, special=True, ignored=0.0, first_column_is_a_label=True),
     ]
     if not foreign:
-        found.append(Case("ignored rows of NaN and infinities", few, _special, special=True, ignored=1.0))
+        found.append(Case("+inf", few, _infinite, special=True, ignored=0.0))
+        found.append(Case("ignored rows of NaN", few, _special, special=True, ignored=1.0))
     if problem.masked_logits:
         found.append(Case("regions of -inf", few, _mask_regions, special=True, ignored=0.0))
     if short:
@@ -109,13 +111,17 @@ def _dominate(x_NV: Tensor, generator: torch.Generator) -> None:
 
 
 def _special(x_NV: Tensor, generator: torch.Generator) -> None:
-    """A NaN, a +inf, all -inf, single -inf (the first column, a likely label, among them), and rows left as they are."""
+    """A NaN, all -inf, single -inf (the first column, a label, among them), and rows left as they are."""
     vocab = x_NV.shape[1]
-    x_NV[0::7, torch.randint(vocab, (), generator=generator, device=x_NV.device)] = torch.nan
-    x_NV[1::7, vocab - 1] = torch.inf
-    x_NV[2::7] = -torch.inf
-    x_NV[3::7, : vocab // 2 : 3] = -torch.inf
-    x_NV[4::7, vocab - 1] = -torch.inf
+    x_NV[0::6, torch.randint(vocab, (), generator=generator, device=x_NV.device)] = torch.nan
+    x_NV[1::6, : vocab // 2 : 3] = -torch.inf
+    x_NV[2::6] = -torch.inf
+    x_NV[3::6, vocab - 1] = -torch.inf
+
+
+def _infinite(x_NV: Tensor, generator: torch.Generator) -> None:
+    """A +inf in every second row: in the last column, which is a label of row 1."""
+    x_NV[1::2, x_NV.shape[1] - 1] = torch.inf
 
 
 def _mask_regions(x_NV: Tensor, generator: torch.Generator) -> None:
