@@ -6,11 +6,16 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from compiled_logprobs import backends, decisions
-from compiled_logprobs.autograd import PlainFormula, compute
-from compiled_logprobs.errors import BackendUnavailable, InputError
+from compiled_logprobs import decisions
+from compiled_logprobs.autograd import ForwardBackward, PlainFormula, compute
+from compiled_logprobs.backends import backends, get_backend, require_backend, why_not
+from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.errors import BackendUnavailable, InputError, nothing_can_serve_after
+from compiled_logprobs.formula import accumulation_dtype
 from compiled_logprobs.problem import (
     DTYPES,
     Layout,
@@ -60,12 +65,14 @@ def log_probs_from_logits(
         return_entropy: also return the entropy of each row, from the same pass.
         masked_logits: whole regions of the vocabulary are -inf, as top-k and top-p filtering leave them.
         inplace_backward: write the gradient over `logits`, which saves its memory. Nothing else may need their values by
-            then: whoever saved them for its own backward gets autograd's error, but a plain read afterwards finds the
-            gradient and cannot be detected. Not for leaf tensors. Where memory overlaps (an expanded tensor), where the last
-            stride is not 1, and inside torch.compile the gradient gets memory of its own.
+            then: whoever saved them for its own backward gets autograd's error (a second slice of the same tensor too), but
+            a plain read afterwards finds the gradient and cannot be detected. Not for leaf tensors. Where memory overlaps
+            (an expanded tensor), where the last stride is not 1, and inside torch.compile the gradient gets memory of its
+            own.
         out_dtype: dtype of the results; None is the dtype of `logits`.
         backend: "auto", or the name of one of `backends()`, which then runs or raises. Inside torch.compile,
             torch.export and under a fake-tensor mode the plain formula runs, whatever is named, for the compiler to fuse.
+            Under other dispatch modes (such as a counter of operations) "auto" is eager.
 
     Returns:
         [...] (or [..., K]) log-probabilities in nats, never positive, differentiable in `logits` once; with
@@ -81,19 +88,19 @@ def log_probs_from_logits(
     _check_labels(logits, labels, ignore_index)
     temperature = _checked_temperature(logits, temperature)
     out_dtype = _checked_out_dtype(logits, out_dtype)
-    if inplace_backward:
+    if inplace_backward and not _is_traced(logits):
         _check_not_leaf(logits)
     many = labels.ndim == logits.ndim
     log_probs, entropy = _run(
         logits,
         labels if many else labels.unsqueeze(-1),
         temperature,
-        ignore_index,
-        return_entropy,
-        masked_logits,
-        inplace_backward,
-        out_dtype,
-        backend,
+        ignore_index=int(ignore_index),
+        entropy=return_entropy,
+        masked_logits=masked_logits,
+        inplace_backward=inplace_backward,
+        out_dtype=out_dtype,
+        name=backend,
     )
     log_probs = (log_probs if many else log_probs.squeeze(-1)).to(out_dtype)
     return log_probs if entropy is None else LogProbs(log_probs, entropy.to(out_dtype))
@@ -175,6 +182,7 @@ def _run(
     logits: Tensor,
     labels: Tensor,
     temperature: float | Tensor,
+    *,
     ignore_index: int,
     entropy: bool,
     masked_logits: bool,
@@ -183,37 +191,87 @@ def _run(
     name: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Choose a backend for `labels` [..., K] and call it."""
-    if name != "auto" and name not in backends.backends():
-        backends.get_backend(name)  # raises
-    if _is_watched(logits):
+    if name != "auto" and (not isinstance(name, str) or name not in backends()):
+        get_backend(name)  # raises
+    if _is_traced(logits):
         return compute(_PLAIN, logits, labels, temperature, ignore_index=ignore_index, entropy=entropy)
     problem = problem_of(logits, labels, temperature, entropy, masked_logits, inplace_backward, out_dtype)
-    if name == "auto":
-        chosen = decisions.EAGER if logits.numel() == 0 else tuner.serve(problem)
-    else:
-        chosen = name
-    backend = backends.require_backend(chosen, problem)
+    backend: ForwardBackward = _chosen_automatically(problem, logits) if name == "auto" else _named(name, problem)
+    return compute(
+        backend,
+        logits,
+        labels,
+        temperature,
+        ignore_index=ignore_index,
+        entropy=entropy,
+        inplace_backward=inplace_backward,
+    )
+
+
+def _named(name: str, problem: Problem) -> Backend:
+    backend = require_backend(name, problem)
     if _is_capturing(problem) and not backend.is_warm(problem):
-        if name != "auto":
-            raise BackendUnavailable(
-                f"backend {name!r} has not run {problem} yet, and cannot compile while a CUDA graph is captured. "
-                "Call the function once before the capture, as torch.cuda.graphs asks of every function."
-            )
-        chosen, backend = decisions.EAGER, backends.get_backend(decisions.EAGER)
-    options = {"ignore_index": ignore_index, "entropy": entropy, "inplace_backward": inplace_backward}
-    try:
-        return compute(backend, logits, labels, temperature, **options)  # type: ignore[arg-type]
-    except Exception as error:
-        if name != "auto" or chosen == decisions.EAGER or _nothing_can_serve_after(error):
-            raise
-        decisions.set_aside(chosen, problem, str(error))
-        warnings.warn(
-            f"backend {chosen!r} failed on {problem} and is set aside for such problems in this process: {error}\n"
-            "eager serves the call. To see the whole error, name the backend.",
-            RuntimeWarning,
-            stacklevel=3,
+        raise BackendUnavailable(
+            f"backend {name!r} has not run {problem} yet, and cannot compile while a CUDA graph is captured. "
+            "Call the function once before the capture, as torch.cuda.graphs asks of every function."
         )
-        return compute(backends.get_backend(decisions.EAGER), logits, labels, temperature, **options)  # type: ignore[arg-type]
+    return backend
+
+
+def _chosen_automatically(problem: Problem, logits: Tensor) -> ForwardBackward:
+    eager = get_backend(decisions.EAGER)
+    if problem.rows == 0 or _is_observed(logits):
+        return eager
+    if _is_capturing(problem):
+        known = decisions.lookup(problem)
+        backend = eager if known is None else get_backend(known)
+        return backend if backend.is_warm(problem) else eager
+    name = tuner.serve(problem, logits.device)
+    if name == decisions.EAGER or why_not(name, problem) is not None:
+        return eager
+    return _WithFallback(name, problem)
+
+
+class _WithFallback:
+    """A backend that was chosen automatically: should it raise, eager serves the call, and it is not chosen again."""
+
+    def __init__(self, name: str, problem: Problem) -> None:
+        self._name, self._problem = name, problem
+        self._backend = get_backend(name)
+
+    def forward(
+        self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        try:
+            return self._backend.forward(logits, labels, temperature, entropy=entropy)
+        except Exception as error:
+            if nothing_can_serve_after(error):
+                raise
+            decisions.set_aside(self._name, self._problem)
+            warnings.warn(
+                f"backend {self._name!r} failed on {self._problem} and is set aside for such problems in this process: "
+                f"{error}\neager serves the call. To see the whole error, name the backend.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._backend = get_backend(decisions.EAGER)
+        return self._backend.forward(logits, labels, temperature, entropy=entropy)
+
+    def backward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        temperature: float | Tensor,
+        residuals: tuple[Tensor, ...],
+        ignored: Tensor,
+        grad_log_probs: Tensor,
+        grad_entropy: Tensor | None,
+        *,
+        inplace: bool,
+    ) -> Tensor:
+        return self._backend.backward(
+            logits, labels, temperature, residuals, ignored, grad_log_probs, grad_entropy, inplace=inplace
+        )
 
 
 def problem_of(
@@ -251,23 +309,23 @@ def problem_of(
     )
 
 
-def _is_watched(logits: Tensor) -> bool:
-    """Whether a compiler, an exporter, a dispatch mode or a tensor subclass watches the operations; values may not exist."""
+def _is_traced(logits: Tensor) -> bool:
+    """Whether a compiler, an exporter or a fake mode records the operations, so that values may not exist."""
     return (
         torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
-        or type(logits) not in (Tensor, torch.nn.Parameter)
         or logits.is_meta
+        or isinstance(logits, FakeTensor | FunctionalTensor)
+        or any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
     )
+
+
+def _is_observed(logits: Tensor) -> bool:
+    """Whether something else than torch itself sees each operation: a profiler of operations, or a tensor subclass."""
+    return bool(_get_current_dispatch_mode_stack()) or type(logits) not in (Tensor, torch.nn.Parameter)
 
 
 def _is_capturing(problem: Problem) -> bool:
     return problem.device_type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _nothing_can_serve_after(error: Exception) -> bool:
-    """Out of memory, and a fault on the device, after which every call fails."""
-    return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError | InputError)
 
 
 def _check_logits(logits: Tensor) -> None:
@@ -278,6 +336,13 @@ def _check_logits(logits: Tensor) -> None:
             "got logits that are a DTensor; a plain tensor is valid. "
             "Pass logits.full_tensor(), or logits.to_local() where the vocabulary is not sharded."
         )
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(logits):
+        raise InputError(
+            "got logits inside torch.func.grad, vmap or another of its transforms; plain tensors are valid. "
+            "Use torch.autograd.grad, or torch.log_softmax and gather."
+        )
+    if logits.layout is not torch.strided:
+        raise InputError(f"got logits of layout {logits.layout}; torch.strided is valid. Use logits.to_dense().")
     if logits.dtype not in DTYPES:
         raise InputError(
             f"got logits of dtype {short_name(logits.dtype)}; {', '.join(map(short_name, DTYPES))} are valid. "
@@ -293,6 +358,8 @@ def _check_logits(logits: Tensor) -> None:
 def _check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
     if not isinstance(labels, Tensor):
         raise InputError(f"got labels of type {type(labels).__name__}; a torch.Tensor of integers is valid.")
+    if hasattr(labels, "full_tensor"):
+        raise InputError("got labels that are a DTensor; a plain tensor is valid. Pass labels.full_tensor().")
     if labels.dtype not in (torch.int64, torch.int32):
         raise InputError(
             f"got labels of dtype {short_name(labels.dtype)}; int64 and int32 are valid. Use labels.long()."
@@ -309,25 +376,30 @@ def _check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
             f"got labels on {labels.device} and logits on {logits.device}; one device is valid. "
             f"Use labels.to({str(logits.device)!r})."
         )
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise InputError(f"got ignore_index={ignore_index!r}; an integer is valid, e.g. -100.")
-    if logits.device.type == "cpu" and not _is_watched(logits):
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
+        raise InputError(f"got ignore_index={ignore_index!r}; an integer of 64 bits is valid, e.g. -100.")
+    if logits.device.type == "cpu" and not _is_traced(logits):
         vocab = logits.shape[-1]
         bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
         if bad.any():
             first = bad.nonzero()[0].tolist()
             raise InputError(
-                f"got labels[{', '.join(map(str, first))}] = {labels[tuple(first)].item()}; 0 to {vocab - 1} "
+                f"got {_position('labels', first)} = {labels[tuple(first)].item()}; 0 to {vocab - 1} "
                 f"(the vocabulary has {vocab}) and ignore_index={ignore_index} are valid. "
                 "Correct it, or mark positions that do not count with ignore_index."
             )
 
 
+def _position(name: str, index: list[int]) -> str:
+    return f"{name}[{', '.join(map(str, index))}]" if index else name
+
+
 def _checked_temperature(logits: Tensor, temperature: float | Tensor) -> float | Tensor:
     if isinstance(temperature, Tensor):
         return _checked_temperature_tensor(logits, temperature)
-    if torch.compiler.is_compiling():
-        return temperature
+    if torch.compiler.is_compiling() and isinstance(temperature, int | float) and not isinstance(temperature, bool):
+        # As a tensor, which makes its rows NaN if it is not positive. A product: torch.full would be compiled for each value.
+        return torch.ones((), dtype=accumulation_dtype(logits.dtype), device=logits.device) * temperature
     number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
     if not number or not _FLOAT32.tiny <= temperature <= _FLOAT32.max:
         raise InputError(
@@ -362,12 +434,12 @@ def _checked_temperature_tensor(logits: Tensor, temperature: Tensor) -> Tensor:
             f"a shape broadcastable to {list(rows)} is valid (one temperature a token). "
             "For one a sequence use temperature.unsqueeze(-1)."
         )
-    if temperature.device.type == "cpu" and not _is_watched(logits):
+    if temperature.device.type == "cpu" and not _is_traced(logits):
         bad = ~((temperature >= _FLOAT32.tiny) & (temperature <= _FLOAT32.max))
         if bad.any():
             first = bad.nonzero()[0].tolist()
             raise InputError(
-                f"got temperature[{', '.join(map(str, first))}] = {temperature[tuple(first)].item():.6g}; "
+                f"got {_position('temperature', first)} = {temperature[tuple(first)].item():.6g}; "
                 f"numbers from {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g} are valid. "
                 "Use temperature.clamp(min=...), and ignore_index where a position does not count."
             )

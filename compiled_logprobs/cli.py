@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from enum import Enum
 from importlib import import_module
+from importlib.metadata import version
 from itertools import groupby
 from typing import Annotated, Any
 
@@ -50,6 +51,21 @@ class Device(str, Enum):
 
     cpu = "cpu"
     cuda = "cuda"
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"compiled-logprobs {version('compiled-logprobs')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Log-probabilities of labels from logits: check backends and functions, and see what this machine can run."""
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]

@@ -12,7 +12,7 @@ SMALL = 2**20
 """Logits; below it the default rule says eager."""
 
 _served: dict[Problem, str] = {}
-_set_aside: dict[tuple[str, Problem], str] = {}
+_set_aside: set[tuple[str, Problem]] = set()
 
 
 def bucket(problem: Problem) -> Problem:
@@ -40,7 +40,7 @@ def candidates(problem: Problem) -> list[str]:
     return [name for name in PREFERENCE if (name, bucket(problem)) not in _set_aside]
 
 
-def set_aside(name: str, problem: Problem, reason: str) -> None:
-    """No longer let `name` serve `problem` and its bucket in this process, because of `reason`."""
-    _set_aside[name, bucket(problem)] = reason
+def set_aside(name: str, problem: Problem) -> None:
+    """No longer let `name` serve `problem` and its bucket in this process."""
+    _set_aside.add((name, bucket(problem)))
     _served[bucket(problem)] = EAGER

@@ -8,6 +8,8 @@ LogProbsError
 Each message says what was got, what is valid, and what to do.
 """
 
+import torch
+
 
 class LogProbsError(Exception):
     """Base of all errors raised by compiled_logprobs."""
@@ -23,3 +25,8 @@ class BackendUnavailable(LogProbsError):
 
 class ProfileError(LogProbsError):
     """A stored profile cannot be read, written or trusted."""
+
+
+def nothing_can_serve_after(error: BaseException) -> bool:
+    """Whether `error` is out of memory, or a fault of the device, after which every call fails: neither is a backend's own."""
+    return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError)

@@ -5,6 +5,7 @@ import torch
 
 import compiled_logprobs as clp
 from compiled_logprobs import decisions
+from compiled_logprobs.api import problem_of
 from compiled_logprobs.backends import get_backend
 from compiled_logprobs.backends.compiled import Compiled
 from compiled_logprobs.problem import Problem
@@ -14,7 +15,12 @@ from compiled_logprobs.tuning import tuner
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
     monkeypatch.setattr(decisions, "_served", {})
-    monkeypatch.setattr(decisions, "_set_aside", {})
+    monkeypatch.setattr(decisions, "_set_aside", set())
+    monkeypatch.setattr(tuner, "_passed", {})
+
+
+def serve(asked: Problem) -> str:
+    return tuner.serve(asked, torch.device("cpu"))
 
 
 def problem(rows: int, vocab: int, **options) -> Problem:
@@ -44,12 +50,12 @@ def test_buckets_are_half_octaves(rows, top):
 
 
 def test_small_problems_are_for_eager():
-    assert tuner.serve(problem(1, 2**20 - 1)) == "eager"
-    assert tuner.serve(problem(0, 2**21)) == "eager"
+    assert serve(problem(1, 2**20 - 1)) == "eager"
+    assert serve(problem(0, 2**21)) == "eager"
 
 
 def test_large_problems_are_for_the_first_backend_that_passes():
-    assert tuner.serve(problem(1024, 1031, needs_grad=True)) == "compiled"
+    assert serve(problem(1024, 1031, needs_grad=True)) == "compiled"
     assert decisions.lookup(problem(900, 1031 + 500, needs_grad=True)) is None
     assert decisions.lookup(problem(1020, 1031, needs_grad=True)) == "compiled"  # the same bucket
 
@@ -61,7 +67,7 @@ def test_a_backend_that_fails_the_gate_serves_nothing(monkeypatch):
 
     forward = Compiled.forward
     monkeypatch.setattr(Compiled, "forward", wrong_sign)
-    assert tuner.serve(problem(1024, 1031)) == "eager"
+    assert serve(problem(1024, 1031)) == "eager"
 
 
 def test_a_winner_that_raises_is_set_aside_and_the_call_is_served(monkeypatch):
@@ -95,6 +101,37 @@ def test_out_of_memory_is_raised_as_it_is(monkeypatch):
     monkeypatch.setattr(Compiled, "forward", full)
     with pytest.raises(torch.OutOfMemoryError):
         clp.log_probs_from_logits(logits, labels)
+
+
+def test_no_room_for_the_gate_is_no_decision(monkeypatch):
+    def full(self, *arguments, **options):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as context:
+        context.setattr(Compiled, "forward", full)
+        assert serve(problem(1024, 1031)) == "eager"
+    assert serve(problem(1024, 1031)) == "compiled"
+
+
+def test_the_gate_runs_once_for_all_numbers_of_rows(monkeypatch):
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return check(*arguments, **options)
+
+    check = tuner.check_backend
+    monkeypatch.setattr(tuner, "check_backend", counted)
+    assert {serve(problem(rows, 1031)) for rows in (1024, 2000, 3000)} == {"compiled"} and len(calls) == 1
+
+
+@pytest.mark.parametrize("shape", [(8, 1031), (2, 4, 1031), (8, 1024)])
+def test_warmth_is_told_of_the_problem_that_a_call_poses(shape):
+    backend = get_backend("compiled")
+    logits, labels = torch.randn(shape), torch.randint(1024, shape[:-1])
+    for view, y in ((logits, labels), (logits[..., 1:, :], labels[..., 1:])):
+        clp.log_probs_from_logits(view, y, backend="compiled")
+        assert backend.is_warm(problem_of(view, y.unsqueeze(-1), 1.0))
 
 
 def test_warmth_is_known():

@@ -55,6 +55,26 @@ def test_a_new_temperature_compiles_a_users_graph_at_most_once_more():
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("temperature", [-1.0, 0.0, float("inf"), float("nan")])
+def test_a_bad_temperature_is_nan_in_a_graph(temperature):
+    logits, labels = inputs(3)
+    out = torch.compile(lambda x, y, t: clp.log_probs_from_logits(x, y, temperature=t), fullgraph=True)(
+        logits, labels, temperature
+    )
+    (gradient,) = torch.autograd.grad(out.sum(), logits)
+    assert out.isnan().all() and gradient.isnan().all()
+
+
+def test_in_place_is_a_permission_that_a_graph_does_not_use():
+    logits, labels = inputs(3)
+    out = torch.compile(lambda x, y: clp.log_probs_from_logits(x * 2, y, inplace_backward=True), fullgraph=True)(
+        logits, labels
+    )
+    (gradient,) = torch.autograd.grad(out.sum(), logits)
+    true = reference(logits.detach() * 2, labels[:, None], grad_log_probs=torch.ones(3, 1))
+    torch.testing.assert_close(gradient.double(), 2 * true.gradient, atol=1e-5, rtol=0)
+
+
 def test_an_invalid_label_makes_its_row_nan_in_a_graph():
     logits, labels = inputs(3)
     labels[1] = VOCAB

@@ -195,6 +195,13 @@ def first_token_wins(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @wrong("log_prob_error")
+def last_row_forgotten(logits: Tensor, labels: Tensor) -> Tensor:
+    """A grid one program short, where there are many rows."""
+    out = good(logits, labels)
+    return torch.cat([out[:-1], torch.zeros(1)]) if len(labels) > 7 else out
+
+
+@wrong("log_prob_error")
 def base_two_logarithm(logits: Tensor, labels: Tensor) -> Tensor:
     return good(logits, labels) / math.log(2)
 
@@ -258,6 +265,15 @@ def entropy_without_temperature(
 @wrong("gradient_flows")
 def detached(logits: Tensor, labels: Tensor) -> Tensor:
     return good(logits.detach(), labels)
+
+
+@wrong("gradient_flows")
+def entropy_detached(logits: Tensor, labels: Tensor, return_entropy: bool = False) -> Any:
+    if not return_entropy:
+        return good(logits, labels)
+    log_p = torch.log_softmax(logits.float().detach(), -1)
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
+    return good(logits, labels), entropy.masked_fill(labels == IGNORE_INDEX, 0.0)
 
 
 @wrong("gradient_sign")
@@ -397,6 +413,37 @@ class _Alias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
+
+
+_gradient_buffer = torch.empty(0)
+
+
+class _OneGradientBuffer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        return good(logits.detach(), labels)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        global _gradient_buffer
+        logits, labels = ctx.saved_tensors
+        with torch.enable_grad():
+            x = logits.detach().requires_grad_()
+            gradient = torch.autograd.grad(good(x, labels), x, gradients[0])[0]
+        if _gradient_buffer.shape != gradient.shape or _gradient_buffer.dtype != gradient.dtype:
+            _gradient_buffer = torch.empty_like(gradient)
+        return _gradient_buffer.copy_(gradient), None
+
+
+@wrong("stale_result")
+def one_buffer_for_all_gradients(logits: Tensor, labels: Tensor) -> Tensor:
+    return _OneGradientBuffer.apply(logits, labels)
+
+
+@wrong("runs")
+def leaves_the_program(logits: Tensor, labels: Tensor) -> Tensor:
+    raise SystemExit(0)
 
 
 # --- kind ---------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The backends, in the order of preference where nothing has been measured; each is imported when it is first used."""
 
+import re
 from importlib import import_module
 from threading import Lock
 
@@ -34,13 +35,13 @@ def register_backend(name: str, target: str | Backend) -> None:
     Raises:
         InputError: the name is taken or not an identifier, or the target is neither of these.
     """
-    if not name.isidentifier() or name == "auto":
+    if not isinstance(name, str) or not name.isidentifier() or name == "auto":
         raise InputError(
             f"got {name!r} for a backend's name; an identifier is valid, e.g. 'my_backend', but not 'auto'."
         )
     if name in _targets and _targets[name] != target:
         raise InputError(f"backend {name!r} is registered already; choose a name other than {', '.join(_targets)}.")
-    if not isinstance(target, Backend) and not (isinstance(target, str) and target.count(":") == 1):
+    if not isinstance(target, Backend) and not (isinstance(target, str) and re.fullmatch(r"[^:]+:[^:]+", target)):
         raise InputError(
             f"got {target!r} for the target of backend {name!r}; "
             "a Backend, or its place as 'package.module:attribute', is valid."
@@ -55,9 +56,9 @@ def get_backend(name: str) -> Backend:
     Raises:
         BackendUnavailable: the name is unknown, or its module cannot be imported.
     """
-    if name in _loaded:
+    if isinstance(name, str) and name in _loaded:
         return _loaded[name]
-    if name not in _targets:
+    if not isinstance(name, str) or name not in _targets:
         raise BackendUnavailable(
             f"backend {name!r} is unknown. Registered: {', '.join(_targets)}. "
             "Name one of them, use backend='auto', or add it with register_backend."

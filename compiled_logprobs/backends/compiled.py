@@ -20,7 +20,7 @@ from compiled_logprobs import formula
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.environment import cpp_compiler
 from compiled_logprobs.errors import BackendUnavailable
-from compiled_logprobs.problem import Problem
+from compiled_logprobs.problem import Layout, Problem, layout_of
 
 RECOMPILE_LIMIT = 32
 """Per `_Key`. Strided rows, another number of threads, inference mode and 64-bit indexing add a compilation each."""
@@ -34,7 +34,7 @@ class _Key(NamedTuple):
     dtype: torch.dtype
     labels_per_row: int
     per_token_temperature: bool
-    leading_dims: int
+    layout: Layout
     aligned: bool
     """Inductor copies a misaligned input on an accelerator, unless it saw a misaligned one when it compiled."""
 
@@ -64,10 +64,11 @@ class Compiled(Backend):
             problem.dtype,
             problem.labels_per_row,
             problem.temperature == "per_token",
-            2 if problem.layout == "other" else 1,
+            problem.layout,
             problem.aligned or problem.device_type == "cpu",
         )
         forward = ("forward", key, problem.entropy)
+        # Whether a gradient will come through the entropy cannot be known; whoever warms up does what they will do later.
         backward = [("backward", key, entropy, problem.inplace_backward) for entropy in (False, True)]
         return forward in self._warm and (not problem.needs_grad or any(b in self._warm for b in backward))
 
@@ -113,14 +114,15 @@ class Compiled(Backend):
 
 def _key_of(logits: Tensor, labels: Tensor, temperature: Tensor) -> _Key:
     device_type = logits.device.type
+    layout, aligned = layout_of(logits)
     return _Key(
         device_type,
         logits.shape[-1],
         logits.dtype,
         labels.shape[-1],
         temperature.ndim > 0,
-        logits.ndim - 1,
-        device_type == "cpu" or logits.data_ptr() % 16 == 0,
+        layout,
+        aligned or device_type == "cpu",
     )
 
 
@@ -215,15 +217,15 @@ def _translated_errors() -> Iterator[None]:
         ) from error
 
 
-@lru_cache(maxsize=256)
-def _number(value: float, device: torch.device) -> Tensor:
-    # A fill on the device: a copy from the host would wait for it.
-    return torch.full((), value, dtype=torch.float32, device=device)
-
-
 def _as_tensor(temperature: float | Tensor, logits: Tensor) -> Tensor:
-    """As a tensor, since compiled code treats each number as a constant of its own."""
-    return temperature if isinstance(temperature, Tensor) else _number(temperature, logits.device)
+    """As a tensor, since compiled code treats each number as a constant of its own.
+
+    A fill on the device, where a copy from the host would wait for it; and a new one for each call, since memory that was
+    filled while a CUDA graph was captured, or on another stream, may hold nothing yet.
+    """
+    if isinstance(temperature, Tensor):
+        return temperature
+    return torch.full((), temperature, dtype=torch.float32, device=logits.device)
 
 
 @lru_cache(maxsize=1)

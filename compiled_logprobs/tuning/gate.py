@@ -7,7 +7,10 @@ Shapes: N rows, V vocabulary, K labels a row; R the leading dimensions, one or t
 
 import inspect
 import math
+import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from compiled_logprobs.autograd import compute
 from compiled_logprobs.backends import get_backend, require_backend, why_not
-from compiled_logprobs.errors import InputError
+from compiled_logprobs.errors import InputError, nothing_can_serve_after
 from compiled_logprobs.problem import Problem, short_name
 from compiled_logprobs.tuning.inputs import IGNORE_INDEX, cases
 from compiled_logprobs.tuning.judge import (
@@ -105,7 +108,7 @@ def check_backend(
         problem: what to check it for; by default a few small problems in float32 and bfloat16 with what it supports.
         short: fewer inputs, for a check right before the first use.
         ignore_index: whether labels of -100 are among the inputs.
-        device: where the default problems lie; by default the accelerator if there is one.
+        device: where the inputs lie, e.g. "cuda:1"; by default where `problem` says, or the accelerator if there is one.
         seed: of the inputs; fresh at random by default.
 
     Returns:
@@ -114,16 +117,36 @@ def check_backend(
     Raises:
         BackendUnavailable: the named backend is unknown, or cannot run the problem here.
     """
-    seed = int(torch.randint(2**31, ()).item()) if seed is None else seed
+    # Not from torch's generator, whose numbers belong to the caller.
+    seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     subject = _Named(name_or_callable) if isinstance(name_or_callable, str) else _Function(name_or_callable)
-    problems = subject.default_problems(device or _default_device()) if problem is None else [subject.within(problem)]
+    place = torch.device(device or (_default_device() if problem is None else problem.device_type))
+    problems = subject.default_problems(place.type) if problem is None else [subject.within(problem)]
     checks: list[Check] = []
     recorded = _Recorded()
-    for one in problems:
-        findings = Findings(one)
-        _check(subject, one, findings, recorded, short, ignore_index, seed)
-        checks += findings.checks()
+
+    def check_all() -> None:
+        for one in problems:
+            findings = Findings(one)
+            _check(subject, one, findings, recorded, short, ignore_index, torch.Generator(place).manual_seed(seed))
+            checks.extend(findings.checks())
+
+    _in_a_fresh_context(check_all, place)
     return CheckReport(subject.name, tuple(problems), tuple(checks), seed, recorded.repeatable, recorded.row_invariant)
+
+
+def _in_a_fresh_context(work: Callable[[], None], device: torch.device) -> None:
+    """Run `work` as if nothing surrounded it: inference mode, hooks on saved tensors, autocast, a default device.
+
+    All of these belong to a thread. Anomaly mode does not, and would take the NaN that is among the inputs for a mistake.
+    """
+
+    def run() -> None:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            work()
+
+    with torch.autograd.set_detect_anomaly(False), ThreadPoolExecutor(1) as thread:
+        thread.submit(run).result()
 
 
 def _default_device() -> str:
@@ -250,9 +273,8 @@ def _check(
     recorded: _Recorded,
     short: bool,
     ignore_index: bool,
-    seed: int,
+    generator: torch.Generator,
 ) -> None:
-    generator = torch.Generator(problem.device_type).manual_seed(seed)
     yardstick = eager_yardstick(problem, generator)
     for case in cases(problem, short=short, foreign=isinstance(subject, _Function)):
         if not ignore_index:
@@ -271,9 +293,12 @@ def _run_case(
     first = _run(subject, inputs, findings, with_gradient=False)
     judge(inputs, first, findings)
     kept = Outcome(first.log_probs.clone(), None if first.entropy is None else first.entropy.clone())
+    gradient = kept_gradient = None
     if problem.needs_grad:
         second = _run(subject, inputs, findings, with_gradient=True)
         judge(inputs, second, findings)
+        gradient = second.gradient
+        kept_gradient = None if gradient is None else gradient.clone()
         same = same_bits(second.log_probs, kept.log_probs) and (
             kept.entropy is None or second.entropy is None or same_bits(second.entropy, kept.entropy)
         )
@@ -289,6 +314,9 @@ def _run_case(
     other = _run(subject, inputs, findings, with_gradient=problem.needs_grad)
     judge(inputs, other, findings)
     findings.add("stale_result", same_bits(first.log_probs, kept.log_probs), "a later call changed an earlier result")
+    if gradient is not None and kept_gradient is not None:
+        same = same_bits(gradient, kept_gradient)
+        findings.add("stale_result", same, "a later call changed an earlier gradient")
     _record_rows(subject, inputs, other, findings, recorded)
 
 
@@ -298,7 +326,9 @@ def _record_rows(subject: _Subject, inputs: Inputs, whole: Outcome, findings: Fi
     for count in range(1, min(3, len(logits))):
         try:
             part = subject(logits[:count], labels[:count], t[:count] if isinstance(t, Tensor) else t, inputs.problem)
-        except Exception as error:  # noqa: BLE001 - whatever a backend raises is its verdict
+        except (Exception, SystemExit) as error:  # whatever a backend raises is its verdict
+            if nothing_can_serve_after(error):
+                raise
             findings.require("runs", False, f"{count} of the rows alone: {type(error).__name__}: {error}")
         part = part if isinstance(part, Tensor) else part[0]
         recorded.saw_rows(same_bits(part, log_probs[:count]))
@@ -337,12 +367,16 @@ def _run(subject: _Subject, inputs: Inputs, findings: Findings, *, with_gradient
         if with_gradient:
             flows = outcome.log_probs.requires_grad
             findings.require("gradient_flows", flows, f"{case.name}: the log-probabilities do not require a gradient")
+            flows = outcome.entropy is None or outcome.entropy.requires_grad
+            findings.require("gradient_flows", flows, f"{case.name}: the entropy does not require a gradient")
             gradient = gradient_of(
                 logits, outcome.log_probs, outcome.entropy, inputs.grad_log_probs, inputs.grad_entropy
             )
     except Stop:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever a backend raises is its verdict
+    except (Exception, SystemExit) as error:  # whatever a backend raises is its verdict
+        if nothing_can_serve_after(error):
+            raise
         judge_memory(inputs, logits, version, labels, t, gradient, findings)
         findings.require("runs", False, f"{case.name}: {type(error).__name__}: {error}")
     findings.add("runs", True)

@@ -212,6 +212,6 @@ def labels_for(case: Case, rows: tuple[int, ...], problem: Problem, generator: t
     if count > 1:
         labels[..., 1] = torch.where(random(rows) < 0.3, labels[..., 0], labels[..., 1])
     labels[random(rows) < case.ignored] = IGNORE_INDEX
-    if 0.0 < case.ignored < 1.0 and len(flat) > 1:
-        flat[-1] = IGNORE_INDEX
+    if 0.0 < case.ignored < 1.0 and len(flat) > 1:  # one at least; anywhere, so that no position goes unchecked
+        flat[torch.randint(len(flat), (), generator=generator, device=device)] = IGNORE_INDEX
     return labels
