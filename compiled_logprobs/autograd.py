@@ -19,7 +19,7 @@ from compiled_logprobs.problem import collapse, overlaps
 
 
 class ForwardBackward(Protocol):
-    """The pair of functions that `compute` wraps; `compiled_logprobs.backends.base.Backend` documents them."""
+    """The pair of functions that `compute` wraps; `compiled_logprobs.backends.base.Backend`, a layer above, documents them."""
 
     def forward(
         self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool

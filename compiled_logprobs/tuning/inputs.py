@@ -211,7 +211,10 @@ def labels_for(case: Case, rows: tuple[int, ...], problem: Problem, generator: t
         labels.view(-1, count)[1::2] = 0
     if count > 1:
         labels[..., 1] = torch.where(random(rows) < 0.3, labels[..., 0], labels[..., 1])
-    labels[random(rows) < case.ignored] = IGNORE_INDEX
+    ignored = random(rows) < case.ignored
+    if case.ignored < 1.0 and ignored.numel():  # the ends are where mistakes are likely
+        ignored.view(-1)[[0, -1]] = False
+    labels[ignored] = IGNORE_INDEX
     if 0.0 < case.ignored < 1.0 and len(flat) > 1:  # one at least; anywhere, so that no position goes unchecked
         flat[torch.randint(len(flat), (), generator=generator, device=device)] = IGNORE_INDEX
     return labels

@@ -1,0 +1,236 @@
+"""Choosing by paired rounds: which candidate, if any, is clearly faster than the baseline, and when to stop measuring.
+
+All times are compared within a round, as logarithms of ratios: what slows a whole round down cancels. Medians and intervals
+of these come from order statistics, so nothing is assumed about how the noise is distributed, and one round with a hiccup
+counts no more than any other.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import median
+from typing import Literal, NamedTuple
+
+from compiled_logprobs.errors import InputError
+
+ALPHA = 0.01
+"""The chance that any of the intervals of one tuning, of all candidates at all looks, misses its true median."""
+LOOKS = (20, 40, 80, 160, 320)
+"""After how many rounds the times are looked at; each look costs a share of `ALPHA`."""
+MARGIN = 0.03
+"""How much faster than the baseline a candidate has to be: what is less is not worth another backend."""
+
+Outcome = Literal["chosen", "slower", "tie"]
+Code = Literal["FASTER_CLEAR", "TIE_SIMPLEST", "TIE_LEAST_MEMORY", "BASELINE_NO_CLEAR_GAIN", "AMBIGUOUS_AT_BUDGET"]
+
+
+class Interval(NamedTuple):
+    """A median and the ends of its confidence interval, infinite where the rounds are too few to give any."""
+
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one candidate."""
+
+    outcome: Outcome
+    speedup: Interval
+    """The baseline's seconds over this candidate's: above 1 is faster. The ends may be 0 and infinite."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen, and why."""
+
+    chosen: str
+    code: Code
+    reason: str
+    verdicts: dict[str, Verdict]
+    """One a candidate, the baseline among them."""
+    rounds: int
+    settled: bool
+    """Whether more rounds could not have changed the choice, as far as the intervals tell."""
+
+
+def interval(log_ratios: Sequence[float], confidence: float) -> Interval:
+    """The median, and the narrowest pair of order statistics that holds the true one with at least `confidence`."""
+    ordered = sorted(log_ratios)
+    rank = _rank(len(ordered), 1.0 - confidence)
+    if rank == 0:
+        return Interval(-math.inf, median(ordered) if ordered else math.nan, math.inf)
+    return Interval(ordered[rank - 1], median(ordered), ordered[-rank])
+
+
+def fewest_rounds(candidates: int, *, looks: Sequence[int] = LOOKS) -> int:
+    """How many rounds it takes before any of `candidates`, the baseline included, can be chosen over the baseline."""
+    miss = 1.0 - _confidence(candidates, looks)
+    return next(rounds for rounds in range(1, 1024) if _rank(rounds, miss) > 0)
+
+
+def look(
+    times: Mapping[str, Sequence[float]],
+    *,
+    baseline: str,
+    simplicity: Mapping[str, int] | None = None,
+    extra_bytes: Mapping[str, int | None] | None = None,
+    looks: Sequence[int] = LOOKS,
+    final: bool = False,
+) -> Selection | None:
+    """Choose by the rounds so far.
+
+    A candidate may replace the baseline if its whole interval is faster by the margin. Of those that may, the one of the
+    smallest median leads; those whose interval against the leader does not exclude the margin tie with it, and of these the
+    simplest is chosen, then the one of the least memory.
+
+    Args:
+        times: seconds, by candidate and round; the same rounds for all. Only of candidates that ran in every round.
+        baseline: the candidate that is kept in doubt: eager; or what has served so far, to replace it by a clear win only.
+        simplicity: the lower, the simpler; candidates that are not named come last.
+        extra_bytes: peak memory; what is unknown counts as the most.
+        looks: the numbers of rounds at which this is asked, planned beforehand.
+        final: no further round will come; this takes the place of the looks that are left.
+
+    Returns:
+        None to go on measuring: no look is due, or the rounds do not settle the choice and more are to come.
+    """
+    rounds = _rounds(times, baseline)
+    if not final and rounds not in looks and rounds < looks[-1]:
+        return None
+    final = final or rounds >= looks[-1]
+    bench = _Bench(times, baseline, _confidence(len(times), looks))
+    clear = [name for name in times if name != baseline and bench.is_faster(name, than=baseline)]
+
+    def preference(name: str) -> tuple[float, float, str]:
+        size = (extra_bytes or {}).get(name)
+        return (simplicity or {}).get(name, math.inf), math.inf if size is None else size, name
+
+    chosen, tied = baseline, [baseline]
+    if clear:
+        leader = min(clear, key=lambda name: bench.compare(name, baseline).median)
+        tied = [name for name in clear if name == leader or not bench.is_faster(leader, than=name)]
+        chosen = min(tied, key=preference)
+
+    # What is still open matters only where it could change the choice: a candidate that may be faster than the chosen one
+    # by the margin, or one that would be preferred to it if it proves to be faster than the baseline.
+    open_ = [
+        name
+        for name in times
+        if name != chosen
+        and (
+            bench.may_be_faster(name, than=chosen)
+            or (
+                name not in (*tied, baseline)
+                and preference(name) < preference(chosen)
+                and bench.may_be_faster(name, than=baseline)
+                and not bench.is_faster(chosen, than=name)
+            )
+        )
+    ]
+    if open_ and not final:
+        return None
+    code, reason = _why(chosen, baseline, tied, open_, simplicity or {}, rounds)
+    verdicts = {name: _verdict(name, chosen, baseline, bench, name in open_, reason) for name in times}
+    return Selection(chosen, code, reason, verdicts, rounds, settled=not open_)
+
+
+class _Bench:
+    """Paired comparisons of any two candidates."""
+
+    def __init__(self, times: Mapping[str, Sequence[float]], baseline: str, confidence: float) -> None:
+        self._logs = {name: [math.log(seconds) for seconds in series] for name, series in times.items()}
+        self._confidence = confidence
+        self._margin = math.log1p(MARGIN)
+        self._known: dict[tuple[str, str], Interval] = {}
+
+    def compare(self, name: str, other: str) -> Interval:
+        """Of the logarithm of `name`'s time over `other`'s: below 0 is faster."""
+        if (name, other) not in self._known:
+            differences = [a - b for a, b in zip(self._logs[name], self._logs[other], strict=True)]
+            self._known[name, other] = interval(differences, self._confidence)
+        return self._known[name, other]
+
+    def is_faster(self, name: str, *, than: str) -> bool:
+        """Clearly, by the margin."""
+        return self.compare(name, than).high < -self._margin
+
+    def may_be_faster(self, name: str, *, than: str) -> bool:
+        """Whether the rounds so far leave it possible by the margin."""
+        return self.compare(name, than).low < -self._margin
+
+
+def _rounds(times: Mapping[str, Sequence[float]], baseline: str) -> int:
+    if baseline not in times:
+        raise InputError(
+            f"got times of {', '.join(times) or 'nothing'} with {baseline!r} as the baseline; a candidate that ran in every "
+            "round is valid. Name one of them, or measure the baseline too."
+        )
+    counts = {name: len(series) for name, series in times.items()}
+    if len(set(counts.values())) > 1:
+        raise InputError(
+            f"got different numbers of rounds ({', '.join(f'{name}: {n}' for name, n in counts.items())}); times of the same "
+            "rounds are valid. Leave out the candidates that failed in one."
+        )
+    return counts[baseline]
+
+
+def _confidence(candidates: int, looks: Sequence[int]) -> float:
+    """Of one interval, so that all of them together keep to `ALPHA`."""
+    return 1.0 - ALPHA / (max(1, candidates - 1) * len(looks))
+
+
+@lru_cache(maxsize=1024)
+def _rank(count: int, miss: float) -> int:
+    """The largest r such that the r-th smallest and the r-th largest of `count` hold the median but for `miss`; 0 if none.
+
+    The true median lies below the r-th smallest if fewer than r fall below it, each by the toss of a coin.
+    """
+    below = 0
+    for rank in range(count // 2 + 1):
+        below += math.comb(count, rank)
+        if 2 * below / 2**count > miss:  # integers, divided exactly
+            return rank
+    return count // 2
+
+
+def _why(
+    chosen: str, baseline: str, tied: list[str], open_: list[str], simplicity: Mapping[str, int], rounds: int
+) -> tuple[Code, str]:
+    others = ", ".join(name for name in tied if name != chosen)
+    if chosen == baseline and open_:
+        return (
+            "AMBIGUOUS_AT_BUDGET",
+            f"{rounds} rounds do not tell whether {', '.join(open_)} is faster than {baseline} by {MARGIN:.0%}",
+        )
+    if chosen == baseline:
+        return "BASELINE_NO_CLEAR_GAIN", f"nothing is faster than {baseline} by {MARGIN:.0%}"
+    if not others:
+        return "FASTER_CLEAR", f"clearly faster than {baseline}, by more than {MARGIN:.0%}, and the fastest of all"
+    ranks = [simplicity.get(name, math.inf) for name in tied]
+    if ranks.count(min(ranks)) == 1:
+        return "TIE_SIMPLEST", f"clearly faster than {baseline}; as fast as {others} within {MARGIN:.0%}, and simpler"
+    return (
+        "TIE_LEAST_MEMORY",
+        f"clearly faster than {baseline}; as fast as {others} within {MARGIN:.0%}, as simple, and takes no more memory",
+    )
+
+
+def _verdict(name: str, chosen: str, baseline: str, bench: _Bench, is_open: bool, reason: str) -> Verdict:
+    low, middle, high = bench.compare(name, baseline)
+    # exp of +-inf is inf and 0, and the ends change places with the sign.
+    speedup = (
+        Interval(math.exp(-high), math.exp(-middle), math.exp(-low)) if name != baseline else Interval(1.0, 1.0, 1.0)
+    )
+    if name == chosen:
+        return Verdict("chosen", speedup, reason)
+    if bench.is_faster(chosen, than=name):
+        return Verdict("slower", speedup, f"slower than {chosen} by more than {MARGIN:.0%}")
+    if is_open:
+        return Verdict("tie", speedup, f"the rounds do not tell it from {chosen}")
+    if bench.may_be_faster(chosen, than=name):
+        return Verdict("tie", speedup, f"not faster than {chosen} by {MARGIN:.0%}")
+    return Verdict("tie", speedup, f"as fast as {chosen}, within {MARGIN:.0%}")
