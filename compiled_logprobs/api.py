@@ -1,34 +1,35 @@
 """The public functions: check the arguments, choose a backend, call it."""
 
-import numbers
 import warnings
 from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from compiled_logprobs import decisions
+from compiled_logprobs.arguments import (
+    check_labels,
+    check_logits,
+    check_not_leaf,
+    checked_out_dtype,
+    checked_temperature,
+    is_traced,
+)
 from compiled_logprobs.autograd import ForwardBackward, PlainFormula, compute
 from compiled_logprobs.backends import backends, get_backend, require_backend, why_not
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.errors import BackendUnavailable, InputError, nothing_can_serve_after
-from compiled_logprobs.formula import accumulation_dtype
 from compiled_logprobs.problem import (
-    DTYPES,
     Layout,
     Problem,
     Temperature,
     collapse,
     layout_of,
-    short_name,
 )
 from compiled_logprobs.tuning import tuner
 
 _PLAIN = PlainFormula()
-_FLOAT32 = torch.finfo(torch.float32)
 
 
 class LogProbs(NamedTuple):
@@ -84,12 +85,12 @@ def log_probs_from_logits(
         InputError: shapes, dtypes, devices, labels or temperature do not fit together.
         BackendUnavailable: the named backend is unknown or cannot run this problem.
     """
-    _check_logits(logits)
-    _check_labels(logits, labels, ignore_index)
-    temperature = _checked_temperature(logits, temperature)
-    out_dtype = _checked_out_dtype(logits, out_dtype)
-    if inplace_backward and not _is_traced(logits):
-        _check_not_leaf(logits)
+    check_logits(logits)
+    check_labels(logits, labels, ignore_index)
+    temperature = checked_temperature(logits, temperature)
+    out_dtype = checked_out_dtype(logits, out_dtype)
+    if inplace_backward and not is_traced(logits):
+        check_not_leaf(logits)
     many = labels.ndim == logits.ndim
     log_probs, entropy = _run(
         logits,
@@ -161,7 +162,7 @@ def entropy_from_logits(
 
     Arguments and errors are those of `log_probs_from_logits`. A token of probability 0 counts 0.
     """
-    _check_logits(logits)
+    check_logits(logits)
     _, entropy = cast(
         LogProbs,
         log_probs_from_logits(
@@ -193,7 +194,7 @@ def _run(
     """Choose a backend for `labels` [..., K] and call it."""
     if name != "auto" and (not isinstance(name, str) or name not in backends()):
         get_backend(name)  # raises
-    if _is_traced(logits):
+    if is_traced(logits):
         return compute(_PLAIN, logits, labels, temperature, ignore_index=ignore_index, entropy=entropy)
     problem = problem_of(logits, labels, temperature, entropy, masked_logits, inplace_backward, out_dtype)
     backend: ForwardBackward = _chosen_automatically(problem, logits) if name == "auto" else _named(name, problem)
@@ -309,16 +310,6 @@ def problem_of(
     )
 
 
-def _is_traced(logits: Tensor) -> bool:
-    """Whether a compiler, an exporter or a fake mode records the operations, so that values may not exist."""
-    return (
-        torch.compiler.is_compiling()
-        or logits.is_meta
-        or isinstance(logits, FakeTensor | FunctionalTensor)
-        or any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
-    )
-
-
 def _is_observed(logits: Tensor) -> bool:
     """Whether something else than torch itself sees each operation: a profiler of operations, or a tensor subclass."""
     return bool(_get_current_dispatch_mode_stack()) or type(logits) not in (Tensor, torch.nn.Parameter)
@@ -326,142 +317,3 @@ def _is_observed(logits: Tensor) -> bool:
 
 def _is_capturing(problem: Problem) -> bool:
     return problem.device_type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _check_logits(logits: Tensor) -> None:
-    if not isinstance(logits, Tensor):
-        raise InputError(f"got logits of type {type(logits).__name__}; a torch.Tensor [..., V] is valid.")
-    if hasattr(logits, "full_tensor"):
-        raise InputError(
-            "got logits that are a DTensor; a plain tensor is valid. "
-            "Pass logits.full_tensor(), or logits.to_local() where the vocabulary is not sharded."
-        )
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(logits):
-        raise InputError(
-            "got logits inside torch.func.grad, vmap or another of its transforms; plain tensors are valid. "
-            "Use torch.autograd.grad, or torch.log_softmax and gather."
-        )
-    if logits.layout is not torch.strided:
-        raise InputError(f"got logits of layout {logits.layout}; torch.strided is valid. Use logits.to_dense().")
-    if logits.dtype not in DTYPES:
-        raise InputError(
-            f"got logits of dtype {short_name(logits.dtype)}; {', '.join(map(short_name, DTYPES))} are valid. "
-            "Convert them, e.g. logits.float()."
-        )
-    if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise InputError(
-            f"got logits of shape {list(logits.shape)}; [..., V] with a vocabulary V of at least 1 is valid. "
-            "The last dimension is the vocabulary."
-        )
-
-
-def _check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
-    if not isinstance(labels, Tensor):
-        raise InputError(f"got labels of type {type(labels).__name__}; a torch.Tensor of integers is valid.")
-    if hasattr(labels, "full_tensor"):
-        raise InputError("got labels that are a DTensor; a plain tensor is valid. Pass labels.full_tensor().")
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise InputError(
-            f"got labels of dtype {short_name(labels.dtype)}; int64 and int32 are valid. Use labels.long()."
-        )
-    rows = logits.shape[:-1]
-    if labels.shape != rows and not (labels.ndim == logits.ndim and labels.shape[:-1] == rows and labels.shape[-1] > 0):
-        shape = ", ".join(map(str, rows))
-        raise InputError(
-            f"got labels of shape {list(labels.shape)} for logits of shape {list(logits.shape)}; [{shape}] and "
-            f"[{f'{shape}, ' if shape else ''}K] are valid. Shift or slice one of them so that the leading dimensions agree."
-        )
-    if labels.device != logits.device:
-        raise InputError(
-            f"got labels on {labels.device} and logits on {logits.device}; one device is valid. "
-            f"Use labels.to({str(logits.device)!r})."
-        )
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
-        raise InputError(f"got ignore_index={ignore_index!r}; an integer of 64 bits is valid, e.g. -100.")
-    if logits.device.type == "cpu" and not _is_traced(logits):
-        vocab = logits.shape[-1]
-        bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
-        if bad.any():
-            first = bad.nonzero()[0].tolist()
-            raise InputError(
-                f"got {_position('labels', first)} = {labels[tuple(first)].item()}; 0 to {vocab - 1} "
-                f"(the vocabulary has {vocab}) and ignore_index={ignore_index} are valid. "
-                "Correct it, or mark positions that do not count with ignore_index."
-            )
-
-
-def _position(name: str, index: list[int]) -> str:
-    return f"{name}[{', '.join(map(str, index))}]" if index else name
-
-
-def _checked_temperature(logits: Tensor, temperature: float | Tensor) -> float | Tensor:
-    if isinstance(temperature, Tensor):
-        return _checked_temperature_tensor(logits, temperature)
-    if torch.compiler.is_compiling() and isinstance(temperature, int | float) and not isinstance(temperature, bool):
-        # As a tensor, which makes its rows NaN if it is not positive. A product: torch.full would be compiled for each value.
-        return torch.ones((), dtype=accumulation_dtype(logits.dtype), device=logits.device) * temperature
-    number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
-    if not number or not _FLOAT32.tiny <= temperature <= _FLOAT32.max:
-        raise InputError(
-            f"got temperature={temperature!r}; a number from {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g}, or a tensor of them "
-            "broadcastable to the leading dimensions of the logits, is valid. For greedy decoding take the argmax."
-        )
-    return float(temperature)
-
-
-def _checked_temperature_tensor(logits: Tensor, temperature: Tensor) -> Tensor:
-    rows = logits.shape[:-1]
-    if not temperature.dtype.is_floating_point:
-        raise InputError(
-            f"got a temperature tensor of dtype {short_name(temperature.dtype)}; a floating dtype is valid."
-        )
-    if temperature.requires_grad:
-        raise InputError(
-            "got a temperature tensor that requires a gradient; only logits get one. Pass temperature.detach(), or "
-            "divide the logits by it yourself."
-        )
-    if temperature.device != logits.device:
-        raise InputError(
-            f"got a temperature tensor on {temperature.device} and logits on {logits.device}; one device is valid. "
-            f"Use temperature.to({str(logits.device)!r}), or a number."
-        )
-    fits = temperature.ndim <= len(rows) and all(
-        t in (1, n) for t, n in zip(reversed(temperature.shape), reversed(rows), strict=False)
-    )
-    if not fits:
-        raise InputError(
-            f"got a temperature tensor of shape {list(temperature.shape)} for logits of shape {list(logits.shape)}; "
-            f"a shape broadcastable to {list(rows)} is valid (one temperature a token). "
-            "For one a sequence use temperature.unsqueeze(-1)."
-        )
-    if temperature.device.type == "cpu" and not _is_traced(logits):
-        bad = ~((temperature >= _FLOAT32.tiny) & (temperature <= _FLOAT32.max))
-        if bad.any():
-            first = bad.nonzero()[0].tolist()
-            raise InputError(
-                f"got {_position('temperature', first)} = {temperature[tuple(first)].item():.6g}; "
-                f"numbers from {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g} are valid. "
-                "Use temperature.clamp(min=...), and ignore_index where a position does not count."
-            )
-    return temperature
-
-
-def _checked_out_dtype(logits: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
-    if out_dtype is None:
-        return logits.dtype
-    if out_dtype not in DTYPES:
-        raise InputError(
-            f"got out_dtype={out_dtype!r}; {', '.join(f'torch.{short_name(d)}' for d in DTYPES)}, or None for the dtype of "
-            "the logits, are valid."
-        )
-    return out_dtype
-
-
-def _check_not_leaf(logits: Tensor) -> None:
-    base = logits._base if logits._is_view() else logits
-    if base is not None and base.is_leaf and base.requires_grad:
-        raise InputError(
-            "got inplace_backward=True for logits that are a leaf (or a view of one) and require a gradient: the gradient "
-            "would overwrite their value, and be their .grad as well. Logits computed by a model are valid; "
-            "for a leaf set inplace_backward=False."
-        )

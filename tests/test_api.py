@@ -213,7 +213,11 @@ def wrong_calls():
             "got labels[1, 2] = 9999; 0 to 6 (the vocabulary has 7) and ignore_index=-100 are valid. "
             "Correct it, or mark positions that do not count with ignore_index.",
         ),
-        "ignore_index": ((x, y), {"ignore_index": 1.5}, "got ignore_index=1.5; an integer of 64 bits is valid, e.g. -100."),
+        "ignore_index": (
+            (x, y),
+            {"ignore_index": 1.5},
+            "got ignore_index=1.5; an integer of 64 bits is valid, e.g. -100.",
+        ),
         "temperature 0": ((x, y), {"temperature": 0.0}, "got temperature=0.0; a number from 1.18e-38 to 3.4e+38"),
         "temperature < 0": ((x, y), {"temperature": -1}, "got temperature=-1; a number from"),
         "temperature NaN": ((x, y), {"temperature": float("nan")}, "got temperature=nan; a number from"),
