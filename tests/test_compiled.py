@@ -55,8 +55,7 @@ def test_any_batch_and_length_take_one_compilation_a_direction():
 
         whole += compilations(lambda: run(leaf * 1.0, labels))  # noqa: B023 - called at once
         sliced += compilations(lambda: run((leaf * 1.0)[:, :-1], labels[:, :-1]))  # noqa: B023 - called at once
-    # The first slice is compiled with its stride as a constant, the second with any.
-    assert (whole, sliced) == (2, 2) or (whole, sliced) == (2, 4)
+    assert (whole, sliced) == (2, 2)  # forward and backward
 
 
 def test_a_vocabulary_is_a_constant_of_its_kernel():

@@ -23,7 +23,7 @@ from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.problem import Layout, Problem, layout_of
 
 RECOMPILE_LIMIT = 32
-"""Per `_Key`. Strided rows, another number of threads, inference mode and 64-bit indexing add a compilation each."""
+"""Per `_Key`. Another row stride, another number of threads, inference mode and 64-bit indexing add a compilation each."""
 
 
 class _Key(NamedTuple):
