@@ -4,7 +4,9 @@ from compiled_logprobs.api import (
     LogProbs,
     cross_entropy_from_logits,
     entropy_from_logits,
+    explain,
     log_probs_from_logits,
+    tune,
 )
 from compiled_logprobs.backends import backends, register_backend
 from compiled_logprobs.errors import (
@@ -13,19 +15,29 @@ from compiled_logprobs.errors import (
     LogProbsError,
     ProfileError,
 )
+from compiled_logprobs.explanation import Explanation
+from compiled_logprobs.policy import autotune
+from compiled_logprobs.problem import Problem
+from compiled_logprobs.records import Decision
 from compiled_logprobs.tuning.gate import CheckReport, check_backend
 
 __all__ = [
     "BackendUnavailable",
     "CheckReport",
+    "Decision",
+    "Explanation",
     "InputError",
     "LogProbs",
     "LogProbsError",
+    "Problem",
     "ProfileError",
+    "autotune",
     "backends",
     "check_backend",
     "cross_entropy_from_logits",
     "entropy_from_logits",
+    "explain",
     "log_probs_from_logits",
     "register_backend",
+    "tune",
 ]

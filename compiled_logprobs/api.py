@@ -1,6 +1,7 @@
 """The public functions: check the arguments, choose a backend, call it."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -20,6 +21,8 @@ from compiled_logprobs.autograd import ForwardBackward, PlainFormula, compute
 from compiled_logprobs.backends import backends, get_backend, require_backend, why_not
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.errors import BackendUnavailable, InputError, nothing_can_serve_after
+from compiled_logprobs.explanation import Explanation, explain_problem
+from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import (
     Layout,
     Problem,
@@ -27,7 +30,8 @@ from compiled_logprobs.problem import (
     collapse,
     layout_of,
 )
-from compiled_logprobs.tuning import tuner
+from compiled_logprobs.records import Decision
+from compiled_logprobs.tuning import serving
 
 _PLAIN = PlainFormula()
 
@@ -179,6 +183,121 @@ def entropy_from_logits(
     return entropy
 
 
+def tune(
+    problems_or_logits: Problem | Iterable[Problem] | Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    return_entropy: bool = False,
+    masked_logits: bool = False,
+    inplace_backward: bool = False,
+    out_dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str | None = None,
+    budget_s: float | None = None,
+    again: bool = False,
+) -> list[Decision]:
+    """Measure which backend is fastest, now, and store it in the user's profiles; later calls and processes use it.
+
+    Args:
+        problems_or_logits: problems; or logits, whose shape, layout and options count, not their values.
+        labels: with logits: as for `log_probs_from_logits`, whose options the next five are.
+        device: with problems: where to measure; by default the current device of their type.
+        budget_s: seconds for each problem, by default 20; N shrinks where the rounds would take longer.
+        again: measure also what the user's profiles hold already.
+
+    Returns:
+        The decision for each bucket of N among the problems, in their order.
+
+    Raises:
+        InputError: the arguments do not fit together.
+        LogProbsError: nothing could be decided for some of them; what was decided before is stored.
+    """
+    if isinstance(problems_or_logits, Tensor):
+        if labels is None or device is not None:
+            raise InputError(
+                f"got logits {'without labels' if labels is None else f'and device={device!r}'}; logits and labels on the "
+                "device to measure, or problems, are valid. Pass tune(logits, labels)."
+            )
+        problems = [
+            _problem_posed(
+                problems_or_logits, labels, temperature, return_entropy, masked_logits, inplace_backward, out_dtype
+            )
+        ]
+        where = problems_or_logits.device
+    else:
+        problems = [problems_or_logits] if isinstance(problems_or_logits, Problem) else list(problems_or_logits)
+        where = _one_device(problems, labels, device)
+    decided: list[Decision] = []
+    for found in serving.tune_all(problems, where, budget_s=budget_s, again=again):
+        if isinstance(found, Exception):
+            raise found
+        decided.append(found)
+    return decided
+
+
+def explain(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    masked_logits: bool = False,
+    inplace_backward: bool = False,
+    out_dtype: torch.dtype | None = torch.float32,
+) -> Explanation:
+    """Which backend `log_probs_from_logits` takes for these arguments with `backend="auto"`, and why.
+
+    Nothing is computed, checked or measured. The arguments and their errors are those of `log_probs_from_logits`; whether
+    `logits` requires a gradient counts.
+
+    Returns:
+        An `Explanation`: `str()` for people, `.to_dict()` for programs.
+    """
+    problem = _problem_posed(
+        logits, labels, temperature, return_entropy, masked_logits, inplace_backward, out_dtype, ignore_index
+    )
+    return explain_problem(problem, logits.device, policy())
+
+
+def _problem_posed(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    return_entropy: bool,
+    masked_logits: bool,
+    inplace_backward: bool,
+    out_dtype: torch.dtype | None,
+    ignore_index: int = -100,
+) -> Problem:
+    check_logits(logits)
+    check_labels(logits, labels, ignore_index)
+    return problem_of(
+        logits,
+        labels if labels.ndim == logits.ndim else labels.unsqueeze(-1),
+        checked_temperature(logits, temperature),
+        return_entropy,
+        masked_logits,
+        inplace_backward,
+        checked_out_dtype(logits, out_dtype),
+    )
+
+
+def _one_device(problems: list[Problem], labels: object, device: torch.device | str | None) -> torch.device:
+    wrong = next((problem for problem in problems if not isinstance(problem, Problem)), None)
+    if labels is not None or wrong is not None:
+        got = "labels beside problems" if wrong is None else f"a {type(wrong).__name__} among the problems"
+        raise InputError(f"got {got}; problems, or logits and labels, are valid. Pass one or the other.")
+    types = {problem.device_type for problem in problems} | (
+        {torch.device(device).type} if device is not None else set()
+    )
+    if len(types) > 1:
+        raise InputError(
+            f"got problems and devices of types {', '.join(sorted(types))}; one is valid. Tune them apart."
+        )
+    return torch.device(device if device is not None else next(iter(types), "cpu"))
+
+
 def _run(
     logits: Tensor,
     labels: Tensor,
@@ -223,11 +342,12 @@ def _chosen_automatically(problem: Problem, logits: Tensor) -> ForwardBackward:
     eager = get_backend(decisions.EAGER)
     if problem.rows == 0 or _is_observed(logits):
         return eager
+    under = policy()
     if _is_capturing(problem):
-        known = decisions.lookup(problem)
+        known = decisions.lookup(problem, under)
         backend = eager if known is None else get_backend(known)
         return backend if backend.is_warm(problem) else eager
-    name = tuner.serve(problem, logits.device)
+    name = serving.serve(problem, logits.device, under)
     if name == decisions.EAGER or why_not(name, problem) is not None:
         return eager
     return _WithFallback(name, problem)

@@ -1,17 +1,56 @@
-"""Which backend serves a problem: what is known so far in this process, else the default rule.
+"""Which backend serves a problem. The first of these that has an answer:
 
-The default rule: eager where N * V is under 2^20, where a launch costs more than the work; otherwise the first of `PREFERENCE`
-that can run the problem and passes a short gate on this machine, which `compiled_logprobs.tuning` runs.
+1. the default rule for small problems: eager where N * V is under 2^20, where a launch costs more than the work;
+2. what was decided earlier in this process;
+3. a stored decision for exactly this bucket of N: the user's store, the project's profiles, the bundled ones;
+4. tuning, where it is possible (`compiled_logprobs.tuning`, a layer above);
+5. a stored decision for the nearest bucket of N of the same problem;
+6. the default rule: the first of `PREFERENCE` that can run the problem and passes a short check on this machine.
+
+A decision is used only while the backend that it chose is registered, can run the problem, and has the code that was measured.
 """
 
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+
+from compiled_logprobs.backends import BUILT_IN, backends, get_backend, is_loaded, why_not
+from compiled_logprobs.environment import Environment, environment_of
+from compiled_logprobs.errors import BackendUnavailable, ProfileError
+from compiled_logprobs.policy import Policy
 from compiled_logprobs.problem import Problem
+from compiled_logprobs.records import Decision
+from compiled_logprobs.store import Store, pass_over, stores
 
 EAGER = "eager"
 PREFERENCE = ("compiled", "flash_attn", EAGER)
 SMALL = 2**20
 """Logits; below it the default rule says eager."""
 
-_served: dict[Problem, str] = {}
+Source = Literal[
+    "small", "tuned here", "user store", "project profiles", "bundled profiles", "nearest", "default rule", "set aside"
+]
+HITS = ("small", "tuned here", "user store", "project profiles", "bundled profiles")
+"""The sources that `require_hit` accepts."""
+
+
+class Served(NamedTuple):
+    """A backend's name, and where the choice comes from."""
+
+    name: str
+    source: Source
+    decision: Decision | None = None
+    stale: str | None = None
+    """What has changed since the decision was measured, though its choice can still be used."""
+
+
+_served: dict[tuple[Problem, str, bool], Served] = {}
+"""By bucket, mode, and whether rows have to be invariant."""
+_decided: dict[Problem, Served] = {}
+"""What was tuned in this process, by bucket, whether or not it could be stored."""
 _set_aside: set[tuple[str, Problem]] = set()
 
 
@@ -19,20 +58,37 @@ def bucket(problem: Problem) -> Problem:
     """`problem` with N rounded up to half an octave (1, 2, 3, 4, 6, 8, 12, ...), so that nearby N share a decision."""
     rows = problem.rows
     octave = 1 << max(0, rows.bit_length() - 1)
-    top = next(n for n in (octave, octave * 3 // 2, octave * 2) if n >= rows)
+    top = octave if octave >= rows else octave * 3 // 2 if octave * 3 // 2 >= rows else octave * 2
     return problem._replace(rows=top)
 
 
-def lookup(problem: Problem) -> str | None:
-    """The name of the backend that serves `problem`; None if that is still to be decided."""
-    if problem.rows * problem.vocab < SMALL:
+def lookup(problem: Problem, policy: Policy) -> str | None:
+    """The name of the backend that serves `problem`; None if that is still to be found out."""
+    if problem.rows * problem.vocab < SMALL and not policy.row_invariant:
         return EAGER
-    return _served.get(bucket(problem))
+    served = _served.get((bucket(problem), policy.mode, policy.row_invariant))
+    if served is None or (policy.require_hit and served.source not in HITS):
+        return None
+    return served.name
 
 
-def remember(problem: Problem, name: str) -> None:
-    """Let `name` serve `problem` and its bucket from now on, in this process."""
-    _served[bucket(problem)] = name
+def served(problem: Problem, policy: Policy) -> Served | None:
+    """What `lookup` answers, with where it comes from."""
+    if problem.rows * problem.vocab < SMALL and not policy.row_invariant:
+        return Served(EAGER, "small")
+    return _served.get((bucket(problem), policy.mode, policy.row_invariant))
+
+
+def remember(problem: Problem, policy: Policy, answer: Served) -> None:
+    """Let `answer` serve `problem` and its bucket under `policy` from now on, in this process."""
+    _served[bucket(problem), policy.mode, policy.row_invariant] = answer
+
+
+def remember_decision(decision: Decision) -> None:
+    """Let `decision`, just measured, stand before every stored one, in this process."""
+    _decided[decision.problem] = Served(decision.chosen, "tuned here", decision)
+    for key in [key for key in _served if key[0] == decision.problem]:
+        del _served[key]
 
 
 def candidates(problem: Problem) -> list[str]:
@@ -42,5 +98,118 @@ def candidates(problem: Problem) -> list[str]:
 
 def set_aside(name: str, problem: Problem) -> None:
     """No longer let `name` serve `problem` and its bucket in this process."""
-    _set_aside.add((name, bucket(problem)))
-    _served[bucket(problem)] = EAGER
+    top = bucket(problem)
+    _set_aside.add((name, top))
+    for key, answer in _served.items():
+        if key[0] == top and answer.name == name:
+            _served[key] = Served(EAGER, "set aside", answer.decision)
+
+
+def stored(problem: Problem, device: torch.device, policy: Policy) -> Served | None:
+    """The decision for exactly the bucket of `problem`, by this process or a profile, if it can be used here."""
+    top = bucket(problem)
+    if top in _decided and (answer := usable(_decided[top], policy)):
+        return answer
+    for answer in _exact(top, fingerprint_of(device)):
+        if here := usable(answer, policy):
+            return here
+    return None
+
+
+def nearest(problem: Problem, device: torch.device, policy: Policy) -> Served | None:
+    """The decision for the bucket nearest to that of `problem`, of the same problem but for N, if it can be used here."""
+    top, environment = bucket(problem), fingerprint_of(device)
+    found = {other: None for store in stores().values() for other in store.near(environment, top)}
+    for other in sorted(found, key=lambda other: abs(math.log(max(1, other.rows) / top.rows))):
+        for answer in _exact(other, environment):
+            if here := usable(answer, policy):
+                return here._replace(source="nearest")
+    return None
+
+
+def fingerprint_of(device: torch.device) -> str:
+    """The environment that `device` makes up at present."""
+    return environment_at(device).fingerprint()
+
+
+def environment_at(device: torch.device) -> Environment:
+    """The same, with all its facts; remembered, since to find them out takes milliseconds."""
+    return _environment(str(device), torch.get_num_threads())
+
+
+@lru_cache(maxsize=64)
+def _environment(device: str, threads: int) -> Environment:
+    return environment_of(device)
+
+
+def what_differs(decision: Decision, device: torch.device) -> dict[str, tuple[object, object]]:
+    """The facts of the environment that were others when `decision` was measured: there, and here."""
+    here = environment_at(device).to_dict()
+    return {
+        name: (decision.environment.get(name), value)
+        for name, value in here.items()
+        if decision.environment.get(name) != value
+    }
+
+
+def _exact(top: Problem, environment: str) -> Iterator[Served]:
+    """What the stores hold for `top`, as far as it can be read."""
+    for label, store in stores().items():
+        decision = decision_in(store, environment, top)
+        if decision is not None:
+            yield Served(decision.chosen, label, decision)  # type: ignore[arg-type]  # the labels are sources
+
+
+def decision_in(store: Store, environment: str, problem: Problem) -> Decision | None:
+    """The decision that `store` holds for exactly this; None, with a warning, for one that cannot be used."""
+    record = store.read(environment, problem)
+    if record is None:
+        return None
+    path = store.path(environment, problem)
+    try:
+        decision = Decision.from_record(problem, record)
+    except ProfileError as error:
+        pass_over(path, error)
+        return None
+    if decision.chosen not in backends():
+        unknown = ProfileError(
+            f"it chose the backend {decision.chosen!r:.80}, which is not registered here; "
+            f"registered are {', '.join(backends())}"
+        )
+        pass_over(path, unknown, "Register that one with register_backend, or delete the file")
+        return None
+    return decision
+
+
+def usable(answer: Served, policy: Policy) -> Served | None:
+    """`answer`, which has a decision, as it holds here and now; None if it does not."""
+    decision = answer.decision
+    assert decision is not None
+    name = decision.best_row_invariant() if policy.row_invariant else decision.chosen
+    if name is None or name not in backends() or (name, decision.problem) in _set_aside:
+        return None
+    try:
+        same = get_backend(name).fingerprint() == decision.candidates[name].fingerprint
+    except BackendUnavailable:
+        return None
+    if not same or why_not(name, decision.problem) is not None:
+        return None
+    return answer._replace(name=name, stale=_what_changed(decision))
+
+
+def _what_changed(decision: Decision) -> str | None:
+    """How today's other candidates differ from those that were measured. None is imported to find out."""
+    for name in backends():
+        if name in decision.left_out:
+            continue
+        if name not in decision.candidates:
+            return f"backend {name!r} was registered after this was measured"
+        if name not in BUILT_IN and not is_loaded(name):
+            continue
+        known = decision.candidates[name]
+        if known.outcome in ("unavailable", "unsupported"):
+            if why_not(name, decision.problem) is None:
+                return f"backend {name!r} could not run this when it was measured, and can now"
+        elif get_backend(name).fingerprint() != known.fingerprint:
+            return f"backend {name!r} has changed since this was measured"
+    return None

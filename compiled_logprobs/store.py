@@ -126,12 +126,12 @@ class Store:
 
     def read(self, environment: str, problem: Problem) -> Record | None:
         """The decision stored for exactly this; None if there is none, or (with a warning) none to be trusted."""
-        found = _load_or_warn(self._path(environment, problem))
+        found = _load_or_warn(self.path(environment, problem))
         return found["record"] if found else None
 
     def times(self, environment: str, problem: Problem) -> Record | None:
         """The raw times of the decision that `read` returns, if they were stored with it."""
-        path = self._path(environment, problem)
+        path = self.path(environment, problem)
         decision, found = _load_or_warn(path), _load_or_warn(path.with_suffix(TIMES))
         # Two writers at once, or one killed between its two files, can leave the times of another decision.
         return found["record"] if decision and found and found.get("decision") == decision["sha256"] else None
@@ -150,7 +150,7 @@ class Store:
 
     def near(self, environment: str, problem: Problem) -> list[Problem]:
         """The problems stored, and readable, that differ from `problem` in N only, by rising N."""
-        folder = self._path(environment, problem).parents[1]
+        folder = self.path(environment, problem).parents[1]
         numbers = [re.match("[^-]+-n([0-9]{1,18})-", path.name) for path in _decisions(folder)]
         others = [problem._replace(rows=n) for n in sorted({int(n[1]) for n in numbers if n} - {problem.rows})]
         return [other for other in others if self.read(environment, other) is not None]
@@ -158,7 +158,7 @@ class Store:
     def publish(self, environment: Environment, problem: Problem, record: Record, times: Record | None = None) -> Path:
         """Store `record` as the decision for `problem`, in place of an older one. Raises ProfileError if it cannot."""
         fingerprint = environment.fingerprint()
-        path = self._path(fingerprint, problem)
+        path = self.path(fingerprint, problem)
         facts, beside = path.parents[1] / FACTS, path.with_suffix(TIMES)
         key: Record = {"environment": fingerprint, "problem": problem_to_dict(problem)}
         files = {path: _seal(path, key, record)}
@@ -180,7 +180,8 @@ class Store:
             ) from error
         return path
 
-    def _path(self, environment: str, problem: Problem) -> Path:
+    def path(self, environment: str, problem: Problem) -> Path:
+        """Where the decision for this is or would be stored."""
         if not _FINGERPRINT.fullmatch(environment):
             raise ProfileError(
                 f"{environment!r:.80} is no environment; valid is a fingerprint of 16 characters, as "
@@ -212,13 +213,26 @@ def bundled_store() -> Store:
     return Store(inside if inside.is_dir() else inside.parents[1] / "profiles")
 
 
-def stores() -> list[Store]:
+def stores() -> dict[str, Store]:
     """The user's, the project's and the bundled store, in the order in which they are asked, each folder once."""
-    found: dict[str, Store] = {}
-    for store in (user_store(), project_store(), bundled_store()):
-        if store is not None:
-            found.setdefault(os.path.realpath(store.root), store)
-    return list(found.values())
+    found = {"user store": user_store(), "project profiles": project_store(), "bundled profiles": bundled_store()}
+    folders: set[str] = set()
+    each_once: dict[str, Store] = {}
+    for label, store in found.items():
+        if store is not None and (folder := os.path.realpath(store.root)) not in folders:
+            folders.add(folder)
+            each_once[label] = store
+    return each_once
+
+
+def _load_or_warn(path: Path) -> Record | None:
+    try:
+        return _load(path)
+    except _Newer as error:
+        pass_over(path, error, "Upgrade compiled-logprobs")
+    except ProfileError as error:
+        pass_over(path, error)
+    return None
 
 
 class _Newer(ProfileError):
@@ -260,20 +274,12 @@ def _load(path: Path) -> Record | None:
     return content  # type: ignore[no-any-return]  # json.loads returns Any
 
 
-def _load_or_warn(path: Path) -> Record | None:
-    try:
-        return _load(path)
-    except ProfileError as error:
-        _warn(path, error)
-        return None
-
-
-def _warn(path: Path, error: Exception) -> None:
+def pass_over(path: Path, error: Exception, remedy: str = "Make it readable, or delete it") -> None:
+    """Warn, once in this process, that the file at `path` counts as missing."""
     if path in _warned:
         return
     _warned.add(path)
     found = re.sub("[^ -~]", "?", str(error))[:300]  # it may quote the file, which may hold anything
-    remedy = "Upgrade compiled-logprobs" if isinstance(error, _Newer) else "Make it readable, or delete it"
     warnings.warn(
         f"the stored profile {path} is passed over: {found}.\nA profile is JSON of schema {SCHEMA} with the digest of its "
         f"record, in the folder of its environment. {remedy}: what it told can be measured again.",
@@ -297,7 +303,7 @@ def _listing(folder: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        _warn(folder, ProfileError(f"it cannot be listed ({error.strerror})"))
+        pass_over(folder, ProfileError(f"it cannot be listed ({error.strerror})"))
         return []
 
 

@@ -8,19 +8,13 @@ from compiled_logprobs import decisions
 from compiled_logprobs.api import problem_of
 from compiled_logprobs.backends import get_backend
 from compiled_logprobs.backends.compiled import Compiled
+from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import Problem
-from compiled_logprobs.tuning import tuner
-
-
-@pytest.fixture(autouse=True)
-def nothing_known(monkeypatch):
-    monkeypatch.setattr(decisions, "_served", {})
-    monkeypatch.setattr(decisions, "_set_aside", set())
-    monkeypatch.setattr(tuner, "_passed", {})
+from compiled_logprobs.tuning import serving
 
 
 def serve(asked: Problem) -> str:
-    return tuner.serve(asked, torch.device("cpu"))
+    return serving.serve(asked, torch.device("cpu"), policy())
 
 
 def problem(rows: int, vocab: int, **options) -> Problem:
@@ -56,8 +50,8 @@ def test_small_problems_are_for_eager():
 
 def test_large_problems_are_for_the_first_backend_that_passes():
     assert serve(problem(1024, 1031, needs_grad=True)) == "compiled"
-    assert decisions.lookup(problem(900, 1031 + 500, needs_grad=True)) is None
-    assert decisions.lookup(problem(1020, 1031, needs_grad=True)) == "compiled"  # the same bucket
+    assert decisions.lookup(problem(900, 1031 + 500, needs_grad=True), policy()) is None
+    assert decisions.lookup(problem(1020, 1031, needs_grad=True), policy()) == "compiled"  # the same bucket
 
 
 def test_a_backend_that_fails_the_gate_serves_nothing(monkeypatch):
@@ -120,8 +114,8 @@ def test_the_gate_runs_once_for_all_numbers_of_rows(monkeypatch):
         calls.append(arguments)
         return check(*arguments, **options)
 
-    check = tuner.check_backend
-    monkeypatch.setattr(tuner, "check_backend", counted)
+    check = serving.check_backend
+    monkeypatch.setattr(serving, "check_backend", counted)
     assert {serve(problem(rows, 1031)) for rows in (1024, 2000, 3000)} == {"compiled"} and len(calls) == 1
 
 

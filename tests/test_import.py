@@ -33,16 +33,22 @@ def test_the_public_names():
     assert set(compiled_logprobs.__all__) == {
         "BackendUnavailable",
         "CheckReport",
+        "Decision",
+        "Explanation",
         "InputError",
         "LogProbs",
         "LogProbsError",
+        "Problem",
         "ProfileError",
+        "autotune",
         "backends",
         "check_backend",
         "cross_entropy_from_logits",
         "entropy_from_logits",
+        "explain",
         "log_probs_from_logits",
         "register_backend",
+        "tune",
     }
     assert compiled_logprobs.backends() == ["compiled", "flash_attn", "eager"]
     for name in compiled_logprobs.__all__:

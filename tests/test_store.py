@@ -600,12 +600,16 @@ def test_the_stores_in_the_order_in_which_they_are_asked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert user_store() == Store(tmp_path / "user")
     assert project_store() is None
-    assert stores() == [user_store(), bundled_store()]
+    assert stores() == {"user store": user_store(), "bundled profiles": bundled_store()}
     Store(tmp_path / "profiles").publish(HERE, PROBLEM, RECORD)
     assert project_store() == Store(tmp_path / "profiles")
-    assert stores() == [user_store(), Store(tmp_path / "profiles"), bundled_store()]
+    assert list(stores().items()) == [
+        ("user store", user_store()),
+        ("project profiles", Store(tmp_path / "profiles")),
+        ("bundled profiles", bundled_store()),
+    ]
     monkeypatch.setenv(module.ROOT_VARIABLE, "profiles")
-    assert stores() == [user_store(), bundled_store()]
+    assert stores() == {"user store": user_store(), "bundled profiles": bundled_store()}
 
 
 def test_the_user_store_lies_in_the_data_folder_unless_the_variable_says_otherwise(tmp_path, monkeypatch):

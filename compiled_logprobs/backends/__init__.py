@@ -69,6 +69,16 @@ def get_backend(name: str) -> Backend:
     return _loaded[name]
 
 
+def is_loaded(name: str) -> bool:
+    """Whether the backend called `name` has been imported, so that asking it costs nothing."""
+    return name in _loaded
+
+
+def target_of(name: str) -> str | Backend:
+    """What the backend called `name` was registered with."""
+    return _targets[name]
+
+
 def _load(name: str, target: str | Backend) -> Backend:
     if isinstance(target, Backend):
         return target

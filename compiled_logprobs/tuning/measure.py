@@ -135,7 +135,7 @@ class Measurement:
                 clock.flush_cache(self.device)
                 run.seconds.append(_positive(clock.time_call(call, self.device)))
         except Exception as error:  # noqa: BLE001 - whatever a candidate raises is its outcome
-            run.outcome = "oom" if _is_out_of_memory(error) else "failed"
+            run.outcome = "oom" if is_out_of_memory(error) else "failed"
             run.reason = f"{step}: {type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST_REASON]
 
 
@@ -240,8 +240,8 @@ def _positive(seconds: float) -> float:
     return seconds
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    # On the CPU torch raises a plain RuntimeError.
+def is_out_of_memory(error: Exception) -> bool:
+    """Also on the CPU, where torch raises a plain RuntimeError."""
     text = str(error).lower()
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError)

@@ -1,40 +1,297 @@
-"""Decide which backend serves a problem that nothing is known about."""
+"""Measure the candidates of a problem and decide: in the worker program, within a budget, alone on the device."""
+
+import contextlib
+import math
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
+from torch import cuda
 
 from compiled_logprobs import decisions
-from compiled_logprobs.backends import why_not
-from compiled_logprobs.errors import nothing_can_serve_after
+from compiled_logprobs.backends import backends, target_of
+from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.problem import Problem
-from compiled_logprobs.tuning.gate import check_backend
+from compiled_logprobs.records import Candidate, CheckResult, Decision, Outcome, Speedup
+from compiled_logprobs.store import problem_to_dict
+from compiled_logprobs.tuning.isolation import Event, Worker, WorkerLost
+from compiled_logprobs.tuning.select import Interval, fewest_rounds, look
 
-_passed: dict[tuple[str, Problem], bool] = {}
-"""What the short gate found, for problems of any N: its inputs have few rows."""
+LIMITS_S = {"import": 120.0, "compile": 180.0, "check": 180.0, "memory": 60.0, "time": 60.0, "inputs": 120.0}
+"""How long one step may take before it is taken for hanging."""
+START_S = 120.0
+"""How long the worker program may take to start: it imports torch."""
+RESERVE_S = 1.0
+"""Of a budget that must not be exceeded, what is kept for ending."""
 
 
-def serve(problem: Problem, device: torch.device) -> str:
-    """The name of the backend that serves `problem` on `device`: known, or found by the default rule and then known."""
-    known = decisions.lookup(problem)
-    if known is not None:
-        return known
-    try:
-        name = next(
-            (name for name in decisions.candidates(problem) if _can_serve(name, problem, device)), decisions.EAGER
+class TuningFailed(LogProbsError):
+    """Nothing was decided; the message says why."""
+
+
+@dataclass
+class _Found:
+    """What is known so far of one candidate."""
+
+    outcome: Outcome | None = None
+    reason: str = ""
+    fields: dict[str, Any] = field(default_factory=dict)
+    times: list[float] = field(default_factory=list)
+
+
+class Tuner:
+    """Decides problems one after another, on one device, in one worker program that is replaced where it is lost.
+
+    A context manager, which ends the program. Nothing is stored here.
+
+    Args:
+        device: where to measure.
+        names: of the backends to measure; the baseline is always among them. By default all that are registered.
+        short: whether the check has its fewer inputs.
+        on_event: told each event of the worker program as it comes.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        names: list[str] | None = None,
+        short: bool = False,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        asked = backends() if names is None else names
+        self._names = [decisions.EAGER, *(name for name in backends() if name in asked and name != decisions.EAGER)]
+        self._device, self._short, self._on_event = device, short, on_event
+        self._worker: Worker | None = None
+
+    def __enter__(self) -> "Tuner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_worker()
+
+    def decide(
+        self, problem: Problem, seconds: float, *, strict: bool = False
+    ) -> tuple[Decision, dict[str, list[float]]]:
+        """Measure the bucket of `problem`; returns the decision, and the seconds by candidate and round that it rests on.
+
+        Args:
+            problem: what to decide.
+            seconds: for all of it; N shrinks where the rounds would take longer.
+            strict: whether to end when they are over, whatever is under way: at the price, perhaps, of no decision. Else each
+                step only has the limit after which it is taken for hanging.
+
+        Raises:
+            TuningFailed: no decision came about.
+        """
+        began = time.monotonic()
+        work = _Work(decisions.bucket(problem), self._names, began + seconds if strict else math.inf)
+        while True:
+            left = seconds - (time.monotonic() - began) - (RESERVE_S if strict else 0.0)
+            try:
+                self._run(work, max(left, 0.0))
+                break
+            except WorkerLost as error:
+                self._end_worker()
+                if time.monotonic() >= work.ends:
+                    if work.has_enough_rounds():
+                        break
+                    raise TuningFailed(f"the budget of {seconds:g} s ended {work.doing()}") from error
+                if work.candidate is None:
+                    raise TuningFailed(f"the worker program was lost {work.doing()}: {error.reason}") from error
+                work.lose(work.candidate, error.outcome, f"{work.step}: {error.reason}")
+            except BaseException:
+                self._end_worker()  # it may be in the middle of something
+                raise
+        decision = self._decision(work, time.monotonic() - began)
+        return decision, work.times()
+
+    def _run(self, work: "_Work", seconds: float) -> None:
+        """Have the worker program measure what is left of the candidates."""
+        work.begin()
+        if self._worker is None:
+            self._worker = Worker()
+        self._worker.send(
+            {
+                "problem": problem_to_dict(work.problem),
+                "device": str(self._device),
+                "threads": torch.get_num_threads(),
+                "candidates": [
+                    [name, None if isinstance(target_of(name), Backend) else target_of(name)] for name in work.alive()
+                ],
+                "checked": [name for name, found in work.found.items() if found.fields.get("checks")],
+                "simplicity": _simplicity(),
+                "short": self._short,
+                "seconds": seconds,
+                "seed": work.seed,
+            }
         )
-    except Exception as error:
-        if isinstance(error, torch.AcceleratorError) or not nothing_can_serve_after(error):
-            raise
-        return decisions.EAGER  # there is no room for the gate now; there may be at the next call
-    decisions.remember(problem, name)
-    return name
+        while True:
+            limit = LIMITS_S.get(work.step, START_S)
+            event = self._worker.next_event(within=min(limit, work.ends - time.monotonic()))
+            work.hear(event)
+            self._on_event(event)
+            if event["event"] == "started" and event["environment"] != decisions.fingerprint_of(self._device):
+                raise TuningFailed("the worker program finds itself in another environment than this process")
+            if event["event"] == "done":
+                return
+
+    def _end_worker(self) -> None:
+        if self._worker is not None:
+            self._worker.end()
+            self._worker = None
+
+    def _decision(self, work: "_Work", seconds: float) -> Decision:
+        times = work.times()
+        if not times:
+            fates = "; ".join(f"{name}: {one.outcome}: {one.reason}" for name, one in work.found.items())
+            raise TuningFailed(f"no backend could be measured: {fates}")
+        sizes = {name: work.found[name].fields.get("extra_bytes") for name in times}
+        baseline, simplicity = next(iter(times)), _simplicity()
+        selection = look(times, baseline=baseline, simplicity=simplicity, extra_bytes=sizes) or look(
+            times, baseline=baseline, simplicity=simplicity, extra_bytes=sizes, final=True
+        )
+        assert selection is not None
+        candidates = {}
+        for name, found in work.found.items():
+            if name not in times:
+                candidates[name] = Candidate(found.outcome or "failed", found.reason, **found.fields)
+                continue
+            verdict = selection.verdicts[name]
+            candidates[name] = Candidate(
+                verdict.outcome,
+                verdict.reason,
+                speedup=_speedup(verdict.speedup),
+                seconds=median(times[name]),
+                **found.fields,
+            )
+        reason = selection.reason
+        if work.measured_rows < work.problem.rows:
+            reason += f"; measured with {work.measured_rows} rows, for which there was time and memory"
+        return Decision(
+            problem=work.problem,
+            chosen=selection.chosen,
+            code=selection.code,
+            reason=reason,
+            candidates=candidates,
+            left_out=tuple(name for name in backends() if name not in candidates),
+            baseline=baseline,
+            rounds=selection.rounds,
+            settled=selection.settled,
+            measured_rows=work.measured_rows,
+            checked_rows=work.checked_rows,
+            short_check=self._short,
+            environment=decisions.environment_at(self._device).to_dict(),
+            seed=work.seed,
+            measured_at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            tuning_seconds=seconds,
+            **work.circumstances,
+        )
 
 
-def _can_serve(name: str, problem: Problem, device: torch.device) -> bool:
-    if name == decisions.EAGER:
-        return True
-    if why_not(name, problem) is not None:
-        return False
-    key = name, problem._replace(rows=0)
-    if key not in _passed:
-        _passed[key] = check_backend(name, problem, short=True, device=str(device)).passed
-    return _passed[key]
+class _Work:
+    """One problem under way: what the worker program has said so far."""
+
+    def __init__(self, problem: Problem, names: list[str], ends: float) -> None:
+        self.problem, self.ends = problem, ends
+        self.found = {name: _Found() for name in names}
+        self.seed = random.SystemRandom().randrange(2**31)
+        self.checked_rows = self.measured_rows = 0
+        self.circumstances: dict[str, Any] = {"bandwidth": {}, "telemetry": None, "telemetry_reason": _NOT_REACHED}
+        self.candidate: str | None = None
+        self.step = "start"
+
+    def begin(self) -> None:
+        """A worker program starts on it; its rounds are compared with no other's."""
+        self.candidate, self.step = None, "start"
+        for found in self.found.values():
+            found.times.clear()
+
+    def alive(self) -> list[str]:
+        return [name for name, found in self.found.items() if found.outcome is None]
+
+    def times(self) -> dict[str, list[float]]:
+        return {name: self.found[name].times for name in self.alive() if self.found[name].times}
+
+    def has_enough_rounds(self) -> bool:
+        times = self.times()
+        return bool(times) and len(next(iter(times.values()))) >= fewest_rounds(len(times))
+
+    def lose(self, name: str, outcome: Outcome, reason: str) -> None:
+        self.found[name].outcome, self.found[name].reason = outcome, reason
+
+    def doing(self) -> str:
+        return f"at the step {self.step!r}" + (f" of {self.candidate!r}" if self.candidate else "")
+
+    def hear(self, event: Event) -> None:
+        kind, name = event["event"], event.get("candidate", "")
+        if kind == "step":
+            self.candidate, self.step = name, event["step"]
+        elif kind == "loaded":
+            self.found[name].fields["fingerprint"] = event["fingerprint"]
+        elif kind == "lost":
+            self.lose(name, event["outcome"], event["reason"])
+        elif kind == "first_call":
+            self.found[name].fields.setdefault("first_call_seconds", event["seconds"])
+        elif kind == "checked":
+            self.checked_rows = max(self.checked_rows, event["rows"])
+            self.found[name].fields.update(
+                checks=tuple(CheckResult(**check) for check in event["checks"]),
+                repeatable=event["repeatable"],
+                row_invariant=event["row_invariant"],
+            )
+        elif kind == "measuring":
+            self.measured_rows = event["rows"]
+        elif kind == "memory":
+            self.found[name].fields.update(extra_bytes=event["bytes"], extra_multiple=event["multiple"])
+        elif kind == "round":
+            for name, seconds in event["seconds"].items():
+                self.found[name].times.append(seconds)
+        elif kind == "circumstances":
+            self.circumstances = {key: event[key] for key in ("bandwidth", "telemetry", "telemetry_reason")}
+            for name, percent in event["percent"].items():
+                self.found[name].fields["percent_of_bandwidth"] = percent
+
+
+_NOT_REACHED = "the time was over before it was asked for"
+
+
+def _simplicity() -> dict[str, int]:
+    """Plain torch first, then the others as they were registered."""
+    return {name: rank for rank, name in enumerate(sorted(backends(), key=lambda name: name != decisions.EAGER))}
+
+
+def _speedup(found: Interval) -> Speedup:
+    bounded = found.low > 0.0 and math.isfinite(found.high)
+    return Speedup(found.low if bounded else None, found.median, found.high if bounded else None)
+
+
+@contextlib.contextmanager
+def alone_on(device: torch.device, within: float) -> Iterator[bool]:
+    """Hold the lock of `device` that all processes of this machine share; False if another holds it for too long."""
+    from filelock import FileLock, Timeout
+
+    key = device.type
+    if device.type == "cuda":
+        key = str(getattr(cuda.get_device_properties(device), "uuid", device.index))
+    lock = FileLock(Path(tempfile.gettempdir(), f"compiled-logprobs-{key}.lock"), mode=0o666)
+    try:
+        lock.acquire(timeout=within)
+    except Timeout:
+        yield False
+        return
+    except OSError:  # no place for a lock, or one of another user: then there is no order
+        yield True
+        return
+    try:
+        yield True
+    finally:
+        lock.release()

@@ -1,0 +1,152 @@
+"""Why `backend="auto"` takes the backend that it takes, for people and for programs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compiled_logprobs import decisions
+from compiled_logprobs.decisions import Served
+from compiled_logprobs.policy import Policy
+from compiled_logprobs.problem import Problem
+from compiled_logprobs.records import Candidate, Decision
+from compiled_logprobs.store import problem_to_dict, stores
+from compiled_logprobs.tuning.serving import why_no_tuning
+
+_WHERE = {
+    "small": "fewer than 2^20 logits: eager by rule, since a launch costs more than the work",
+    "tuned here": "measured by this process",
+    "user store": "stored in the user's profiles",
+    "project profiles": "stored in the profiles of the current folder",
+    "bundled profiles": "stored in the profiles that came with the package",
+    "nearest": "stored for another number of rows, the nearest that was measured",
+    "default rule": "by the default rule: the first that can run it and passes a short check here; nothing was measured",
+    "set aside": "the backend that served it failed, and is set aside in this process",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What serves a call, and why. `str()` is for people."""
+
+    problem: Problem
+    backend: str | None
+    """None where the next call will find out."""
+    source: str | None
+    """Where the choice comes from; one of `compiled_logprobs.decisions.Source`, None where there is none yet."""
+    why: str
+    decision: Decision | None
+    """The measurement behind the choice, if there is one."""
+    stale: str | None
+    """What has changed since that measurement."""
+    differs: dict[str, tuple[object, object]]
+    """Facts of the environment that were others then (there, here); those that decide a profile's validity cannot be."""
+    measured_rows: tuple[int, ...]
+    """N for which profiles of this environment hold a decision of the same problem."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs: plain values only."""
+        return {
+            "problem": problem_to_dict(self.problem),
+            "bucket_rows": decisions.bucket(self.problem).rows,
+            "backend": self.backend,
+            "source": self.source,
+            "why": self.why,
+            "decision": None if self.decision is None else self.decision.to_dict(),
+            "stale": self.stale,
+            "differs": {name: list(both) for name, both in self.differs.items()},
+            "measured_rows": list(self.measured_rows),
+        }
+
+    def __str__(self) -> str:
+        details = self.problem.details()
+        lines = [
+            f"{self.problem}{f' ({details})' if details else ''}: {self.backend or 'not decided yet'}",
+            f"  {self.why}",
+        ]
+        if self.measured_rows:
+            lines.append(f"  profiles hold it for N of {', '.join(map(str, self.measured_rows))}")
+        if self.stale:
+            lines.append(f"  stale: {self.stale}")
+        if self.decision is not None:
+            lines += _of_decision(self.decision)
+        lines += [f"  {name} was {there} then, and is {here} here" for name, (there, here) in self.differs.items()]
+        return "\n".join(lines)
+
+
+def explain_problem(problem: Problem, device: torch.device, under: Policy) -> Explanation:
+    """What the next call of `problem` on `device` takes; nothing is measured or checked to find out."""
+    answer = decisions.served(problem, under)
+    if answer is None and under.mode != "off":
+        answer = decisions.stored(problem, device, under)
+    no_tuning = why_no_tuning(problem, device, under)
+    if (answer is None or answer.source == "nearest") and under.mode != "off" and no_tuning is not None:
+        answer = answer or decisions.nearest(problem, device, under)
+    decision = None if answer is None else answer.decision
+    return Explanation(
+        problem=problem,
+        backend=None if answer is None else answer.name,
+        source=None if answer is None else answer.source,
+        why=_why(answer, no_tuning),
+        decision=decision,
+        stale=None if answer is None else answer.stale,
+        differs={} if decision is None else decisions.what_differs(decision, device),
+        measured_rows=_measured_rows(problem, device),
+    )
+
+
+def _why(answer: Served | None, no_tuning: str | None) -> str:
+    if answer is not None:
+        return _WHERE[answer.source]
+    if no_tuning is None:
+        return "the next call measures it, within its budget"
+    return f"the next call takes the default rule; it does not measure, because {no_tuning}"
+
+
+def _measured_rows(problem: Problem, device: torch.device) -> tuple[int, ...]:
+    top, environment = decisions.bucket(problem), decisions.fingerprint_of(device)
+    rows: set[int] = set()
+    for store in stores().values():
+        rows.update(other.rows for other in store.near(environment, top))
+        if store.read(environment, top) is not None:
+            rows.add(top.rows)
+    return tuple(sorted(rows))
+
+
+def _of_decision(decision: Decision) -> list[str]:
+    how = "short check" if decision.short_check else "full check"
+    at = "" if decision.measured_rows == decision.problem.rows else f", timed with {decision.measured_rows} rows"
+    lines = [
+        f"  {decision.code}: {decision.reason}",
+        f"  measured {decision.measured_at} at N = {decision.problem.rows}{at}: {decision.rounds} rounds, {how}",
+    ]
+    width = max(map(len, decision.candidates))
+    for name, candidate in decision.candidates.items():
+        lines.append(f"  {name:{width}}  {candidate.outcome}: {candidate.reason}")
+        figures = candidate_figures(decision, name)
+        if figures:
+            lines.append(f"  {'':{width}}  {figures}")
+    return lines
+
+
+def candidate_figures(decision: Decision, name: str) -> str:
+    """The figures of one candidate, in words; empty where nothing was measured."""
+    candidate: Candidate = decision.candidates[name]
+    parts = []
+    if candidate.seconds is not None:
+        parts.append(f"{candidate.seconds * 1e3:.3g} ms a call")
+    if candidate.speedup is not None and name != decision.baseline:
+        parts.append(f"{candidate.speedup} the speed of {decision.baseline}")
+    if candidate.extra_multiple is not None:
+        parts.append(f"{candidate.extra_multiple:.2f} x the logits of extra memory")
+    if candidate.percent_of_bandwidth is not None:
+        parts.append(f"{candidate.percent_of_bandwidth:.0f} % of bandwidth")
+    if candidate.checks:
+        parts.append(f"{candidate.checks_passed} of {len(candidate.checks)} checks")
+    if candidate.row_invariant is not None:
+        parts.append("row invariant" if candidate.row_invariant else "rows depend on N")
+    if candidate.first_call_seconds is not None:
+        pays = decision.calls_to_pay(name)
+        then = f", paid for after {pays:.0f} calls" if pays is not None else ""
+        parts.append(f"first call {candidate.first_call_seconds:.2g} s{then}")
+    return ", ".join(parts)

@@ -1,0 +1,106 @@
+"""What `backend="auto"` may do: whether it may measure, for how long, and which backends it may admit.
+
+The environment variables `COMPILED_LOGPROBS_MODE` and `COMPILED_LOGPROBS_BUDGET_S` set it for a process, `autotune` for a block.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Literal, NamedTuple, get_args
+
+from compiled_logprobs.errors import InputError
+
+Mode = Literal["tune", "lookup", "off"]
+
+MODE_VARIABLE = "COMPILED_LOGPROBS_MODE"
+BUDGET_VARIABLE = "COMPILED_LOGPROBS_BUDGET_S"
+BUDGET_S = 20.0
+"""Seconds that tuning a problem may take where `auto` does it by itself."""
+PROBLEMS_A_PROCESS = 3
+"""How many such budgets a process may spend in all."""
+
+
+class Policy(NamedTuple):
+    """What holds at present."""
+
+    mode: Mode = "tune"
+    budget_s: float = BUDGET_S
+    row_invariant: bool = False
+    require_hit: bool = False
+
+
+_POLICY: ContextVar[Policy | None] = ContextVar("compiled_logprobs_policy", default=None)
+
+
+def policy() -> Policy:
+    """Of the innermost `autotune` block, else as the environment variables say."""
+    found = _POLICY.get()
+    return (
+        found if found is not None else _from_variables(os.environ.get(MODE_VARIABLE), os.environ.get(BUDGET_VARIABLE))
+    )
+
+
+@contextmanager
+def autotune(
+    mode: Mode | None = None,
+    *,
+    budget_s: float | None = None,
+    row_invariant: bool | None = None,
+    require_hit: bool | None = None,
+) -> Iterator[None]:
+    """Set what `backend="auto"` may do, for this thread or task, until the block ends; what is not named stays as it is.
+
+    with autotune("lookup", require_hit=True):
+        log_probs = log_probs_from_logits(logits, labels)
+
+    Args:
+        mode: "tune" measures a new problem at its first call, where that is possible; "lookup" uses what is stored and never
+            measures; "off" uses neither, but the default rule alone.
+        budget_s: seconds that a problem's tuning may take; a process may spend three times as much. Default 20.
+        row_invariant: admit only backends whose rows have the same bits whatever N they came with, as the check found here:
+            then old and new log-probabilities of the same weights are equal, and their ratios start at exactly 1.
+        require_hit: raise ProfileError for a problem that no profile decides, instead of measuring it or guessing. Problems so
+            small that `eager` serves them by rule need no profile.
+
+    Raises:
+        InputError: the mode is none of these, or the budget is no number of seconds.
+    """
+    before = policy()
+    changed = Policy(
+        before.mode if mode is None else _checked_mode(mode, "mode"),
+        before.budget_s if budget_s is None else _checked_budget(budget_s, "budget_s"),
+        before.row_invariant if row_invariant is None else bool(row_invariant),
+        before.require_hit if require_hit is None else bool(require_hit),
+    )
+    token = _POLICY.set(changed)
+    try:
+        yield
+    finally:
+        _POLICY.reset(token)
+
+
+@lru_cache(maxsize=8)
+def _from_variables(mode: str | None, budget: str | None) -> Policy:
+    return Policy(
+        _checked_mode(mode, MODE_VARIABLE) if mode else "tune",
+        _checked_budget(budget, BUDGET_VARIABLE) if budget else BUDGET_S,
+    )
+
+
+def _checked_mode(mode: str, name: str) -> Mode:
+    if mode not in get_args(Mode):
+        raise InputError(f"got {name}={mode!r}; {', '.join(get_args(Mode))} are valid. Set it to one of them.")
+    return mode  # type: ignore[return-value]  # it is one of them
+
+
+def _checked_budget(budget: float | str, name: str) -> float:
+    try:
+        seconds = float(budget)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise InputError(f"got {name}={budget!r}; a number of seconds, 0 or more, is valid, e.g. {BUDGET_S:g}.")
+    return seconds

@@ -1,0 +1,136 @@
+"""The worker program from outside: start it, listen to it, and end it with all that it started.
+
+Whatever happens in there, nothing worse than `WorkerLost` happens here.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from queue import Empty, Queue
+from typing import Any, Literal
+
+from compiled_logprobs.policy import MODE_VARIABLE
+
+Event = dict[str, Any]
+
+POLL_S = 0.1
+"""Between two looks at whether the process still lives: what it left behind may hold its pipes open."""
+GRACE_S = 0.5
+"""For the last events of a process that has ended."""
+TAIL_LINES, TAIL_CHARACTERS = 20, 2000
+"""What is kept of standard error, for the reason of a crash."""
+LONGEST_LINE = 2**22
+"""Characters of an event; foreign code that finds the pipe cannot fill this process's memory."""
+
+
+class WorkerLost(Exception):
+    """The program crashed, took too long, could not be started, or said what it never says."""
+
+    def __init__(self, outcome: Literal["crashed", "timeout"], reason: str) -> None:
+        super().__init__(reason)
+        self.outcome = outcome
+        self.reason = reason
+
+
+class Worker:
+    """One process of the worker program; a context manager that ends it."""
+
+    def __init__(self) -> None:
+        path = os.pathsep.join(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "compiled_logprobs.tuning.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                # It imports what this process would import, from no other place, and never tunes by itself.
+                env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", MODE_VARIABLE: "off"},
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,  # a group of its own, to be killed as one; and Ctrl-C is for the parent
+            )
+        except OSError as error:
+            raise WorkerLost("crashed", f"the worker program cannot be started: {error}") from error
+        self._lines: Queue[str] = Queue(maxsize=1000)
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        threading.Thread(target=self._read_events, daemon=True, name="worker events").start()
+        threading.Thread(target=self._read_errors, daemon=True, name="worker errors").start()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def send(self, job: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # if it has ended, `next_event` will notice
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
+
+    def next_event(self, *, within: float) -> Event:
+        """What it says next. WorkerLost if it ends, or says nothing for that many seconds."""
+        until = time.monotonic() + within
+        ended_at = None
+        while True:
+            try:
+                return _parsed(self._lines.get(timeout=POLL_S))
+            except Empty:
+                pass
+            now = time.monotonic()
+            if self._process.poll() is not None:
+                ended_at = now if ended_at is None else ended_at
+                if now > ended_at + GRACE_S:
+                    raise WorkerLost("crashed", self._how_it_ended())
+            elif now > until:
+                raise WorkerLost("timeout", f"no end after {within:.0f} s")
+
+    def end(self) -> None:
+        """Kill the process and all that it started."""
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+    def _how_it_ended(self) -> str:
+        code = self._process.returncode
+        said = " ".join(" ".join(self._tail).split())[-TAIL_CHARACTERS:]
+        if code >= 0:
+            how = f"ended with exit code {code}"
+        else:
+            names = {s.value: s.name for s in signal.Signals}
+            how = f"killed by {names.get(-code, f'signal {-code}')}"
+            if code == -signal.SIGKILL:
+                how += ", as the system does when memory runs out"
+        return f"{how}; it said: {said}" if said else how
+
+    def _read_events(self) -> None:
+        assert self._process.stdout is not None
+        while line := self._process.stdout.readline(LONGEST_LINE):
+            self._lines.put(line)
+
+    def _read_errors(self) -> None:
+        assert self._process.stderr is not None
+        while line := self._process.stderr.readline(TAIL_CHARACTERS):
+            self._tail.append(line)
+
+
+def _parsed(line: str) -> Event:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        event = None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        raise WorkerLost("crashed", f"wrote {line[:100]!r} where only the worker program writes")
+    return event

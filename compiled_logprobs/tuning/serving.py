@@ -1,0 +1,272 @@
+"""Where nothing is known about a problem yet: look it up, measure it, or take the default rule; and measuring on demand."""
+
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from compiled_logprobs import decisions
+from compiled_logprobs.backends import BUILT_IN, backends, why_not
+from compiled_logprobs.clock import MIB, free_memory
+from compiled_logprobs.decisions import EAGER, Served
+from compiled_logprobs.errors import BackendUnavailable, ProfileError, nothing_can_serve_after
+from compiled_logprobs.policy import BUDGET_VARIABLE, PROBLEMS_A_PROCESS, Policy, policy
+from compiled_logprobs.problem import Problem
+from compiled_logprobs.records import Decision
+from compiled_logprobs.store import Store, user_store
+from compiled_logprobs.tuning.gate import check_backend
+from compiled_logprobs.tuning.isolation import Event
+from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on
+
+LEAST_FREE = 2048 * MIB
+"""Memory of an accelerator that has to be free, beside `COPIES` of the logits, for tuning to begin by itself."""
+COPIES = 3
+WAIT_S = 600.0
+"""How long tuning on demand waits for another process that measures on the same device."""
+
+
+class _Short(NamedTuple):
+    passed: bool
+    row_invariant: bool | None
+
+
+_short_checks: dict[tuple[str, Problem], _Short] = {}
+"""What the short check found, for problems of any N: its inputs have few rows."""
+_lock = threading.RLock()
+_forked = False
+_spent_s = 0.0
+"""Of this process's time, what tuning by itself has taken."""
+
+
+def _after_fork() -> None:
+    global _forked, _lock
+    _forked, _lock = True, threading.RLock()  # another thread may have held the old one
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def serve(problem: Problem, device: torch.device, under: Policy) -> str:
+    """The name of the backend that serves `problem` on `device`: known, or found out and then known.
+
+    Raises:
+        ProfileError: a profile has to decide, and none does.
+        BackendUnavailable: rows have to be invariant, and no backend's are.
+    """
+    known = decisions.lookup(problem, under)
+    if known is not None:
+        return known
+    with _lock:
+        known = decisions.lookup(problem, under)  # another thread may have been quicker
+        if known is not None:
+            return known
+        answer = _find_out(problem, device, under)
+        if answer is None:
+            return EAGER  # there is no room for the check now; there may be at the next call
+        decisions.remember(problem, under, answer)
+        return answer.name
+
+
+def why_no_tuning(problem: Problem, device: torch.device, under: Policy) -> str | None:
+    """Why the first call of `problem` does not measure by itself; None if it does."""
+    if under.mode != "tune":
+        return f"the mode is {under.mode!r}"
+    if not _others_can_run(problem):
+        return "only eager can run it"
+    if device.type not in ("cpu", "cuda"):
+        return f"nothing is measured on {device.type}"
+    if _forked:
+        return "this process is a forked child of another"
+    if _world_size() > 1 or _is_distributed():
+        return "this process is one of several ranks; call tune(...) on all of them"
+    if device.type != "cpu":
+        needed = COPIES * problem.rows * problem.vocab * problem.dtype.itemsize + LEAST_FREE
+        free = free_memory(device) or 0
+        if free < needed:
+            return f"{free / 2**30:.1f} GiB of the device's memory are free, and {needed / 2**30:.1f} GiB are needed"
+    if _budget_left(under) <= 0:
+        return f"the process has used up its {PROBLEMS_A_PROCESS * under.budget_s:g} s for measuring"
+    return None
+
+
+def tune_all(
+    problems: Sequence[Problem],
+    device: torch.device,
+    *,
+    store: Store | None = None,
+    names: list[str] | None = None,
+    budget_s: float | None = None,
+    again: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Iterator[Decision | TuningFailed]:
+    """Decide each bucket of `problems`, and store it, on demand: no question of mode, ranks or the process's budget.
+
+    Args:
+        problems: those of the same bucket are decided once.
+        device: where.
+        store: where to; by default the user's.
+        names: of the backends to measure beside eager.
+        budget_s: seconds for each problem; by default what the policy says. N shrinks where the rounds would take longer.
+        again: measure what that store holds already, too.
+        on_event: told what happens.
+
+    Yields:
+        For each bucket the decision, or why there is none, as soon as it is known.
+    """
+    store = user_store() if store is None else store
+    seconds = policy().budget_s if budget_s is None else budget_s
+    with Tuner(device, names=names, on_event=on_event) as tuner:
+        for problem in dict.fromkeys(map(decisions.bucket, problems)):
+            known = None if again else _current(store, problem, device)
+            on_event({"event": "problem", "problem": problem, "known": known is not None})
+            if known is not None:
+                yield known
+                continue
+            with alone_on(device, WAIT_S) as alone:
+                if not alone:
+                    yield TuningFailed(
+                        f"another process has been measuring on {device} for {WAIT_S:g} s; wait for its end"
+                    )
+                    continue
+                try:
+                    decision, times = tuner.decide(problem, seconds)
+                except TuningFailed as error:
+                    yield error
+                    continue
+            _publish(store, decision, times, device)
+            yield decision
+
+
+def _find_out(problem: Problem, device: torch.device, under: Policy) -> Served | None:
+    if under.mode != "off":
+        found = decisions.stored(problem, device, under)
+        if found is not None and (found.stale is None or why_no_tuning(problem, device, under) is not None):
+            return found
+        if under.require_hit and found is None:
+            raise ProfileError(
+                f"no profile decides {decisions.bucket(problem)}{_options(problem)}, and require_hit=True forbids to measure "
+                "or guess. Run `compiled-logprobs profile` or tune(...) for it on this machine, or set require_hit=False."
+            )
+        if why_no_tuning(problem, device, under) is None:
+            measured = _tune_by_itself(problem, device, under)
+            if measured is not None:
+                return measured
+        found = found or decisions.nearest(problem, device, under)
+        if found is not None:
+            return found
+    return _default_rule(problem, device, under)
+
+
+def _tune_by_itself(problem: Problem, device: torch.device, under: Policy) -> Served | None:
+    global _spent_s
+    began = time.monotonic()
+    seconds = min(under.budget_s, _budget_left(under))
+    _say(
+        f"measuring which backend is fastest for {decisions.bucket(problem)}{_options(problem)}, for at most {seconds:.0f} s "
+        "(COMPILED_LOGPROBS_MODE=lookup prevents it)"
+    )
+    try:
+        with alone_on(device, seconds) as alone:
+            found = decisions.stored(problem, device, under)  # while this waited, another process may have decided it
+            if found is not None and found.stale is None:
+                return found
+            if not alone:
+                raise TuningFailed("another process was measuring on this device all the time")
+            with Tuner(device, short=True) as tuner:
+                decision, times = tuner.decide(problem, seconds - (time.monotonic() - began), strict=True)
+    except TuningFailed as error:
+        _say(
+            f"not decided: {error}. The default rule serves it in this process; `compiled-logprobs profile` or a larger "
+            f"{BUDGET_VARIABLE} gives it more time"
+        )
+        return None
+    finally:
+        _spent_s += time.monotonic() - began
+    _publish(user_store(), decision, times, device)
+    _say(f"{decision.chosen} serves it: {decision.reason}")
+    return decisions.stored(problem, device, under)
+
+
+def _default_rule(problem: Problem, device: torch.device, under: Policy) -> Served | None:
+    """None if there is no memory to find out."""
+    names = decisions.candidates(problem)
+    if problem.rows * problem.vocab < decisions.SMALL:
+        names.sort(key=lambda name: name != EAGER)
+    try:
+        for name in names:
+            if name == EAGER and not under.row_invariant:
+                return Served(EAGER, "default rule")
+            if why_not(name, problem) is not None:
+                continue
+            found = _short_check(name, problem, device)
+            if found.passed and (found.row_invariant or not under.row_invariant):
+                return Served(name, "default rule")
+    except Exception as error:
+        if isinstance(error, torch.AcceleratorError) or not nothing_can_serve_after(error):
+            raise
+        return None
+    raise BackendUnavailable(
+        f"no backend that can run {problem}{_options(problem)} has rows whose bits do not depend on N, which "
+        f"row_invariant=True asks for. Tried: {', '.join(names)}. Set row_invariant=False, or keep N the same."
+    )
+
+
+def _short_check(name: str, problem: Problem, device: torch.device) -> _Short:
+    key = name, problem._replace(rows=0)
+    if key not in _short_checks:
+        report = check_backend(name, problem, short=True, device=str(device))
+        _short_checks[key] = _Short(report.passed, report.row_invariant)
+    return _short_checks[key]
+
+
+def _current(store: Store, problem: Problem, device: torch.device) -> Decision | None:
+    """What `store` holds of `problem`, unless something has changed since."""
+    decision = decisions.decision_in(store, decisions.fingerprint_of(device), problem)
+    if decision is None:
+        return None
+    found = decisions.usable(Served(decision.chosen, "user store", decision), Policy())
+    return decision if found is not None and found.stale is None else None
+
+
+def _publish(store: Store, decision: Decision, times: dict[str, list[float]], device: torch.device) -> None:
+    decisions.remember_decision(decision)
+    try:
+        store.publish(decisions.environment_at(device), decision.problem, decision.record(), {"seconds": times})
+    except ProfileError as error:
+        warnings.warn(f"{error}\nWhat was measured holds in this process only.", RuntimeWarning, stacklevel=2)
+
+
+def _others_can_run(problem: Problem) -> bool:
+    """Whether another backend than eager may; those of third parties are not imported to find out."""
+    return any(name not in BUILT_IN or why_not(name, problem) is None for name in backends() if name != EAGER)
+
+
+def _budget_left(under: Policy) -> float:
+    return PROBLEMS_A_PROCESS * under.budget_s - _spent_s
+
+
+def _world_size() -> int:
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdigit() else 1
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _options(problem: Problem) -> str:
+    details = problem.details()
+    return f" ({details})" if details else ""
+
+
+def _say(text: str) -> None:
+    """To whoever waits for it."""
+    if sys.stderr is not None:
+        sys.stderr.write(f"compiled_logprobs: {text}\n")
+        sys.stderr.flush()

@@ -1,0 +1,269 @@
+"""The program in which candidates run: `python -m compiled_logprobs.tuning.worker`.
+
+It reads jobs from standard input and writes events to what was standard output when it started, both as JSON, one a line.
+Before anything that may crash or hang it says what comes next, so that whoever started it knows whose fault it was. What
+foreign code prints goes to standard error.
+"""
+
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from itertools import chain
+from statistics import median
+from typing import Any
+
+import torch
+
+from compiled_logprobs.backends import BUILT_IN, get_backend, register_backend
+from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.clock import free_memory, measurable
+from compiled_logprobs.environment import environment_of, without_paths
+from compiled_logprobs.errors import BackendUnavailable, nothing_can_serve_after
+from compiled_logprobs.problem import Problem
+from compiled_logprobs.roofline import measured_bandwidth, percent_of_bandwidth
+from compiled_logprobs.store import problem_from_dict
+from compiled_logprobs.telemetry import Watch, telemetry
+from compiled_logprobs.tuning.gate import check_backend
+from compiled_logprobs.tuning.measure import BUFFERS, LONGEST_REASON, Measurement, is_out_of_memory
+from compiled_logprobs.tuning.select import LOOKS, look
+
+PILOT_LOGITS = 2**22
+"""Size of the first calls, which compile, and tell how long a round would take."""
+SHARE_OF_FREE_MEMORY = 0.5
+SHARE_OF_TIME = 0.6
+"""Of the seconds that are left, what the rounds up to the first look may take; inputs have to be made, too."""
+CHECKED_LOGITS = {"cpu": 2**27}
+"""Size of the largest input of the check; an accelerator takes the whole problem."""
+ONLY_THERE = (
+    "only the process that registered it knows it; register it by its place, 'package.module:attribute', so that it can be "
+    "imported where candidates are measured"
+)
+
+
+def main() -> None:
+    """Serve jobs until standard input ends."""
+    _die_with_parent()
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    jobs = os.fdopen(os.dup(0), encoding="utf-8")
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+    def emit(event: str, **fields: Any) -> None:
+        events.write(json.dumps({"event": event, **fields}, allow_nan=False) + "\n")
+        events.flush()
+
+    for line in jobs:
+        Work(json.loads(line), emit).run()
+        emit("done")
+
+
+class Work:
+    """One job: find out about the candidates of a problem.
+
+    Job:
+        problem: as `problem_to_dict` gives it; for a bucket of N, its top.
+        device, threads: where, and by how many threads of the CPU.
+        candidates: [name, target] of each, the baseline first; the target of one that only its own process knows is None.
+        checked: names of those that have passed the check already.
+        simplicity: {name: rank}, for `select.look`.
+        short: whether the check has its fewer inputs.
+        seconds: after which no further round begins.
+        seed: of all inputs.
+    """
+
+    def __init__(self, job: dict[str, Any], emit: Callable[..., None]) -> None:
+        self._ends = time.monotonic() + job["seconds"]
+        torch.set_num_threads(job["threads"])
+        self._job, self._emit = job, emit
+        self._problem = problem_from_dict(job["problem"])
+        self._device = measurable(job["device"])
+        self._pilot_rows = min(self._problem.rows, max(2, PILOT_LOGITS // self._problem.vocab))
+
+    def run(self) -> None:
+        """Each candidate gets an event `lost` that says why, or `checked`, and then a time in each event `round`."""
+        self._emit("started", environment=environment_of(self._device).fingerprint())
+        alive: dict[str, Backend] = {}
+        seconds = 0.0
+        for name, target in self._job["candidates"]:
+            backend = self._load(name, target)
+            if backend is None:
+                continue
+            call_seconds = self._first_call(name, backend)
+            if call_seconds is not None and (name in self._job["checked"] or self._check(name)):
+                alive[name] = backend
+                seconds += call_seconds
+        if not alive:
+            return
+        self._step(None, "inputs")
+        rows = self._rows_that_fit(seconds / self._pilot_rows)
+        while not self._measure(alive, rows):
+            rows //= 2
+
+    def _load(self, name: str, target: str | None) -> Backend | None:
+        if target is None:
+            self._lose(name, "unavailable", ONLY_THERE)
+            return None
+        self._step(name, "import")
+        if name not in BUILT_IN:
+            register_backend(name, target)
+        try:
+            backend = get_backend(name)
+            reason = backend.why_not(self._problem)
+            plain = Problem(self._problem.device_type, self._problem.rows, self._problem.vocab, torch.float32)
+            can_run_others = reason is not None and backend.why_not(plain) is None
+            self._emit("loaded", candidate=name, fingerprint=backend.fingerprint())
+        except BackendUnavailable as error:
+            self._lose(name, "unavailable", error)
+            return None
+        except Exception as error:  # noqa: BLE001 - whatever a candidate raises is its outcome
+            self._lose(name, "failed", f"import: {type(error).__name__}: {error}")
+            return None
+        if reason is not None:
+            self._lose(name, "unsupported" if can_run_others else "unavailable", reason)
+            return None
+        return backend
+
+    def _first_call(self, name: str, backend: Backend) -> float | None:
+        """Compile it on few rows; seconds that a call takes then, None if it fails."""
+        pilot = self._problem._replace(rows=self._pilot_rows)
+        measurement = self._measurement(pilot, {name: backend})
+        for _ in measurement.rounds(2):
+            pass
+        run = measurement.runs[name]
+        if not run.alive:
+            self._lose(name, run.outcome, run.reason)
+            return None
+        self._emit("first_call", candidate=name, seconds=run.first_call_seconds)
+        return min(run.seconds)
+
+    def _check(self, name: str) -> bool:
+        most = CHECKED_LOGITS.get(self._device.type, math.inf)
+        problem = self._problem._replace(rows=int(max(1, min(self._problem.rows, most // self._problem.vocab))))
+        self._step(name, "check")
+        short, seed = self._job["short"], self._job["seed"]
+        try:
+            report = check_backend(name, problem, short=short, device=str(self._device), seed=seed)
+        except Exception as error:
+            if not nothing_can_serve_after(error):
+                raise
+            self._lose(name, "oom", f"check: {type(error).__name__}: {error}")
+            return False
+        keys = ("name", "passed", "figure", "limit", "detail")
+        checks = [{key: one[key] for key in keys} for one in report.to_dict()["checks"]]
+        for one in checks:
+            one["detail"] = _line(one["detail"])
+        self._emit(
+            "checked",
+            candidate=name,
+            rows=problem.rows,
+            checks=checks,
+            repeatable=report.repeatable,
+            row_invariant=report.row_invariant,
+        )
+        if not report.passed:
+            details = [one.detail for one in report.checks if not one.passed]
+            self._lose(name, "wrong", f"{', '.join(report.reasons)}: {details[0]}")
+        return report.passed
+
+    def _rows_that_fit(self, seconds_a_row: float) -> int:
+        """The largest N, the problem's or the top of a bucket below, that memory and time have room for."""
+        problem = self._problem
+        copies = BUFFERS + problem.needs_grad + 1  # inputs, gradient, and what is taken beside them
+        free = free_memory(self._device)
+        by_memory = math.inf
+        if free is not None:
+            by_memory = SHARE_OF_FREE_MEMORY * free / (copies * problem.vocab * problem.dtype.itemsize)
+        calls = LOOKS[0] + BUFFERS + 1  # the rounds up to the first look, and the calls before them
+        by_time = SHARE_OF_TIME * (self._ends - time.monotonic()) / (calls * seconds_a_row)
+        rows = problem.rows
+        while rows > min(by_memory, by_time) and rows * problem.vocab > PILOT_LOGITS:
+            octave = 1 << (rows.bit_length() - 1)
+            rows = octave if rows > octave else octave * 3 // 4
+        return max(1, rows)
+
+    def _measure(self, alive: Mapping[str, Backend], rows: int) -> bool:
+        """False if there is no memory for the inputs, and fewer rows are worth a try."""
+        problem = self._problem._replace(rows=rows)
+        bandwidth = measured_bandwidth(self._device)
+        provider = telemetry(self._device)
+        measurement = self._measurement(problem, alive)
+        lost: set[str] = set()
+        self._emit("measuring", rows=rows)
+        rounds = measurement.rounds(LOOKS[-1])
+        try:
+            next(rounds)
+        except Exception as error:
+            if not is_out_of_memory(error) or rows <= self._pilot_rows:
+                raise
+            return False
+        with Watch(provider) as watch:
+            for done in chain([1], rounds):
+                self._lose_failed(measurement, lost)
+                if done == 1:
+                    for name, size in measurement.extra_bytes().items():
+                        multiple = measurement.runs[name].extra_multiple
+                        self._emit("memory", candidate=name, bytes=size, multiple=multiple)
+                times = measurement.times()
+                self._emit("round", seconds={name: series[-1] for name, series in times.items()})
+                if time.monotonic() > self._ends or not times or self._is_settled(measurement):
+                    break
+        self._lose_failed(measurement, lost)
+        summary = watch.summary()
+        self._emit(
+            "circumstances",
+            bandwidth=asdict(bandwidth),
+            percent={
+                name: percent_of_bandwidth(problem, median(series), bandwidth)
+                for name, series in measurement.times().items()
+            },
+            telemetry=None if summary is None else asdict(summary),
+            telemetry_reason=provider.reason,
+        )
+        return True
+
+    def _is_settled(self, measurement: Measurement) -> bool:
+        times = measurement.times()
+        selection = look(
+            times,
+            baseline=next(iter(times)),
+            simplicity=self._job["simplicity"],
+            extra_bytes=measurement.extra_bytes(),
+        )
+        return selection is not None
+
+    def _measurement(self, problem: Problem, candidates: Mapping[str, Backend]) -> Measurement:
+        return Measurement(problem, candidates, device=self._device, seed=self._job["seed"], on_step=self._step)
+
+    def _lose_failed(self, measurement: Measurement, lost: set[str]) -> None:
+        for name, run in measurement.runs.items():
+            if not run.alive and name not in lost:
+                lost.add(name)
+                self._lose(name, run.outcome, run.reason)
+
+    def _lose(self, name: str, outcome: str, reason: object) -> None:
+        self._emit("lost", candidate=name, outcome=outcome, reason=_line(reason))
+
+    def _step(self, name: str | None, step: str) -> None:
+        self._emit("step", candidate=name, step=step)
+
+
+def _line(message: object) -> str:
+    """On one line, without paths, and short."""
+    return without_paths(" ".join(str(message).split()))[:LONGEST_REASON]
+
+
+def _die_with_parent() -> None:
+    """So that nothing runs on for nobody, should the parent be killed while foreign code holds this process up."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""Every test starts from an empty store of its own, and measures nothing unless it asks to."""
+
+import pytest
+
+from compiled_logprobs import decisions, policy, store
+from compiled_logprobs.tuning import serving
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv(policy.MODE_VARIABLE, "off")
+    monkeypatch.setenv(store.ROOT_VARIABLE, str(tmp_path_factory.mktemp("profiles")))
+    monkeypatch.setattr(decisions, "_served", {})
+    monkeypatch.setattr(decisions, "_decided", {})
+    monkeypatch.setattr(decisions, "_set_aside", set())
+    monkeypatch.setattr(serving, "_short_checks", {})
+    monkeypatch.setattr(serving, "_spent_s", 0.0)
+    monkeypatch.setattr(store, "_warned", set())
