@@ -1,5 +1,5 @@
 # make test      set up .venv, then run the whole suite
-# make profile   set up .venv, then show what this machine can run, and check it
+# make profile   set up .venv, then measure which backend is fastest on this machine, store it, and show the winners
 # make check     format, lint and types, as CI does
 # make format    mend what can be mended by itself
 
@@ -15,10 +15,8 @@ test: export OMP_WAIT_POLICY := PASSIVE
 test: .venv/.installed-flash-attn
 	$(BIN)/python -m pytest
 
-# The command that measures the backends and stores what it finds, `compiled-logprobs profile`, does not exist yet.
 profile: .venv/.installed-flash-attn
-	$(BIN)/compiled-logprobs doctor
-	$(BIN)/compiled-logprobs check
+	$(BIN)/compiled-logprobs profile
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .

@@ -2,11 +2,11 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch._C import _len_torch_dispatch_stack
 
 from compiled_logprobs import decisions
 from compiled_logprobs.arguments import (
@@ -18,7 +18,7 @@ from compiled_logprobs.arguments import (
     is_traced,
 )
 from compiled_logprobs.autograd import ForwardBackward, PlainFormula, compute
-from compiled_logprobs.backends import backends, get_backend, require_backend, why_not
+from compiled_logprobs.backends import backends, get_backend, require_backend
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.errors import BackendUnavailable, InputError, nothing_can_serve_after
 from compiled_logprobs.explanation import Explanation, explain_problem
@@ -27,6 +27,7 @@ from compiled_logprobs.problem import (
     Layout,
     Problem,
     Temperature,
+    as_it_lies,
     collapse,
     layout_of,
 )
@@ -195,15 +196,19 @@ def tune(
     device: torch.device | str | None = None,
     budget_s: float | None = None,
     again: bool = False,
+    group: Any = None,
 ) -> list[Decision]:
     """Measure which backend is fastest, now, and store it in the user's profiles; later calls and processes use it.
 
     Args:
-        problems_or_logits: problems; or logits, whose shape, layout and options count, not their values.
+        problems_or_logits: problems; or logits, whose shape, layout and options count, not their values. A problem with flat
+            rows of an odd V is taken as not aligned, whatever it says.
         labels: with logits: as for `log_probs_from_logits`, whose options the next five are.
         device: with problems: where to measure; by default the current device of their type.
         budget_s: seconds for each problem, by default 20; N shrinks where the rounds would take longer.
         again: measure also what the user's profiles hold already.
+        group: a process group of torch.distributed, whose ranks all call this with the same problems: the first measures and
+            stores, and all hold the same decision afterwards. Where one of them cannot, all hold the baseline.
 
     Returns:
         The decision for each bucket of N among the problems, in their order.
@@ -225,8 +230,11 @@ def tune(
         ]
         where = problems_or_logits.device
     else:
-        problems = [problems_or_logits] if isinstance(problems_or_logits, Problem) else list(problems_or_logits)
-        where = _one_device(problems, labels, device)
+        problems, where = _problems_on_one_device(problems_or_logits, labels, device)
+    if group is not None:
+        from compiled_logprobs.distributed import tune_together
+
+        return tune_together(problems, where, group, budget_s=budget_s, again=again)
     decided: list[Decision] = []
     for found in serving.tune_all(problems, where, budget_s=budget_s, again=again):
         if isinstance(found, Exception):
@@ -283,19 +291,25 @@ def _problem_posed(
     )
 
 
-def _one_device(problems: list[Problem], labels: object, device: torch.device | str | None) -> torch.device:
-    wrong = next((problem for problem in problems if not isinstance(problem, Problem)), None)
+def _problems_on_one_device(
+    given: object, labels: object, device: torch.device | str | None
+) -> tuple[list[Problem], torch.device]:
+    listed: list[Any] = [given] if isinstance(given, Problem) or not isinstance(given, Iterable) else list(given)
+    problems = [one for one in listed if isinstance(one, Problem)]
+    wrong = next((type(one).__name__ for one in listed if not isinstance(one, Problem)), None)
     if labels is not None or wrong is not None:
-        got = "labels beside problems" if wrong is None else f"a {type(wrong).__name__} among the problems"
+        got = "labels beside problems" if wrong is None else f"a {wrong} among the problems"
         raise InputError(f"got {got}; problems, or logits and labels, are valid. Pass one or the other.")
-    types = {problem.device_type for problem in problems} | (
-        {torch.device(device).type} if device is not None else set()
-    )
+    try:
+        where = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"got device={device!r}; e.g. 'cpu' or 'cuda:0' is valid. Name one of them.") from error
+    types = {problem.device_type for problem in problems} | (set() if where is None else {where.type})
     if len(types) > 1:
         raise InputError(
             f"got problems and devices of types {', '.join(sorted(types))}; one is valid. Tune them apart."
         )
-    return torch.device(device if device is not None else next(iter(types), "cpu"))
+    return [as_it_lies(problem) for problem in problems], where or torch.device(next(iter(types), "cpu"))
 
 
 def _run(
@@ -344,13 +358,11 @@ def _chosen_automatically(problem: Problem, logits: Tensor) -> ForwardBackward:
         return eager
     under = policy()
     if _is_capturing(problem):
-        known = decisions.lookup(problem, under)
-        backend = eager if known is None else get_backend(known)
+        known = decisions.served(problem, under)
+        backend = eager if known is None else get_backend(known.name)
         return backend if backend.is_warm(problem) else eager
-    name = serving.serve(problem, logits.device, under)
-    if name == decisions.EAGER or why_not(name, problem) is not None:
-        return eager
-    return _WithFallback(name, problem)
+    name = decisions.known(problem, under) or serving.serve(problem, logits.device, under)
+    return eager if name == decisions.EAGER else _WithFallback(name, problem)
 
 
 class _WithFallback:
@@ -432,7 +444,7 @@ def problem_of(
 
 def _is_observed(logits: Tensor) -> bool:
     """Whether something else than torch itself sees each operation: a profiler of operations, or a tensor subclass."""
-    return bool(_get_current_dispatch_mode_stack()) or type(logits) not in (Tensor, torch.nn.Parameter)
+    return bool(_len_torch_dispatch_stack()) or type(logits) not in (Tensor, torch.nn.Parameter)
 
 
 def _is_capturing(problem: Problem) -> bool:

@@ -1,40 +1,54 @@
 """The command line: reads arguments, calls the library, prints what it returns.
 
-Exit codes: 0 passed; 1 something is wrong; 2 it could not run, and standard error says why.
+Exit codes: 0 passed; 1 something is wrong; 2 it could not run, and standard error says why; 130 interrupted.
 """
 
 import contextlib
-import json
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from enum import Enum
 from importlib import import_module
 from importlib.metadata import version
-from itertools import groupby
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
 import torch
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from compiled_logprobs import decisions, profiling
 from compiled_logprobs.backends import backends, register_backend, why_not
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.environment import Environment, cpp_compiler_version, environments, without_paths
 from compiled_logprobs.errors import BackendUnavailable, InputError, LogProbsError
-from compiled_logprobs.problem import Problem, short_name
+from compiled_logprobs.explanation import explain_problem
+from compiled_logprobs.policy import policy
+from compiled_logprobs.printing import (
+    console,
+    new_table,
+    print_decisions,
+    print_environment,
+    print_json,
+    print_line,
+    print_report,
+)
+from compiled_logprobs.problem import Layout, Problem, Temperature, as_it_lies, short_name
+from compiled_logprobs.progress import Bar, JsonLines, Progress, Silence
+from compiled_logprobs.records import Decision
+from compiled_logprobs.store import Store, stores, user_store
 from compiled_logprobs.tuning.gate import CheckReport, check_backend
+from compiled_logprobs.tuning.serving import tune_all
 
-PASSED, WRONG, COULD_NOT_RUN = 0, 1, 2
-WIDTH_ELSEWHERE = 160
+PASSED, WRONG, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
+PROFILE_BUDGET_S = 60.0
 SAMPLE_ROWS, SAMPLE_VOCAB = 4096, 151936
 """What `doctor` asks the backends about: a batch of an RL post-training step with Qwen's vocabulary."""
 
 app = typer.Typer(
-    help="Log-probabilities of labels from logits: check backends and functions, and see what this machine can run.",
+    help="Log-probabilities of labels from logits: find out which backend is right and fastest on this machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -65,7 +79,7 @@ def options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
     ] = False,
 ) -> None:
-    """Log-probabilities of labels from logits: check backends and functions, and see what this machine can run."""
+    """Log-probabilities of labels from logits: find out which backend is right and fastest on this machine."""
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
@@ -112,16 +126,190 @@ def check(
                     raise
                 unavailable[str(subject)] = str(error)
                 if not as_json:
-                    _line(str(error).splitlines()[0])
+                    print_line(str(error).splitlines()[0])
             else:
                 reports.append(report)
                 if not as_json:
-                    _print_report(report)
+                    print_report(report)
     if as_json:
-        _print_json({"reports": [report.to_dict() for report in reports], "unavailable": unavailable})
+        print_json({"reports": [report.to_dict() for report in reports], "unavailable": unavailable})
     if not reports:
         raise typer.Exit(COULD_NOT_RUN)
     raise typer.Exit(PASSED if all(report.passed for report in reports) else WRONG)
+
+
+Vocab = Annotated[
+    list[str] | None,
+    typer.Option(
+        show_default=False,
+        help=f"V: a number or a model ({', '.join(profiling.MODELS)}). Options like this one take several, as often as you "
+        "name them or with commas.",
+    ),
+]
+Rows = Annotated[list[str] | None, typer.Option(show_default=False, help="N: how many positions.")]
+Dtype = Annotated[
+    list[str] | None, typer.Option(show_default=False, help="Of the logits: float32, bfloat16 or float16.")
+]
+Mode = Annotated[
+    list[str] | None,
+    typer.Option(
+        show_default=False,
+        help="forward; backward (forward and backward); inplace (the gradient over the logits); entropy (forward with it).",
+    ),
+]
+Where = Annotated[
+    str | None,
+    typer.Option("--device", show_default=False, help="cpu, cuda, cuda:1, ...; by default the GPU if there is one."),
+]
+
+
+@app.command()
+def profile(
+    preset: Annotated[
+        str, typer.Option(help=f"{', '.join(profiling.PRESETS)}: the grid, of which the next options replace parts.")
+    ] = "standard",
+    vocab: Vocab = None,
+    rows: Rows = None,
+    dtype: Dtype = None,
+    mode: Mode = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            show_default=False,
+            help="Measure only these, beside eager: names, or package.module:Class of your own. By default all.",
+        ),
+    ] = None,
+    device: Where = None,
+    budget: Annotated[
+        float, typer.Option(min=1.0, help="Seconds for each problem; fewer rows are timed where it would take longer.")
+    ] = PROFILE_BUDGET_S,
+    out: Annotated[
+        Path | None, typer.Option(show_default=False, help="Folder to store in; by default the user's profiles.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure also what is stored there already.")] = False,
+    progress: Annotated[
+        str, typer.Option(help="bar, jsonl (events on standard output, one a line, and no table), or none.")
+    ] = "bar",
+    as_json: AsJson = False,
+) -> None:
+    """Measure which backend is fastest for a grid of problems, store it, and show the winners.
+
+    What is finished is stored, also if you interrupt it; what is stored already is not measured again.
+    """
+    with _reported_errors():
+        where = _device(device)
+        problems = profiling.grid(
+            where.type,
+            preset,
+            vocabs=[profiling.vocab_of(text) for text in _split(vocab)],
+            rows=[profiling.rows_of(text) for text in _split(rows)],
+            dtypes=[profiling.dtype_of(text) for text in _split(dtype)],
+            modes=[profiling.mode_of(text) for text in _split(mode)],
+        )
+        problems = list(dict.fromkeys(map(decisions.bucket, problems)))
+        names = [_backend_name(text) for text in _split(backend)] or None
+        store = user_store() if out is None else Store(out)
+        shown = _progress(progress, as_json)
+        found, interrupted = _profile(problems, where, store, names, budget, again, shown)
+    decided = [one for one in found if isinstance(one, Decision)]
+    failed = [str(one) for one in found if not isinstance(one, Decision)]
+    if as_json:
+        print_json({"decisions": [one.to_dict() for one in decided], "failed": failed, "interrupted": interrupted})
+    elif progress != "jsonl":
+        if decided:
+            print_decisions(
+                f"Winners on {where}, environment {decisions.fingerprint_of(where)}", [(d, "") for d in decided]
+            )
+        for reason in failed:
+            print_line(f"not decided: {reason}")
+        print_line(f"{len(decided)} of {len(problems)} problems decided, stored in {store.root}")
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if len(decided) < len(problems):
+        raise typer.Exit(COULD_NOT_RUN)
+    wrong = any(candidate.outcome == "wrong" for one in decided for candidate in one.candidates.values())
+    raise typer.Exit(WRONG if wrong else PASSED)
+
+
+@app.command()
+def explain(
+    vocab: Annotated[str, typer.Option(help="V: a number or a model's name.")] = "qwen3",
+    rows: Annotated[str, typer.Option(help="N: how many positions.")] = "512",
+    dtype: Annotated[str, typer.Option(help="Of the logits: float32, bfloat16 or float16.")] = "bfloat16",
+    mode: Annotated[str, typer.Option(help="forward, backward, inplace or entropy.")] = "backward",
+    labels_per_row: Annotated[int, typer.Option(min=1, help="K.")] = 1,
+    temperature: Annotated[str, typer.Option(help="none, number or per_token.")] = "none",
+    masked: Annotated[bool, typer.Option("--masked", help="Whole regions of the vocabulary are -inf.")] = False,
+    layout: Annotated[str, typer.Option(help="flat, rows or other.")] = "flat",
+    device: Where = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which backend serves a problem here, why, and what became of the others. Nothing is measured."""
+    with _reported_errors():
+        where = _device(device)
+        asked = Problem(
+            where.type,
+            profiling.rows_of(rows),
+            profiling.vocab_of(vocab),
+            profiling.dtype_of(dtype),
+            labels_per_row=labels_per_row,
+            temperature=_one_of(temperature, "temperature", get_args(Temperature)),
+            masked_logits=masked,
+            layout=_one_of(layout, "layout", get_args(Layout)),
+            **profiling.MODES[profiling.mode_of(mode)],
+        )
+        explanation = explain_problem(as_it_lies(asked), where, policy())
+    if as_json:
+        print_json(explanation.to_dict())
+    else:
+        print_line(str(explanation))
+
+
+@app.command()
+def show(
+    store: Annotated[
+        Path | None,
+        typer.Option(show_default=False, help="Folder of profiles; by default all that are used, each shape once."),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Also those of other environments, which are not used on this machine.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the stored decisions: winner, speed-up, memory, sign check and share of bandwidth of each problem."""
+    with _reported_errors():
+        where = stores() if store is None else {str(store): Store(store)}
+        here = {environment.fingerprint() for environment in environments()}
+        found: dict[tuple[str, Problem], tuple[Decision, str]] = {}
+        for label, one in where.items():
+            for environment, problem, _ in one.records():
+                if every or environment in here:
+                    decision = decisions.decision_in(one, environment, problem)
+                    if decision is not None:
+                        found.setdefault((environment, problem), (decision, label))
+    if as_json:
+        print_json(
+            {
+                "decisions": [
+                    {"environment_fingerprint": environment, "from": label, **decision.to_dict()}
+                    for (environment, _), (decision, label) in found.items()
+                ]
+            }
+        )
+        return
+    for environment in dict.fromkeys(environment for environment, _ in found):
+        rows = [value for key, value in found.items() if key[0] == environment]
+        rows.sort(
+            key=lambda row: (
+                row[0].problem.vocab,
+                short_name(row[0].problem.dtype),
+                *row[0].problem[6:],
+                row[0].problem.rows,
+            )
+        )
+        print_decisions(f"Environment {environment}{'' if environment in here else ', not this machine'}", rows)
+    if not found:
+        print_line("No decisions are stored for this machine. `compiled-logprobs profile` measures some.")
 
 
 @app.command()
@@ -136,7 +324,7 @@ def doctor(as_json: AsJson = False) -> None:
         for reason in [why_not(name, problem)]
     ]
     if as_json:
-        _print_json(
+        print_json(
             {
                 "environments": [environment.to_dict() for environment in found],
                 "cpp_compiler": compiler,
@@ -148,12 +336,12 @@ def doctor(as_json: AsJson = False) -> None:
         )
         return
     for environment in found:
-        _print_environment(environment)
-    _line(f"C++ compiler, for torch.compile on the CPU: {compiler or 'none found'}")
-    table = _table("Backends", "backend", "problem", "can run")
+        print_environment(environment)
+    print_line(f"C++ compiler, for torch.compile on the CPU: {compiler or 'none found'}")
+    table = new_table("Backends", "backend", "problem", "can run")
     for name, problem, reason in answers:
         table.add_row(name, Text(str(problem)), "yes" if reason is None else Text(f"no: {reason}"))
-    _console().print(table)
+    console().print(table)
 
 
 def _subject(target: str) -> str | Callable[..., Any]:
@@ -213,62 +401,76 @@ def _sample_problems(found: list[Environment]) -> list[Problem]:
     ]
 
 
-def _print_report(report: CheckReport) -> None:
-    for problem, checks in groupby(report.checks, key=lambda one: one.problem):
-        details = problem.details()
-        table = _table(
-            f"{report.subject}: {problem}{f' ({details})' if details else ''}",
-            *("check", "verdict", "worst", "limit", "what it demands"),
+def _profile(
+    problems: list[Problem],
+    where: torch.device,
+    store: Store,
+    names: list[str] | None,
+    budget: float,
+    again: bool,
+    shown: Progress,
+) -> tuple[list[Decision | LogProbsError], bool]:
+    """What came of each problem, and whether it was interrupted before the last."""
+    found: list[Decision | LogProbsError] = []
+    began = time.monotonic()
+    with shown:
+        shown.start(problems, str(where), decisions.fingerprint_of(where))
+        try:
+            for one in tune_all(
+                problems, where, store=store, names=names, budget_s=budget, again=again, on_event=shown.event
+            ):
+                found.append(one)
+                shown.result(one)
+        except KeyboardInterrupt:
+            shown.end(len(found), time.monotonic() - began, interrupted=True)
+            return found, True
+        shown.end(len(found), time.monotonic() - began, interrupted=False)
+    return found, False
+
+
+def _progress(kind: str, as_json: bool) -> Progress:
+    kinds: dict[str, type[Progress]] = {"bar": Bar, "jsonl": JsonLines, "none": Silence}
+    if kind not in kinds:
+        raise InputError(f"got --progress {kind}; {', '.join(kinds)} are valid. Name one of them.")
+    if kind == "jsonl" and as_json:
+        raise InputError(
+            "got --progress jsonl and --json, which both write to standard output; one is valid. Leave one out."
         )
-        for one in checks:
-            verdict = Text("passed", "green") if one.passed else Text("wrong", "bold red")
-            table.add_row(one.name, verdict, _figure(one.figure), _figure(one.limit), one.meaning)
-        _console().print(table)
-    repeatable = _recorded("repeatable", report.repeatable)
-    _line(f"Recorded: {repeatable}, {_recorded('row invariant', report.row_invariant)}; seed {report.seed}")
-    wrong = [one for one in report.checks if not one.passed]
-    for one in wrong:
-        _line(f"  {one.name} ({short_name(one.problem.dtype)}): {one.detail}")
-    if wrong:
-        _line(f"{report.subject}: wrong: {', '.join(report.reasons)}")
-    else:
-        _line(f"{report.subject}: passed {len(report.checks)} of {len(report.checks)} checks")
+    return kinds[kind]()
 
 
-def _print_environment(environment: Environment) -> None:
-    table = _table(f"{environment.device_type}, environment {environment.fingerprint()}", "fact", "found", "matched")
-    matched = environment.matched()
-    for name, value in environment.to_dict().items():
-        if name != "fingerprint" and value is not None:
-            shown = f"{value / 2**30:.1f} GiB" if name == "memory_bytes" else str(value)
-            table.add_row(name.removesuffix("_bytes").replace("_", " "), Text(shown), "yes" if name in matched else "")
-    _console().print(table)
+def _split(texts: list[str] | None) -> list[str]:
+    return [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
 
 
-def _console() -> Console:
-    """As wide as the terminal; where there is none, so wide that tables keep one line a row."""
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH_ELSEWHERE)
+def _backend_name(text: str) -> str:
+    subject = _subject(text)
+    if not isinstance(subject, str):
+        raise InputError(f"got --backend {text}, which is a function; a Backend is valid. `check` takes functions.")
+    return subject
 
 
-def _table(title: str, *columns: str) -> Table:
-    return Table(*columns, title=Text(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+def _one_of(text: str, what: str, valid: tuple[str, ...]) -> Any:
+    if text not in valid:
+        raise InputError(f"got {what} {text!r}; {', '.join(valid)} are valid. Name one of them.")
+    return text
 
 
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value + 0.0:.3g}"  # the sum makes 0 of -0
-
-
-def _recorded(what: str, value: bool | None) -> str:
-    if value is None:
-        return f"{what} not tried"
-    return what if value else f"not {what}"
-
-
-def _line(text: str) -> None:
-    """Unwrapped, so that programs can find it, and without markup, since messages hold brackets."""
-    _console().print(Text(text), soft_wrap=True)
-
-
-def _print_json(result: dict[str, Any]) -> None:
-    print(json.dumps(result, indent=2, allow_nan=False))
+def _device(text: str | None) -> torch.device:
+    """The device that was asked for, if it is here; by default the accelerator, else the CPU."""
+    if text is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise InputError(f"got --device {text}; cpu, cuda or cuda:0 is valid. Name one of them.") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise InputError(f"got --device {text}; profiles are measured on cpu and cuda. Name one of them.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
+        raise InputError(
+            f"got --device {text}; torch sees {count} CUDA or ROCm devices here. Use one of them, or --device cpu."
+        )
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

@@ -17,7 +17,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from compiled_logprobs.backends import BUILT_IN, backends, get_backend, is_loaded, why_not
+from compiled_logprobs.backends import BUILT_IN, backends, get_backend, is_loaded, target_of, why_not
+from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.environment import Environment, environment_of
 from compiled_logprobs.errors import BackendUnavailable, ProfileError
 from compiled_logprobs.policy import Policy
@@ -52,6 +53,21 @@ _served: dict[tuple[Problem, str, bool], Served] = {}
 _decided: dict[Problem, Served] = {}
 """What was tuned in this process, by bucket, whether or not it could be stored."""
 _set_aside: set[tuple[str, Problem]] = set()
+_hot: dict[tuple[Problem, Policy], str] = {}
+"""What `_served` comes to for exact problems, so that a call pays for one look into a dictionary."""
+_MOST_HOT = 4096
+
+
+def known(problem: Problem, policy: Policy) -> str | None:
+    """The name of the backend that served exactly this before, and still does."""
+    return _hot.get((problem, policy))
+
+
+def keep(problem: Problem, policy: Policy, name: str) -> None:
+    """Let `known` answer `name`."""
+    if len(_hot) >= _MOST_HOT:
+        _hot.clear()  # N that never comes twice
+    _hot[problem, policy] = name
 
 
 def bucket(problem: Problem) -> Problem:
@@ -62,33 +78,42 @@ def bucket(problem: Problem) -> Problem:
     return problem._replace(rows=top)
 
 
-def lookup(problem: Problem, policy: Policy) -> str | None:
-    """The name of the backend that serves `problem`; None if that is still to be found out."""
-    if problem.rows * problem.vocab < SMALL and not policy.row_invariant:
-        return EAGER
-    served = _served.get((bucket(problem), policy.mode, policy.row_invariant))
-    if served is None or (policy.require_hit and served.source not in HITS):
-        return None
-    return served.name
+def is_small(problem: Problem) -> bool:
+    """Whether the default rule leaves `problem` to eager without a look at anything else."""
+    return problem.rows * problem.vocab < SMALL
 
 
 def served(problem: Problem, policy: Policy) -> Served | None:
-    """What `lookup` answers, with where it comes from."""
-    if problem.rows * problem.vocab < SMALL and not policy.row_invariant:
+    """What serves `problem` in this process; None if that is still to be found out."""
+    if is_small(problem) and not policy.row_invariant:
         return Served(EAGER, "small")
-    return _served.get((bucket(problem), policy.mode, policy.row_invariant))
+    answer = _served.get((bucket(problem), policy.mode, policy.row_invariant))
+    return None if answer is None or (policy.require_hit and not _is_hit(answer)) else answer
+
+
+def _is_hit(answer: Served) -> bool:
+    """Whether a profile decided it, were it that the backend failed since."""
+    return answer.source in HITS or (answer.source == "set aside" and answer.decision is not None)
 
 
 def remember(problem: Problem, policy: Policy, answer: Served) -> None:
     """Let `answer` serve `problem` and its bucket under `policy` from now on, in this process."""
     _served[bucket(problem), policy.mode, policy.row_invariant] = answer
+    _hot.clear()
 
 
 def remember_decision(decision: Decision) -> None:
     """Let `decision`, just measured, stand before every stored one, in this process."""
     _decided[decision.problem] = Served(decision.chosen, "tuned here", decision)
-    for key in [key for key in _served if key[0] == decision.problem]:
-        del _served[key]
+    forget(decision.problem)
+
+
+def forget(problem: Problem) -> None:
+    """Look for what serves `problem` and its bucket anew at the next call."""
+    for key in list(_served):  # a list, since other threads may add to it meanwhile
+        if key[0] == bucket(problem):
+            _served.pop(key, None)
+    _hot.clear()
 
 
 def candidates(problem: Problem) -> list[str]:
@@ -100,7 +125,8 @@ def set_aside(name: str, problem: Problem) -> None:
     """No longer let `name` serve `problem` and its bucket in this process."""
     top = bucket(problem)
     _set_aside.add((name, top))
-    for key, answer in _served.items():
+    _hot.clear()
+    for key, answer in list(_served.items()):
         if key[0] == top and answer.name == name:
             _served[key] = Served(EAGER, "set aside", answer.decision)
 
@@ -119,12 +145,22 @@ def stored(problem: Problem, device: torch.device, policy: Policy) -> Served | N
 def nearest(problem: Problem, device: torch.device, policy: Policy) -> Served | None:
     """The decision for the bucket nearest to that of `problem`, of the same problem but for N, if it can be used here."""
     top, environment = bucket(problem), fingerprint_of(device)
-    found = {other: None for store in stores().values() for other in store.near(environment, top)}
-    for other in sorted(found, key=lambda other: abs(math.log(max(1, other.rows) / top.rows))):
-        for answer in _exact(other, environment):
-            if here := usable(answer, policy):
+    found = {other for store in stores().values() for other in store.near(environment, top)}
+    found |= {other for other in list(_decided) if other != top and other._replace(rows=top.rows) == top}
+    for other in sorted(found, key=lambda other: (abs(math.log(max(1, other.rows) / top.rows)), other.rows)):
+        for answer in (*([_decided[other]] if other in _decided else []), *_exact(other, environment)):
+            here = usable(answer, policy)
+            if here is not None and (here.name, top) not in _set_aside:
                 return here._replace(source="nearest")
     return None
+
+
+def is_settled(problem: Problem, device: torch.device) -> bool:
+    """Whether a decision for the bucket of `problem` still holds, though what it chose may not be allowed to serve at present."""
+    top = bucket(problem)
+    answers = (*([_decided[top]] if top in _decided else []), *_exact(top, fingerprint_of(device)))
+    found = [answer.decision for answer in answers if answer.decision is not None]
+    return any(_holds(one, one.chosen) and _what_changed(one) is None for one in found)
 
 
 def fingerprint_of(device: torch.device) -> str:
@@ -186,15 +222,20 @@ def usable(answer: Served, policy: Policy) -> Served | None:
     decision = answer.decision
     assert decision is not None
     name = decision.best_row_invariant() if policy.row_invariant else decision.chosen
-    if name is None or name not in backends() or (name, decision.problem) in _set_aside:
+    if name is None or (name, decision.problem) in _set_aside or not _holds(decision, name):
         return None
+    return answer._replace(name=name, stale=_what_changed(decision))
+
+
+def _holds(decision: Decision, name: str) -> bool:
+    """Whether the backend called `name` is what was measured, and can run here."""
+    if name not in backends():
+        return False
     try:
         same = get_backend(name).fingerprint() == decision.candidates[name].fingerprint
     except BackendUnavailable:
-        return None
-    if not same or why_not(name, decision.problem) is not None:
-        return None
-    return answer._replace(name=name, stale=_what_changed(decision))
+        return False
+    return same and why_not(name, decision.problem) is None
 
 
 def _what_changed(decision: Decision) -> str | None:
@@ -208,8 +249,14 @@ def _what_changed(decision: Decision) -> str | None:
             continue
         known = decision.candidates[name]
         if known.outcome in ("unavailable", "unsupported"):
-            if why_not(name, decision.problem) is None:
+            if not _is_known_here_only(name) and why_not(name, decision.problem) is None:
                 return f"backend {name!r} could not run this when it was measured, and can now"
         elif get_backend(name).fingerprint() != known.fingerprint:
             return f"backend {name!r} has changed since this was measured"
     return None
+
+
+def _is_known_here_only(name: str) -> bool:
+    """Whether no other process can import it, so that it is never measured."""
+    target = target_of(name)
+    return isinstance(target, Backend) or target.startswith("__main__:")

@@ -1,5 +1,6 @@
 """Why `backend="auto"` takes the backend that it takes, for people and for programs."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from compiled_logprobs.policy import Policy
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Candidate, Decision
 from compiled_logprobs.store import problem_to_dict, stores
-from compiled_logprobs.tuning.serving import why_no_tuning
+from compiled_logprobs.tuning.serving import why_no_hit, why_no_tuning
 
 _WHERE = {
     "small": "fewer than 2^20 logits: eager by rule, since a launch costs more than the work",
@@ -76,31 +77,39 @@ class Explanation:
 
 def explain_problem(problem: Problem, device: torch.device, under: Policy) -> Explanation:
     """What the next call of `problem` on `device` takes; nothing is measured or checked to find out."""
-    answer = decisions.served(problem, under)
-    if answer is None and under.mode != "off":
-        answer = decisions.stored(problem, device, under)
-    no_tuning = why_no_tuning(problem, device, under)
-    if (answer is None or answer.source == "nearest") and under.mode != "off" and no_tuning is not None:
-        answer = answer or decisions.nearest(problem, device, under)
-    decision = None if answer is None else answer.decision
+    known, still_open = _known(problem, device, under)
+    decision = None if known is None else known.decision
+    takes = None if still_open else known
     return Explanation(
         problem=problem,
-        backend=None if answer is None else answer.name,
-        source=None if answer is None else answer.source,
-        why=_why(answer, no_tuning),
+        backend=None if takes is None else takes.name,
+        source=None if takes is None else takes.source,
+        why=still_open if takes is None else _WHERE[takes.source],
         decision=decision,
-        stale=None if answer is None else answer.stale,
+        stale=None if known is None else known.stale,
         differs={} if decision is None else decisions.what_differs(decision, device),
         measured_rows=_measured_rows(problem, device),
     )
 
 
-def _why(answer: Served | None, no_tuning: str | None) -> str:
-    if answer is not None:
-        return _WHERE[answer.source]
+def _known(problem: Problem, device: torch.device, under: Policy) -> tuple[Served | None, str]:
+    """What is known of it, and, where that does not serve the next call, what happens there instead."""
+    known = decisions.served(problem, under)
+    if known is not None:
+        return known, ""
+    known = None if under.mode == "off" else decisions.stored(problem, device, under)
+    no_tuning = why_no_tuning(problem, device, under)
+    if known is not None and (known.stale is None or no_tuning is not None):
+        return known, ""
+    if under.require_hit and not decisions.is_small(problem):
+        return None, f"the next call raises ProfileError: {why_no_hit(problem, under)}"
     if no_tuning is None:
-        return "the next call measures it, within its budget"
-    return f"the next call takes the default rule; it does not measure, because {no_tuning}"
+        again = "" if known is None else " again, since what is known of it is stale"
+        return known, f"the next call measures it{again}, within its budget"
+    known = None if under.mode == "off" else decisions.nearest(problem, device, under)
+    if known is not None:
+        return known, ""
+    return None, f"the next call takes the default rule; it does not measure, because {no_tuning}"
 
 
 def _measured_rows(problem: Problem, device: torch.device) -> tuple[int, ...]:
@@ -121,7 +130,8 @@ def _of_decision(decision: Decision) -> list[str]:
         f"  measured {decision.measured_at} at N = {decision.problem.rows}{at}: {decision.rounds} rounds, {how}",
     ]
     width = max(map(len, decision.candidates))
-    for name, candidate in decision.candidates.items():
+    # The fastest first; then, in the order of their names, those that were not timed.
+    for name, candidate in sorted(decision.candidates.items(), key=lambda item: (item[1].seconds or math.inf, item[0])):
         lines.append(f"  {name:{width}}  {candidate.outcome}: {candidate.reason}")
         figures = candidate_figures(decision, name)
         if figures:

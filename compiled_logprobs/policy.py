@@ -1,6 +1,7 @@
 """What `backend="auto"` may do: whether it may measure, for how long, and which backends it may admit.
 
-The environment variables `COMPILED_LOGPROBS_MODE` and `COMPILED_LOGPROBS_BUDGET_S` set it for a process, `autotune` for a block.
+The environment variables `COMPILED_LOGPROBS_MODE` and `COMPILED_LOGPROBS_BUDGET_S` set it for a process, as they are when it is
+first asked for; `autotune` sets it for a block.
 """
 
 import math
@@ -8,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache
 from typing import Literal, NamedTuple, get_args
 
 from compiled_logprobs.errors import InputError
@@ -36,11 +37,9 @@ _POLICY: ContextVar[Policy | None] = ContextVar("compiled_logprobs_policy", defa
 
 
 def policy() -> Policy:
-    """Of the innermost `autotune` block, else as the environment variables say."""
+    """Of the innermost `autotune` block, else as the environment variables said when this was first asked."""
     found = _POLICY.get()
-    return (
-        found if found is not None else _from_variables(os.environ.get(MODE_VARIABLE), os.environ.get(BUDGET_VARIABLE))
-    )
+    return _of_process() if found is None else found
 
 
 @contextmanager
@@ -71,7 +70,7 @@ def autotune(
     before = policy()
     changed = Policy(
         before.mode if mode is None else _checked_mode(mode, "mode"),
-        before.budget_s if budget_s is None else _checked_budget(budget_s, "budget_s"),
+        before.budget_s if budget_s is None else checked_budget(budget_s, "budget_s"),
         before.row_invariant if row_invariant is None else bool(row_invariant),
         before.require_hit if require_hit is None else bool(require_hit),
     )
@@ -82,11 +81,13 @@ def autotune(
         _POLICY.reset(token)
 
 
-@lru_cache(maxsize=8)
-def _from_variables(mode: str | None, budget: str | None) -> Policy:
+@cache
+def _of_process() -> Policy:
+    """Read once: on the way of every call, looking into the environment would cost more than all the rest."""
+    mode, budget = os.environ.get(MODE_VARIABLE), os.environ.get(BUDGET_VARIABLE)
     return Policy(
         _checked_mode(mode, MODE_VARIABLE) if mode else "tune",
-        _checked_budget(budget, BUDGET_VARIABLE) if budget else BUDGET_S,
+        checked_budget(budget, BUDGET_VARIABLE) if budget else BUDGET_S,
     )
 
 
@@ -96,7 +97,8 @@ def _checked_mode(mode: str, name: str) -> Mode:
     return mode  # type: ignore[return-value]  # it is one of them
 
 
-def _checked_budget(budget: float | str, name: str) -> float:
+def checked_budget(budget: float | str, name: str) -> float:
+    """`budget` as seconds. Raises InputError, which calls it `name`, for what is none."""
     try:
         seconds = float(budget)
     except (TypeError, ValueError):

@@ -60,6 +60,12 @@ class Problem(NamedTuple):
         return ", ".join(word for word in words if word)
 
 
+def as_it_lies(problem: Problem) -> Problem:
+    """`problem`, not aligned where rows that follow one another cannot be: V elements have to be multiples of 16 bytes."""
+    possible = problem.layout != "flat" or problem.vocab * problem.dtype.itemsize % 16 == 0
+    return problem if possible else problem._replace(aligned=False)
+
+
 def collapse(logits: Tensor) -> Tensor:
     """`logits` [..., V] with its leading dimensions merged as far as strides allow, without a copy.
 

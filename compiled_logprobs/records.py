@@ -133,7 +133,9 @@ class Decision(Record):
         if first is None or seconds is None or slow is None or slow <= seconds:
             return None
         # They were timed at `measured_rows`; a call at the full N saves in proportion.
-        return max(1.0, math.ceil(first / ((slow - seconds) * self.problem.rows / self.measured_rows)))
+        saved = (slow - seconds) * self.problem.rows / self.measured_rows
+        calls = first / saved if saved > 0 else math.inf
+        return max(1.0, math.ceil(calls)) if math.isfinite(calls) else None
 
     def best_row_invariant(self) -> str | None:
         """The fastest candidate whose rows do not depend on N; None if there is none."""

@@ -9,10 +9,14 @@ from compiled_logprobs.tuning import serving
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch, tmp_path_factory):
     monkeypatch.setenv(policy.MODE_VARIABLE, "off")
+    policy._of_process.cache_clear()
     monkeypatch.setenv(store.ROOT_VARIABLE, str(tmp_path_factory.mktemp("profiles")))
     monkeypatch.setattr(decisions, "_served", {})
     monkeypatch.setattr(decisions, "_decided", {})
+    monkeypatch.setattr(decisions, "_hot", {})
     monkeypatch.setattr(decisions, "_set_aside", set())
     monkeypatch.setattr(serving, "_short_checks", {})
     monkeypatch.setattr(serving, "_spent_s", 0.0)
     monkeypatch.setattr(store, "_warned", set())
+    yield
+    policy._of_process.cache_clear()

@@ -32,9 +32,11 @@ LAYERS = [
     {"tuning.worker", "tuning.isolation"},
     {"tuning.tuner"},
     {"tuning.serving"},
-    {"explanation"},
+    {"explanation", "profiling", "distributed"},
     {"api"},
     {"__init__"},
+    {"printing"},
+    {"progress"},
     {"cli"},
     {"__main__"},
 ]

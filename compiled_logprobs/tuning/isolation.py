@@ -15,6 +15,7 @@ from collections import deque
 from queue import Empty, Queue
 from typing import Any, Literal
 
+from compiled_logprobs.environment import without_paths
 from compiled_logprobs.policy import MODE_VARIABLE
 
 Event = dict[str, Any]
@@ -60,6 +61,7 @@ class Worker:
             raise WorkerLost("crashed", f"the worker program cannot be started: {error}") from error
         self._lines: Queue[str] = Queue(maxsize=1000)
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._over = False
         threading.Thread(target=self._read_events, daemon=True, name="worker events").start()
         threading.Thread(target=self._read_errors, daemon=True, name="worker errors").start()
 
@@ -92,8 +94,14 @@ class Worker:
             elif now > until:
                 raise WorkerLost("timeout", f"no end after {within:.0f} s")
 
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
     def end(self) -> None:
         """Kill the process and all that it started."""
+        self._over = True
+        with contextlib.suppress(Empty):
+            self._lines.get_nowait()  # makes room, so that the thread that fills a full queue gets to see that it is over
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -105,7 +113,8 @@ class Worker:
 
     def _how_it_ended(self) -> str:
         code = self._process.returncode
-        said = " ".join(" ".join(self._tail).split())[-TAIL_CHARACTERS:]
+        # Before it is cut, since half a path is not seen to be one; each line has its own end.
+        said = without_paths(" ".join("".join(self._tail).split()))[-TAIL_CHARACTERS:]
         if code >= 0:
             how = f"ended with exit code {code}"
         else:
@@ -117,13 +126,15 @@ class Worker:
 
     def _read_events(self) -> None:
         assert self._process.stdout is not None
-        while line := self._process.stdout.readline(LONGEST_LINE):
-            self._lines.put(line)
+        with self._process.stdout as stream:
+            while (line := stream.readline(LONGEST_LINE)) and not self._over:
+                self._lines.put(line)
 
     def _read_errors(self) -> None:
         assert self._process.stderr is not None
-        while line := self._process.stderr.readline(TAIL_CHARACTERS):
-            self._tail.append(line)
+        with self._process.stderr as stream:
+            while line := stream.readline(TAIL_CHARACTERS):
+                self._tail.append(line)
 
 
 def _parsed(line: str) -> Event:
@@ -132,5 +143,5 @@ def _parsed(line: str) -> Event:
     except ValueError:
         event = None
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-        raise WorkerLost("crashed", f"wrote {line[:100]!r} where only the worker program writes")
+        raise WorkerLost("crashed", f"wrote {without_paths(line)[:100]!r} where only the worker program writes")
     return event

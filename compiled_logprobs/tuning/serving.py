@@ -1,5 +1,6 @@
 """Where nothing is known about a problem yet: look it up, measure it, or take the default rule; and measuring on demand."""
 
+import contextlib
 import os
 import sys
 import threading
@@ -15,7 +16,7 @@ from compiled_logprobs.backends import BUILT_IN, backends, why_not
 from compiled_logprobs.clock import MIB, free_memory
 from compiled_logprobs.decisions import EAGER, Served
 from compiled_logprobs.errors import BackendUnavailable, ProfileError, nothing_can_serve_after
-from compiled_logprobs.policy import BUDGET_VARIABLE, PROBLEMS_A_PROCESS, Policy, policy
+from compiled_logprobs.policy import BUDGET_VARIABLE, PROBLEMS_A_PROCESS, Policy, checked_budget, policy
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Decision
 from compiled_logprobs.store import Store, user_store
@@ -59,24 +60,30 @@ def serve(problem: Problem, device: torch.device, under: Policy) -> str:
         ProfileError: a profile has to decide, and none does.
         BackendUnavailable: rows have to be invariant, and no backend's are.
     """
-    known = decisions.lookup(problem, under)
-    if known is not None:
-        return known
-    with _lock:
-        known = decisions.lookup(problem, under)  # another thread may have been quicker
-        if known is not None:
-            return known
-        answer = _find_out(problem, device, under)
-        if answer is None:
-            return EAGER  # there is no room for the check now; there may be at the next call
-        decisions.remember(problem, under, answer)
-        return answer.name
+    answer = decisions.served(problem, under)
+    if answer is None:
+        with _lock:
+            answer = decisions.served(problem, under)  # another thread may have been quicker
+            if answer is None:
+                answer = _find_out(problem, device, under)
+                if answer is None:
+                    return EAGER  # there is no room for the check now; there may be at the next call
+                decisions.remember(problem, under, answer)
+    name = answer.name
+    if name != EAGER and why_not(name, problem) is not None:  # of this very N, where the decision is for a bucket
+        name = EAGER
+    decisions.keep(problem, under, name)
+    return name
 
 
 def why_no_tuning(problem: Problem, device: torch.device, under: Policy) -> str | None:
     """Why the first call of `problem` does not measure by itself; None if it does."""
     if under.mode != "tune":
         return f"the mode is {under.mode!r}"
+    if under.require_hit:
+        return "require_hit=True forbids it"
+    if decisions.is_small(problem):
+        return "it has fewer than 2^20 logits"
     if not _others_can_run(problem):
         return "only eager can run it"
     if device.type not in ("cpu", "cuda"):
@@ -92,7 +99,22 @@ def why_no_tuning(problem: Problem, device: torch.device, under: Policy) -> str 
             return f"{free / 2**30:.1f} GiB of the device's memory are free, and {needed / 2**30:.1f} GiB are needed"
     if _budget_left(under) <= 0:
         return f"the process has used up its {PROBLEMS_A_PROCESS * under.budget_s:g} s for measuring"
+    if decisions.is_settled(problem, device):
+        return "it has been measured already, and what was chosen may not serve now"
     return None
+
+
+def why_no_hit(problem: Problem, under: Policy) -> str:
+    """What the first call of `problem` says where a profile has to decide, and none does."""
+    if under.mode == "off":
+        return (
+            "the mode is 'off', in which no profile is looked at, and require_hit=True asks for one. "
+            "Set the mode to 'lookup' or 'tune', or set require_hit=False."
+        )
+    return (
+        f"no profile decides {decisions.bucket(problem)}{_options(problem)}, and require_hit=True forbids to measure "
+        "or guess. Run `compiled-logprobs profile` or tune(...) for it on this machine, or set require_hit=False."
+    )
 
 
 def tune_all(
@@ -120,47 +142,56 @@ def tune_all(
         For each bucket the decision, or why there is none, as soon as it is known.
     """
     store = user_store() if store is None else store
-    seconds = policy().budget_s if budget_s is None else budget_s
+    seconds = policy().budget_s if budget_s is None else checked_budget(budget_s, "budget_s")
     with Tuner(device, names=names, on_event=on_event) as tuner:
         for problem in dict.fromkeys(map(decisions.bucket, problems)):
             known = None if again else _current(store, problem, device)
             on_event({"event": "problem", "problem": problem, "known": known is not None})
             if known is not None:
+                decisions.forget(problem)  # this process may have found something else before it was stored
                 yield known
                 continue
             with alone_on(device, WAIT_S) as alone:
-                if not alone:
-                    yield TuningFailed(
+                found: Decision | TuningFailed
+                # While this waited, another process may have decided it.
+                known = None if again else _current(store, problem, device)
+                if known is not None:
+                    decisions.forget(problem)
+                    found = known
+                elif alone:
+                    found = _decided_by(tuner, problem, seconds, store, device)
+                else:
+                    found = TuningFailed(
                         f"another process has been measuring on {device} for {WAIT_S:g} s; wait for its end"
                     )
-                    continue
-                try:
-                    decision, times = tuner.decide(problem, seconds)
-                except TuningFailed as error:
-                    yield error
-                    continue
-            _publish(store, decision, times, device)
-            yield decision
+            yield found
+
+
+def _decided_by(
+    tuner: Tuner, problem: Problem, seconds: float, store: Store, device: torch.device
+) -> Decision | TuningFailed:
+    """What `tuner` finds, which is stored before the next one that waits for the device looks there."""
+    try:
+        decision, times = tuner.decide(problem, seconds)
+    except TuningFailed as error:
+        return error
+    _publish(store, decision, times, device)
+    return decision
 
 
 def _find_out(problem: Problem, device: torch.device, under: Policy) -> Served | None:
+    found = None if under.mode == "off" else decisions.stored(problem, device, under)
+    if found is not None and (found.stale is None or why_no_tuning(problem, device, under) is not None):
+        return found
+    if under.require_hit and not decisions.is_small(problem):
+        raise ProfileError(why_no_hit(problem, under))
+    if why_no_tuning(problem, device, under) is None:
+        measured = _tune_by_itself(problem, device, under)
+        if measured is not None:
+            return measured
     if under.mode != "off":
-        found = decisions.stored(problem, device, under)
-        if found is not None and (found.stale is None or why_no_tuning(problem, device, under) is not None):
-            return found
-        if under.require_hit and found is None:
-            raise ProfileError(
-                f"no profile decides {decisions.bucket(problem)}{_options(problem)}, and require_hit=True forbids to measure "
-                "or guess. Run `compiled-logprobs profile` or tune(...) for it on this machine, or set require_hit=False."
-            )
-        if why_no_tuning(problem, device, under) is None:
-            measured = _tune_by_itself(problem, device, under)
-            if measured is not None:
-                return measured
         found = found or decisions.nearest(problem, device, under)
-        if found is not None:
-            return found
-    return _default_rule(problem, device, under)
+    return found or _default_rule(problem, device, under)
 
 
 def _tune_by_itself(problem: Problem, device: torch.device, under: Policy) -> Served | None:
@@ -173,14 +204,16 @@ def _tune_by_itself(problem: Problem, device: torch.device, under: Policy) -> Se
     )
     try:
         with alone_on(device, seconds) as alone:
-            found = decisions.stored(problem, device, under)  # while this waited, another process may have decided it
-            if found is not None and found.stale is None:
-                return found
+            if decisions.is_settled(problem, device):  # while this waited, another process has decided it
+                return decisions.stored(problem, device, under)
             if not alone:
                 raise TuningFailed("another process was measuring on this device all the time")
             with Tuner(device, short=True) as tuner:
                 decision, times = tuner.decide(problem, seconds - (time.monotonic() - began), strict=True)
-    except TuningFailed as error:
+            _publish(user_store(), decision, times, device)  # before the next one that waits looks there
+    except (TuningFailed, OSError, RuntimeError) as error:  # the last two: no room for another process or thread
+        if nothing_can_serve_after(error):
+            raise
         _say(
             f"not decided: {error}. The default rule serves it in this process; `compiled-logprobs profile` or a larger "
             f"{BUDGET_VARIABLE} gives it more time"
@@ -188,7 +221,6 @@ def _tune_by_itself(problem: Problem, device: torch.device, under: Policy) -> Se
         return None
     finally:
         _spent_s += time.monotonic() - began
-    _publish(user_store(), decision, times, device)
     _say(f"{decision.chosen} serves it: {decision.reason}")
     return decisions.stored(problem, device, under)
 
@@ -196,7 +228,7 @@ def _tune_by_itself(problem: Problem, device: torch.device, under: Policy) -> Se
 def _default_rule(problem: Problem, device: torch.device, under: Policy) -> Served | None:
     """None if there is no memory to find out."""
     names = decisions.candidates(problem)
-    if problem.rows * problem.vocab < decisions.SMALL:
+    if decisions.is_small(problem):
         names.sort(key=lambda name: name != EAGER)
     try:
         for name in names:
@@ -268,5 +300,6 @@ def _options(problem: Problem) -> str:
 def _say(text: str) -> None:
     """To whoever waits for it."""
     if sys.stderr is not None:
-        sys.stderr.write(f"compiled_logprobs: {text}\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: it is closed, or its pipe is
+            sys.stderr.write(f"compiled_logprobs: {text}\n")
+            sys.stderr.flush()

@@ -31,6 +31,8 @@ START_S = 120.0
 """How long the worker program may take to start: it imports torch."""
 RESERVE_S = 1.0
 """Of a budget that must not be exceeded, what is kept for ending."""
+STUCK = 10
+"""How many times as long as its longest a timed call may take before it, and not the budget, is to blame for no end."""
 
 
 class TuningFailed(LogProbsError):
@@ -87,7 +89,8 @@ class Tuner:
             problem: what to decide.
             seconds: for all of it; N shrinks where the rounds would take longer.
             strict: whether to end when they are over, whatever is under way: at the price, perhaps, of no decision. Else each
-                step only has the limit after which it is taken for hanging.
+                step only has the limit after which it is taken for hanging, and what was spent on a program that was lost
+                does not count.
 
         Raises:
             TuningFailed: no decision came about.
@@ -95,19 +98,21 @@ class Tuner:
         began = time.monotonic()
         work = _Work(decisions.bucket(problem), self._names, began + seconds if strict else math.inf)
         while True:
-            left = seconds - (time.monotonic() - began) - (RESERVE_S if strict else 0.0)
             try:
-                self._run(work, max(left, 0.0))
+                self._run(work, seconds)
                 break
             except WorkerLost as error:
                 self._end_worker()
-                if time.monotonic() >= work.ends:
+                over = time.monotonic() >= work.ends
+                # That the budget ends is no candidate's fault; a crash is, also then, and so is a call that does not return.
+                if work.candidate is not None and (not over or error.outcome == "crashed" or work.is_stuck()):
+                    work.lose(work.candidate, error.outcome, f"{work.step}: {error.reason}")
+                if over:
                     if work.has_enough_rounds():
                         break
-                    raise TuningFailed(f"the budget of {seconds:g} s ended {work.doing()}") from error
+                    raise TuningFailed(f"the budget of {seconds:.3g} s ended {work.doing()}") from error
                 if work.candidate is None:
                     raise TuningFailed(f"the worker program was lost {work.doing()}: {error.reason}") from error
-                work.lose(work.candidate, error.outcome, f"{work.step}: {error.reason}")
             except BaseException:
                 self._end_worker()  # it may be in the middle of something
                 raise
@@ -117,8 +122,13 @@ class Tuner:
     def _run(self, work: "_Work", seconds: float) -> None:
         """Have the worker program measure what is left of the candidates."""
         work.begin()
+        if self._worker is not None and self._worker.has_ended():  # between two problems
+            self._end_worker()
         if self._worker is None:
             self._worker = Worker()
+            self._next_event(
+                self._worker, work
+            )  # that it is ready: to start takes seconds, which its own clock does not see
         self._worker.send(
             {
                 "problem": problem_to_dict(work.problem),
@@ -130,19 +140,23 @@ class Tuner:
                 "checked": [name for name, found in work.found.items() if found.fields.get("checks")],
                 "simplicity": _simplicity(),
                 "short": self._short,
-                "seconds": seconds,
+                "seconds": max(0.0, min(seconds, work.ends - RESERVE_S - time.monotonic())),
                 "seed": work.seed,
             }
         )
         while True:
-            limit = LIMITS_S.get(work.step, START_S)
-            event = self._worker.next_event(within=min(limit, work.ends - time.monotonic()))
+            event = self._next_event(self._worker, work)
             work.hear(event)
             self._on_event(event)
             if event["event"] == "started" and event["environment"] != decisions.fingerprint_of(self._device):
                 raise TuningFailed("the worker program finds itself in another environment than this process")
             if event["event"] == "done":
                 return
+
+    @staticmethod
+    def _next_event(worker: Worker, work: "_Work") -> Event:
+        limit = LIMITS_S.get(work.step, START_S)
+        return worker.next_event(within=min(limit, work.ends - time.monotonic()))
 
     def _end_worker(self) -> None:
         if self._worker is not None:
@@ -207,11 +221,11 @@ class _Work:
         self.checked_rows = self.measured_rows = 0
         self.circumstances: dict[str, Any] = {"bandwidth": {}, "telemetry": None, "telemetry_reason": _NOT_REACHED}
         self.candidate: str | None = None
-        self.step = "start"
+        self.step, self.step_began = "start", time.monotonic()
 
     def begin(self) -> None:
         """A worker program starts on it; its rounds are compared with no other's."""
-        self.candidate, self.step = None, "start"
+        self.candidate, self.step, self.step_began = None, "start", time.monotonic()
         for found in self.found.values():
             found.times.clear()
 
@@ -225,6 +239,13 @@ class _Work:
         times = self.times()
         return bool(times) and len(next(iter(times.values()))) >= fewest_rounds(len(times))
 
+    def is_stuck(self) -> bool:
+        """Whether a timed call has taken far longer than all before it, so that it is not for the budget that it did not end."""
+        if self.step != "time" or self.candidate is None:
+            return False
+        longest = max(self.found[self.candidate].times, default=0.0)
+        return time.monotonic() - self.step_began > RESERVE_S + STUCK * longest
+
     def lose(self, name: str, outcome: Outcome, reason: str) -> None:
         self.found[name].outcome, self.found[name].reason = outcome, reason
 
@@ -234,7 +255,7 @@ class _Work:
     def hear(self, event: Event) -> None:
         kind, name = event["event"], event.get("candidate", "")
         if kind == "step":
-            self.candidate, self.step = name, event["step"]
+            self.candidate, self.step, self.step_began = name, event["step"], time.monotonic()
         elif kind == "loaded":
             self.found[name].fields["fingerprint"] = event["fingerprint"]
         elif kind == "lost":
@@ -282,8 +303,8 @@ def alone_on(device: torch.device, within: float) -> Iterator[bool]:
     key = device.type
     if device.type == "cuda":
         key = str(getattr(cuda.get_device_properties(device), "uuid", device.index))
-    lock = FileLock(Path(tempfile.gettempdir(), f"compiled-logprobs-{key}.lock"), mode=0o666)
     try:
+        lock = FileLock(Path(tempfile.gettempdir(), f"compiled-logprobs-{key}.lock"), mode=0o666)
         lock.acquire(timeout=within)
     except Timeout:
         yield False

@@ -31,7 +31,7 @@ from compiled_logprobs.store import problem_from_dict
 from compiled_logprobs.telemetry import Watch, telemetry
 from compiled_logprobs.tuning.gate import check_backend
 from compiled_logprobs.tuning.measure import BUFFERS, LONGEST_REASON, Measurement, is_out_of_memory
-from compiled_logprobs.tuning.select import LOOKS, look
+from compiled_logprobs.tuning.select import LOOKS, fewest_rounds, look
 
 PILOT_LOGITS = 2**22
 """Size of the first calls, which compile, and tell how long a round would take."""
@@ -58,6 +58,7 @@ def main() -> None:
         events.write(json.dumps({"event": event, **fields}, allow_nan=False) + "\n")
         events.flush()
 
+    emit("ready")
     for line in jobs:
         Work(json.loads(line), emit).run()
         emit("done")
@@ -73,7 +74,7 @@ class Work:
         checked: names of those that have passed the check already.
         simplicity: {name: rank}, for `select.look`.
         short: whether the check has its fewer inputs.
-        seconds: after which no further round begins.
+        seconds: after which no further round begins, once there are enough of them for a choice.
         seed: of all inputs.
     """
 
@@ -150,7 +151,7 @@ class Work:
         try:
             report = check_backend(name, problem, short=short, device=str(self._device), seed=seed)
         except Exception as error:
-            if not nothing_can_serve_after(error):
+            if not (nothing_can_serve_after(error) or is_out_of_memory(error)):
                 raise
             self._lose(name, "oom", f"check: {type(error).__name__}: {error}")
             return False
@@ -168,7 +169,9 @@ class Work:
         )
         if not report.passed:
             details = [one.detail for one in report.checks if not one.passed]
-            self._lose(name, "wrong", f"{', '.join(report.reasons)}: {details[0]}")
+            # On the CPU torch raises what the check takes for a backend's own error.
+            ran_out = report.reasons == ["runs"] and is_out_of_memory(RuntimeError(details[0]))
+            self._lose(name, "oom" if ran_out else "wrong", f"{', '.join(report.reasons)}: {details[0]}")
         return report.passed
 
     def _rows_that_fit(self, seconds_a_row: float) -> int:
@@ -211,7 +214,8 @@ class Work:
                         self._emit("memory", candidate=name, bytes=size, multiple=multiple)
                 times = measurement.times()
                 self._emit("round", seconds={name: series[-1] for name, series in times.items()})
-                if time.monotonic() > self._ends or not times or self._is_settled(measurement):
+                enough = done >= fewest_rounds(len(times))  # fewer cannot speak for any candidate
+                if not times or (time.monotonic() > self._ends and enough) or self._is_settled(measurement):
                     break
         self._lose_failed(measurement, lost)
         summary = watch.summary()
@@ -250,12 +254,16 @@ class Work:
         self._emit("lost", candidate=name, outcome=outcome, reason=_line(reason))
 
     def _step(self, name: str | None, step: str) -> None:
+        if self._device.type == "cuda":
+            # After a fault every call fails, the right candidates' too: this raises while the one before is to blame still.
+            torch.cuda.synchronize(self._device)
         self._emit("step", candidate=name, step=step)
 
 
 def _line(message: object) -> str:
-    """On one line, without paths, and short."""
-    return without_paths(" ".join(str(message).split()))[:LONGEST_REASON]
+    """On one line, without paths, short, and fit for UTF-8, as the undecodable names of files are not."""
+    line = without_paths(" ".join(str(message).split()))[:LONGEST_REASON]
+    return line.encode("utf-8", "replace").decode("utf-8")
 
 
 def _die_with_parent() -> None:

@@ -1,0 +1,147 @@
+"""How the command line shows what the library returns: tables and lines on standard output."""
+
+import json
+from itertools import groupby
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from compiled_logprobs.environment import Environment
+from compiled_logprobs.problem import Problem, short_name
+from compiled_logprobs.profiling import mode_name
+from compiled_logprobs.records import Decision
+from compiled_logprobs.tuning.gate import CheckReport
+
+WIDTH_ELSEWHERE = 160
+
+
+def print_report(report: CheckReport) -> None:
+    """A table for each problem that was checked, and a last line with the verdict."""
+    for problem, checks in groupby(report.checks, key=lambda one: one.problem):
+        details = problem.details()
+        table = new_table(
+            f"{report.subject}: {problem}{f' ({details})' if details else ''}",
+            *("check", "verdict", "worst", "limit", "what it demands"),
+        )
+        for one in checks:
+            verdict = Text("passed", "green") if one.passed else Text("wrong", "bold red")
+            table.add_row(one.name, verdict, _figure(one.figure), _figure(one.limit), one.meaning)
+        console().print(table)
+    repeatable = _recorded("repeatable", report.repeatable)
+    print_line(f"Recorded: {repeatable}, {_recorded('row invariant', report.row_invariant)}; seed {report.seed}")
+    wrong = [one for one in report.checks if not one.passed]
+    for one in wrong:
+        print_line(f"  {one.name} ({short_name(one.problem.dtype)}): {one.detail}")
+    if wrong:
+        print_line(f"{report.subject}: wrong: {', '.join(report.reasons)}")
+    else:
+        print_line(f"{report.subject}: passed {len(report.checks)} of {len(report.checks)} checks")
+
+
+def print_environment(environment: Environment) -> None:
+    """Its facts, and which of them have to be the same elsewhere for measurements to count there."""
+    table = new_table(f"{environment.device_type}, environment {environment.fingerprint()}", "fact", "found", "matched")
+    matched = environment.matched()
+    for name, value in environment.to_dict().items():
+        if name != "fingerprint" and value is not None:
+            shown = f"{value / 2**30:.1f} GiB" if name == "memory_bytes" else str(value)
+            table.add_row(name.removesuffix("_bytes").replace("_", " "), Text(shown), "yes" if name in matched else "")
+    console().print(table)
+
+
+def print_decisions(title: str, decisions: list[tuple[Decision, str]]) -> None:
+    """A row for each decision, with a last cell for where it comes from unless all of these are empty."""
+    with_source = any(source for _, source in decisions)
+    table = new_table(
+        title,
+        *("rows", "vocabulary", "dtype", "mode", "winner", "speed-up over eager", "a call", "extra memory"),
+        *("sign check", "bandwidth", *(["from"] if with_source else [])),
+    )
+    for column in (0, 1, 6, 9):
+        table.columns[column].justify = "right"
+    for decision, source in decisions:
+        problem, winner = decision.problem, decision.winner
+        table.add_row(
+            str(problem.rows),
+            str(problem.vocab),
+            short_name(problem.dtype),
+            Text(mode_name(problem)),
+            Text(decision.chosen),
+            _speedup(decision),
+            "" if winner.seconds is None else f"{winner.seconds * 1e3:.3g} ms",
+            _memory(winner.extra_bytes, winner.extra_multiple),
+            f"{winner.checks_passed} of {len(winner.checks)}",
+            "" if winner.percent_of_bandwidth is None else f"{winner.percent_of_bandwidth:.0f} %",
+            *([Text(source)] if with_source else []),
+        )
+    console().print(table)
+    lost = [
+        (name, one, decision.problem)
+        for decision, _ in decisions
+        for name, one in decision.candidates.items()
+        if one.outcome in ("wrong", "failed", "oom", "timeout", "crashed")
+    ]
+    for name, candidate, problem in lost:
+        print_line(f"{name}: {candidate.outcome} on {problem}, {mode_name(problem)}: {candidate.reason}")
+    shrunk = sorted({d.measured_rows for d, _ in decisions if d.measured_rows < d.problem.rows})
+    if shrunk:
+        print_line(
+            f"Where time or memory was short, fewer rows were timed ({', '.join(map(str, shrunk))}); --json says where."
+        )
+
+
+def print_line(text: str) -> None:
+    """Unwrapped, so that programs can find it, and without markup, since messages hold brackets."""
+    console().print(Text(text), soft_wrap=True)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result, indent=2, allow_nan=False))
+
+
+def console() -> Console:
+    """As wide as the terminal; where there is none, so wide that tables keep one line a row."""
+    found = Console()
+    return found if found.is_terminal else Console(width=WIDTH_ELSEWHERE)
+
+
+def new_table(title: str, *columns: str) -> Table:
+    return Table(*columns, title=Text(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+
+
+def short(problem: Problem) -> str:
+    """The problem and its mode, on one line."""
+    return f"{problem}, {mode_name(problem)}"
+
+
+def speedup_in_words(decision: Decision) -> str:
+    """Such as 'compiled, 1.80x (1.75 to 1.84) the speed of eager'."""
+    if decision.chosen == decision.baseline:
+        return f"{decision.chosen}: {decision.reason}"
+    return f"{decision.chosen}, {_speedup(decision)} the speed of {decision.baseline}"
+
+
+def _speedup(decision: Decision) -> str:
+    winner = decision.winner
+    if decision.chosen == decision.baseline or winner.speedup is None:
+        return "baseline"
+    return str(winner.speedup)
+
+
+def _memory(size: int | None, multiple: float | None) -> str:
+    if size is None:
+        return "not measured"
+    return f"{size / 2**20:.0f} MiB" + ("" if multiple is None else f", {multiple:.2f} x logits")
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value + 0.0:.3g}"  # the sum makes 0 of -0
+
+
+def _recorded(what: str, value: bool | None) -> str:
+    if value is None:
+        return f"{what} not tried"
+    return what if value else f"not {what}"

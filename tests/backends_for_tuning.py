@@ -1,0 +1,414 @@
+"""Backends to be measured in the worker program, named to it as 'backends_for_tuning:Name': right, wrong, and doing harm.
+
+The harm is real. None may be called in the process of the tests, but for `Right` and `Wrong`.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+from unittest import mock
+
+import torch
+
+from compiled_logprobs.backends import register_backend
+from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.backends.eager import Eager
+
+registry = import_module("compiled_logprobs.backends")  # the package has a function of that name
+
+FOLDER_VARIABLE = "BACKENDS_FOR_TUNING_FOLDER"
+"""Where backends leave the ids of their processes; the worker program has the environment of whoever starts it."""
+LONG_S = 3600.0
+FLOOD_BYTES = 50_000_000
+TIMED_CALLS = 14
+"""That harm in the rounds waits for: enough rounds for three candidates, and fewer than the first look takes."""
+
+
+@contextmanager
+def registered(**targets: str | Backend) -> Iterator[None]:
+    """These backends beside the built-in ones, for a while; the name alone of one in this module will do."""
+    with mock.patch.multiple(registry, _targets=dict(registry._targets), _loaded=dict(registry._loaded)):
+        for name, target in targets.items():
+            is_here = isinstance(target, str) and ":" not in target
+            register_backend(name, f"{__name__}:{target}" if is_here else target)
+        yield
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:  # one that has ended stays in the list until its parent, or who took it over, has asked for it
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return sys.platform != "linux"
+
+
+def has_ended(pid: int, within: float = 20.0) -> bool:
+    until = time.monotonic() + within
+    while is_running(pid):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def pids(folder: Path, name: str) -> list[int]:
+    """What backends wrote with `leave_pid`."""
+    return [int(file.name.rpartition("-")[2]) for file in folder.glob(f"{name}-*")]
+
+
+def leave_pid(name: str, pid: int) -> None:
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder is not None:
+        Path(folder, f"{name}-{pid}").touch()
+
+
+# --- right and wrong ones ---------------------------------------------------------------------------------------------
+
+
+class Right(Eager):
+    """Keeps the log-probabilities for backward, and goes over them once: half of eager's passes over memory."""
+
+    name = "right"
+    summary = "right, and faster than eager with gradient"
+
+    def forward(self, logits, labels, temperature, *, entropy):
+        log_p_NV = torch.log_softmax(logits, -1)
+        return log_p_NV.gather(-1, labels), None, (log_p_NV,)
+
+    def backward(self, logits, labels, temperature, residuals, ignored, grad_log_probs, grad_entropy, *, inplace):
+        gradient = residuals[0].exp().mul_(-grad_log_probs.sum(-1, keepdim=True))
+        gradient.scatter_add_(-1, labels, grad_log_probs)
+        return gradient.masked_fill_(ignored.unsqueeze(-1), 0.0) if ignored.any() else gradient
+
+    def why_not(self, problem):
+        fits = problem.dtype == torch.float32 and problem.temperature == "none" and not problem.entropy
+        return None if fits else "only log-probabilities of float32 logits, without temperature"
+
+
+class Wrong(Right):
+    """Looks at nothing: no right one can be as fast."""
+
+    def forward(self, logits, labels, temperature, *, entropy):
+        return logits.new_full(labels.shape, -1.0), None, ()
+
+    def backward(self, logits, *rest, inplace):
+        return torch.empty_like(logits)
+
+
+class WrongSign(Right):
+    """EasyR1's mistake, as fast as the right one."""
+
+    def forward(self, logits, labels, temperature, *, entropy):
+        log_probs, entropies, residuals = super().forward(logits, labels, temperature, entropy=entropy)
+        return -log_probs, entropies, residuals
+
+
+class Same(Eager):
+    """Eager itself by another name."""
+
+
+class SlowByRow(Right):
+    """Takes a tenth of a millisecond a row."""
+
+    def forward(self, logits, labels, temperature, *, entropy):
+        time.sleep(1e-4 * labels.shape[:-1].numel())
+        return super().forward(logits, labels, temperature, entropy=entropy)
+
+
+class Undecided(Right):
+    """Faster than eager in one half of the rounds, far slower in the other: no number of rounds settles that."""
+
+    calls = 0
+
+    def forward(self, logits, labels, temperature, *, entropy):
+        Undecided.calls += 1
+        time.sleep(0.2 * (Undecided.calls % 2))
+        return super().forward(logits, labels, temperature, entropy=entropy)
+
+
+class NeedsNoGradient(Right):
+    def why_not(self, problem):
+        return "has no backward" if problem.needs_grad else None
+
+
+class NeedsAnotherMachine(Right):
+    def why_not(self, problem):
+        return "needs a quantum computer"
+
+
+class NotABackend:
+    pass
+
+
+class TellsItsProcess(Right):
+    def __init__(self):
+        leave_pid("worker", os.getpid())
+
+
+# --- those that raise -------------------------------------------------------------------------------------------------
+
+
+class Harmful(Right):
+    """Does `harm` in each forward."""
+
+    def forward(self, logits, labels, temperature, *, entropy):
+        self.harm()
+        return super().forward(logits, labels, temperature, entropy=entropy)
+
+    def harm(self) -> None:
+        raise NotImplementedError
+
+
+class RaisesUnpicklable(Harmful):
+    def harm(self) -> NoReturn:
+        class LocalError(Exception):
+            pass
+
+        raise LocalError("in the way", threading.Lock(), lambda: None)
+
+
+class RaisesUnencodable(Harmful):
+    """As the name of a file does that is not UTF-8."""
+
+    def harm(self) -> NoReturn:
+        raise RuntimeError("no such file: caf\udce9 \x00 \n  €")
+
+
+class RaisesFromHome(Harmful):
+    def harm(self) -> NoReturn:
+        raise FileNotFoundError(f"no tables in {Path.home() / 'my tables' / 'fast.bin'}, nor in {__file__}")
+
+
+class RaisesMemoryError(Harmful):
+    def harm(self) -> NoReturn:
+        raise MemoryError("the arena is full")
+
+
+class AsksForAPetabyte(Harmful):
+    def harm(self) -> None:
+        torch.empty(2**50, dtype=torch.uint8)
+
+
+class RunsIntoALimit(Harmful):
+    """On the memory of its process, which it lifts again for those that come after it."""
+
+    def harm(self) -> None:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**24, limit[1]))
+        try:
+            torch.ones(2**30, dtype=torch.uint8)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limit)
+
+
+class OutOfMemoryInTheCheck(Harmful):
+    """The check has a thread of its own."""
+
+    def harm(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            torch.empty(2**50, dtype=torch.uint8)
+
+
+# --- those that are a nuisance, but right -----------------------------------------------------------------------------
+
+
+class Floods(Harmful):
+    """Both streams, through Python and beneath it, with and without ends of lines; once."""
+
+    done = False
+
+    def harm(self) -> None:
+        if Floods.done:
+            return
+        Floods.done = True
+        for block in (b"x" * 1_000_000, b"flood\n" * 150_000):
+            for _ in range(FLOOD_BYTES // len(block) // 4):
+                for fd in (1, 2):
+                    left = memoryview(block)
+                    while left:
+                        left = left[os.write(fd, left) :]
+        print('{"event": "done"}', flush=True)
+        print("x" * 1_000_000, file=sys.stderr, flush=True)
+
+
+class WritesEvents(Harmful):
+    """To where standard output would be."""
+
+    def harm(self) -> None:
+        os.write(1, b'{"event": "done"}\n')
+        print('{"event": "lost", "candidate": "eager", "outcome": "wrong", "reason": "me"}', flush=True)
+        sys.__stdout__.write("not even JSON\n")
+
+
+class ReadsStandardInput(Harmful):
+    def harm(self) -> None:
+        assert sys.stdin.readline() == ""
+        assert os.read(0, 100) == b""
+
+
+class LeavesAChild(Harmful):
+    """A program that nobody waits for; once."""
+
+    child = None
+
+    def harm(self) -> None:
+        if LeavesAChild.child is None:
+            LeavesAChild.child = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({LONG_S})"])
+            leave_pid("child", LeavesAChild.child.pid)
+
+
+# --- those that end the worker program, or hold it up -----------------------------------------------------------------
+
+
+class Exits(Harmful):
+    def harm(self) -> NoReturn:
+        os._exit(3)
+
+
+class Segfaults(Harmful):
+    def harm(self) -> None:
+        ctypes.string_at(0)
+
+
+class KillsItself(Harmful):
+    """As the kernel does to a process where memory runs out."""
+
+    def harm(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class RaisesSystemExit(Harmful):
+    def harm(self) -> NoReturn:
+        sys.exit("the licence has run out")
+
+
+class RaisesKeyboardInterrupt(Harmful):
+    def harm(self) -> NoReturn:
+        raise KeyboardInterrupt
+
+
+class RaisesUnprintable(Harmful):
+    def harm(self) -> NoReturn:
+        class UnprintableError(Exception):
+            def __str__(self) -> str:
+                raise ValueError("no words for it")
+
+        raise UnprintableError
+
+
+class WritesOnThePipes(Harmful):
+    """On every file that is open, until one of them is the one that the events go to."""
+
+    def harm(self) -> None:
+        for fd in range(3, 64):
+            try:
+                os.write(fd, b"gibberish\n" * 1000)
+            except OSError:
+                continue
+        time.sleep(LONG_S)
+
+
+class FloodsThePipes(Harmful):
+    """The same without end."""
+
+    def harm(self) -> NoReturn:
+        while True:
+            for fd in range(3, 64):
+                try:
+                    os.write(fd, b"gibberish\n" * 1000)
+                except OSError:
+                    continue
+
+
+class ForksAndExits(Harmful):
+    """The child holds all that the worker program had open."""
+
+    def harm(self) -> NoReturn:
+        child = os.fork()
+        if child == 0:
+            time.sleep(LONG_S)
+        leave_pid("forked", child)
+        os._exit(4)
+
+
+class Loops(Harmful):
+    def harm(self) -> NoReturn:
+        leave_pid("looping", os.getpid())
+        while True:
+            pass
+
+
+class HangsInImport(Right):
+    """With signals that it could be told by to end shut out."""
+
+    def __init__(self):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        time.sleep(LONG_S)
+
+
+class ExitsInImport(Right):
+    def __init__(self):
+        print("no device", file=sys.stderr, flush=True)
+        os._exit(5)
+
+
+class ExitsInTheCheck(Harmful):
+    def harm(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            os._exit(6)
+
+
+class InRounds(Harmful):
+    """Does `late_harm` from the call after `timed_calls` timed ones on."""
+
+    timed_calls = TIMED_CALLS
+    checked = False
+    calls = 0
+
+    def harm(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            self.checked, self.calls = True, 0
+        elif self.checked:
+            self.calls += 1
+            if self.calls > self.untimed() + self.timed_calls:
+                self.late_harm()
+
+    @staticmethod
+    def untimed() -> int:
+        """Calls between the check and the rounds: two first ones, and one for the memory where that can be measured."""
+        from compiled_logprobs.clock import why_no_peak
+
+        return 2 + (why_no_peak("cpu") is None)
+
+    def late_harm(self) -> None:
+        raise NotImplementedError
+
+
+class ExitsInRounds(InRounds):
+    def late_harm(self) -> NoReturn:
+        os._exit(7)
+
+
+class HangsInRounds(InRounds):
+    def late_harm(self) -> None:
+        time.sleep(LONG_S)
+
+
+class HangsInEarlyRounds(HangsInRounds):
+    timed_calls = 3

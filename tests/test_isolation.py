@@ -1,0 +1,306 @@
+"""The worker program: nothing that happens in there costs more than the candidate, and nothing of it stays behind."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from backends_for_tuning import FLOOD_BYTES, FOLDER_VARIABLE, has_ended, is_running, pids, registered
+
+from compiled_logprobs.problem import Problem
+from compiled_logprobs.tuning import tuner as tuning
+from compiled_logprobs.tuning.isolation import Worker, WorkerLost
+from compiled_logprobs.tuning.tuner import Tuner
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals, forks and groups of processes are tested")
+
+CPU = torch.device("cpu")
+PROBLEM = Problem("cpu", rows=64, vocab=512, dtype=torch.float32, needs_grad=True)
+SECONDS = 60.0
+START_S = 120.0
+
+
+def pid_of(worker: Worker) -> int:
+    return worker._process.pid
+
+
+def threads_of_workers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("worker ")]
+
+
+def no_thread_is_left() -> bool:
+    for thread in threads_of_workers():
+        thread.join(20.0)
+    return not threads_of_workers()
+
+
+def outcomes(decision):
+    return {name: (candidate.outcome, candidate.reason) for name, candidate in decision.candidates.items()}
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """Where backends leave the ids of their processes."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+# --- whatever ends the program, or holds it up ------------------------------------------------------------------------
+
+LOST = {
+    "exits": ("Exits", "crashed", "compile: ended with exit code 3"),
+    "segfaults": ("Segfaults", "crashed", "compile: killed by SIGSEGV"),
+    "killed": ("KillsItself", "crashed", "compile: killed by SIGKILL, as the system does when memory runs out"),
+    "interrupts": ("RaisesKeyboardInterrupt", "crashed", "compile: killed by SIGINT; it said: "),
+    "exits_in_check": ("ExitsInTheCheck", "crashed", "check: ended with exit code 6"),
+    "writes": ("WritesOnThePipes", "crashed", r"compile: wrote 'gibberish\n' where only the worker program writes"),
+    "floods": ("FloodsThePipes", "crashed", r"compile: wrote 'gibberish\n' where only the worker program writes"),
+    "forks": ("ForksAndExits", "crashed", "compile: ended with exit code 4"),
+    "loops": ("Loops", "timeout", "compile: no end after 5 s"),
+    "hangs": ("HangsInImport", "timeout", "import: no end after 3 s"),
+}
+
+
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory):
+    """A decision in spite of all of these, and what they left in their folder."""
+    folder = tmp_path_factory.mktemp("pids")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER_VARIABLE, str(folder))
+        patch.setitem(tuning.LIMITS_S, "import", 3.0)
+        patch.setitem(tuning.LIMITS_S, "compile", 5.0)
+        names = {name: target for name, (target, _, _) in LOST.items()}
+        with registered(**names, right="Right"), Tuner(CPU, names=[*names, "right"], short=True) as tuner:
+            decision, times = tuner.decide(PROBLEM, SECONDS)
+            assert is_running(pid_of(tuner._worker))  # it is kept for the next problem
+    return decision, times, folder
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_ends_the_program_costs_the_candidate(lost, name):
+    _, outcome, reason = LOST[name]
+    candidate = lost[0].candidates[name]
+    assert candidate.outcome == outcome
+    assert candidate.reason.startswith(reason) if reason.endswith(": ") else candidate.reason == reason
+    assert "/" not in candidate.reason.replace("[...]", "")
+
+
+def test_the_others_are_measured_all_the_same(lost):
+    decision, times, _ = lost
+    assert set(times) == {"eager", "right"} and decision.chosen in times
+    assert all(decision.candidates[name].measured for name in times)
+    assert {len(series) for series in times.values()} == {decision.rounds} and decision.rounds >= 20
+
+
+def test_a_child_that_holds_the_pipes_is_neither_waited_for_nor_left(lost):
+    (child,) = pids(lost[2], "forked")
+    assert has_ended(child)
+
+
+def test_what_loops_is_gone(lost):
+    (looping,) = pids(lost[2], "looping")
+    assert has_ended(looping)
+
+
+def test_no_thread_listens_to_what_is_gone(lost):
+    assert no_thread_is_left()
+
+
+# --- nuisances --------------------------------------------------------------------------------------------------------
+
+
+def test_what_candidates_print_and_read_stays_out_of_the_protocol(folder):
+    """They flood both streams, write events to standard output, read what could be jobs, and leave a child behind."""
+    names = {"floods": "Floods", "writes": "WritesEvents", "reads": "ReadsStandardInput", "leaves": "LeavesAChild"}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with registered(**names), Tuner(CPU, names=list(names), short=True) as tuner:
+        decision, times = tuner.decide(PROBLEM, 5.0)
+        again, _ = tuner.decide(PROBLEM, 0.0)
+        (child,) = pids(folder, "child")
+        assert is_running(child)
+    assert has_ended(child)
+    assert set(times) == {"eager", *names}, outcomes(decision)
+    assert all(candidate.measured for candidate in (*decision.candidates.values(), *again.candidates.values()))
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024)
+    assert grown < FLOOD_BYTES / 2
+    assert no_thread_is_left()
+
+
+# --- the life of the program ------------------------------------------------------------------------------------------
+
+
+def test_one_program_serves_several_problems_and_ends_with_the_tuner(folder):
+    with registered(tells="TellsItsProcess"), Tuner(CPU, names=["tells"], short=True) as tuner:
+        for rows in (64, 96, 128):
+            decision, _ = tuner.decide(PROBLEM._replace(rows=rows), 0.0)
+            assert decision.problem.rows == rows and decision.candidates["tells"].measured
+        (pid,) = pids(folder, "worker")
+        assert is_running(pid)
+    assert has_ended(pid)
+    assert no_thread_is_left()
+
+
+def test_a_program_that_was_lost_is_replaced(folder):
+    with registered(tells="TellsItsProcess", exits="Exits"), Tuner(CPU, names=["tells", "exits"], short=True) as tuner:
+        decision, _ = tuner.decide(PROBLEM, 0.0)
+        assert decision.candidates["exits"].outcome == "crashed" and decision.candidates["tells"].measured
+        assert len(pids(folder, "worker")) == 2
+        (pid,) = filter(is_running, pids(folder, "worker"))
+    assert has_ended(pid)
+
+
+def test_a_program_that_ends_between_two_problems_is_replaced():
+    """As where a candidate's own thread crashes it, or the system takes its memory."""
+    with Tuner(CPU, names=[], short=True) as tuner:
+        tuner.decide(PROBLEM, 0.0)
+        first = pid_of(tuner._worker)
+        os.kill(first, signal.SIGKILL)
+        assert has_ended(first)
+        decision, _ = tuner.decide(PROBLEM, 0.0)
+        assert decision.chosen == "eager" and pid_of(tuner._worker) != first
+
+
+@pytest.mark.parametrize("event", ["started", "step", "round"])
+def test_an_interrupt_ends_the_program(event):
+    pid = None
+
+    def on_event(told):
+        nonlocal pid
+        if told["event"] == event and pid is None:
+            pid = pid_of(tuner._worker)
+            raise KeyboardInterrupt
+
+    with Tuner(CPU, names=[], short=True, on_event=on_event) as tuner:
+        with pytest.raises(KeyboardInterrupt):
+            tuner.decide(PROBLEM, 0.0)
+        assert has_ended(pid)
+        decision, _ = tuner.decide(PROBLEM, 0.0)  # and it can go on
+        assert decision.chosen == "eager"
+    assert no_thread_is_left()
+
+
+TUNE = """
+import sys
+import torch
+from backends_for_tuning import leave_pid, registered
+from compiled_logprobs.problem import Problem
+from compiled_logprobs.tuning import tuner as tuning
+from compiled_logprobs.tuning.isolation import Worker
+
+class Told(Worker):
+    def __init__(self):
+        super().__init__()
+        leave_pid("started", self._process.pid)
+
+tuning.Worker = Told
+with registered(loops="Loops"), tuning.Tuner(torch.device("cpu"), names=["loops"], short=True) as tuner:
+    tuner.decide(Problem("cpu", 64, 512, torch.float32, needs_grad=True), 600.0)
+"""
+
+
+@pytest.mark.parametrize("when", ["started", "looping"])
+def test_the_program_does_not_outlive_a_parent_that_is_killed(folder, when):
+    """Whether it is starting then or deep in foreign code; and the parent has no `__main__` guard."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    script = folder / "script.py"
+    script.write_text(TUNE)
+    parent = subprocess.Popen([sys.executable, str(script)], env=environment)
+    try:
+        until = time.monotonic() + START_S
+        while not pids(folder, when) and parent.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        (worker,) = pids(folder, when)
+        assert is_running(worker)
+    finally:
+        parent.kill()
+        parent.wait()
+    assert has_ended(worker)
+
+
+# --- the program by itself --------------------------------------------------------------------------------------------
+
+
+def test_a_program_that_cannot_be_started_is_lost(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(WorkerLost, match="the worker program cannot be started: .*No such file") as caught:
+        Worker()
+    assert caught.value.outcome == "crashed"
+
+
+def test_it_imports_what_this_process_would_import(monkeypatch, tmp_path):
+    """A module beside the script of whoever calls, or on a path that was added by hand."""
+    lines = ("from backends_for_tuning import Right", "class Here(Right):", "    pass")
+    (tmp_path / "only_here.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with registered(here="only_here:Here"), Tuner(CPU, names=["here"], short=True) as tuner:
+        decision, _ = tuner.decide(PROBLEM, 0.0)
+    assert decision.candidates["here"].measured, decision.candidates["here"].reason
+
+
+def test_a_file_in_the_current_folder_hides_no_module(monkeypatch, tmp_path):
+    (tmp_path / "json.py").write_text("raise SystemExit('hidden')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    with Worker() as worker:
+        assert worker.next_event(within=START_S) == {"event": "ready"}
+
+
+def test_a_job_that_is_none_ends_it_with_what_it_said():
+    with Worker() as worker:
+        assert worker.next_event(within=START_S) == {"event": "ready"}
+        worker.send({"problem": "none"})
+        with pytest.raises(WorkerLost) as caught:
+            worker.next_event(within=START_S)
+        assert caught.value.outcome == "crashed"
+        assert caught.value.reason.startswith("ended with exit code 1; it said: Traceback ")
+        assert 'File "worker.py"' in caught.value.reason and str(Path(__file__).parent.parent) not in str(caught.value)
+        worker.send({})  # to nobody
+        assert worker.has_ended()
+    assert no_thread_is_left()
+
+
+def test_silence_is_a_timeout_and_the_end_of_it_is_complete():
+    worker = Worker()
+    assert worker.next_event(within=START_S) == {"event": "ready"}
+    with pytest.raises(WorkerLost, match="^no end after 0 s$") as caught:
+        worker.next_event(within=0.2)
+    assert caught.value.outcome == "timeout" and not worker.has_ended()
+    for _ in range(2):
+        worker.end()
+        assert not is_running(pid_of(worker))
+    assert no_thread_is_left()
+
+
+def test_it_ends_when_there_is_nobody_to_send_jobs():
+    with Worker() as worker:
+        worker.next_event(within=START_S)
+        worker._process.stdin.close()
+        assert worker._process.wait(20.0) == 0
+
+
+def test_it_never_tunes_by_itself(monkeypatch):
+    """Whatever the mode of the process that asks: a candidate may call the public functions."""
+    monkeypatch.setenv("COMPILED_LOGPROBS_MODE", "tune")
+    with Worker() as worker:
+        worker.next_event(within=START_S)
+        environment = Path(f"/proc/{pid_of(worker)}/environ")
+        if not environment.exists():
+            pytest.skip("the environment of another process is read from Linux's files")
+        assert b"COMPILED_LOGPROBS_MODE=off" in environment.read_bytes().split(b"\0")
+
+
+def test_events_are_json_without_nan():
+    with registered(right="Right"), Tuner(CPU, names=["right"], short=True, on_event=lambda e: told.append(e)) as tuner:
+        told = []
+        tuner.decide(PROBLEM, 0.0)
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    assert {"started", "step", "loaded", "first_call", "checked", "measuring", "memory", "round", "done"} <= {
+        event["event"] for event in told
+    }
