@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from compiled_logprobs.tuning.isolation import Worker, WorkerLost
 from compiled_logprobs.tuning.tuner import Tuner
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals, forks and groups of processes are tested")
+
+resource = pytest.importorskip("resource", reason="Windows has none")
 
 CPU = torch.device("cpu")
 PROBLEM = Problem("cpu", rows=64, vocab=512, dtype=torch.float32, needs_grad=True)

@@ -56,19 +56,21 @@ def test_the_fastest_right_backend_is_chosen(mixed):
     decision, _ = mixed
     assert decision.chosen == "right" and decision.baseline == "eager" and decision.settled
     assert decision.winner.outcome == "chosen" and decision.winner.speedup.low > 1.03
-    assert outcomes(decision) == {
+    others = outcomes(decision)
+    # The choice is settled as soon as it cannot be faster than the right one: how much slower it is may still be open then.
+    assert others.pop("same") in ("slower", "tie")
+    assert others == {
         "eager": "slower",
         "wrong": "wrong",
         "wrong_sign": "wrong",
         "crashes": "crashed",
         "right": "chosen",
-        "same": "slower",
     }
 
 
 def test_the_record_says_why_the_others_are_not(mixed):
     candidates = mixed[0].candidates
-    assert candidates["eager"].reason == candidates["same"].reason == "slower than right by more than 3%"
+    assert candidates["eager"].reason == "slower than right by more than 3%"
     assert re.match(r"log_prob_error, .*gradient_error.*: normal: \S+, limit \S+$", candidates["wrong"].reason)
     assert candidates["wrong_sign"].reason.startswith("log_prob_error, ")
     assert candidates["crashes"].reason == "compile: killed by SIGSEGV"
