@@ -96,9 +96,10 @@ class Record:
     settled: bool
     """Whether more rounds could not have changed the choice."""
     measured_rows: int
-    """N of the inputs that were timed: less than the problem's where time or memory was short."""
+    """N of the inputs that were timed: less than the problem's where time or memory was short. A few rows of what came out were
+    held against float64."""
     checked_rows: int
-    """N of the largest input that was checked."""
+    """N of the largest input of the check."""
     short_check: bool
     """Whether the check had its fewer inputs, as where `auto` tunes by itself."""
     environment: dict[str, str | int | float | None]

@@ -26,7 +26,7 @@ LAYERS = [
     {"decisions"},
     {"tuning"},
     {"tuning.select"},
-    {"tuning.inputs"},
+    {"tuning.inputs", "tuning.spot_check"},
     {"tuning.judge", "tuning.measure"},
     {"tuning.gate"},
     {"tuning.worker", "tuning.isolation"},

@@ -43,6 +43,8 @@ class Worker:
     """One process of the worker program; a context manager that ends it."""
 
     def __init__(self) -> None:
+        if not sys.executable:
+            raise WorkerLost("crashed", "the worker program cannot be started: Python does not know its own executable")
         path = os.pathsep.join(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))
         try:
             self._process = subprocess.Popen(

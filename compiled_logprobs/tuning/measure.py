@@ -19,6 +19,7 @@ from compiled_logprobs import clock
 from compiled_logprobs.autograd import compute
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.problem import Problem
+from compiled_logprobs.tuning.spot_check import what_is_wrong
 
 BUFFERS = 2
 """How many inputs take turns, so that no candidate can live on having seen one before."""
@@ -41,7 +42,7 @@ class Run:
     """What was measured of one candidate, up to its failure if it had one."""
 
     name: str
-    outcome: Literal["measured", "failed", "oom"] = "measured"
+    outcome: Literal["measured", "wrong", "failed", "oom"] = "measured"
     reason: str = ""
     """Why it was not measured further."""
     first_call_seconds: float | None = None
@@ -70,6 +71,8 @@ class Measurement:
         device: by default the current one of the problem's type.
         seed: of the inputs and of the order within rounds; fresh at random by default.
         on_step: told the candidate and the step before each of its calls, for whoever watches over their duration.
+        look_at_results: whether to hold a few rows of what it returns against float64, which not even candidates that passed the
+            check are sure to get right at this size.
     """
 
     def __init__(
@@ -80,13 +83,14 @@ class Measurement:
         device: torch.device | str | None = None,
         seed: int | None = None,
         on_step: Callable[[str, Step], None] = lambda name, step: None,
+        look_at_results: bool = True,
     ) -> None:
         self.problem = problem
         self.device = clock.measurable(device or problem.device_type)
         self.seed = random.randrange(2**31) if seed is None else seed
         self.runs = {name: Run(name) for name in candidates}
         self._candidates = dict(candidates)
-        self._on_step = on_step
+        self._on_step, self._look_at_results = on_step, look_at_results
 
     def times(self) -> dict[str, list[float]]:
         """Seconds by candidate and round, of those that have run in every round."""
@@ -126,7 +130,9 @@ class Measurement:
             if step == "compile":
                 run.first_call_seconds = clock.time_call(call, self.device)
                 for other in range(1, BUFFERS):  # what a second call still does once belongs to no round
-                    inputs.call(self._candidates[name], other)()
+                    results, gradients = inputs.call(self._candidates[name], other)()
+                if self._look_at_results and (found := inputs.what_is_wrong(other, results, gradients)):
+                    run.outcome, run.reason = "wrong", found
             elif step == "memory":
                 run.extra_bytes = clock.extra_peak_bytes(call, self.device)
                 if run.extra_bytes is not None:
@@ -164,7 +170,15 @@ class _Inputs:
             upstream.append(torch.randn(rows, generator=generator))
         self._upstream = [gradient.to(device, problem.out_dtype) for gradient in upstream]
 
-    def call(self, backend: Backend, index: int) -> Callable[[], object]:
+    def what_is_wrong(self, index: int, results: list[Tensor], gradients: tuple[Tensor, ...]) -> str | None:
+        """The same of what `call(..., index)` returned, looked at in a few rows; None if nothing is."""
+        logits = self._logits[index] if self._original is None else self._original
+        gradient = gradients[0] if gradients else None
+        return what_is_wrong(
+            self._problem, logits, self._labels[index], self._temperature, self._upstream, results, gradient
+        )
+
+    def call(self, backend: Backend, index: int) -> Callable[[], tuple[list[Tensor], tuple[Tensor, ...]]]:
         """What is to be timed, on fresh logits: returns all results of `backend`, so that they count as memory in use."""
         problem, labels = self._problem, self._labels[index]
         logits = self._logits[index].detach()
@@ -172,7 +186,7 @@ class _Inputs:
             logits.copy_(self._original)
         logits.requires_grad_(problem.needs_grad)
 
-        def call() -> object:
+        def call() -> tuple[list[Tensor], tuple[Tensor, ...]]:
             with torch.set_grad_enabled(problem.needs_grad):
                 log_probs, entropy = compute(
                     backend,

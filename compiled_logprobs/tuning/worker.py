@@ -30,6 +30,7 @@ from compiled_logprobs.roofline import measured_bandwidth, percent_of_bandwidth
 from compiled_logprobs.store import problem_from_dict
 from compiled_logprobs.telemetry import Watch, telemetry
 from compiled_logprobs.tuning.gate import check_backend
+from compiled_logprobs.tuning.inputs import cases
 from compiled_logprobs.tuning.measure import BUFFERS, LONGEST_REASON, Measurement, is_out_of_memory
 from compiled_logprobs.tuning.select import LOOKS, fewest_rounds, look
 
@@ -133,7 +134,7 @@ class Work:
     def _first_call(self, name: str, backend: Backend) -> float | None:
         """Compile it on few rows; seconds that a call takes then, None if it fails."""
         pilot = self._problem._replace(rows=self._pilot_rows)
-        measurement = self._measurement(pilot, {name: backend})
+        measurement = self._measurement(pilot, {name: backend}, look_at_results=False)  # the check tells more
         for _ in measurement.rounds(2):
             pass
         run = measurement.runs[name]
@@ -162,7 +163,7 @@ class Work:
         self._emit(
             "checked",
             candidate=name,
-            rows=problem.rows,
+            rows=max(case.rows for case in cases(problem, short=short, foreign=False)),
             checks=checks,
             repeatable=report.repeatable,
             row_invariant=report.row_invariant,
@@ -241,8 +242,17 @@ class Work:
         )
         return selection is not None
 
-    def _measurement(self, problem: Problem, candidates: Mapping[str, Backend]) -> Measurement:
-        return Measurement(problem, candidates, device=self._device, seed=self._job["seed"], on_step=self._step)
+    def _measurement(
+        self, problem: Problem, candidates: Mapping[str, Backend], *, look_at_results: bool = True
+    ) -> Measurement:
+        return Measurement(
+            problem,
+            candidates,
+            device=self._device,
+            seed=self._job["seed"],
+            on_step=self._step,
+            look_at_results=look_at_results,
+        )
 
     def _lose_failed(self, measurement: Measurement, lost: set[str]) -> None:
         for name, run in measurement.runs.items():
