@@ -4,6 +4,7 @@ Exit codes: 0 passed; 1 something is wrong; 2 it could not run, and standard err
 """
 
 import contextlib
+import os
 import sys
 import time
 import traceback
@@ -212,20 +213,27 @@ def profile(
         shown = _progress(progress, as_json)
         found, interrupted = _profile(problems, where, store, names, budget, again, shown)
     decided = [one for one in found if isinstance(one, Decision)]
+    fingerprint = decisions.fingerprint_of(where)
+    stored = sum((store.read(fingerprint, one.problem) or {}).get("seed") == one.seed for one in decided)
     failed = [str(one) for one in found if not isinstance(one, Decision)]
     if as_json:
-        print_json({"decisions": [one.to_dict() for one in decided], "failed": failed, "interrupted": interrupted})
+        print_json(
+            {
+                "decisions": [one.to_dict() for one in decided],
+                "stored": stored,
+                "failed": failed,
+                "interrupted": interrupted,
+            }
+        )
     elif progress != "jsonl":
         if decided:
-            print_decisions(
-                f"Winners on {where}, environment {decisions.fingerprint_of(where)}", [(d, "") for d in decided]
-            )
+            print_decisions(f"Winners on {where}, environment {fingerprint}", [(d, "") for d in decided])
         for reason in failed:
             print_line(f"not decided: {reason}")
-        print_line(f"{len(decided)} of {len(problems)} problems decided, stored in {store.root}")
+        print_line(f"{len(decided)} of {len(problems)} problems decided, {stored} of them stored in {store.root}")
     if interrupted:
         raise typer.Exit(INTERRUPTED)
-    if len(decided) < len(problems):
+    if stored < len(problems):
         raise typer.Exit(COULD_NOT_RUN)
     wrong = any(candidate.outcome == "wrong" for one in decided for candidate in one.candidates.values())
     raise typer.Exit(WRONG if wrong else PASSED)
@@ -387,6 +395,9 @@ def _reported_errors() -> Iterator[None]:
     except LogProbsError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise typer.Exit(COULD_NOT_RUN) from None
+    except BrokenPipeError:  # whoever read the output has gone, and what is still to be flushed has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(INTERRUPTED) from None
     except Exception:  # noqa: BLE001  a mistake in this library
         traceback.print_exc()
         raise typer.Exit(COULD_NOT_RUN) from None
@@ -440,7 +451,12 @@ def _progress(kind: str, as_json: bool) -> Progress:
 
 
 def _split(texts: list[str] | None) -> list[str]:
-    return [part.strip() for text in texts or [] for part in text.split(",") if part.strip()]
+    parts = [part.strip() for text in texts or [] for part in text.split(",")]
+    if not all(parts):
+        raise InputError(
+            f"got {', '.join(map(repr, texts or []))}, in which a value is empty; e.g. 64,512 is valid. Fill it in."
+        )
+    return parts
 
 
 def _backend_name(text: str) -> str:

@@ -7,10 +7,10 @@ import ctypes
 import gc
 import os
 import sys
-import time
 from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from torch import Tensor, cuda
@@ -47,11 +47,11 @@ class Clock:
         if self._events:
             self._events[0].record(cuda.current_stream(self._device))
         else:
-            self._began = time.perf_counter()
+            self._began = perf_counter()
 
     def stop(self) -> float:
         if not self._events:
-            return time.perf_counter() - self._began
+            return perf_counter() - self._began
         began, ended = self._events
         ended.record(cuda.current_stream(self._device))
         ended.synchronize()

@@ -1,8 +1,8 @@
 """Which backend serves a problem. The first of these that has an answer:
 
-1. the default rule for small problems: eager where N * V is under 2^20, where a launch costs more than the work;
-2. what was decided earlier in this process;
-3. a stored decision for exactly this bucket of N: the user's store, the project's profiles, the bundled ones;
+1. what was decided earlier in this process;
+2. a stored decision for exactly this bucket of N: the user's store, the project's profiles, the bundled ones;
+3. for small problems, where N * V is under 2^20 and a launch costs more than the work: eager;
 4. tuning, where it is possible (`compiled_logprobs.tuning`, a layer above);
 5. a stored decision for the nearest bucket of N of the same problem;
 6. the default rule: the first of `PREFERENCE` that can run the problem and passes a short check on this machine.
@@ -12,6 +12,7 @@ A decision is used only while the backend that it chose is registered, can run t
 
 import math
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from compiled_logprobs.backends import BUILT_IN, backends, get_backend, is_loaded, target_of, why_not
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.environment import Environment, environment_of
-from compiled_logprobs.errors import BackendUnavailable, ProfileError
+from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.policy import Policy
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Decision
@@ -34,6 +35,10 @@ SMALL = 2**20
 Source = Literal[
     "small", "tuned here", "user store", "project profiles", "bundled profiles", "nearest", "default rule", "set aside"
 ]
+PASSING = ("failed", "oom", "timeout", "crashed")
+"""Outcomes that may have had a cause outside of the candidate, such as a full disk: they do not hold for ever."""
+RETRY_S = 24 * 3600.0
+"""After which a decision with such an outcome is stale."""
 HITS = ("small", "tuned here", "user store", "project profiles", "bundled profiles")
 """The sources that `require_hit` accepts."""
 
@@ -79,14 +84,12 @@ def bucket(problem: Problem) -> Problem:
 
 
 def is_small(problem: Problem) -> bool:
-    """Whether the default rule leaves `problem` to eager without a look at anything else."""
+    """Whether `problem` is for eager unless a profile says otherwise."""
     return problem.rows * problem.vocab < SMALL
 
 
 def served(problem: Problem, policy: Policy) -> Served | None:
     """What serves `problem` in this process; None if that is still to be found out."""
-    if is_small(problem) and not policy.row_invariant:
-        return Served(EAGER, "small")
     answer = _served.get((bucket(problem), policy.mode, policy.row_invariant))
     return None if answer is None or (policy.require_hit and not _is_hit(answer)) else answer
 
@@ -198,23 +201,33 @@ def _exact(top: Problem, environment: str) -> Iterator[Served]:
 
 def decision_in(store: Store, environment: str, problem: Problem) -> Decision | None:
     """The decision that `store` holds for exactly this; None, with a warning, for one that cannot be used."""
+    decision = _readable(store, environment, problem)
+    if decision is None or decision.chosen in backends():
+        return decision
+    unknown = ProfileError(
+        f"it chose the backend {decision.chosen!r:.80}, which is not registered here; "
+        f"registered are {', '.join(backends())}"
+    )
+    remedy = "Register that one with register_backend, or delete the file"
+    pass_over(store.path(environment, problem), unknown, remedy)
+    return None
+
+
+def unregistered_choice(store: Store, environment: str, problem: Problem) -> str | None:
+    """The backend that a decision in `store` chose, if only another process has registered it."""
+    decision = _readable(store, environment, problem)
+    return None if decision is None or decision.chosen in backends() else decision.chosen
+
+
+def _readable(store: Store, environment: str, problem: Problem) -> Decision | None:
     record = store.read(environment, problem)
     if record is None:
         return None
-    path = store.path(environment, problem)
     try:
-        decision = Decision.from_record(problem, record)
+        return Decision.from_record(problem, record)
     except ProfileError as error:
-        pass_over(path, error)
+        pass_over(store.path(environment, problem), error)
         return None
-    if decision.chosen not in backends():
-        unknown = ProfileError(
-            f"it chose the backend {decision.chosen!r:.80}, which is not registered here; "
-            f"registered are {', '.join(backends())}"
-        )
-        pass_over(path, unknown, "Register that one with register_backend, or delete the file")
-        return None
-    return decision
 
 
 def usable(answer: Served, policy: Policy) -> Served | None:
@@ -229,13 +242,8 @@ def usable(answer: Served, policy: Policy) -> Served | None:
 
 def _holds(decision: Decision, name: str) -> bool:
     """Whether the backend called `name` is what was measured, and can run here."""
-    if name not in backends():
-        return False
-    try:
-        same = get_backend(name).fingerprint() == decision.candidates[name].fingerprint
-    except BackendUnavailable:
-        return False
-    return same and why_not(name, decision.problem) is None
+    known = decision.candidates[name].fingerprint
+    return name in backends() and _fingerprint(name) == known and why_not(name, decision.problem) is None
 
 
 def _what_changed(decision: Decision) -> str | None:
@@ -245,15 +253,33 @@ def _what_changed(decision: Decision) -> str | None:
             continue
         if name not in decision.candidates:
             return f"backend {name!r} was registered after this was measured"
+        known = decision.candidates[name]
+        if known.outcome in PASSING and _age_s(decision) > RETRY_S:
+            return f"backend {name!r} {known.outcome} when this was measured, which may have had a cause that is gone"
         if name not in BUILT_IN and not is_loaded(name):
             continue
-        known = decision.candidates[name]
         if known.outcome in ("unavailable", "unsupported"):
             if not _is_known_here_only(name) and why_not(name, decision.problem) is None:
                 return f"backend {name!r} could not run this when it was measured, and can now"
-        elif get_backend(name).fingerprint() != known.fingerprint:
+        elif _fingerprint(name) != known.fingerprint:
             return f"backend {name!r} has changed since this was measured"
     return None
+
+
+def _fingerprint(name: str) -> str | None:
+    """None where there is none, whatever a third party's backend does when it is asked."""
+    try:
+        return get_backend(name).fingerprint()
+    except Exception:  # noqa: BLE001 - foreign code may raise anything
+        return None
+
+
+def _age_s(decision: Decision) -> float:
+    try:
+        measured = datetime.strptime(decision.measured_at, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+    except ValueError:  # a foreign file may say anything
+        return math.inf
+    return (datetime.now(timezone.utc) - measured).total_seconds()
 
 
 def _is_known_here_only(name: str) -> bool:

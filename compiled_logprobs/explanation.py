@@ -15,7 +15,7 @@ from compiled_logprobs.store import problem_to_dict, stores
 from compiled_logprobs.tuning.serving import why_no_hit, why_no_tuning
 
 _WHERE = {
-    "small": "fewer than 2^20 logits: eager by rule, since a launch costs more than the work",
+    "small": "fewer than 2^20 logits, and no profile decides it: eager by rule, since a launch costs more than the work",
     "tuned here": "measured by this process",
     "user store": "stored in the user's profiles",
     "project profiles": "stored in the profiles of the current folder",
@@ -106,6 +106,8 @@ def _known(problem: Problem, device: torch.device, under: Policy) -> tuple[Serve
     if no_tuning is None:
         again = "" if known is None else " again, since what is known of it is stale"
         return known, f"the next call measures it{again}, within its budget"
+    if decisions.is_small(problem) and not under.row_invariant:
+        return Served(decisions.EAGER, "small"), ""
     known = None if under.mode == "off" else decisions.nearest(problem, device, under)
     if known is not None:
         return known, ""

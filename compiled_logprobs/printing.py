@@ -128,7 +128,7 @@ def _speedup(decision: Decision) -> str:
     winner = decision.winner
     if decision.chosen == decision.baseline or winner.speedup is None:
         return "baseline"
-    return str(winner.speedup)
+    return f"{winner.speedup}" + ("" if decision.baseline == "eager" else f" over {decision.baseline}")
 
 
 def _memory(size: int | None, multiple: float | None) -> str:

@@ -81,8 +81,8 @@ def grid(
 
 def vocab_of(text: str) -> int:
     """The vocabulary that a model's name or a number means."""
-    if text in MODELS:
-        return MODELS[text]
+    if text.lower() in MODELS:
+        return MODELS[text.lower()]
     return _positive(text, "vocabulary", f"a number or one of {', '.join(MODELS)}")
 
 

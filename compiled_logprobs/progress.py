@@ -1,6 +1,6 @@
 """What a profile run shows while it goes on: a bar for people, lines of JSON for programs, or nothing.
 
-Nothing is drawn while candidates are timed: on a CPU it would take time from them.
+The bar is not drawn while candidates are timed: on a CPU it would take time from them.
 """
 
 import json

@@ -57,7 +57,8 @@ class Candidate:
     seconds: float | None = None
     """Median of the timed calls, forward and, where the problem needs the gradient, backward."""
     first_call_seconds: float | None = None
-    """Of the first call in a new process, compiling included, as far as the compiler's cache did not spare it."""
+    """Of the first call, compiling included, as far as it was not spared that by the compiler's cache or by other problems that
+    were measured before in the same run."""
     extra_bytes: int | None = None
     """Peak memory beyond the logits, results and their gradient included; None where it cannot be measured."""
     extra_multiple: float | None = None
@@ -96,8 +97,9 @@ class Record:
     settled: bool
     """Whether more rounds could not have changed the choice."""
     measured_rows: int
-    """N of the inputs that were timed: less than the problem's where time or memory was short. A few rows of what came out were
-    held against float64."""
+    """N of the inputs that were timed: less than the problem's where time or memory was short."""
+    proven_rows: int
+    """N of the largest result of the chosen backend of which a few rows were held against float64."""
     checked_rows: int
     """N of the largest input of the check."""
     short_check: bool

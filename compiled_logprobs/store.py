@@ -180,6 +180,20 @@ class Store:
             ) from error
         return path
 
+    def require_writable(self) -> None:
+        """Raise ProfileError if nothing can be published here, before anybody works for it."""
+        probe = self.root / f"v{SCHEMA}" / f".{secrets.token_hex(8)}{TEMPORARY}"
+        if str(self.root).startswith("~"):
+            raise _unwritable(probe.parent, "the home folder of this user is not known", "Set HOME")
+        try:
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"0")
+            probe.unlink()
+        except OSError as error:
+            raise _unwritable(
+                probe.parent, *_CAUSES.get(error.errno or 0, (error.strerror or str(error), "Mend that"))
+            ) from error
+
     def path(self, environment: str, problem: Problem) -> Path:
         """Where the decision for this is or would be stored."""
         if not _FINGERPRINT.fullmatch(environment):

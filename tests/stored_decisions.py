@@ -1,6 +1,7 @@
 """Decisions made by hand, for tests that look one up: nothing is measured."""
 
 import dataclasses
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -54,14 +55,15 @@ def decided(problem: Problem = LARGE, chosen: str = "eager", **changes: Any) -> 
         "rounds": 10,
         "settled": True,
         "measured_rows": problem.rows,
+        "proven_rows": problem.rows,
         "checked_rows": problem.rows,
-        "short_check": True,
+        "short_check": False,
         "environment": decisions.environment_at(CPU).to_dict(),
         "bandwidth": {"read": 1e10},
         "telemetry": {"clock": 3.5, "events": ("none",)},
         "telemetry_reason": None,
         "seed": 0,
-        "measured_at": "2026-11-24T07:00:00Z",
+        "measured_at": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "tuning_seconds": 5.0,
     }
     decision = Decision(problem=problem, **{**fields, **changes})
@@ -100,6 +102,8 @@ class FakeTuner:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def decide(self, problem: Problem, seconds: float, *, strict: bool = False) -> tuple[Decision, dict[str, list]]:
+    def decide(
+        self, problem: Problem, seconds: float, *, strict: bool = False, names: object = None
+    ) -> tuple[Decision, dict[str, list]]:
         self.asked.append(problem)
         return self.answer(decisions.bucket(problem)), {"eager": [2e-3]}

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from stored_decisions import decided
 from typer.testing import CliRunner
 
-from compiled_logprobs import cli, profiling
+from compiled_logprobs import cli, decisions, profiling
 from compiled_logprobs.api import problem_of
 from compiled_logprobs.cli import app
-from compiled_logprobs.errors import InputError
+from compiled_logprobs.errors import InputError, ProfileError
 from compiled_logprobs.problem import Problem, as_it_lies
-from compiled_logprobs.store import user_store
+from compiled_logprobs.store import Store, user_store
+from compiled_logprobs.tuning.tuner import TuningFailed
 
 EAGER_ONLY = ("--backend", "eager", "--dtype", "float32", "--mode", "forward", "--vocab", "4096")
 PROGRAM = [sys.executable, "-m", "compiled_logprobs", "profile", "--device", "cpu", *EAGER_ONLY]
@@ -80,7 +82,7 @@ def test_models_are_known_by_name():
         "gpt2": 50257,
         "llama2": 32000,
     }
-    assert profiling.vocab_of("12345") == 12345
+    assert profiling.vocab_of("12345") == 12345 and profiling.vocab_of("Qwen3") == 151936
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,7 @@ def test_what_is_not_known_is_said_with_what_is(convert, text, said):
     [
         (("--preset", "huge"), "got preset 'huge'; quick, standard, full are valid"),
         (("--vocab", "qwen9"), "got vocabulary 'qwen9'"),
+        (("--vocab", ","), "got ',', in which a value is empty"),
         (("--rows", "64,x"), "got number of rows 'x'"),
         (("--device", "cuda:7"), "torch sees 0 CUDA or ROCm devices here"),
         (("--device", "tpu"), "got --device tpu"),
@@ -129,7 +132,7 @@ def test_a_run_ends_with_a_table_and_is_stored(measured):
     (row,) = (line for line in measured.stdout.splitlines() if " 4096 " in line)
     assert row.split()[:6] == ["128", "4096", "float32", "forward", "eager", "baseline"]  # the bucket's top
     assert row.rstrip().endswith("%") and " of " in row
-    assert last_line(measured.stdout) == f"1 of 1 problems decided, stored in {user_store().root}"
+    assert last_line(measured.stdout) == f"1 of 1 problems decided, 1 of them stored in {user_store().root}"
     (stored,) = user_store().records()
     assert stored[1].rows == 128
 
@@ -188,11 +191,57 @@ def test_an_interruption_keeps_what_is_finished(tmp_path):
     assert len(json.loads(shown.stdout)["decisions"]) == lines[-1]["done"]
 
 
-def test_an_unwritable_folder_is_said_and_the_table_comes_all_the_same(tmp_path):
+def test_an_unwritable_folder_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("compiled_logprobs.tuning.tuner.Worker", lambda: pytest.fail("a worker is started"))
     (tmp_path / "file").write_text("")
-    arguments = [*PROGRAM, "--rows", "100", "--progress", "none", "--out", str(tmp_path / "file")]
-    process = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-    assert "cannot be written" in process.stderr and "1 of 1 problems decided" in process.stdout
+    result = run("profile", "--device", "cpu", *EAGER_ONLY, "--progress", "none", "--out", str(tmp_path / "file"))
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith("ProfileError: the profile ") and "cannot be written" in result.stderr
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_what_could_not_be_stored_in_the_end_is_counted(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise ProfileError("the disk is full")
+
+    monkeypatch.setattr(Store, "publish", full)
+    arguments = ("--device", "cpu", *EAGER_ONLY, "--rows", "100", "--progress", "none", "--out", str(tmp_path))
+    with pytest.warns(RuntimeWarning, match="the disk is full\nWhat was measured holds in this process only"):
+        result = run("profile", *arguments)
+    assert result.exit_code == 2
+    assert last_line(result.stdout) == f"1 of 1 problems decided, 0 of them stored in {tmp_path}"
+
+
+def test_fewer_backends_never_replace_a_decision_of_more(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "compiled_logprobs.tuning.tuner.Tuner.decide", lambda self, problem, seconds, names: asked.append(names)
+    )
+    problem = Problem("cpu", 128, 4096, torch.float32)
+    wide = decided(problem, "compiled")  # eager and compiled
+    user_store().publish(decisions.environment_at(torch.device("cpu")), problem, wide.record())
+    run("profile", "--device", "cpu", *EAGER_ONLY, "--rows", "128", "--progress", "none", "--again")
+    assert [set(names) for names in asked] == [set(wide.candidates) | {"eager"}]
+
+
+def test_a_decision_of_fewer_backends_is_not_all_that_is_asked_for(measured, monkeypatch):
+    asked = []
+
+    def decide(self, problem, seconds, names):
+        asked.append(names)
+        raise TuningFailed("enough is known")
+
+    monkeypatch.setattr("compiled_logprobs.tuning.tuner.Tuner.decide", decide)
+    arguments = ("--vocab", "4096", "--rows", "128", "--dtype", "float32", "--mode", "forward", "--progress", "none")
+    result = run("profile", "--device", "cpu", *arguments)
+    assert asked == [["compiled", "flash_attn", "eager"]] and result.exit_code == 2
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(tmp_path):
+    command = " ".join([*PROGRAM, "--rows", "2,4,8", "--progress", "jsonl", "--out", str(tmp_path)]) + " | head -n 1"
+    process = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert json.loads(process.stdout)["event"] == "start"
+    assert "Traceback" not in process.stderr
 
 
 def test_show_lists_what_is_stored_and_where_it_comes_from(measured):
@@ -220,7 +269,7 @@ def test_explain_tells_of_every_candidate(monkeypatch):
     run("profile", "--device", "cpu", *EAGER_ONLY, "--rows", "300", "--progress", "none")
     after = run("explain", *asked)
     assert "300 x 4096 float32 on cpu: eager" in after.stdout
-    assert "BASELINE_NO_CLEAR_GAIN" in after.stdout and "checks" in after.stdout
+    assert "ONLY_ONE: nothing but eager could be measured" in after.stdout and "checks" in after.stdout
     found = json.loads(run("explain", *asked, "--json").stdout, parse_constant=pytest.fail)
     assert found["backend"] == "eager" and found["source"] == "tuned here" and found["bucket_rows"] == 384
 

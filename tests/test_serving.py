@@ -176,11 +176,15 @@ def test_the_default_rule_comes_last(mode, gate, elsewhere):
     assert (serve(LARGE._replace(rows=2048)), source(LARGE._replace(rows=2048))) == ("eager", "default rule")
 
 
-def test_small_problems_are_for_eager_and_nobody_looks(mode, nothing_measures, monkeypatch):
+def test_small_problems_are_for_eager_unless_a_profile_decides_them(mode, nothing_measures):
     mode("tune")
-    publish(decided(SMALL, chosen="compiled"))
-    monkeypatch.setattr(Store, "read", lambda *_: pytest.fail("it looked"))
     assert (serve(SMALL), source(SMALL)) == ("eager", "small")
+    publish(decided(SMALL._replace(rows=decisions.bucket(SMALL).rows * 2), chosen="compiled"))
+    decisions.forget(SMALL)
+    assert (serve(SMALL), source(SMALL)) == ("eager", "small")  # where launches count, another N says little
+    publish(decided(decisions.bucket(SMALL), chosen="compiled"))
+    decisions.forget(SMALL)
+    assert (serve(SMALL), source(SMALL)) == ("compiled", "user store")
 
 
 def test_off_looks_at_nothing_that_is_stored(mode, gate, monkeypatch):
@@ -594,7 +598,7 @@ def test_why_nothing_is_measured(monkeypatch, elsewhere, own_registry):
     assert why_no_tuning(LARGE, CPU, under) == "it has been measured already, and what was chosen may not serve now"
 
 
-RANKS = "this process is one of several ranks; call tune(...) on all of them"
+RANKS = "this process is one of several ranks; call tune(..., group=...) on all of them"
 
 
 @pytest.mark.parametrize(("size", "told"), [("2", RANKS), ("64", RANKS), ("1", None), ("", None), ("many", None)])
@@ -828,12 +832,60 @@ def test_after_tune_this_process_takes_what_it_returned(fake, gate, elsewhere, m
 
 def test_tune_takes_a_device_and_a_budget(fake, elsewhere, monkeypatch):
     seen = []
-    monkeypatch.setattr(fake, "decide", lambda problem, seconds: seen.append(seconds) or (decided(problem), {}))
+    monkeypatch.setattr(fake, "decide", lambda problem, seconds, names: seen.append(seconds) or (decided(problem), {}))
     clp.tune(LARGE, device="cpu", budget_s=3)
     clp.tune(LARGE, again=True)
     with clp.autotune(budget_s=7):
         clp.tune(LARGE, again=True)
     assert seen == [3.0, 20.0, 7.0]
+
+
+def test_on_demand_a_short_check_is_not_enough(fake, elsewhere):
+    publish(decided(short_check=True))
+    clp.tune(LARGE)
+    assert fake.asked == [LARGE]
+    clp.tune(LARGE)
+    assert fake.asked == [LARGE]  # what it found is in full
+
+
+def test_a_decision_that_had_a_failure_is_measured_anew_after_a_day(mode, fake, elsewhere):
+    mode("tune")
+    failed = all_measured() | {
+        "compiled": Candidate("failed", "no space left on device", measured("compiled").fingerprint)
+    }
+    publish(decided(candidates=dict(failed)))
+    assert serve() == "eager" and not fake.asked
+    decisions.forget(LARGE)
+    publish(decided(candidates=dict(failed), measured_at="2026-01-01T00:00:00Z"))
+    assert serve() == "eager" and fake.asked == [LARGE]
+
+
+def test_what_another_process_has_registered_is_not_lost(mode, fake, elsewhere):
+    mode("tune")
+    others = all_measured() | {"mine": measured("eager")}
+    publish(decided(chosen="mine", candidates=others))
+    with pytest.warns(RuntimeWarning, match="it chose the backend 'mine', which is not registered here"):
+        assert serve() == "eager" and fake.asked == [LARGE]
+    ((_, _, record),) = user_store().records()
+    assert record["chosen"] == "mine"
+    with pytest.raises(
+        clp.LogProbsError, match="stored chose backend 'mine', which is not registered here, and would be lost"
+    ):
+        clp.tune(LARGE)
+    clp.tune(LARGE, again=True)
+    ((_, _, record),) = user_store().records()
+    assert record["chosen"] == "eager"
+
+
+def test_a_backend_that_cannot_say_what_it_is_is_not_used(mode, gate, elsewhere, monkeypatch):
+    mode("lookup")
+    publish(decided(chosen="compiled"))
+
+    def broken(self, *_):
+        raise FileNotFoundError("<stdin>")
+
+    monkeypatch.setattr(Compiled, "fingerprint", broken)
+    assert (serve(), source()) == ("compiled", "default rule")
 
 
 def test_tune_tells_what_could_not_be_decided_and_keeps_the_rest(fake, elsewhere):

@@ -105,6 +105,8 @@ def why_not(name: str, problem: Problem) -> str | None:
         return get_backend(name).why_not(problem)
     except BackendUnavailable as error:
         return str(error)
+    except Exception as error:  # noqa: BLE001 - foreign code may raise anything
+        return f"it cannot be asked: {type(error).__name__}: {error}"
 
 
 def available(problem: Problem) -> list[str]:

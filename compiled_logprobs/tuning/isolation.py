@@ -45,7 +45,9 @@ class Worker:
     def __init__(self) -> None:
         if not sys.executable:
             raise WorkerLost("crashed", "the worker program cannot be started: Python does not know its own executable")
-        path = os.pathsep.join(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))
+        # Python passes over entries of other types, too; and a variable has no way to tell of those that hold a separator.
+        entries = [entry for entry in sys.path if isinstance(entry, str) and os.pathsep not in entry]
+        path = os.pathsep.join(dict.fromkeys(map(os.path.abspath, entries)))
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "compiled_logprobs.tuning.worker"],

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ ALIGNED = 16
 LONGEST_REASON = 500
 """Characters; compilers' errors run to pages."""
 
-Step = Literal["compile", "memory", "time"]
+Step = Literal["compile", "memory", "time", "full size"]
 
 
 @dataclass
@@ -125,6 +125,7 @@ class Measurement:
         if not run.alive:
             return
         self._on_step(name, step)
+        before = _global_state()
         try:
             call = inputs.call(self._candidates[name], index)
             if step == "compile":
@@ -132,6 +133,9 @@ class Measurement:
                 for other in range(1, BUFFERS):  # what a second call still does once belongs to no round
                     results, gradients = inputs.call(self._candidates[name], other)()
                 if self._look_at_results and (found := inputs.what_is_wrong(other, results, gradients)):
+                    run.outcome, run.reason = "wrong", found
+            elif step == "full size":
+                if found := inputs.what_is_wrong(index, *call()):
                     run.outcome, run.reason = "wrong", found
             elif step == "memory":
                 run.extra_bytes = clock.extra_peak_bytes(call, self.device)
@@ -143,23 +147,32 @@ class Measurement:
         except Exception as error:  # noqa: BLE001 - whatever a candidate raises is its outcome
             run.outcome = "oom" if is_out_of_memory(error) else "failed"
             run.reason = f"{step}: {type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST_REASON]
+        changed = [name for name, value in _global_state().items() if value != before[name]]
+        if changed:  # the others would run under it, and the caller's whole program
+            _restore(before)
+            run.outcome, run.reason = "failed", f"{step}: it left torch with another {', '.join(changed)}"
+
+    def look_at(self, name: str) -> None:
+        """Call `name` once, and hold a few rows of what it returns against float64, without timing anything."""
+        inputs = _Inputs(self.problem, self.device, self.seed, buffers=1)
+        self._attempt(name, "full size", inputs)
 
 
 class _Inputs:
     """Logits in `BUFFERS` places, with everything that goes with them."""
 
-    def __init__(self, problem: Problem, device: torch.device, seed: int) -> None:
+    def __init__(self, problem: Problem, device: torch.device, seed: int, buffers: int = BUFFERS) -> None:
         self._problem = problem
         # Of the CPU everywhere, so that a seed makes the same inputs on every device.
         generator = torch.Generator("cpu").manual_seed(seed)
         overwritten = problem.inplace_backward and problem.needs_grad
-        self._logits = [_empty_logits(problem, device) for _ in range(BUFFERS)]
+        self._logits = [_empty_logits(problem, device) for _ in range(buffers)]
         rows = self._logits[0].shape[:-1]
         self.logits_bytes = self._logits[0].numel() * problem.dtype.itemsize
-        labels = [_fill(logits, problem, generator) for logits in self._logits[: 1 if overwritten else BUFFERS]]
+        labels = [_fill(logits, problem, generator) for logits in self._logits[: 1 if overwritten else buffers]]
         # One original serves all buffers: memory is what large problems lack.
         self._original = self._logits[0].clone() if overwritten else None
-        self._labels = labels * BUFFERS if overwritten else labels
+        self._labels = labels * buffers if overwritten else labels
         self._temperature: float | Tensor = 1.0
         if problem.temperature == "number":
             self._temperature = 0.7
@@ -201,6 +214,23 @@ class _Inputs:
             return results, gradients
 
         return call
+
+
+def _global_state() -> dict[str, Any]:
+    """What a candidate must leave as it was."""
+    return {
+        "number of threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "grad mode": torch.is_grad_enabled(),
+        "deterministic mode": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _restore(state: dict[str, Any]) -> None:
+    torch.set_num_threads(state["number of threads"])
+    torch.set_default_dtype(state["default dtype"])
+    torch.set_grad_enabled(state["grad mode"])
+    torch.use_deterministic_algorithms(state["deterministic mode"])
 
 
 def _empty_logits(problem: Problem, device: torch.device) -> Tensor:

@@ -22,7 +22,9 @@ MARGIN = 0.03
 """How much faster than the baseline a candidate has to be: what is less is not worth another backend."""
 
 Outcome = Literal["chosen", "slower", "tie"]
-Code = Literal["FASTER_CLEAR", "TIE_SIMPLEST", "TIE_LEAST_MEMORY", "BASELINE_NO_CLEAR_GAIN", "AMBIGUOUS_AT_BUDGET"]
+Code = Literal[
+    "ONLY_ONE", "FASTER_CLEAR", "TIE_SIMPLEST", "TIE_LEAST_MEMORY", "BASELINE_NO_CLEAR_GAIN", "AMBIGUOUS_AT_BUDGET"
+]
 
 
 class Interval(NamedTuple):
@@ -134,6 +136,10 @@ def look(
     if open_ and not final:
         return None
     code, reason = _why(chosen, baseline, tied, open_, simplicity or {}, rounds)
+    if len(times) == 1:
+        code, reason = "ONLY_ONE", f"nothing but {chosen} could be measured"
+    elif open_ and chosen != baseline:
+        reason += f"; {rounds} rounds do not tell whether {', '.join(open_)} is faster still"
     verdicts = {name: _verdict(name, chosen, baseline, bench, name in open_, reason) for name in times}
     return Selection(chosen, code, reason, verdicts, rounds, settled=not open_)
 
@@ -200,6 +206,7 @@ def _rank(count: int, miss: float) -> int:
 def _why(
     chosen: str, baseline: str, tied: list[str], open_: list[str], simplicity: Mapping[str, int], rounds: int
 ) -> tuple[Code, str]:
+    tied = [name for name in tied if name not in open_]  # of the others nothing is known
     others = ", ".join(name for name in tied if name != chosen)
     if chosen == baseline and open_:
         return (
@@ -209,7 +216,8 @@ def _why(
     if chosen == baseline:
         return "BASELINE_NO_CLEAR_GAIN", f"nothing is faster than {baseline} by {MARGIN:.0%}"
     if not others:
-        return "FASTER_CLEAR", f"clearly faster than {baseline}, by more than {MARGIN:.0%}, and the fastest of all"
+        best = "" if open_ else ", and the fastest of all"
+        return "FASTER_CLEAR", f"clearly faster than {baseline}, by more than {MARGIN:.0%}{best}"
     ranks = [simplicity.get(name, math.inf) for name in tied]
     if ranks.count(min(ranks)) == 1:
         return "TIE_SIMPLEST", f"clearly faster than {baseline}; as fast as {others} within {MARGIN:.0%}, and simpler"

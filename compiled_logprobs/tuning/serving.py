@@ -91,7 +91,7 @@ def why_no_tuning(problem: Problem, device: torch.device, under: Policy) -> str 
     if _forked:
         return "this process is a forked child of another"
     if _world_size() > 1 or _is_distributed():
-        return "this process is one of several ranks; call tune(...) on all of them"
+        return "this process is one of several ranks; call tune(..., group=...) on all of them"
     if device.type != "cpu":
         needed = COPIES * problem.rows * problem.vocab * problem.dtype.itemsize + LEAST_FREE
         free = free_memory(device) or 0
@@ -135,31 +135,37 @@ def tune_all(
         store: where to; by default the user's.
         names: of the backends to measure beside eager.
         budget_s: seconds for each problem; by default what the policy says. N shrinks where the rounds would take longer.
-        again: measure what that store holds already, too.
+        again: measure what that store holds already, too. Else a decision there is kept, unless it had a short check, lacks
+            one of `names`, or something has changed since.
         on_event: told what happens.
 
     Yields:
         For each bucket the decision, or why there is none, as soon as it is known.
+
+    Raises:
+        ProfileError: there is something to measure, and it could not be stored.
     """
     store = user_store() if store is None else store
     seconds = policy().budget_s if budget_s is None else checked_budget(budget_s, "budget_s")
-    with Tuner(device, names=names, on_event=on_event) as tuner:
+    asked = backends() if names is None else [EAGER, *names]
+    with Tuner(device, on_event=on_event) as tuner:
         for problem in dict.fromkeys(map(decisions.bucket, problems)):
-            known = None if again else _current(store, problem, device)
+            known = None if again else _current(store, problem, device, asked)
             on_event({"event": "problem", "problem": problem, "known": known is not None})
             if known is not None:
                 decisions.forget(problem)  # this process may have found something else before it was stored
                 yield known
                 continue
+            store.require_writable()
             with alone_on(device, WAIT_S) as alone:
                 found: Decision | TuningFailed
                 # While this waited, another process may have decided it.
-                known = None if again else _current(store, problem, device)
+                known = None if again else _current(store, problem, device, asked)
                 if known is not None:
                     decisions.forget(problem)
                     found = known
                 elif alone:
-                    found = _decided_by(tuner, problem, seconds, store, device)
+                    found = _decided_by(tuner, problem, asked, seconds, store, device, again)
                 else:
                     found = TuningFailed(
                         f"another process has been measuring on {device} for {WAIT_S:g} s; wait for its end"
@@ -168,11 +174,27 @@ def tune_all(
 
 
 def _decided_by(
-    tuner: Tuner, problem: Problem, seconds: float, store: Store, device: torch.device
+    tuner: Tuner,
+    problem: Problem,
+    asked: Sequence[str],
+    seconds: float,
+    store: Store,
+    device: torch.device,
+    again: bool,
 ) -> Decision | TuningFailed:
     """What `tuner` finds, which is stored before the next one that waits for the device looks there."""
+    environment = decisions.fingerprint_of(device)
+    standing = decisions.decision_in(store, environment, problem)
+    foreign = None if standing else decisions.unregistered_choice(store, environment, problem)
+    if foreign is not None and not again:
+        return TuningFailed(
+            f"the decision that is stored chose backend {foreign!r}, which is not registered here, and would be lost; "
+            "register it, or measure again (again=True, --again)"
+        )
+    if standing is not None:  # it is not to end up with fewer candidates than it had
+        asked = [*asked, *(name for name in standing.candidates if name not in asked)]
     try:
-        decision, times = tuner.decide(problem, seconds)
+        decision, times = tuner.decide(problem, seconds, names=asked)
     except TuningFailed as error:
         return error
     _publish(store, decision, times, device)
@@ -189,6 +211,8 @@ def _find_out(problem: Problem, device: torch.device, under: Policy) -> Served |
         measured = _tune_by_itself(problem, device, under)
         if measured is not None:
             return measured
+    if decisions.is_small(problem) and not under.row_invariant:
+        return found or Served(EAGER, "small")
     if under.mode != "off":
         found = found or decisions.nearest(problem, device, under)
     return found or _default_rule(problem, device, under)
@@ -210,7 +234,11 @@ def _tune_by_itself(problem: Problem, device: torch.device, under: Policy) -> Se
                 raise TuningFailed("another process was measuring on this device all the time")
             with Tuner(device, short=True) as tuner:
                 decision, times = tuner.decide(problem, seconds - (time.monotonic() - began), strict=True)
-            _publish(user_store(), decision, times, device)  # before the next one that waits looks there
+            store = user_store()
+            if decisions.unregistered_choice(store, decisions.fingerprint_of(device), decision.problem) is None:
+                _publish(store, decision, times, device)  # before the next one that waits looks there
+            else:  # what others have registered may serve them well
+                decisions.remember_decision(decision)
     except (TuningFailed, OSError, RuntimeError) as error:  # the last two: no room for another process or thread
         if nothing_can_serve_after(error):
             raise
@@ -257,10 +285,10 @@ def _short_check(name: str, problem: Problem, device: torch.device) -> _Short:
     return _short_checks[key]
 
 
-def _current(store: Store, problem: Problem, device: torch.device) -> Decision | None:
-    """What `store` holds of `problem`, unless something has changed since."""
+def _current(store: Store, problem: Problem, device: torch.device, asked: Sequence[str]) -> Decision | None:
+    """What `store` holds of `problem`, unless it is less than what is asked for, or something has changed since."""
     decision = decisions.decision_in(store, decisions.fingerprint_of(device), problem)
-    if decision is None:
+    if decision is None or decision.short_check or not decision.candidates.keys() >= set(asked):
         return None
     found = decisions.usable(Served(decision.chosen, "user store", decision), Policy())
     return decision if found is not None and found.stale is None else None

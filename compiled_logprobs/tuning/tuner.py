@@ -5,7 +5,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import cuda
 
 from compiled_logprobs import decisions
-from compiled_logprobs.backends import backends, target_of
+from compiled_logprobs.backends import BUILT_IN, backends, target_of
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.problem import Problem
@@ -25,12 +25,24 @@ from compiled_logprobs.store import problem_to_dict
 from compiled_logprobs.tuning.isolation import Event, Worker, WorkerLost
 from compiled_logprobs.tuning.select import Interval, fewest_rounds, look
 
-LIMITS_S = {"import": 120.0, "compile": 180.0, "check": 180.0, "memory": 60.0, "time": 60.0, "inputs": 120.0}
+LIMITS_S = {
+    "import": 120.0,
+    "compile": 180.0,
+    "check": 180.0,
+    "memory": 60.0,
+    "time": 60.0,
+    "inputs": 120.0,
+    "full size": 120.0,
+}
 """How long one step may take before it is taken for hanging."""
 START_S = 120.0
 """How long the worker program may take to start: it imports torch."""
 RESERVE_S = 1.0
 """Of a budget that must not be exceeded, what is kept for ending."""
+SHARE = 0.5
+"""Of what is left of such a budget, what a step of a third party's backend may take."""
+ONCE = ("import", "compile", "check", "memory")
+"""The steps that a candidate goes through once."""
 STUCK = 10
 """How many times as long as its longest a timed call may take before it, and not the budget, is to blame for no end."""
 
@@ -65,12 +77,12 @@ class Tuner:
         self,
         device: torch.device,
         *,
-        names: list[str] | None = None,
+        names: Sequence[str] | None = None,
         short: bool = False,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        asked = backends() if names is None else names
-        self._names = [decisions.EAGER, *(name for name in backends() if name in asked and name != decisions.EAGER)]
+        self._names = names
+        self._first_calls: dict[tuple[str, Problem], float] = {}
         self._device, self._short, self._on_event = device, short, on_event
         self._worker: Worker | None = None
 
@@ -81,7 +93,7 @@ class Tuner:
         self._end_worker()
 
     def decide(
-        self, problem: Problem, seconds: float, *, strict: bool = False
+        self, problem: Problem, seconds: float, *, strict: bool = False, names: Sequence[str] | None = None
     ) -> tuple[Decision, dict[str, list[float]]]:
         """Measure the bucket of `problem`; returns the decision, and the seconds by candidate and round that it rests on.
 
@@ -91,12 +103,15 @@ class Tuner:
             strict: whether to end when they are over, whatever is under way: at the price, perhaps, of no decision. Else each
                 step only has the limit after which it is taken for hanging, and what was spent on a program that was lost
                 does not count.
+            names: in place of the tuner's, for this problem.
 
         Raises:
             TuningFailed: no decision came about.
         """
         began = time.monotonic()
-        work = _Work(decisions.bucket(problem), self._names, began + seconds if strict else math.inf)
+        asked = next((some for some in (names, self._names) if some is not None), backends())
+        in_order = [decisions.EAGER, *(name for name in backends() if name in asked and name != decisions.EAGER)]
+        work = _Work(decisions.bucket(problem), in_order, began + seconds if strict else math.inf)
         while True:
             try:
                 self._run(work, seconds)
@@ -112,7 +127,11 @@ class Tuner:
                         break
                     raise TuningFailed(f"the budget of {seconds:.3g} s ended {work.doing()}") from error
                 if work.candidate is None:
-                    raise TuningFailed(f"the worker program was lost {work.doing()}: {error.reason}") from error
+                    foreign = [name for name in work.alive() if name not in BUILT_IN]
+                    if not foreign:
+                        raise TuningFailed(f"the worker program was lost {work.doing()}: {error.reason}") from error
+                    for name in foreign:  # one of them has done harm before, perhaps
+                        work.lose(name, "failed", f"the worker program was lost with it in there: {error.reason}")
             except BaseException:
                 self._end_worker()  # it may be in the middle of something
                 raise
@@ -126,9 +145,8 @@ class Tuner:
             self._end_worker()
         if self._worker is None:
             self._worker = Worker()
-            self._next_event(
-                self._worker, work
-            )  # that it is ready: to start takes seconds, which its own clock does not see
+            # That it is ready: to start takes seconds, which its own clock does not see.
+            self._next_event(self._worker, work)
         self._worker.send(
             {
                 "problem": problem_to_dict(work.problem),
@@ -147,6 +165,11 @@ class Tuner:
         while True:
             event = self._next_event(self._worker, work)
             work.hear(event)
+            if event["event"] == "first_call":  # a later problem of the same kind finds its code compiled
+                name = event["candidate"]
+                key = name, work.problem._replace(rows=0)
+                seconds_then = self._first_calls.setdefault(key, event["seconds"])
+                work.found[name].fields["first_call_seconds"] = seconds_then
             self._on_event(event)
             if event["event"] == "started" and event["environment"] != decisions.fingerprint_of(self._device):
                 raise TuningFailed("the worker program finds itself in another environment than this process")
@@ -155,8 +178,10 @@ class Tuner:
 
     @staticmethod
     def _next_event(worker: Worker, work: "_Work") -> Event:
-        limit = LIMITS_S.get(work.step, START_S)
-        return worker.next_event(within=min(limit, work.ends - time.monotonic()))
+        left = work.ends - time.monotonic()
+        if work.candidate is not None and work.candidate not in BUILT_IN and work.step in ONCE:
+            left *= SHARE  # if it hangs, the others are to have their turn
+        return worker.next_event(within=min(LIMITS_S.get(work.step, START_S), left))
 
     def _end_worker(self) -> None:
         if self._worker is not None:
@@ -201,6 +226,7 @@ class Tuner:
             rounds=selection.rounds,
             settled=selection.settled,
             measured_rows=work.measured_rows,
+            proven_rows=work.proven_rows,
             checked_rows=work.checked_rows,
             short_check=self._short,
             environment=decisions.environment_at(self._device).to_dict(),
@@ -214,11 +240,11 @@ class Tuner:
 class _Work:
     """One problem under way: what the worker program has said so far."""
 
-    def __init__(self, problem: Problem, names: list[str], ends: float) -> None:
+    def __init__(self, problem: Problem, names: Sequence[str], ends: float) -> None:
         self.problem, self.ends = problem, ends
         self.found = {name: _Found() for name in names}
         self.seed = random.SystemRandom().randrange(2**31)
-        self.checked_rows = self.measured_rows = 0
+        self.checked_rows = self.measured_rows = self.proven_rows = 0
         self.circumstances: dict[str, Any] = {"bandwidth": {}, "telemetry": None, "telemetry_reason": _NOT_REACHED}
         self.candidate: str | None = None
         self.step, self.step_began = "start", time.monotonic()
@@ -237,7 +263,7 @@ class _Work:
 
     def has_enough_rounds(self) -> bool:
         times = self.times()
-        return bool(times) and len(next(iter(times.values()))) >= fewest_rounds(len(times))
+        return self.step == "time" and bool(times) and len(next(iter(times.values()))) >= fewest_rounds(len(times))
 
     def is_stuck(self) -> bool:
         """Whether a timed call has taken far longer than all before it, so that it is not for the budget that it did not end."""
@@ -261,7 +287,7 @@ class _Work:
         elif kind == "lost":
             self.lose(name, event["outcome"], event["reason"])
         elif kind == "first_call":
-            self.found[name].fields.setdefault("first_call_seconds", event["seconds"])
+            self.found[name].fields["first_call_seconds"] = event["seconds"]
         elif kind == "checked":
             self.checked_rows = max(self.checked_rows, event["rows"])
             self.found[name].fields.update(
@@ -270,7 +296,9 @@ class _Work:
                 row_invariant=event["row_invariant"],
             )
         elif kind == "measuring":
-            self.measured_rows = event["rows"]
+            self.measured_rows = self.proven_rows = event["rows"]
+        elif kind == "proven":
+            self.proven_rows = event["rows"]
         elif kind == "memory":
             self.found[name].fields.update(extra_bytes=event["bytes"], extra_multiple=event["multiple"])
         elif kind == "round":

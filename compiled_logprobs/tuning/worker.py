@@ -32,7 +32,7 @@ from compiled_logprobs.telemetry import Watch, telemetry
 from compiled_logprobs.tuning.gate import check_backend
 from compiled_logprobs.tuning.inputs import cases
 from compiled_logprobs.tuning.measure import BUFFERS, LONGEST_REASON, Measurement, is_out_of_memory
-from compiled_logprobs.tuning.select import LOOKS, fewest_rounds, look
+from compiled_logprobs.tuning.select import LOOKS, Selection, fewest_rounds, look
 
 PILOT_LOGITS = 2**22
 """Size of the first calls, which compile, and tell how long a round would take."""
@@ -103,8 +103,9 @@ class Work:
         if not alive:
             return
         self._step(None, "inputs")
-        rows = self._rows_that_fit(seconds / self._pilot_rows)
-        while not self._measure(alive, rows):
+        seconds_a_row = seconds / self._pilot_rows
+        rows = self._rows_that_fit(seconds_a_row)
+        while not self._measure(alive, rows, seconds_a_row):
             rows //= 2
 
     def _load(self, name: str, target: str | None) -> Backend | None:
@@ -176,22 +177,23 @@ class Work:
         return report.passed
 
     def _rows_that_fit(self, seconds_a_row: float) -> int:
-        """The largest N, the problem's or the top of a bucket below, that memory and time have room for."""
-        problem = self._problem
-        copies = BUFFERS + problem.needs_grad + 1  # inputs, gradient, and what is taken beside them
-        free = free_memory(self._device)
-        by_memory = math.inf
-        if free is not None:
-            by_memory = SHARE_OF_FREE_MEMORY * free / (copies * problem.vocab * problem.dtype.itemsize)
+        """The largest N, the problem's or the top of a bucket below, whose rounds memory and time have room for."""
         calls = LOOKS[0] + BUFFERS + 1  # the rounds up to the first look, and the calls before them
         by_time = SHARE_OF_TIME * (self._ends - time.monotonic()) / (calls * seconds_a_row)
-        rows = problem.rows
-        while rows > min(by_memory, by_time) and rows * problem.vocab > PILOT_LOGITS:
+        rows = self._problem.rows
+        while rows > min(self._rows_in_memory(BUFFERS), by_time) and rows * self._problem.vocab > PILOT_LOGITS:
             octave = 1 << (rows.bit_length() - 1)
             rows = octave if rows > octave else octave * 3 // 4
         return max(1, rows)
 
-    def _measure(self, alive: Mapping[str, Backend], rows: int) -> bool:
+    def _rows_in_memory(self, buffers: int) -> float:
+        copies = buffers + self._problem.needs_grad + 1  # inputs, gradient, and what is taken beside them
+        free = free_memory(self._device)
+        if free is None:
+            return math.inf
+        return SHARE_OF_FREE_MEMORY * free / (copies * self._problem.vocab * self._problem.dtype.itemsize)
+
+    def _measure(self, alive: Mapping[str, Backend], rows: int, seconds_a_row: float) -> bool:
         """False if there is no memory for the inputs, and fewer rows are worth a try."""
         problem = self._problem._replace(rows=rows)
         bandwidth = measured_bandwidth(self._device)
@@ -216,9 +218,10 @@ class Work:
                 times = measurement.times()
                 self._emit("round", seconds={name: series[-1] for name, series in times.items()})
                 enough = done >= fewest_rounds(len(times))  # fewer cannot speak for any candidate
-                if not times or (time.monotonic() > self._ends and enough) or self._is_settled(measurement):
+                if not times or (time.monotonic() > self._ends and enough) or self._selection(measurement, final=False):
                     break
         self._lose_failed(measurement, lost)
+        self._look_at_winner(measurement, lost, seconds_a_row)
         summary = watch.summary()
         self._emit(
             "circumstances",
@@ -232,15 +235,39 @@ class Work:
         )
         return True
 
-    def _is_settled(self, measurement: Measurement) -> bool:
+    def _look_at_winner(self, measurement: Measurement, lost: set[str], seconds_a_row: float) -> None:
+        """Where fewer rows were timed than it would serve: whether it is right with as many as memory and time have room for."""
+        timed = measurement.problem.rows
+        by_time = (self._ends - time.monotonic()) / seconds_a_row  # of a call of each, where one is called
+        rows = int(min(self._problem.rows, self._rows_in_memory(1), by_time))
+        while rows > timed and measurement.times():
+            selection = self._selection(measurement, final=True)
+            if selection is None or selection.chosen == next(iter(measurement.times())):
+                return  # the baseline
+            name = selection.chosen
+            full = self._measurement(self._problem._replace(rows=rows), {name: get_backend(name)})
+            try:
+                full.look_at(name)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                rows //= 2
+                continue
+            if full.runs[name].alive:
+                self._emit("proven", rows=rows)
+                return
+            measurement.runs[name] = full.runs[name]
+            self._lose_failed(measurement, lost)
+
+    def _selection(self, measurement: Measurement, *, final: bool) -> Selection | None:
         times = measurement.times()
-        selection = look(
+        return look(
             times,
             baseline=next(iter(times)),
             simplicity=self._job["simplicity"],
             extra_bytes=measurement.extra_bytes(),
+            final=final,
         )
-        return selection is not None
 
     def _measurement(
         self, problem: Problem, candidates: Mapping[str, Backend], *, look_at_results: bool = True
