@@ -98,6 +98,32 @@ def test_without_the_check_the_wrong_one_would_win():
     assert speedups["wrong"] > 2 * speedups["right"]
 
 
+def test_the_winner_is_proven_at_the_full_size_where_fewer_rows_were_timed():
+    """What fits into the budget is few rows; what is wrong with more of them must not serve more."""
+    problem = Problem("cpu", rows=65536, vocab=4096, dtype=torch.float32)
+    decision, _ = decide(problem, seconds=4.0, fast="Remembers")
+    assert decision.chosen == "fast" and decision.measured_rows < problem.rows
+    assert f"measured with {decision.measured_rows} rows" in decision.reason
+    assert decision.proven_rows == problem.rows
+    decision, _ = decide(problem, seconds=4.0, fast="RemembersWrong")
+    assert outcomes(decision) == {"eager": "chosen", "fast": "wrong"}
+    assert decision.candidates["fast"].reason.startswith("with 65536 rows, the log-probability of row 0 is off by 1")
+    assert decision.proven_rows == decision.measured_rows
+
+
+def test_a_candidate_that_changes_torch_for_the_others_is_out():
+    decision, _ = decide(SMALL, changes="ChangesThreads")
+    assert outcomes(decision) == {"eager": "chosen", "changes": "failed"}
+    assert decision.candidates["changes"].reason.endswith("it left torch with another number of threads, default dtype")
+
+
+def test_the_first_call_is_that_of_the_first_problem_of_a_kind():
+    """Later ones of another N find the code compiled."""
+    with registered(slow="SlowAtFirst"), Tuner(CPU, names=["slow"], short=True) as tuner:
+        first, second = (tuner.decide(SMALL._replace(rows=rows), SECONDS)[0] for rows in (128, 256))
+        assert first.candidates["slow"].first_call_seconds == second.candidates["slow"].first_call_seconds > 0.5
+
+
 def test_only_what_is_right_was_timed(mixed):
     decision, times = mixed
     assert set(times) == {"eager", "right", "same"}
@@ -231,8 +257,16 @@ def test_a_budget_that_is_over_before_anything_runs_decides_nothing():
         decide(seconds=0.1, strict=True)
 
 
-def test_a_budget_that_ends_within_a_candidate_decides_nothing():
-    """Before the rounds a hang is not told from slow work: the limits of the steps are longer than the budget."""
+def test_a_third_partys_backend_that_hangs_costs_a_share_of_what_is_left():
+    decision, _ = decide(SMALL, seconds=24.0, strict=True, hangs="HangsInImport")
+    assert outcomes(decision) == {"eager": "chosen", "hangs": "timeout"}
+    assert decision.code == "ONLY_ONE" and decision.reason == "nothing but eager could be measured"
+    assert decision.candidates["hangs"].reason.startswith("import: no end after ")
+
+
+def test_one_of_our_own_that_is_not_ready_when_the_budget_ends_decides_nothing(monkeypatch):
+    """It may just be compiling for the first time on this machine, and a decision without it would be stored."""
+    monkeypatch.setattr(tuning, "BUILT_IN", {**tuning.BUILT_IN, "hangs": ""})
     with pytest.raises(TuningFailed, match=r"^the budget of 8 s ended at the step 'import' of 'hangs'$"):
         decide(SMALL, seconds=8.0, strict=True, hangs="HangsInImport")
 

@@ -39,7 +39,7 @@ START_S = 120.0
 """How long the worker program may take to start: it imports torch."""
 RESERVE_S = 1.0
 """Of a budget that must not be exceeded, what is kept for ending."""
-SHARE = 0.5
+SHARE = 0.25
 """Of what is left of such a budget, what a step of a third party's backend may take."""
 ONCE = ("import", "compile", "check", "memory")
 """The steps that a candidate goes through once."""
@@ -159,6 +159,7 @@ class Tuner:
                 "simplicity": _simplicity(),
                 "short": self._short,
                 "seconds": max(0.0, min(seconds, work.ends - RESERVE_S - time.monotonic())),
+                "strict": math.isfinite(work.ends),
                 "seed": work.seed,
             }
         )

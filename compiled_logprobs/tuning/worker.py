@@ -39,6 +39,8 @@ PILOT_LOGITS = 2**22
 SHARE_OF_FREE_MEMORY = 0.5
 SHARE_OF_TIME = 0.6
 """Of the seconds that are left, what the rounds up to the first look may take; inputs have to be made, too."""
+SHARE_FOR_PROOF = 0.25
+"""Of all seconds, where none may be added to them, what the rounds leave for calling the winner once with all rows."""
 CHECKED_LOGITS = {"cpu": 2**27}
 """Size of the largest input of the check; an accelerator takes the whole problem."""
 ONLY_THERE = (
@@ -76,6 +78,7 @@ class Work:
         simplicity: {name: rank}, for `select.look`.
         short: whether the check has its fewer inputs.
         seconds: after which no further round begins, once there are enough of them for a choice.
+        strict: whether all has to end by then, also the look at the winner with more rows than were timed.
         seed: of all inputs.
     """
 
@@ -198,6 +201,9 @@ class Work:
         problem = self._problem._replace(rows=rows)
         bandwidth = measured_bandwidth(self._device)
         provider = telemetry(self._device)
+        ends = self._ends
+        if self._job["strict"] and rows < self._problem.rows:  # room for a look at the winner with all rows
+            ends -= min(SHARE_FOR_PROOF * self._job["seconds"], self._problem.rows * seconds_a_row)
         measurement = self._measurement(problem, alive)
         lost: set[str] = set()
         self._emit("measuring", rows=rows)
@@ -218,7 +224,7 @@ class Work:
                 times = measurement.times()
                 self._emit("round", seconds={name: series[-1] for name, series in times.items()})
                 enough = done >= fewest_rounds(len(times))  # fewer cannot speak for any candidate
-                if not times or (time.monotonic() > self._ends and enough) or self._selection(measurement, final=False):
+                if not times or (time.monotonic() > ends and enough) or self._selection(measurement, final=False):
                     break
         self._lose_failed(measurement, lost)
         self._look_at_winner(measurement, lost, seconds_a_row)
@@ -238,8 +244,10 @@ class Work:
     def _look_at_winner(self, measurement: Measurement, lost: set[str], seconds_a_row: float) -> None:
         """Where fewer rows were timed than it would serve: whether it is right with as many as memory and time have room for."""
         timed = measurement.problem.rows
-        by_time = (self._ends - time.monotonic()) / seconds_a_row  # of a call of each, where one is called
-        rows = int(min(self._problem.rows, self._rows_in_memory(1), by_time))
+        rows = min(self._problem.rows, self._rows_in_memory(1))
+        if self._job["strict"]:  # by the seconds of a call of each, where one is called
+            rows = min(rows, (self._ends - time.monotonic()) / seconds_a_row)
+        rows = int(rows)
         while rows > timed and measurement.times():
             selection = self._selection(measurement, final=True)
             if selection is None or selection.chosen == next(iter(measurement.times())):
