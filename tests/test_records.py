@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.explanation import candidate_figures
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Candidate, CheckResult, Decision, Record, Speedup
+from compiled_logprobs.store import bundled_store
 
 JSON = {"null": None, "bool": True, "int": 7, "float": 1.5, "string": "text", "array": [[7]], "object": {"a": [7]}}
 """A value of each of JSON's types; the last two are no valid content of any field."""
@@ -179,3 +181,15 @@ def test_a_speedup_in_words():
 def test_a_decision_is_for_the_problem_that_it_was_read_for():
     other = Problem("cpu", 2048, 1031, LARGE.dtype)
     assert Decision.from_record(other, plain(decided())).problem == other
+
+
+def test_the_profiles_that_ship_are_whole_and_name_nobody():
+    stored = list(bundled_store().records())
+    assert stored
+    for environment, problem, record in stored:
+        decision = Decision.from_record(problem, record)
+        assert decision.winner.checks and decision.winner.checks_passed == len(decision.winner.checks)
+        assert decision.environment["fingerprint"] == environment and not decision.short_check
+        assert bundled_store().times(environment, problem)["seconds"].keys() >= {decision.chosen, decision.baseline}
+    for file in bundled_store().root.rglob("*.json"):
+        assert not re.search(r"/(home|root|tmp|usr|opt|work|Users)/", file.read_text()), file
