@@ -235,12 +235,7 @@ def tune(
         from compiled_logprobs.distributed import tune_together
 
         return tune_together(problems, where, group, budget_s=budget_s, again=again)
-    decided: list[Decision] = []
-    for found in serving.tune_all(problems, where, budget_s=budget_s, again=again):
-        if isinstance(found, Exception):
-            raise found
-        decided.append(found)
-    return decided
+    return serving.tuned(problems, where, budget_s=budget_s, again=again)
 
 
 def explain(

@@ -16,7 +16,7 @@ from compiled_logprobs.errors import InputError, LogProbsError
 from compiled_logprobs.policy import Policy
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Decision
-from compiled_logprobs.tuning.serving import tune_all
+from compiled_logprobs.tuning.serving import tuned
 
 
 def tune_together(
@@ -33,7 +33,7 @@ def tune_together(
     interrupted: BaseException | None = None
     if distributed.get_rank(group) == 0:
         try:
-            found = _measure(problems, device, budget_s, again)
+            found = tuned(problems, device, budget_s=budget_s, again=again)
         except Exception as error:  # noqa: BLE001  the others wait to hear of it, whatever it is
             found = f"{type(error).__name__}: {error}"
         except BaseException as error:  # noqa: BLE001  so do they of an interruption, before it goes on here
@@ -52,15 +52,6 @@ def tune_together(
         agreed.append(_baseline(decision, "; ".join(reasons)) if reasons else decision)
         decisions.remember_decision(agreed[-1])
     return agreed
-
-
-def _measure(problems: Sequence[Problem], device: torch.device, budget_s: float | None, again: bool) -> list[Decision]:
-    found = []
-    for one in tune_all(problems, device, budget_s=budget_s, again=again):
-        if isinstance(one, Exception):
-            raise one
-        found.append(one)
-    return found
 
 
 def _why_not_here(decision: Decision, device: torch.device) -> str | None:

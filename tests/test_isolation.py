@@ -263,7 +263,7 @@ def test_a_job_that_is_none_ends_it_with_what_it_said():
         assert caught.value.reason.startswith("ended with exit code 1; it said: Traceback ")
         assert 'File "worker.py"' in caught.value.reason and str(Path(__file__).parent.parent) not in str(caught.value)
         worker.send({})  # to nobody
-        assert worker.has_ended()
+        assert worker._process.poll() is not None
     assert no_thread_is_left()
 
 
@@ -272,7 +272,7 @@ def test_silence_is_a_timeout_and_the_end_of_it_is_complete():
     assert worker.next_event(within=START_S) == {"event": "ready"}
     with pytest.raises(WorkerLost, match="^no end after 0 s$") as caught:
         worker.next_event(within=0.2)
-    assert caught.value.outcome == "timeout" and not worker.has_ended()
+    assert caught.value.outcome == "timeout" and worker._process.poll() is None
     for _ in range(2):
         worker.end()
         assert not is_running(pid_of(worker))

@@ -51,6 +51,8 @@ def start(*command: str, **options) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # so that its children can be ended with it
+        # As in a terminal: what a shell starts in the background ignores it, and what that starts, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
 
@@ -168,7 +170,7 @@ def test_why_a_rank_does_not_measure(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     [why], _ = finish(start("-c", PROGRAM + "\nprint(json.dumps(clp.explain(logits, labels).why))"))
     assert why.endswith(
-        "it does not measure, because this process is one of several ranks; call tune(...) on all of them"
+        "it does not measure, because this process is one of several ranks; call tune(..., group=...) on all of them"
     )
 
 

@@ -173,6 +173,8 @@ def test_an_interruption_keeps_what_is_finished(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # As in a terminal: what a shell starts in the background ignores it, and what that starts, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     lines = []
     assert process.stdout is not None

@@ -98,9 +98,6 @@ class Worker:
             elif now > until:
                 raise WorkerLost("timeout", f"no end after {within:.0f} s")
 
-    def has_ended(self) -> bool:
-        return self._process.poll() is not None
-
     def end(self) -> None:
         """Kill the process and all that it started."""
         self._over = True

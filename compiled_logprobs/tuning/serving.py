@@ -173,6 +173,18 @@ def tune_all(
             yield found
 
 
+def tuned(
+    problems: Sequence[Problem], device: torch.device, *, budget_s: float | None = None, again: bool = False
+) -> list[Decision]:
+    """What `tune_all` yields, all of it; raises the first failure, when what came before is stored."""
+    decided = []
+    for found in tune_all(problems, device, budget_s=budget_s, again=again):
+        if isinstance(found, TuningFailed):
+            raise found
+        decided.append(found)
+    return decided
+
+
 def _decided_by(
     tuner: Tuner,
     problem: Problem,

@@ -85,6 +85,7 @@ class Tuner:
         self._first_calls: dict[tuple[str, Problem], float] = {}
         self._device, self._short, self._on_event = device, short, on_event
         self._worker: Worker | None = None
+        self._is_reused = False
 
     def __enter__(self) -> "Tuner":
         return self
@@ -119,6 +120,8 @@ class Tuner:
             except WorkerLost as error:
                 self._end_worker()
                 over = time.monotonic() >= work.ends
+                if work.step == "start" and self._is_reused and not over:
+                    continue  # it has ended between two problems: a new one takes its place
                 # That the budget ends is no candidate's fault; a crash is, also then, and so is a call that does not return.
                 if work.candidate is not None and (not over or error.outcome == "crashed" or work.is_stuck()):
                     work.lose(work.candidate, error.outcome, f"{work.step}: {error.reason}")
@@ -141,8 +144,7 @@ class Tuner:
     def _run(self, work: "_Work", seconds: float) -> None:
         """Have the worker program measure what is left of the candidates."""
         work.begin()
-        if self._worker is not None and self._worker.has_ended():  # between two problems
-            self._end_worker()
+        self._is_reused = self._worker is not None
         if self._worker is None:
             self._worker = Worker()
             # That it is ready: to start takes seconds, which its own clock does not see.
