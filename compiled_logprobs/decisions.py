@@ -35,7 +35,7 @@ SMALL = 2**20
 Source = Literal[
     "small", "tuned here", "user store", "project profiles", "bundled profiles", "nearest", "default rule", "set aside"
 ]
-PASSING = ("failed", "oom", "timeout", "crashed")
+TRANSIENT = ("failed", "oom", "timeout", "crashed")
 """Outcomes that may have had a cause outside of the candidate, such as a full disk: they do not hold for ever."""
 RETRY_S = 24 * 3600.0
 """After which a decision with such an outcome is stale."""
@@ -254,7 +254,7 @@ def _what_changed(decision: Decision) -> str | None:
         if name not in decision.candidates:
             return f"backend {name!r} was registered after this was measured"
         known = decision.candidates[name]
-        if known.outcome in PASSING and _age_s(decision) > RETRY_S:
+        if known.outcome in TRANSIENT and _age_s(decision) > RETRY_S:
             return f"backend {name!r} {known.outcome} when this was measured, which may have had a cause that is gone"
         if name not in BUILT_IN and not is_loaded(name):
             continue

@@ -20,3 +20,14 @@ def nothing_known(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(store, "_warned", set())
     yield
     policy._of_process.cache_clear()
+
+
+@pytest.fixture
+def mode(monkeypatch):
+    """Sets the mode as its environment variable does for a new process."""
+
+    def change(name: str) -> None:
+        monkeypatch.setenv(policy.MODE_VARIABLE, name)
+        policy._of_process.cache_clear()
+
+    return change

@@ -11,22 +11,12 @@ from stored_decisions import CPU, LARGE, FakeTuner, all_measured, decided, measu
 import compiled_logprobs as clp
 from compiled_logprobs import decisions
 from compiled_logprobs import policy as policy_module
-from compiled_logprobs.policy import MODE_VARIABLE
 from compiled_logprobs.records import Candidate
 from compiled_logprobs.store import Store, user_store
 from compiled_logprobs.tuning import serving
 
 LOGITS, LABELS = torch.randn(1024, 1031), torch.randint(1031, (1024,))
 NAMED = "1024 x 1031 float32 on cpu (not 16-byte aligned)"
-
-
-@pytest.fixture
-def mode(monkeypatch):
-    def change(name: str) -> None:
-        monkeypatch.setenv(MODE_VARIABLE, name)
-        policy_module._of_process.cache_clear()
-
-    return change
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,13 @@ import pytest
 import torch
 from backends_for_tuning import FLOOD_BYTES, FOLDER_VARIABLE, has_ended, is_running, pids, registered
 
+from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.problem import Problem
+from compiled_logprobs.store import problem_to_dict
 from compiled_logprobs.tuning import tuner as tuning
 from compiled_logprobs.tuning.isolation import Worker, WorkerLost
 from compiled_logprobs.tuning.tuner import Tuner
+from compiled_logprobs.tuning.worker import Work
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals, forks and groups of processes are tested")
 
@@ -78,8 +81,8 @@ def lost(tmp_path_factory):
         patch.setitem(tuning.LIMITS_S, "import", 3.0)
         patch.setitem(tuning.LIMITS_S, "compile", 5.0)
         names = {name: target for name, (target, _, _) in LOST.items()}
-        with registered(**names, right="Right"), Tuner(CPU, names=[*names, "right"], short=True) as tuner:
-            decision, times = tuner.decide(PROBLEM, SECONDS)
+        with registered(**names, right="Right"), Tuner(CPU, short=True) as tuner:
+            decision, times = tuner.decide(PROBLEM, SECONDS, names=[*names, "right"])
             assert is_running(pid_of(tuner._worker))  # it is kept for the next problem
     return decision, times, folder
 
@@ -121,9 +124,9 @@ def test_what_candidates_print_and_read_stays_out_of_the_protocol(folder):
     """They flood both streams, write events to standard output, read what could be jobs, and leave a child behind."""
     names = {"floods": "Floods", "writes": "WritesEvents", "reads": "ReadsStandardInput", "leaves": "LeavesAChild"}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with registered(**names), Tuner(CPU, names=list(names), short=True) as tuner:
-        decision, times = tuner.decide(PROBLEM, 5.0)
-        again, _ = tuner.decide(PROBLEM, 0.0)
+    with registered(**names), Tuner(CPU, short=True) as tuner:
+        decision, times = tuner.decide(PROBLEM, 5.0, names=list(names))
+        again, _ = tuner.decide(PROBLEM, 0.0, names=list(names))
         (child,) = pids(folder, "child")
         assert is_running(child)
     assert has_ended(child)
@@ -138,9 +141,9 @@ def test_what_candidates_print_and_read_stays_out_of_the_protocol(folder):
 
 
 def test_one_program_serves_several_problems_and_ends_with_the_tuner(folder):
-    with registered(tells="TellsItsProcess"), Tuner(CPU, names=["tells"], short=True) as tuner:
+    with registered(tells="TellsItsProcess"), Tuner(CPU, short=True) as tuner:
         for rows in (64, 96, 128):
-            decision, _ = tuner.decide(PROBLEM._replace(rows=rows), 0.0)
+            decision, _ = tuner.decide(PROBLEM._replace(rows=rows), 0.0, names=["tells"])
             assert decision.problem.rows == rows and decision.candidates["tells"].measured
         (pid,) = pids(folder, "worker")
         assert is_running(pid)
@@ -149,8 +152,8 @@ def test_one_program_serves_several_problems_and_ends_with_the_tuner(folder):
 
 
 def test_a_program_that_was_lost_is_replaced(folder):
-    with registered(tells="TellsItsProcess", exits="Exits"), Tuner(CPU, names=["tells", "exits"], short=True) as tuner:
-        decision, _ = tuner.decide(PROBLEM, 0.0)
+    with registered(tells="TellsItsProcess", exits="Exits"), Tuner(CPU, short=True) as tuner:
+        decision, _ = tuner.decide(PROBLEM, 0.0, names=["tells", "exits"])
         assert decision.candidates["exits"].outcome == "crashed" and decision.candidates["tells"].measured
         assert len(pids(folder, "worker")) == 2
         (pid,) = filter(is_running, pids(folder, "worker"))
@@ -159,12 +162,12 @@ def test_a_program_that_was_lost_is_replaced(folder):
 
 def test_a_program_that_ends_between_two_problems_is_replaced():
     """As where a candidate's own thread crashes it, or the system takes its memory."""
-    with Tuner(CPU, names=[], short=True) as tuner:
-        tuner.decide(PROBLEM, 0.0)
+    with Tuner(CPU, short=True) as tuner:
+        tuner.decide(PROBLEM, 0.0, names=[])
         first = pid_of(tuner._worker)
         os.kill(first, signal.SIGKILL)
         assert has_ended(first)
-        decision, _ = tuner.decide(PROBLEM, 0.0)
+        decision, _ = tuner.decide(PROBLEM, 0.0, names=[])
         assert decision.chosen == "eager" and pid_of(tuner._worker) != first
 
 
@@ -178,11 +181,11 @@ def test_an_interrupt_ends_the_program(event):
             pid = pid_of(tuner._worker)
             raise KeyboardInterrupt
 
-    with Tuner(CPU, names=[], short=True, on_event=on_event) as tuner:
+    with Tuner(CPU, short=True, on_event=on_event) as tuner:
         with pytest.raises(KeyboardInterrupt):
-            tuner.decide(PROBLEM, 0.0)
+            tuner.decide(PROBLEM, 0.0, names=[])
         assert has_ended(pid)
-        decision, _ = tuner.decide(PROBLEM, 0.0)  # and it can go on
+        decision, _ = tuner.decide(PROBLEM, 0.0, names=[])  # and it can go on
         assert decision.chosen == "eager"
     assert no_thread_is_left()
 
@@ -191,7 +194,9 @@ TUNE = """
 import sys
 import torch
 from backends_for_tuning import leave_pid, registered
+from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.problem import Problem
+from compiled_logprobs.store import problem_to_dict
 from compiled_logprobs.tuning import tuner as tuning
 from compiled_logprobs.tuning.isolation import Worker
 
@@ -201,8 +206,8 @@ class Told(Worker):
         leave_pid("started", self._process.pid)
 
 tuning.Worker = Told
-with registered(loops="Loops"), tuning.Tuner(torch.device("cpu"), names=["loops"], short=True) as tuner:
-    tuner.decide(Problem("cpu", 64, 512, torch.float32, needs_grad=True), 600.0)
+with registered(loops="Loops"), tuning.Tuner(torch.device("cpu"), short=True) as tuner:
+    tuner.decide(Problem("cpu", 64, 512, torch.float32, needs_grad=True), 600.0, names=["loops"])
 """
 
 
@@ -240,8 +245,8 @@ def test_it_imports_what_this_process_would_import(monkeypatch, tmp_path):
     lines = ("from backends_for_tuning import Right", "class Here(Right):", "    pass")
     (tmp_path / "only_here.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(str(tmp_path))
-    with registered(here="only_here:Here"), Tuner(CPU, names=["here"], short=True) as tuner:
-        decision, _ = tuner.decide(PROBLEM, 0.0)
+    with registered(here="only_here:Here"), Tuner(CPU, short=True) as tuner:
+        decision, _ = tuner.decide(PROBLEM, 0.0, names=["here"])
     assert decision.candidates["here"].measured, decision.candidates["here"].reason
 
 
@@ -298,10 +303,39 @@ def test_it_never_tunes_by_itself(monkeypatch):
 
 
 def test_events_are_json_without_nan():
-    with registered(right="Right"), Tuner(CPU, names=["right"], short=True, on_event=lambda e: told.append(e)) as tuner:
+    with registered(right="Right"), Tuner(CPU, short=True, on_event=lambda e: told.append(e)) as tuner:
         told = []
-        tuner.decide(PROBLEM, 0.0)
+        tuner.decide(PROBLEM, 0.0, names=["right"])
     assert json.loads(json.dumps(told, allow_nan=False)) == told
     assert {"started", "step", "loaded", "first_call", "checked", "measuring", "memory", "round", "done"} <= {
         event["event"] for event in told
     }
+
+
+def test_where_nobody_gets_through_at_the_full_size_each_has_its_own_outcome(monkeypatch):
+    """In this process: the program itself goes on, where it used to end for want of a first round."""
+    forward = Eager.forward
+
+    def few_only(self, logits, *rest, entropy):
+        if len(logits) > 1024:
+            raise MemoryError("too many rows")
+        return forward(self, logits, *rest, entropy=entropy)
+
+    monkeypatch.setattr(Eager, "forward", few_only)
+    told = []
+    job = {
+        "problem": problem_to_dict(Problem("cpu", 2048, 4096, torch.float32)),
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "candidates": [["eager", ""]],
+        "checked": [],
+        "simplicity": {"eager": 0},
+        "short": True,
+        "seconds": SECONDS,
+        "strict": False,
+        "seed": 1,
+    }
+    Work(job, lambda event, **fields: told.append({"event": event, **fields})).run()
+    (lost,) = (event for event in told if event["event"] == "lost")
+    assert (lost["candidate"], lost["outcome"]) == ("eager", "oom") and "too many rows" in lost["reason"]
+    assert told[-1]["event"] == "circumstances" and told[-1]["percent"] == {}

@@ -18,12 +18,11 @@ from test_records import FIELDS, plain, within, wrong_values
 
 import compiled_logprobs as clp
 from compiled_logprobs import decisions, store
-from compiled_logprobs import policy as policy_module
 from compiled_logprobs.backends import get_backend
 from compiled_logprobs.backends.compiled import Compiled
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.clock import MIB
-from compiled_logprobs.policy import MODE_VARIABLE, Policy, policy
+from compiled_logprobs.policy import Policy, policy
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Candidate, Record
 from compiled_logprobs.store import Store, user_store
@@ -63,15 +62,6 @@ def as_in_a_new_process() -> None:
     decisions._decided.clear()
     decisions._set_aside.clear()
     store._warned.clear()
-
-
-@pytest.fixture
-def mode(monkeypatch):
-    def change(name: str) -> None:
-        monkeypatch.setenv(MODE_VARIABLE, name)
-        policy_module._of_process.cache_clear()
-
-    return change
 
 
 @pytest.fixture

@@ -35,8 +35,8 @@ SECONDS = 60.0
 
 def decide(problem=PROBLEM, seconds=SECONDS, *, strict=False, on_event=lambda event: None, **targets):
     """Decide between eager and the backends given by name; `compiled`, which takes long, is left out."""
-    with registered(**targets), Tuner(CPU, names=list(targets), short=True, on_event=on_event) as tuner:
-        return tuner.decide(problem, seconds, strict=strict)
+    with registered(**targets), Tuner(CPU, short=True, on_event=on_event) as tuner:
+        return tuner.decide(problem, seconds, strict=strict, names=list(targets))
 
 
 def outcomes(decision):
@@ -119,8 +119,8 @@ def test_a_candidate_that_changes_torch_for_the_others_is_out():
 
 def test_the_first_call_is_that_of_the_first_problem_of_a_kind():
     """Later ones of another N find the code compiled."""
-    with registered(slow="SlowAtFirst"), Tuner(CPU, names=["slow"], short=True) as tuner:
-        first, second = (tuner.decide(SMALL._replace(rows=rows), SECONDS)[0] for rows in (128, 256))
+    with registered(slow="SlowAtFirst"), Tuner(CPU, short=True) as tuner:
+        first, second = (tuner.decide(SMALL._replace(rows=rows), SECONDS, names=["slow"])[0] for rows in (128, 256))
         assert first.candidates["slow"].first_call_seconds == second.candidates["slow"].first_call_seconds > 0.5
 
 

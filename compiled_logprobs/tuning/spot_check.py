@@ -59,7 +59,7 @@ def what_is_wrong(
     rounding = torch.finfo(problem.out_dtype).eps
     limit_n1 = SLACK * EPS * largest_n1
     found = [("log-probability", results[0][at].double(), true.log_probs, limit_n1, rounding)]
-    if true.entropy is not None and problem.entropy:
+    if problem.entropy:
         found.append(("entropy", results[1][at].double().unsqueeze(-1), true.entropy.unsqueeze(-1), limit_n1, rounding))
     if gradient is not None and true.gradient is not None:
         size_n1 = upstream[0][at].double().abs().sum(-1, keepdim=True)

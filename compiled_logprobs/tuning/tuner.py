@@ -68,7 +68,6 @@ class Tuner:
 
     Args:
         device: where to measure.
-        names: of the backends to measure; the baseline is always among them. By default all that are registered.
         short: whether the check has its fewer inputs.
         on_event: told each event of the worker program as it comes.
     """
@@ -77,11 +76,9 @@ class Tuner:
         self,
         device: torch.device,
         *,
-        names: Sequence[str] | None = None,
         short: bool = False,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        self._names = names
         self._first_calls: dict[tuple[str, Problem], float] = {}
         self._device, self._short, self._on_event = device, short, on_event
         self._worker: Worker | None = None
@@ -104,13 +101,13 @@ class Tuner:
             strict: whether to end when they are over, whatever is under way: at the price, perhaps, of no decision. Else each
                 step only has the limit after which it is taken for hanging, and what was spent on a program that was lost
                 does not count.
-            names: in place of the tuner's, for this problem.
+            names: of the backends to measure; the baseline is always among them. By default all that are registered.
 
         Raises:
             TuningFailed: no decision came about.
         """
         began = time.monotonic()
-        asked = next((some for some in (names, self._names) if some is not None), backends())
+        asked = backends() if names is None else names
         in_order = [decisions.EAGER, *(name for name in backends() if name in asked and name != decisions.EAGER)]
         work = _Work(decisions.bucket(problem), in_order, began + seconds if strict else math.inf)
         while True:
@@ -289,8 +286,6 @@ class _Work:
             self.found[name].fields["fingerprint"] = event["fingerprint"]
         elif kind == "lost":
             self.lose(name, event["outcome"], event["reason"])
-        elif kind == "first_call":
-            self.found[name].fields["first_call_seconds"] = event["seconds"]
         elif kind == "checked":
             self.checked_rows = max(self.checked_rows, event["rows"])
             self.found[name].fields.update(

@@ -209,13 +209,13 @@ class Work:
         self._emit("measuring", rows=rows)
         rounds = measurement.rounds(LOOKS[-1])
         try:
-            next(rounds)
+            first = next(rounds, None)  # None if no candidate got through the calls before
         except Exception as error:
             if not is_out_of_memory(error) or rows <= self._pilot_rows:
                 raise
             return False
         with Watch(provider) as watch:
-            for done in chain([1], rounds):
+            for done in chain([] if first is None else [first], rounds):
                 self._lose_failed(measurement, lost)
                 if done == 1:
                     for name, size in measurement.extra_bytes().items():
