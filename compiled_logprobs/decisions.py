@@ -28,7 +28,7 @@ from compiled_logprobs.records import Decision
 from compiled_logprobs.store import Store, pass_over, stores
 
 EAGER = "eager"
-PREFERENCE = ("compiled", "flash_attn", EAGER)
+PREFERENCE = ("cpp", "compiled", "flash_attn", EAGER)
 SMALL = 2**20
 """Logits; below it the default rule says eager."""
 

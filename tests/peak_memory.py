@@ -1,4 +1,4 @@
-"""Measure how much memory the compiled backend takes beyond the logits: a program, which prints JSON.
+"""Measure how much memory a backend takes beyond the logits: a program, which prints JSON.
 
 Linux only: the kernel's own high-water mark of resident memory (VmHWM), which sees every allocation, and which a write to
 /proc/self/clear_refs resets.
@@ -34,7 +34,7 @@ def extra_bytes(function) -> int:
     return peak - before
 
 
-def main(dtype: torch.dtype) -> None:
+def main(backend: str, dtype: torch.dtype) -> None:
     padded = torch.randn(SEQUENCES, POSITIONS, VOCAB).to(dtype)
     labels = torch.randint(VOCAB, (SEQUENCES, POSITIONS))
     model = torch.zeros((), requires_grad=True)
@@ -43,7 +43,7 @@ def main(dtype: torch.dtype) -> None:
         return Computed.apply(model, padded.clone())
 
     def forward(x, y=labels, **options):
-        return clp.log_probs_from_logits(x, y, backend="compiled", **options)
+        return clp.log_probs_from_logits(x, y, backend=backend, **options)
 
     def both(x, **options):
         return torch.autograd.grad(forward(x, **options).sum(), x)
@@ -77,4 +77,4 @@ class Computed(torch.autograd.Function):
 
 
 if __name__ == "__main__":
-    main(getattr(torch, sys.argv[1]))
+    main(sys.argv[1], getattr(torch, sys.argv[2]))

@@ -38,6 +38,7 @@ def all_measured() -> dict[str, Candidate]:
     """The candidates that come with the package, before one is chosen."""
     return {
         "eager": measured("eager"),
+        "cpp": measured("cpp"),
         "compiled": measured("compiled"),
         "flash_attn": Candidate("unavailable", "needs a GPU", get_backend("flash_attn").fingerprint()),
     }

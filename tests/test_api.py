@@ -6,7 +6,7 @@ import torch
 import compiled_logprobs as clp
 from compiled_logprobs.reference import reference
 
-ALL = ("eager", "compiled")
+ALL = ("eager", "cpp", "compiled")
 
 
 def problem(*rows: int, vocab: int = 257, dtype: torch.dtype = torch.float32, k: int | None = None):
@@ -164,10 +164,10 @@ def test_named_backends_run_or_raise():
         clp.log_probs_from_logits(logits, labels, backend="flash_attn")
     assert str(error.value) == (
         "backend 'flash_attn' cannot run 2 x 256 float32 on cpu: needs a CUDA or ROCm device.\n"
-        "Backends that can: compiled, eager. Name one of them, or use backend='auto'."
+        "Backends that can: cpp, compiled, eager. Name one of them, or use backend='auto'."
     )
     with pytest.raises(
-        clp.BackendUnavailable, match="backend 'fastest' is unknown. Registered: compiled, flash_attn, eager"
+        clp.BackendUnavailable, match="backend 'fastest' is unknown. Registered: cpp, compiled, flash_attn, eager"
     ):
         clp.log_probs_from_logits(logits, labels, backend="fastest")
 

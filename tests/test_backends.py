@@ -1,5 +1,10 @@
 """The backends: each passes the gate in everything it can do; and the registry."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -113,3 +118,22 @@ def test_fingerprints_follow_the_source():
     prints = [get_backend(name).fingerprint() for name in names]
     assert len(set(prints)) == len(names) and prints == [get_backend(name).fingerprint() for name in names]
     assert all(isinstance(get_backend(name), Backend) and get_backend(name).name == name for name in names)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "compiled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_extra_memory(backend, dtype):
+    """Peak resident memory of a process, over that before the call, in multiples of the logits."""
+    ran = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "peak_memory.py"), backend, dtype],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    extra = json.loads(ran.stdout)
+    print(extra)
+    assert extra["forward"] < 0.01
+    assert extra["forward of a slice"] < 0.01
+    assert extra["forward and backward"] < 1.02
+    assert extra["in place"] < 0.02

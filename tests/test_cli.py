@@ -96,7 +96,10 @@ def test_a_backend_of_ones_own_is_checked_before_it_is_registered(run):
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ("no_such_backend", "InputError: got target 'no_such_backend'; a backend's name (compiled, flash_attn, eager)"),
+        (
+            "no_such_backend",
+            "InputError: got target 'no_such_backend'; a backend's name (cpp, compiled, flash_attn, eager)",
+        ),
         ("no_such_module:function", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
         ("functions_to_check:no_such_function", "cannot be imported: AttributeError"),
         ("functions_to_check:not_a_function", "which is of type int; a function is valid"),

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import compiled_logprobs as clp
 from compiled_logprobs import api, decisions
 from compiled_logprobs.backends.compiled import Compiled
+from compiled_logprobs.backends.cpp import Cpp
 from compiled_logprobs.reference import reference
 from compiled_logprobs.tuning import serving
 
@@ -19,7 +20,7 @@ def inputs():
 
 
 def assert_decided():
-    assert {answer.name for answer in decisions._served.values()} == {"compiled"}
+    assert {answer.name for answer in decisions._served.values()} == {"cpp"}
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.autograd.detect_anomaly])
@@ -30,7 +31,7 @@ def test_grad_modes_and_anomaly_detection(mode):
         out = clp.log_probs_from_logits(logits, labels)
         if out.requires_grad:
             out.sum().backward()
-    assert torch.equal(out, clp.log_probs_from_logits(logits, labels, backend="compiled"))
+    assert torch.equal(out, clp.log_probs_from_logits(logits, labels, backend="cpp"))
     assert_decided()
 
 
@@ -69,7 +70,8 @@ def test_a_capture_neither_tunes_nor_takes_what_is_not_warm(monkeypatch):
     logits, labels = inputs()
     monkeypatch.setattr(api, "_is_capturing", lambda problem: True)
     monkeypatch.setattr(serving, "check_backend", lambda *a, **k: pytest.fail("the gate ran during a capture"))
-    monkeypatch.setattr(Compiled, "is_warm", lambda self, problem: False)
+    for backend in (Compiled, Cpp):
+        monkeypatch.setattr(backend, "is_warm", lambda self, problem: False)
     out = clp.log_probs_from_logits(logits, labels)
     assert torch.equal(out, clp.log_probs_from_logits(logits, labels, backend="eager")) and not decisions._served
     with pytest.raises(

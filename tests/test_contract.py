@@ -181,6 +181,12 @@ def test_eager_keeps_the_contract(call):
 
 @RELAXED
 @given(calls())
+def test_cpp_keeps_the_contract(call):
+    hold_against_the_reference(get_backend("cpp"), call)
+
+
+@RELAXED
+@given(calls())
 def test_the_formula_keeps_the_contract(call):
     """What `compiled` compiles and a user's graph inlines, run operation by operation."""
     hold_against_the_reference(PlainFormula(), Call(**{**vars(call), "inplace": False}))

@@ -8,6 +8,7 @@ from compiled_logprobs import decisions
 from compiled_logprobs.api import problem_of
 from compiled_logprobs.backends import get_backend
 from compiled_logprobs.backends.compiled import Compiled
+from compiled_logprobs.backends.cpp import Cpp
 from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning import serving
@@ -49,10 +50,10 @@ def test_small_problems_are_for_eager():
 
 
 def test_large_problems_are_for_the_first_backend_that_passes():
-    assert serve(problem(1024, 1031, needs_grad=True)) == "compiled"
+    assert serve(problem(1024, 1031, needs_grad=True)) == "cpp"
     assert decisions.served(problem(900, 1031 + 500, needs_grad=True), policy()) is None
     same_bucket = decisions.served(problem(1020, 1031, needs_grad=True), policy())
-    assert same_bucket is not None and same_bucket.name == "compiled"
+    assert same_bucket is not None and same_bucket.name == "cpp"
 
 
 def test_a_backend_that_fails_the_gate_serves_nothing(monkeypatch):
@@ -60,9 +61,9 @@ def test_a_backend_that_fails_the_gate_serves_nothing(monkeypatch):
         log_probs, entropies, residuals = forward(self, *arguments, **options)
         return -log_probs, entropies, residuals
 
-    forward = Compiled.forward
-    monkeypatch.setattr(Compiled, "forward", wrong_sign)
-    assert serve(problem(1024, 1031)) == "eager"
+    forward = Cpp.forward
+    monkeypatch.setattr(Cpp, "forward", wrong_sign)
+    assert serve(problem(1024, 1031)) == "compiled"
 
 
 def test_a_winner_that_raises_is_set_aside_and_the_call_is_served(monkeypatch):
@@ -74,16 +75,14 @@ def test_a_winner_that_raises_is_set_aside_and_the_call_is_served(monkeypatch):
         calls.append(1)
         raise RuntimeError("the driver is gone")
 
-    monkeypatch.setattr(Compiled, "forward", broken)
-    with pytest.warns(
-        RuntimeWarning, match="backend 'compiled' failed on 1024 x 1031 float32 on cpu .*the driver is gone"
-    ):
+    monkeypatch.setattr(Cpp, "forward", broken)
+    with pytest.warns(RuntimeWarning, match="backend 'cpp' failed on 1024 x 1031 float32 on cpu .*the driver is gone"):
         out = clp.log_probs_from_logits(logits, labels)
     assert torch.equal(out, clp.log_probs_from_logits(logits, labels, backend="eager"))
     clp.log_probs_from_logits(logits, labels)
     assert len(calls) == 1  # told once, and not tried again
     with pytest.raises(RuntimeError, match="the driver is gone"):
-        clp.log_probs_from_logits(logits, labels, backend="compiled")
+        clp.log_probs_from_logits(logits, labels, backend="cpp")
 
 
 def test_out_of_memory_is_raised_as_it_is(monkeypatch):
@@ -93,7 +92,7 @@ def test_out_of_memory_is_raised_as_it_is(monkeypatch):
     def full(self, *arguments, **options):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(Compiled, "forward", full)
+    monkeypatch.setattr(Cpp, "forward", full)
     with pytest.raises(torch.OutOfMemoryError):
         clp.log_probs_from_logits(logits, labels)
 
@@ -103,9 +102,9 @@ def test_no_room_for_the_gate_is_no_decision(monkeypatch):
         raise torch.OutOfMemoryError("no memory")
 
     with monkeypatch.context() as context:
-        context.setattr(Compiled, "forward", full)
+        context.setattr(Cpp, "forward", full)
         assert serve(problem(1024, 1031)) == "eager"
-    assert serve(problem(1024, 1031)) == "compiled"
+    assert serve(problem(1024, 1031)) == "cpp"
 
 
 def test_the_gate_runs_once_for_all_numbers_of_rows(monkeypatch):
@@ -117,7 +116,7 @@ def test_the_gate_runs_once_for_all_numbers_of_rows(monkeypatch):
 
     check = serving.check_backend
     monkeypatch.setattr(serving, "check_backend", counted)
-    assert {serve(problem(rows, 1031)) for rows in (1024, 2000, 3000)} == {"compiled"} and len(calls) == 1
+    assert {serve(problem(rows, 1031)) for rows in (1024, 2000, 3000)} == {"cpp"} and len(calls) == 1
 
 
 @pytest.mark.parametrize("shape", [(8, 1031), (2, 4, 1031), (8, 1024)])

@@ -113,6 +113,7 @@ def test_a_decision_with_all_that_was_found():
     ]
     assert sorted(line for line in lines[5:] if line[2] != " ") == [
         "  compiled    chosen: slower, as it was",
+        "  cpp         slower: slower, as it was",
         "  eager       slower: slower, as it was",
         "  flash_attn  unavailable: needs a GPU",
     ]
@@ -173,9 +174,9 @@ def test_the_default_rule_and_a_backend_that_was_set_aside(monkeypatch, mode):
     monkeypatch.setattr(serving, "_short_check", lambda *_: serving._Short(True, True))
     serving.serve(LARGE, CPU, policy_module.policy())
     found = explained()
-    assert (found.backend, found.source) == ("compiled", "default rule")
+    assert (found.backend, found.source) == ("cpp", "default rule")
     assert "the first that can run it and passes a short check here; nothing was measured" in found.why
-    decisions.set_aside("compiled", LARGE)
+    decisions.set_aside("cpp", LARGE)
     found = explained()
     assert (found.backend, found.source) == ("eager", "set aside")
     assert found.why == "the backend that served it failed, and is set aside in this process"
@@ -212,7 +213,11 @@ def test_what_requires_a_hit_or_invariant_rows(mode):
         with clp.autotune("off"):
             assert "the mode is 'off', in which no profile is looked at" in explained().why
     no = {"row_invariant": False}
-    publish(decided(chosen="compiled", candidates=all_measured() | {"compiled": measured("compiled", **no)}))
+    publish(
+        decided(
+            chosen="compiled", candidates=all_measured() | {name: measured(name, **no) for name in ("cpp", "compiled")}
+        )
+    )
     with clp.autotune("lookup", row_invariant=True):
         found = explained()
         assert (found.backend, found.source) == ("eager", "user store")
@@ -252,7 +257,7 @@ def test_what_was_stored_by_a_measurement_without_figures_can_be_shown():
     )
     publish(decided(chosen="compiled", candidates=all_measured() | {"compiled": bare}))
     lines = str(explained()).splitlines()
-    assert sum(line.startswith("              ") for line in lines) == 1  # eager's
+    assert sum(line.startswith("              ") for line in lines) == 2  # eager's and cpp's
 
 
 def test_a_measurement_of_this_very_process_can_be_shown(monkeypatch):

@@ -50,6 +50,6 @@ def test_the_public_names():
         "register_backend",
         "tune",
     }
-    assert compiled_logprobs.backends() == ["compiled", "flash_attn", "eager"]
+    assert compiled_logprobs.backends() == ["cpp", "compiled", "flash_attn", "eager"]
     for name in compiled_logprobs.__all__:
         assert getattr(compiled_logprobs, name).__doc__

@@ -163,7 +163,7 @@ def test_ranks_never_measure_by_themselves():
     assert MEASURES not in errors and not stored()
     for rank in range(2):
         for result in json.loads(Path(f"rank{rank}").read_text()):
-            assert result["backend"] == "compiled" and result["source"] == "default rule"
+            assert result["backend"] == "cpp" and result["source"] == "default rule"
 
 
 def test_why_a_rank_does_not_measure(monkeypatch):
@@ -250,7 +250,7 @@ def test_a_tuned_problem_is_read_anywhere_else_too():
 print(json.dumps({"chosen": decision.chosen, "outcomes": {n: c.outcome for n, c in decision.candidates.items()}}))
 """
     [decision], errors = finish(start("-c", PROGRAM + tuning))
-    assert set(decision["outcomes"]) == {"eager", "compiled", "flash_attn"} and not errors
+    assert set(decision["outcomes"]) == {"eager", "cpp", "compiled", "flash_attn"} and not errors
     looking = "\nwith clp.autotune('lookup', require_hit=True): print(json.dumps(call()))"
     [result], errors = finish(start("-c", PROGRAM + looking))
     assert result["source"] == "user store" and result["backend"] == decision["chosen"]

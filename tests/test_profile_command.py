@@ -113,7 +113,7 @@ def test_what_is_not_known_is_said_with_what_is(convert, text, said):
         (("--device", "cuda:7"), "torch sees 0 CUDA or ROCm devices here"),
         (("--device", "tpu"), "got --device tpu"),
         (("--device", "meta"), "profiles are measured on cpu and cuda"),
-        (("--backend", "fastest"), "got target 'fastest'; a backend's name (compiled, flash_attn, eager)"),
+        (("--backend", "fastest"), "got target 'fastest'; a backend's name (cpp, compiled, flash_attn, eager)"),
         (("--backend", "functions_to_check:right"), "which is a function; a Backend is valid"),
         (("--progress", "dots"), "got --progress dots; bar, jsonl, none are valid"),
         (("--progress", "jsonl", "--json"), "which both write to standard output"),
@@ -150,7 +150,7 @@ def test_again_measures_again(measured):
     ((_, _, after),) = user_store().records()
     assert result.exit_code == 0 and after["seed"] != before["seed"]
     (decision,) = json.loads(result.stdout, parse_constant=pytest.fail)["decisions"]
-    assert decision["seed"] == after["seed"] and decision["left_out"] == ["compiled", "flash_attn"]
+    assert decision["seed"] == after["seed"] and decision["left_out"] == ["cpp", "compiled", "flash_attn"]
 
 
 def test_events_are_json_one_a_line():
@@ -236,7 +236,7 @@ def test_a_decision_of_fewer_backends_is_not_all_that_is_asked_for(measured, mon
     monkeypatch.setattr("compiled_logprobs.tuning.tuner.Tuner.decide", decide)
     arguments = ("--vocab", "4096", "--rows", "128", "--dtype", "float32", "--mode", "forward", "--progress", "none")
     result = run("profile", "--device", "cpu", *arguments)
-    assert asked == [["compiled", "flash_attn", "eager"]] and result.exit_code == 2
+    assert asked == [["cpp", "compiled", "flash_attn", "eager"]] and result.exit_code == 2
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(tmp_path):

@@ -150,7 +150,7 @@ def test_other_problems_are_not_near(mode, gate, elsewhere):
     mode("lookup")
     for other in (LARGE._replace(vocab=1032), LARGE._replace(needs_grad=True), LARGE._replace(dtype=torch.float16)):
         publish(decided(other._replace(rows=2048)))
-    assert (serve(), source()) == ("compiled", "default rule")
+    assert (serve(), source()) == ("cpp", "default rule")
 
 
 def test_what_could_not_be_stored_can_be_the_nearest_too(mode, nothing_measures, elsewhere):
@@ -161,9 +161,12 @@ def test_what_could_not_be_stored_can_be_the_nearest_too(mode, nothing_measures,
 
 def test_the_default_rule_comes_last(mode, gate, elsewhere):
     mode("lookup")
-    assert (serve(), source()) == ("compiled", "default rule")
-    gate["compiled"] = serving._Short(False, None)
-    assert (serve(LARGE._replace(rows=2048)), source(LARGE._replace(rows=2048))) == ("eager", "default rule")
+    assert (serve(), source()) == ("cpp", "default rule")
+    gate["cpp"] = serving._Short(False, None)
+    assert (serve(LARGE._replace(rows=2048)), source(LARGE._replace(rows=2048))) == (
+        "compiled",
+        "default rule",
+    )
 
 
 def test_small_problems_are_for_eager_unless_a_profile_decides_them(mode, nothing_measures):
@@ -181,17 +184,17 @@ def test_off_looks_at_nothing_that_is_stored(mode, gate, monkeypatch):
     mode("off")
     publish(decided())
     monkeypatch.setattr(Store, "read", lambda *_: pytest.fail("it looked"))
-    assert (serve(), source()) == ("compiled", "default rule")
+    assert (serve(), source()) == ("cpp", "default rule")
 
 
 def test_each_mode_remembers_for_itself(mode, gate, elsewhere):
     mode("off")
-    assert serve() == "compiled"
+    assert serve() == "cpp"
     publish(decided())
     mode("lookup")
     assert serve() == "eager"
     mode("off")
-    assert serve() == "compiled"
+    assert serve() == "cpp"
 
 
 # Measuring once
@@ -254,7 +257,7 @@ def test_no_decision_in_time_is_not_tried_again(fake, gate, elsewhere, capsys):
         raise TuningFailed("the budget ended")
 
     fake.answer = fail
-    assert (serve(), source()) == ("compiled", "default rule")
+    assert (serve(), source()) == ("cpp", "default rule")
     assert "not decided: the budget ended. The default rule serves it in this process" in capsys.readouterr().err
     serve()
     assert len(fake.asked) == 1 and not list(user_store().records())
@@ -266,7 +269,7 @@ def test_a_machine_that_has_no_room_to_measure_serves_all_the_same(fake, gate, e
         raise error
 
     fake.answer = fail
-    assert (serve(), source()) == ("compiled", "default rule")
+    assert (serve(), source()) == ("cpp", "default rule")
     assert f"not decided: {error}. The default rule serves it" in capsys.readouterr().err
 
 
@@ -302,7 +305,7 @@ def test_the_budget_of_a_process_is_used_up_in_the_end(fake, gate, elsewhere, mo
 
 def test_a_budget_of_0_measures_nothing(fake, gate, elsewhere):
     with clp.autotune(budget_s=0):
-        assert serve() == "compiled"
+        assert serve() == "cpp"
         assert why_no_tuning(LARGE, CPU, policy()) == "the process has used up its 0 s for measuring"
     assert not fake.asked
 
@@ -350,7 +353,7 @@ def test_another_process_that_measures_is_waited_for_and_its_decision_taken(fake
 def test_another_process_is_not_waited_for_beyond_the_budget(fake, gate, elsewhere, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tuner.tempfile, "gettempdir", lambda: str(tmp_path))
     with FileLock(tmp_path / "compiled-logprobs-cpu.lock"), clp.autotune(budget_s=0.2):
-        assert (serve(), source()) == ("compiled", "default rule")
+        assert (serve(), source()) == ("cpp", "default rule")
     assert "not decided: another process was measuring on this device all the time" in capsys.readouterr().err
     assert not fake.asked
 
@@ -362,14 +365,14 @@ def test_a_winner_whose_code_has_changed_is_not_used(mode, gate, elsewhere):
     mode("lookup")
     candidates = all_measured() | {"eager": measured("eager", fingerprint="0" * 16)}
     publish(decided(candidates=candidates))
-    assert (serve(), source()) == ("compiled", "default rule")
+    assert (serve(), source()) == ("cpp", "default rule")
 
 
 def test_a_winner_that_cannot_run_here_is_not_used(mode, gate, elsewhere, monkeypatch):
     mode("lookup")
     publish(decided(chosen="compiled"))
     monkeypatch.setattr(Compiled, "why_not", lambda self, problem: "no compiler")
-    assert (serve(), source()) == ("eager", "default rule")
+    assert (serve(), source()) == ("cpp", "default rule")
 
 
 class Doubling(Eager):
@@ -447,13 +450,13 @@ def test_a_winner_that_failed_is_set_aside_in_every_mode(mode, gate, elsewhere, 
     assert (serve(), source()) == ("eager", "set aside")
     for other in ("tune", "off"):
         mode(other)
-        assert serve() == "eager"
+        assert serve() != "compiled"
     larger = LARGE._replace(rows=2048)
     publish(decided(larger, chosen="compiled"))
     mode("lookup")
     assert serve(larger) == "compiled"
     decisions.forget(LARGE)
-    assert (serve(), source()) == ("eager", "default rule")  # nor does the nearest decision bring it back
+    assert (serve(), source()) == ("cpp", "default rule")  # nor does the nearest decision bring it back
 
 
 def test_a_failed_winner_of_a_profile_serves_on_by_eager_where_a_hit_is_required(mode, elsewhere, monkeypatch):
@@ -489,7 +492,7 @@ def test_a_required_hit_that_is_none_is_told(asked, mode, elsewhere, nothing_mea
 
 def test_what_was_guessed_before_is_no_hit_either(mode, gate, elsewhere):
     mode("lookup")
-    assert serve() == "compiled"
+    assert serve() == "cpp"
     with clp.autotune(require_hit=True), pytest.raises(clp.ProfileError):
         serve()
 
@@ -524,7 +527,7 @@ def test_a_stale_hit_is_a_hit_and_not_measured_again(stale, mode, nothing_measur
 def test_only_candidates_with_invariant_rows_are_admitted(mode, elsewhere, nothing_measures):
     mode("tune")
     no = {"row_invariant": False}
-    candidates = all_measured() | {"compiled": measured("compiled", **no), "eager": measured("eager")}
+    candidates = all_measured() | {name: measured(name, **no) for name in ("cpp", "compiled")}
     publish(decided(chosen="compiled", candidates=candidates))
     assert serve() == "compiled"
     with clp.autotune(row_invariant=True):
@@ -534,17 +537,17 @@ def test_only_candidates_with_invariant_rows_are_admitted(mode, elsewhere, nothi
 
 def test_by_the_default_rule_too(mode, gate, elsewhere):
     mode("off")
-    gate["compiled"] = serving._Short(True, False)
+    gate["cpp"] = gate["compiled"] = serving._Short(True, False)
     with clp.autotune(row_invariant=True):
         assert (serve(), source()) == ("eager", "default rule")
-        gate["compiled"] = gate["eager"] = serving._Short(True, None)
+        gate["cpp"] = gate["compiled"] = gate["eager"] = serving._Short(True, None)
         with pytest.raises(clp.BackendUnavailable) as error:
             serve(LARGE._replace(rows=2048))
     assert str(error.value) == (
         "no backend that can run 2048 x 1031 float32 on cpu (not 16-byte aligned) has rows whose bits do not depend on N, "
-        "which row_invariant=True asks for. Tried: compiled, flash_attn, eager. Set row_invariant=False, or keep N the same."
+        "which row_invariant=True asks for. Tried: cpp, compiled, flash_attn, eager. Set row_invariant=False, or keep N the same."
     )
-    assert serve() == "compiled"
+    assert serve() == "cpp"
 
 
 def test_small_problems_too_though_they_are_never_measured(mode, gate, elsewhere, fake):
@@ -553,14 +556,14 @@ def test_small_problems_too_though_they_are_never_measured(mode, gate, elsewhere
         with clp.autotune(require_hit=True):
             assert serve(SMALL) == "eager"
         gate["eager"] = serving._Short(True, False)
-        assert serve(LARGE._replace(rows=16)) == "compiled"
+        assert serve(LARGE._replace(rows=16)) == "cpp"
     assert not fake.asked
 
 
 def test_none_that_is_invariant_is_no_reason_to_measure_again(fake, gate, elsewhere):
     no = {"row_invariant": False}
-    publish(decided(candidates={name: measured(name, **no) for name in ("eager", "compiled", "flash_attn")}))
-    gate["eager"] = gate["compiled"] = serving._Short(True, False)
+    publish(decided(candidates={name: measured(name, **no) for name in ("eager", "cpp", "compiled", "flash_attn")}))
+    gate["eager"] = gate["cpp"] = gate["compiled"] = serving._Short(True, False)
     with clp.autotune(row_invariant=True), pytest.raises(clp.BackendUnavailable):
         serve()
     assert not fake.asked and serve() == "eager"
@@ -601,7 +604,7 @@ def test_nor_does_a_process_that_has_joined_a_group(elsewhere, fake, gate):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         assert why_no_tuning(LARGE, CPU, Policy()) == RANKS
-        assert serve() == "compiled" and not fake.asked
+        assert serve() == "cpp" and not fake.asked
     finally:
         dist.destroy_process_group()
     assert why_no_tuning(LARGE, CPU, Policy()) is None
@@ -714,7 +717,7 @@ def test_a_profile_that_names_an_unknown_backend_imports_nothing(name, mode, gat
     publish(decided(chosen=name, candidates=all_measured() | {name: measured("eager")}))
     before = set(sys.modules)
     with pytest.warns(
-        RuntimeWarning, match="which is not registered here; registered are compiled.*\\n.*register_backend"
+        RuntimeWarning, match="which is not registered here; registered are cpp, compiled.*\\n.*register_backend"
     ) as told:
         assert_right()
     assert passed_over(told) == 1 and source() == "default rule"
@@ -814,7 +817,7 @@ def test_tune_measures_again_what_is_known_if_asked_to_or_if_it_is_stale(fake, e
 
 def test_after_tune_this_process_takes_what_it_returned(fake, gate, elsewhere, mode):
     mode("lookup")
-    assert serve() == "compiled" and source() == "default rule"
+    assert serve() == "cpp" and source() == "default rule"
     publish(decided())  # by another process, in the meantime
     clp.tune(LARGE)
     assert (serve(), source()) == ("eager", "user store") and not fake.asked
@@ -875,7 +878,7 @@ def test_a_backend_that_cannot_say_what_it_is_is_not_used(mode, gate, elsewhere,
         raise FileNotFoundError("<stdin>")
 
     monkeypatch.setattr(Compiled, "fingerprint", broken)
-    assert (serve(), source()) == ("compiled", "default rule")
+    assert (serve(), source()) == ("cpp", "default rule")
 
 
 def test_tune_tells_what_could_not_be_decided_and_keeps_the_rest(fake, elsewhere):

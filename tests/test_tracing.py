@@ -113,7 +113,7 @@ def test_an_unknown_backend_raises_in_a_graph_too():
         clp.log_probs_from_logits(torch.randn(2, 7), torch.zeros(2, dtype=torch.int64), backend="fastest")
 
 
-@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("backend", ["eager", "cpp", "compiled"])
 def test_autocast_changes_no_bit(backend):
     logits, labels = inputs(4)
     plain = clp.log_probs_from_logits(logits, labels, backend=backend)
@@ -122,7 +122,7 @@ def test_autocast_changes_no_bit(backend):
     assert torch.equal(plain, cast)
 
 
-@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("backend", ["eager", "cpp", "compiled"])
 def test_inference_mode_and_no_grad_give_the_same_bits(backend):
     logits, labels = inputs(4)
     plain = clp.log_probs_from_logits(logits, labels, backend=backend)
@@ -133,7 +133,7 @@ def test_inference_mode_and_no_grad_give_the_same_bits(backend):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("backend", ["eager", "cpp", "compiled"])
 def test_activation_checkpointing(backend, reentrant):
     logits, labels = inputs(4)
 

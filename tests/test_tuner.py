@@ -144,7 +144,7 @@ def test_the_record_has_the_fingerprints_of_what_was_measured(mixed):
 
 
 def test_what_was_left_out_is_said(mixed):
-    assert mixed[0].left_out == ("compiled", "flash_attn")
+    assert mixed[0].left_out == ("cpp", "compiled", "flash_attn")
 
 
 def test_a_bucket_is_decided_at_its_top():

@@ -9,6 +9,7 @@ from compiled_logprobs.errors import BackendUnavailable, InputError
 from compiled_logprobs.problem import Problem
 
 BUILT_IN = {
+    "cpp": "compiled_logprobs.backends.cpp:Cpp",
     "compiled": "compiled_logprobs.backends.compiled:Compiled",
     "flash_attn": "compiled_logprobs.backends.flash_attn:FlashAttn",
     "eager": "compiled_logprobs.backends.eager:Eager",
