@@ -1,5 +1,6 @@
 # make test      set up .venv, then run the whole suite
 # make profile   set up .venv, then measure which backend is fastest on this machine, store it, and show the winners
+# make benchmark set up .venv, then time this library beside the idioms that people use today, for some 20 minutes
 # make check     format, lint and types, as CI does
 # make format    mend what can be mended by itself
 
@@ -8,7 +9,7 @@ BIN := .venv/bin
 # Without the constraints, pip would take the newest torch, which is larger and not the one that was tested.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: test profile check format clean
+.PHONY: test profile benchmark check format clean
 
 # Threads that spin while they wait make torch several times slower wherever something else uses the cores as well.
 test: export OMP_WAIT_POLICY := PASSIVE
@@ -17,6 +18,9 @@ test: .venv/.installed-flash-attn
 
 profile: .venv/.installed-flash-attn
 	$(BIN)/compiled-logprobs profile
+
+benchmark: .venv/.installed-flash-attn
+	$(BIN)/python -m benchmarks.peers --json build/benchmarks/peers.json --html build/benchmarks/peers.html
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .
@@ -28,8 +32,8 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find compiled_logprobs tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find benchmarks compiled_logprobs tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,1 @@
+"""Benchmarks, run from a checkout; they are no part of the package."""

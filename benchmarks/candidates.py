@@ -1,0 +1,91 @@
+"""Who takes part: this library, by `auto` and by each backend's name, and the idioms that it is compared with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from benchmarks import idioms
+from benchmarks.idioms import Idiom
+from compiled_logprobs import backends, log_probs_from_logits
+from compiled_logprobs.backends import why_not
+from compiled_logprobs.problem import Problem
+
+AUTO = "auto"
+COMPILE = "torch_compile"
+READ = "amax"
+"""The bare read: not a candidate, but timed with them."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute log-probabilities."""
+
+    name: str
+    prepare: Callable[[Problem], Idiom]
+    """What computes them, made anew for each problem."""
+    ours: bool = False
+    why_not: Callable[[Problem], str | None] = lambda problem: None
+    """Why it cannot run a problem here; None if it can."""
+    overwrites: bool = False
+    """Whether it writes the gradient over the logits even where that was not asked for."""
+
+    def note(self, problem: Problem) -> str:
+        """What has to be known of its figures."""
+        if self.overwrites and problem.needs_grad:
+            return "over the logits"
+        return "ordinary backward" if problem.inplace_backward and not self.ours else ""
+
+
+def candidates() -> dict[str, Candidate]:
+    """All of them by name, this library's first."""
+    found = [
+        Candidate(AUTO, _library(AUTO), ours=True),
+        *(Candidate(name, _library(name), ours=True, why_not=_why_not_ours(name)) for name in backends()),
+        Candidate("log_softmax", lambda problem: idioms.log_softmax_gather),
+        Candidate("logsumexp_rows", lambda problem: idioms.logsumexp_by_row),
+        Candidate("logsumexp_chunks", lambda problem: idioms.logsumexp_by_chunk),
+        Candidate("cross_entropy", lambda problem: idioms.cross_entropy),
+        Candidate(COMPILE, idioms.compiled_log_softmax),
+        Candidate("liger", lambda problem: idioms.liger, why_not=_why_not_liger, overwrites=True),
+        Candidate("cut_cross_entropy", lambda problem: idioms.cut_cross_entropy, why_not=_why_not_cut_cross_entropy),
+    ]
+    return {one.name: one for one in found}
+
+
+def _library(name: str) -> Callable[[Problem], Idiom]:
+    def prepare(problem: Problem) -> Idiom:
+        def call(logits: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+            found = log_probs_from_logits(
+                logits, labels, return_entropy=entropy, inplace_backward=problem.inplace_backward, backend=name
+            )
+            return (found, None) if isinstance(found, Tensor) else found
+
+        return call
+
+    return prepare
+
+
+def _why_not_ours(name: str) -> Callable[[Problem], str | None]:
+    return lambda problem: why_not(name, problem)
+
+
+def _why_not_liger(problem: Problem) -> str | None:
+    return _why_not_package("liger_kernel", "liger-kernel", problem)
+
+
+def _why_not_cut_cross_entropy(problem: Problem) -> str | None:
+    reason = _why_not_package("cut_cross_entropy", "cut-cross-entropy", problem)
+    if reason is None and problem.needs_grad and problem.dtype == torch.float32:
+        return "its backward takes 16-bit tensors only"
+    return reason
+
+
+def _why_not_package(module: str, package: str, problem: Problem) -> str | None:
+    if problem.device_type == "cpu":
+        return "its kernels need a CUDA or ROCm device"
+    if find_spec(module) is None:
+        return f"is not installed: pip install {package}"
+    return "has no entropy beside the log-probabilities" if problem.entropy else None

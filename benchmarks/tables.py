@@ -1,0 +1,108 @@
+"""The tables that people read: one a shape with what was measured, one with the ratios to the peers, and the targets."""
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from statistics import median
+
+from rich.text import Text
+
+from benchmarks.candidates import READ
+from benchmarks.results import COLUMNS, Cell, Result
+from benchmarks.targets import Target
+from compiled_logprobs.printing import console, new_table, print_line
+from compiled_logprobs.problem import short_name
+from compiled_logprobs.tuning.select import Interval
+
+TITLES = {
+    "ms": "ms",
+    "billions_of_logits_per_s": "10^9 logits/s",
+    "percent_of_read": "% of read",
+    "extra_bytes": "extra MiB",
+    "extra_multiple": "x logits",
+    "error_max": "max error",
+    "error_rmse": "RMSE",
+}
+
+
+def print_cells(cells: Sequence[Cell]) -> None:
+    """The cells of one shape have to follow one another."""
+    for (rows, vocab), group in groupby(cells, key=lambda cell: (cell.problem.rows, cell.problem.vocab)):
+        some = list(group)
+        _print_figures(f"{rows} x {vocab}", some)
+        _print_ratios(f"{rows} x {vocab}: times as fast as", some)
+        for line in dict.fromkeys(_in_words(one) for cell in some for one in cell.results.values() if one.reason):
+            print_line(f"  {line}")
+
+
+def print_legend() -> None:
+    for column, meaning in COLUMNS.items():
+        print_line(f"{TITLES.get(column, column.replace('_', ' '))}: {meaning}")
+
+
+def print_targets(found: Sequence[Target]) -> None:
+    table = new_table("Targets", "target", "wanted", "reached", "met", "worst at, or with")
+    for one in found:
+        met = {True: Text("yes", "green"), False: Text("no", "bold red"), None: Text("not measured")}[one.met]
+        wanted = f"{'at least' if one.at_least else 'at most'} {one.limit:g}"
+        reached = "" if one.reached is None else f"{one.reached:.3g}"
+        table.add_row(Text(one.what), wanted, reached, met, Text(one.where))
+    console().print(table)
+
+
+def _print_figures(title: str, cells: list[Cell]) -> None:
+    table = new_table(title, "dtype", "mode", "candidate", *TITLES.values())
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for cell in cells:
+        where = short_name(cell.problem.dtype), cell.mode
+        read = median(cell.read_seconds)
+        table.add_row(*where, f"{READ}, the bare read", f"{read * 1e3:.3g}", f"{cell.billions_per_s(read):.3g}", "100")
+        done = [*cell.measured(ours=True), *cell.measured(ours=False)]
+        for one in sorted(done, key=lambda one: median(one.seconds)):
+            table.add_row(*where, _label(one), *_figures(cell, one))
+        for one in cell.results.values():
+            if not one.sound:
+                table.add_row(*where, _label(one), Text(one.outcome, "bold red"))
+        table.add_section()
+    console().print(table)
+
+
+def _print_ratios(title: str, cells: list[Cell]) -> None:
+    peers = list(dict.fromkeys(one.name for cell in cells for one in cell.measured(ours=False)))
+    if not peers:
+        return
+    table = new_table(title, "dtype", "mode", "candidate", *peers)
+    for cell in cells:
+        for one in cell.measured(ours=True):
+            ratios = [_ratio(cell.times_as_fast(one.name, peer)) if cell.has(peer) else "" for peer in peers]
+            table.add_row(short_name(cell.problem.dtype), cell.mode, _label(one), *ratios)
+        table.add_section()
+    console().print(table)
+
+
+def _in_words(one: Result) -> str:
+    return f"{one.label}: {one.reason}" if one.measured else f"{one.name}: {one.outcome}: {one.reason}"
+
+
+def _label(one: Result) -> Text:
+    return Text(one.label, "bold" if one.ours else "")
+
+
+def _figures(cell: Cell, one: Result) -> list[str]:
+    seconds, extra = median(one.seconds), one.extra_bytes
+    return [
+        f"{seconds * 1e3:.3g}",
+        f"{cell.billions_per_s(seconds):.3g}",
+        f"{cell.percent_of_read(one.name):.3g}",
+        "" if extra is None else f"{extra / 2**20:.1f}",
+        "" if extra is None else f"{extra / cell.logits_bytes:.3f}",
+        f"{one.error_max:.1e}",
+        f"{one.error_rmse:.1e}",
+    ]
+
+
+def _ratio(found: Interval) -> str:
+    if not math.isfinite(found.high):
+        return f"{found.median:.2f}"
+    return f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f})"

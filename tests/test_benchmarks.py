@@ -1,0 +1,369 @@
+"""The benchmark beside the idioms: they are right, what is printed holds together, and failures are no numbers."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks import chart, idioms, peers
+from benchmarks.candidates import AUTO, COMPILE, Candidate, candidates
+from benchmarks.measure import measure
+from benchmarks.results import COLUMNS, Cell, Result
+from benchmarks.targets import targets
+from compiled_logprobs import clock, profiling
+from compiled_logprobs.errors import LogProbsError
+from compiled_logprobs.problem import Problem, as_it_lies
+from compiled_logprobs.reference import reference
+
+PLAIN = {
+    "log_softmax": idioms.log_softmax_gather,
+    "logsumexp_rows": idioms.logsumexp_by_row,
+    "logsumexp_chunks": idioms.logsumexp_by_chunk,
+    "cross_entropy": idioms.cross_entropy,
+}
+CPU = torch.device("cpu")
+QUICK = ["--shape", "33x257", "--no-tune", "--rounds", "6", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No time here means anything, and emptying the cache and collecting garbage before each call take most of it."""
+    monkeypatch.setattr(clock, "flush_cache", lambda device: None)
+    monkeypatch.setattr(clock.gc, "collect", lambda *generation: 0)
+
+
+def problem_of(mode, dtype=torch.float32, rows=33, vocab=257):
+    return as_it_lies(Problem("cpu", rows, vocab, dtype, **profiling.MODES[mode]))
+
+
+def run(*arguments):
+    return CliRunner().invoke(peers.app, [*arguments])
+
+
+def check_against_reference(idiom, dtype, in_16_bits):
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(9, 129, generator=generator)).to(dtype).requires_grad_()
+    labels = torch.randint(129, (9,), generator=generator)
+    upstream = torch.rand(9, generator=generator) + 0.5
+    true = reference(logits, labels.unsqueeze(-1), grad_log_probs=upstream.unsqueeze(-1))
+    assert (true.log_probs < -0.1).any()
+
+    log_probs, entropy = idiom(logits, labels, True)
+    (gradient,) = torch.autograd.grad(log_probs, logits, upstream.to(log_probs.dtype))
+
+    exact = {"rtol": 1e-5, "atol": 1e-5}
+    rounded = {"rtol": 2e-2, "atol": 2e-1}
+    limits = rounded if in_16_bits else exact
+    torch.testing.assert_close(log_probs.double(), true.log_probs.squeeze(-1), **limits)
+    torch.testing.assert_close(entropy.double(), true.entropy, **limits)
+    limits = {"rtol": 5e-2, "atol": 5e-3} if dtype == torch.bfloat16 else exact
+    torch.testing.assert_close(gradient.double(), true.gradient, **limits)
+    assert gradient.dtype == dtype
+    assert (log_probs <= 1e-6).all() and (entropy >= 0).all()
+    assert (gradient[torch.arange(9), labels] >= 0).all()
+    alone, none = idiom(logits.detach(), labels, False)
+    assert none is None
+    torch.testing.assert_close(alone, log_probs.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PLAIN)
+def test_an_idiom_computes_log_probabilities_entropy_and_gradient(name, dtype):
+    in_16_bits = dtype == torch.bfloat16 and name == "logsumexp_rows"  # as verl and TRL leave it
+    check_against_reference(PLAIN[name], dtype, in_16_bits)
+
+
+def test_the_compiled_idiom_does_so_too():
+    idiom = idioms.compiled_log_softmax(problem_of("backward"))
+    check_against_reference(idiom, torch.bfloat16, in_16_bits=False)
+
+
+def test_the_compiled_idiom_is_compiled_anew_for_each_vocabulary():
+    code = {
+        idioms.compiled_log_softmax(problem_of("forward", vocab=v))._torchdynamo_orig_callable.__code__ for v in (8, 9)
+    }
+    assert len(code) == 2
+
+
+def test_every_mode_gives_all_figures_as_json_and_html(tmp_path):
+    files = tmp_path / "new" / "peers.json", tmp_path / "new" / "peers.html"
+    only = ["auto", "eager", *PLAIN, "liger", "cut_cross_entropy"]
+    ran = run(*QUICK, "--only", ",".join(only), "--json", str(files[0]), "--html", str(files[1]))
+    assert ran.exit_code == 0, ran.output
+    report = json.loads(files[0].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert report["columns"] == COLUMNS and not report["interrupted"]
+    assert report["settings"]["threads"] == torch.get_num_threads()
+    assert report["environment"]["torch"] == torch.__version__
+    cells = {(row["dtype"], row["mode"]) for row in report["rows"]}
+    assert cells == {(d, m) for d in ("float32", "bfloat16") for m in ("forward", "entropy", "backward", "inplace")}
+    assert len(report["rows"]) == len(cells) * (1 + len(only))
+    for row in report["rows"]:
+        assert (row["rows"], row["vocab"], row["device"]) == (33, 257, "cpu")
+        if row["candidate"] in ("liger", "cut_cross_entropy"):
+            assert row["outcome"] == "unavailable" and "CUDA" in row["reason"] and "ms" not in row
+            continue
+        assert row["outcome"] == "measured" and len(row["seconds"]) == 6
+        assert row["billions_of_logits_per_s"] == pytest.approx(33 * 257 / row["ms"] / 1e6)
+        if row["candidate"] == "amax":
+            assert row["percent_of_read"] == 100
+            continue
+        assert row["error_rmse"] <= row["error_max"] < (0.2 if row["candidate"] == "logsumexp_rows" else 1e-4)
+        assert row["extra_bytes"] is None or row["extra_bytes"] >= 0
+        others = {*PLAIN} - {row["candidate"]}
+        assert row["times_as_fast_as"].keys() == others
+        for ratio in row["times_as_fast_as"].values():
+            assert ratio["low"] <= ratio["median"] <= ratio["high"]
+        is_peer = row["candidate"] in PLAIN
+        assert row["kind"] == ("peer" if is_peer else "ours")
+        assert (row["note"] == "ordinary backward") == (is_peer and row["mode"] == "inplace")
+        if row["candidate"] == "auto":
+            assert row["note"] == "took eager" and "2^20" in row["reason"]
+    page = files[1].read_text()
+    assert all(text in page for text in ("log_softmax", "of a bare read", "33 x 257"))
+    for text in (
+        "33 x 257",
+        "auto (took eager)",
+        "log_softmax (ordinary backward)",
+        "% of read",
+        "Targets",
+        "times as fast as",
+    ):
+        assert text in ran.output
+    assert "liger: unavailable: its kernels need a CUDA or ROCm device" in ran.output
+
+
+def test_it_runs_as_a_module_and_prints_nothing_but_json():
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.peers",
+        *QUICK,
+        "--dtype",
+        "float32",
+        "--mode",
+        "forward",
+        "--json",
+        "-",
+    ]
+    ran = subprocess.run(
+        [*command, "--only", "eager", "--only", "cross_entropy"],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert [row["candidate"] for row in json.loads(ran.stdout)["rows"]] == ["amax", "eager", "cross_entropy"]
+    assert "[1/1] 33 x 257 float32 on cpu, forward" in ran.stderr
+
+
+def test_few_rounds_give_a_ratio_without_an_interval():
+    arguments = ["--shape", "8x16", "--no-tune", "--rounds", "2", "--dtype", "float32", "--mode", "forward"]
+    ran = run(*arguments, "--only", "eager,log_softmax", "--json", "-")
+    eager = json.loads(ran.stdout)["rows"][1]
+    ratio = eager["times_as_fast_as"]["log_softmax"]
+    assert ratio["low"] is None and ratio["median"] > 0 and ratio["high"] is None
+
+
+def test_every_registered_backend_takes_part_by_name():
+    from compiled_logprobs import backends
+
+    ours = [one.name for one in candidates().values() if one.ours]
+    assert ours == [AUTO, *backends()]
+
+
+def test_auto_decides_before_it_is_timed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(peers, "tune", lambda problem, device: asked.append((problem, device)))
+    arguments = ["--shape", "8x16", "--rounds", "1", "--dtype", "float32", "--mode", "inplace", "--device", "cpu"]
+    assert run(*arguments, "--only", "auto").exit_code == 0
+    assert asked == [(problem_of("inplace", rows=8, vocab=16), CPU)]
+    assert run(*arguments, "--only", "eager").exit_code == 0
+    assert run(*arguments, "--only", "auto", "--no-tune").exit_code == 0
+    assert len(asked) == 1
+
+
+def test_where_auto_cannot_decide_the_output_says_so(monkeypatch):
+    def cannot(problem, device):
+        raise LogProbsError("the disk is full")
+
+    monkeypatch.setattr(peers, "tune", cannot)
+    ran = run("--shape", "8x16", "--rounds", "1", "--dtype", "float32", "--mode", "forward", "--only", "auto")
+    assert ran.exit_code == 0
+    assert "auto (took eager): not tuned: the disk is full" in ran.output
+
+
+def candidate(name, idiom, **options):
+    return Candidate(name, lambda problem: idiom, **options)
+
+
+def test_a_failure_is_an_outcome_and_never_a_number():
+    calls = []
+
+    def raises(logits, labels, entropy):
+        raise RuntimeError("no luck")
+
+    def raises_later(logits, labels, entropy):
+        calls.append(1)
+        if len(calls) > 4:
+            raise RuntimeError("worn out")
+        return idioms.log_softmax_gather(logits, labels, entropy)
+
+    def out_of_memory(logits, labels, entropy):
+        raise MemoryError
+
+    def positive(logits, labels, entropy):
+        log_probs, _ = idioms.log_softmax_gather(logits, labels, entropy)
+        return -log_probs, None
+
+    def not_a_number(logits, labels, entropy):
+        log_probs, _ = idioms.log_softmax_gather(logits, labels, entropy)
+        return log_probs * torch.nan, None
+
+    def no_gradient(logits, labels, entropy):
+        log_probs, _ = idioms.log_softmax_gather(logits, labels, entropy)
+        return log_probs.detach() + 0 * log_probs, None
+
+    some = [
+        candidate("absent", raises, why_not=lambda problem: "has no licence"),
+        *map(candidate, *zip(*[(f.__name__, f) for f in (raises, raises_later, out_of_memory, positive)], strict=True)),
+        candidate("not_a_number", not_a_number),
+        candidate("no_gradient", no_gradient),
+        candidate("right", idioms.log_softmax_gather),
+    ]
+    cell = measure(problem_of("backward"), "backward", some, CPU, rounds=3, seconds=60)
+    outcomes = {name: (one.outcome, one.reason) for name, one in cell.results.items()}
+    assert outcomes["absent"] == ("unavailable", "has no licence")
+    assert outcomes["raises"] == ("failed", "RuntimeError: no luck")
+    assert outcomes["raises_later"] == ("failed", "RuntimeError: worn out")
+    assert outcomes["out_of_memory"][0] == "oom"
+    assert outcomes["positive"][0] == "wrong" and "log-probability" in outcomes["positive"][1]
+    assert outcomes["not_a_number"][0] == "wrong"
+    assert outcomes["no_gradient"][0] == "wrong" and "gradient" in outcomes["no_gradient"][1]
+    assert [one.name for one in cell.measured(ours=False)] == ["right"]
+    assert len(cell.results["right"].seconds) == len(cell.read_seconds) == 3
+    for row in cell.to_rows():
+        if row["outcome"] != "measured":
+            assert row.keys().isdisjoint(COLUMNS)
+
+
+def test_a_wrong_entropy_is_found():
+    def negative(logits, labels, entropy):
+        log_probs, found = idioms.log_softmax_gather(logits, labels, entropy)
+        return log_probs, -found
+
+    cell = measure(problem_of("entropy"), "entropy", [candidate("negative", negative)], CPU, rounds=1, seconds=0)
+    assert cell.results["negative"].outcome == "wrong" and "entropy" in cell.results["negative"].reason
+
+
+def test_logits_are_fresh_after_each_gradient_that_was_written_over_them():
+    some = [candidates()[name] for name in ("eager", AUTO, "log_softmax", "cross_entropy")]
+    cell = measure(problem_of("inplace"), "inplace", some, CPU, rounds=3, seconds=60)
+    assert {one.name: one.outcome for one in cell.results.values()} == dict.fromkeys(cell.results, "measured")
+    assert max(one.error_max for one in cell.results.values()) < 1e-5
+
+
+def test_a_failed_backend_of_ours_shows_in_the_exit_code(monkeypatch):
+    def wrong(logits, labels, entropy):
+        return torch.zeros(len(labels)), None
+
+    monkeypatch.setattr(peers, "candidates", lambda: {"ours": candidate("ours", wrong, ours=True)})
+    ran = run("--shape", "8x16", "--rounds", "1", "--dtype", "float32", "--mode", "forward", "--no-tune")
+    assert ran.exit_code == 1
+    assert "ours: wrong: its log-probability is off by" in ran.output
+
+
+def test_an_interrupted_run_shows_what_was_done(monkeypatch):
+    done = []
+
+    def second_time_unlucky(*arguments, **options):
+        if done:
+            raise KeyboardInterrupt
+        done.append(measure(*arguments, **options))
+        return done[0]
+
+    monkeypatch.setattr(peers, "measure", second_time_unlucky)
+    ran = run(*QUICK, "--only", "eager", "--json", "-")
+    assert ran.exit_code == 130
+    report = json.loads(ran.stdout)
+    assert report["interrupted"] and len(report["rows"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "512"], "got --shape '512'; ROWSxVOCAB is valid, e.g. 512x151936 or 512xqwen3"),
+        (["--shape", "0x5"], "got number of rows '0'"),
+        (["--shape", "5xmany"], "got vocabulary 'many'"),
+        (["--dtype", "int8"], "got dtype 'int8'; float32, bfloat16, float16 are valid"),
+        (["--mode", "sideways"], "got mode 'sideways'; forward, backward, inplace, entropy are valid"),
+        (["--only", "eager,nobody"], "got --only nobody; auto, "),
+        (["--device", "abacus"], "got --device abacus, which torch cannot use here"),
+        (["--device", "meta"], "got device 'meta'; time and memory are measured on 'cpu' and 'cuda' devices"),
+        (["--json", f"{__file__}/x.json"], "which cannot be written"),
+        (["--html", f"{__file__}/x.html"], "which cannot be written"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_measured(arguments, message, monkeypatch):
+    monkeypatch.setattr(peers, "measure", None)
+    ran = run(*arguments)
+    assert ran.exit_code == 2
+    assert message in ran.stderr
+
+
+def test_a_chart_without_plotly_names_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setattr(chart, "find_spec", lambda name: None)
+    ran = run("--html", str(tmp_path / "x.html"))
+    assert ran.exit_code == 2
+    assert (
+        "needs plotly, which is not installed. Install the extra that has it (pip install -e '.[dashboard]')"
+        in ran.stderr
+    )
+
+
+def cell_of(mode, rows, vocab, seconds, *, extra=0.0, read=1.0, rmse=1e-7):
+    """A cell in which every candidate takes the `seconds` that it is given, in each of nine rounds."""
+    problem = problem_of(mode, rows=rows, vocab=vocab)
+    size = rows * vocab * 4
+    results = {
+        name: Result(
+            name, name != COMPILE, seconds=[s] * 9, extra_bytes=int(extra * size), error_max=1e-6, error_rmse=rmse
+        )
+        for name, s in seconds.items()
+    }
+    return Cell(problem, mode, results, [read] * 9)
+
+
+def test_targets_are_read_off_the_cells():
+    def found(*cells):
+        return {one.what.removeprefix("float32: "): one for one in targets(cells)}
+
+    forward = {AUTO: 1.9, "compiled": 1.8, "eager": 9.0, COMPILE: 4.0}
+    good = found(
+        cell_of("forward", 512, 151936, forward, extra=0.005),
+        cell_of("entropy", 512, 151936, {"compiled": 4.0, "eager": 20.0}, read=2.0),
+        cell_of("backward", 256, 151936, {"compiled": 2.0, "eager": 9.0, COMPILE: 3.6}, extra=1.01),
+        cell_of("inplace", 256, 151936, {"compiled": 1.0, "eager": 9.0, COMPILE: 3.6}, extra=0.001),
+    )
+    assert {one.met for one in good.values()} == {True}
+    speed = good["forward, 512 x 151936, times torch.compile's speed"]
+    assert speed.reached == pytest.approx(4.0 / 1.8) and speed.where == "compiled"
+    assert good["forward, 512 x 151936, % of a bare read"].reached == pytest.approx(100 / 1.8)
+    assert good["forward with entropy, times the time without"].reached == pytest.approx(4.0 / 2.0 / 1.8)
+    assert good["auto, times the time of the best backend"].reached == pytest.approx(1.9 / 1.8)
+
+    bad = found(
+        cell_of("forward", 512, 151936, {AUTO: 9.5, "compiled": 3.0, "eager": 9.0, COMPILE: 4.0}, extra=0.02),
+        cell_of("entropy", 512, 151936, {"compiled": 4.5}),
+        cell_of("backward", 256, 151936, {"compiled": 3.0, COMPILE: 3.6}, extra=1.1),
+        cell_of("inplace", 256, 151936, {"compiled": 3.0, COMPILE: 3.6}, extra=1.01),
+    )
+    assert {what for what, one in bad.items() if one.met is not False} == {"RMSE against float64, times eager's"}
+    small = found(cell_of("forward", 4096, 32, forward, extra=5.0))
+    assert small["forward, extra memory x logits"].met is None
+    assert all(math.isfinite(one.reached) for one in small.values() if one.met is not None)
