@@ -163,7 +163,7 @@ def is_settled(problem: Problem, device: torch.device) -> bool:
     top = bucket(problem)
     answers = (*([_decided[top]] if top in _decided else []), *_exact(top, fingerprint_of(device)))
     found = [answer.decision for answer in answers if answer.decision is not None]
-    return any(_holds(one, one.chosen) and _what_changed(one) is None for one in found)
+    return any(holds(one, one.chosen) and _what_changed(one) is None for one in found)
 
 
 def fingerprint_of(device: torch.device) -> str:
@@ -235,35 +235,42 @@ def usable(answer: Served, policy: Policy) -> Served | None:
     decision = answer.decision
     assert decision is not None
     name = decision.best_row_invariant() if policy.row_invariant else decision.chosen
-    if name is None or (name, decision.problem) in _set_aside or not _holds(decision, name):
+    if name is None or (name, decision.problem) in _set_aside or not holds(decision, name):
         return None
     return answer._replace(name=name, stale=_what_changed(decision))
 
 
-def _holds(decision: Decision, name: str) -> bool:
+def holds(decision: Decision, name: str) -> bool:
     """Whether the backend called `name` is what was measured, and can run here."""
     known = decision.candidates[name].fingerprint
     return name in backends() and _fingerprint(name) == known and why_not(name, decision.problem) is None
 
 
+def changed(decision: Decision) -> dict[str, str]:
+    """How today's candidates differ from those that were measured, by name. None is imported to find out."""
+    return {
+        name: f"backend {name!r} {why}"
+        for name in backends()
+        if name not in decision.left_out and (why := _how_it_changed(decision, name))
+    }
+
+
 def _what_changed(decision: Decision) -> str | None:
-    """How today's other candidates differ from those that were measured. None is imported to find out."""
-    for name in backends():
-        if name in decision.left_out:
-            continue
-        if name not in decision.candidates:
-            return f"backend {name!r} was registered after this was measured"
-        known = decision.candidates[name]
-        if known.outcome in TRANSIENT and _age_s(decision) > RETRY_S:
-            return f"backend {name!r} {known.outcome} when this was measured, which may have had a cause that is gone"
-        if name not in BUILT_IN and not is_loaded(name):
-            continue
-        if known.outcome in ("unavailable", "unsupported"):
-            if not _is_known_here_only(name) and why_not(name, decision.problem) is None:
-                return f"backend {name!r} could not run this when it was measured, and can now"
-        elif _fingerprint(name) != known.fingerprint:
-            return f"backend {name!r} has changed since this was measured"
-    return None
+    return next(iter(changed(decision).values()), None)
+
+
+def _how_it_changed(decision: Decision, name: str) -> str | None:
+    if name not in decision.candidates:
+        return "was registered after this was measured"
+    known = decision.candidates[name]
+    if known.outcome in TRANSIENT and _age_s(known.measured_at or decision.measured_at) > RETRY_S:
+        return f"{known.outcome} when this was measured, which may have had a cause that is gone"
+    if name not in BUILT_IN and not is_loaded(name):
+        return None
+    if known.outcome in ("unavailable", "unsupported"):
+        can_now = not _is_known_here_only(name) and why_not(name, decision.problem) is None
+        return "could not run this when it was measured, and can now" if can_now else None
+    return "has changed since this was measured" if _fingerprint(name) != known.fingerprint else None
 
 
 def _fingerprint(name: str) -> str | None:
@@ -274,9 +281,9 @@ def _fingerprint(name: str) -> str | None:
         return None
 
 
-def _age_s(decision: Decision) -> float:
+def _age_s(measured_at: str) -> float:
     try:
-        measured = datetime.strptime(decision.measured_at, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+        measured = datetime.strptime(measured_at, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
     except ValueError:  # a foreign file may say anything
         return math.inf
     return (datetime.now(timezone.utc) - measured).total_seconds()

@@ -69,6 +69,8 @@ class Candidate:
     repeatable: bool | None = None
     row_invariant: bool | None = None
     """As the check found them; None where it did not get there."""
+    measured_at: str | None = None
+    """UTC, where it was measured for an earlier decision and has not changed since; None where with this one."""
 
     @property
     def measured(self) -> bool:
@@ -133,6 +135,8 @@ class Decision(Record):
         """After how many calls `name`, first call included, has taken less time than the baseline; None if never."""
         candidate, baseline = self.candidates[name], self.candidates[self.baseline]
         first, seconds, slow = candidate.first_call_seconds, candidate.seconds, baseline.seconds
+        if candidate.measured_at is not None and candidate.speedup is not None and seconds is not None:
+            slow = seconds * candidate.speedup.median  # as the baseline was then
         if first is None or seconds is None or slow is None or slow <= seconds:
             return None
         # They were timed at `measured_rows`; a call at the full N saves in proportion.

@@ -87,6 +87,7 @@ def publish_record(problem: Problem, record: dict[str, Any], store: Store | None
 class FakeTuner:
     """In the place of `Tuner`: decides at once, and notes what it was asked."""
 
+    short = True
     asked: list[Problem]
     answer: Any
     """From a problem to a decision; may raise."""
@@ -104,7 +105,13 @@ class FakeTuner:
     def __exit__(self, *_: object) -> None: ...
 
     def decide(
-        self, problem: Problem, seconds: float, *, strict: bool = False, names: object = None
+        self,
+        problem: Problem,
+        seconds: float,
+        *,
+        strict: bool = False,
+        names: object = None,
+        incumbent: str | None = None,
     ) -> tuple[Decision, dict[str, list]]:
         self.asked.append(problem)
         return self.answer(decisions.bucket(problem)), {"eager": [2e-3]}

@@ -31,6 +31,7 @@ LAYERS = [
     {"tuning.gate"},
     {"tuning.worker", "tuning.isolation"},
     {"tuning.tuner"},
+    {"tuning.renewal"},
     {"tuning.serving"},
     {"explanation", "profiling", "distributed"},
     {"api"},

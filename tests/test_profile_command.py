@@ -217,7 +217,7 @@ def test_what_could_not_be_stored_in_the_end_is_counted(tmp_path, monkeypatch):
 def test_fewer_backends_never_replace_a_decision_of_more(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "compiled_logprobs.tuning.tuner.Tuner.decide", lambda self, problem, seconds, names: asked.append(names)
+        "compiled_logprobs.tuning.tuner.Tuner.decide", lambda self, problem, seconds, names, **_: asked.append(names)
     )
     problem = Problem("cpu", 128, 4096, torch.float32)
     wide = decided(problem, "compiled")  # eager and compiled
@@ -229,7 +229,7 @@ def test_fewer_backends_never_replace_a_decision_of_more(monkeypatch):
 def test_a_decision_of_fewer_backends_is_not_all_that_is_asked_for(measured, monkeypatch):
     asked = []
 
-    def decide(self, problem, seconds, names):
+    def decide(self, problem, seconds, names, **_):
         asked.append(names)
         raise TuningFailed("enough is known")
 

@@ -41,8 +41,8 @@ class Machine:
         raise AssertionError("the last look has to decide")
 
 
-def tuned(speedups, **options):
-    return [Machine(speedups, seed, **options).tune() for seed in range(SEEDS)]
+def tuned(speedups, spikes=0.0, **options):
+    return [Machine(speedups, seed, spikes).tune(**options) for seed in range(SEEDS)]
 
 
 def share(selections, name):
@@ -148,10 +148,22 @@ def test_the_simplest_does_not_win_over_one_that_is_clearly_faster():
     assert look(steady(eager=1.0, a=0.5, b=0.52), baseline="eager", simplicity={"b": 0, "a": 1}).chosen == "a"
 
 
-def test_an_incumbent_in_the_place_of_the_baseline_is_replaced_by_a_clear_win_only():
-    assert look(steady(eager=1.0, a=0.50, b=0.495), baseline="a").chosen == "a"
-    assert look(steady(eager=1.0, a=0.50, b=0.45), baseline="a").chosen == "b"
-    assert look(steady(eager=1.0, a=1.2), baseline="a").chosen == "eager"
+def test_an_incumbent_is_replaced_by_a_clear_win_only():
+    simpler = {"eager": 0, "b": 1, "a": 2}
+    tie = look(steady(eager=1.0, a=0.50, b=0.495), baseline="eager", incumbent="a", simplicity=simpler)
+    assert (tie.chosen, tie.code) == ("a", "TIE_INCUMBENT") and "served so far" in tie.reason
+    assert look(steady(eager=1.0, a=0.50, b=0.495), baseline="eager", simplicity=simpler).chosen == "b"
+    clear = look(steady(eager=1.0, a=0.50, b=0.45), baseline="eager", incumbent="a", simplicity=simpler)
+    assert (clear.chosen, clear.code) == ("b", "FASTER_CLEAR")
+    assert look(steady(eager=1.0, a=1.2), baseline="eager", incumbent="a").chosen == "eager"
+
+
+def test_incumbents_that_are_as_fast_as_others_stay():
+    """Two runs of the same problem agree, where the candidates do not differ by the margin."""
+    for first in tuned({"eager": 1.0, "a": 2.0, "b": 2.0, "c": 2.02}):
+        assert first.chosen != "eager"
+    again = tuned({"eager": 1.0, "a": 2.0, "b": 2.0, "c": 2.02}, incumbent="b")
+    assert share(again, "b") == 1.0
 
 
 def test_measuring_goes_on_between_looks_and_while_undecided():

@@ -23,7 +23,13 @@ MARGIN = 0.03
 
 Outcome = Literal["chosen", "slower", "tie"]
 Code = Literal[
-    "ONLY_ONE", "FASTER_CLEAR", "TIE_SIMPLEST", "TIE_LEAST_MEMORY", "BASELINE_NO_CLEAR_GAIN", "AMBIGUOUS_AT_BUDGET"
+    "ONLY_ONE",
+    "FASTER_CLEAR",
+    "TIE_INCUMBENT",
+    "TIE_SIMPLEST",
+    "TIE_LEAST_MEMORY",
+    "BASELINE_NO_CLEAR_GAIN",
+    "AMBIGUOUS_AT_BUDGET",
 ]
 
 
@@ -78,6 +84,7 @@ def look(
     times: Mapping[str, Sequence[float]],
     *,
     baseline: str,
+    incumbent: str | None = None,
     simplicity: Mapping[str, int] | None = None,
     extra_bytes: Mapping[str, int | None] | None = None,
     looks: Sequence[int] = LOOKS,
@@ -87,11 +94,12 @@ def look(
 
     A candidate may replace the baseline if its whole interval is faster by the margin. Of those that may, the one of the
     smallest median leads; those whose interval against the leader does not exclude the margin tie with it, and of these the
-    simplest is chosen, then the one of the least memory.
+    incumbent is chosen, else the simplest, then the one of the least memory.
 
     Args:
         times: seconds, by candidate and round; the same rounds for all. Only of candidates that ran in every round.
-        baseline: the candidate that is kept in doubt: eager; or what has served so far, to replace it by a clear win only.
+        baseline: the candidate that is kept in doubt.
+        incumbent: the candidate that has served so far, which only a clear win replaces.
         simplicity: the lower, the simpler; candidates that are not named come last.
         extra_bytes: peak memory; what is unknown counts as the most.
         looks: the numbers of rounds at which this is asked, planned beforehand.
@@ -107,9 +115,9 @@ def look(
     bench = _Bench(times, baseline, _confidence(len(times), looks))
     clear = [name for name in times if name != baseline and bench.is_faster(name, than=baseline)]
 
-    def preference(name: str) -> tuple[float, float, str]:
+    def preference(name: str) -> tuple[bool, float, float, str]:
         size = (extra_bytes or {}).get(name)
-        return (simplicity or {}).get(name, math.inf), math.inf if size is None else size, name
+        return name != incumbent, (simplicity or {}).get(name, math.inf), math.inf if size is None else size, name
 
     chosen, tied = baseline, [baseline]
     if clear:
@@ -135,7 +143,7 @@ def look(
     ]
     if open_ and not final:
         return None
-    code, reason = _why(chosen, baseline, tied, open_, simplicity or {}, rounds)
+    code, reason = _why(chosen, baseline, incumbent, tied, open_, simplicity or {}, rounds)
     if len(times) == 1:
         code, reason = "ONLY_ONE", f"nothing but {chosen} could be measured"
     elif open_ and chosen != baseline:
@@ -204,7 +212,13 @@ def _rank(count: int, miss: float) -> int:
 
 
 def _why(
-    chosen: str, baseline: str, tied: list[str], open_: list[str], simplicity: Mapping[str, int], rounds: int
+    chosen: str,
+    baseline: str,
+    incumbent: str | None,
+    tied: list[str],
+    open_: list[str],
+    simplicity: Mapping[str, int],
+    rounds: int,
 ) -> tuple[Code, str]:
     tied = [name for name in tied if name not in open_]  # of the others nothing is known
     others = ", ".join(name for name in tied if name != chosen)
@@ -218,6 +232,11 @@ def _why(
     if not others:
         best = "" if open_ else ", and the fastest of all"
         return "FASTER_CLEAR", f"clearly faster than {baseline}, by more than {MARGIN:.0%}{best}"
+    if chosen == incumbent:
+        return (
+            "TIE_INCUMBENT",
+            f"clearly faster than {baseline}; as fast as {others} within {MARGIN:.0%}, and served so far",
+        )
     ranks = [simplicity.get(name, math.inf) for name in tied]
     if ranks.count(min(ranks)) == 1:
         return "TIE_SIMPLEST", f"clearly faster than {baseline}; as fast as {others} within {MARGIN:.0%}, and simpler"

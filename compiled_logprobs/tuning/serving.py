@@ -22,6 +22,7 @@ from compiled_logprobs.records import Decision
 from compiled_logprobs.store import Store, user_store
 from compiled_logprobs.tuning.gate import check_backend
 from compiled_logprobs.tuning.isolation import Event
+from compiled_logprobs.tuning.renewal import decide
 from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on
 
 LEAST_FREE = 2048 * MIB
@@ -206,7 +207,7 @@ def _decided_by(
     if standing is not None:  # it is not to end up with fewer candidates than it had
         asked = [*asked, *(name for name in standing.candidates if name not in asked)]
     try:
-        decision, times = tuner.decide(problem, seconds, names=asked)
+        decision, times = decide(tuner, problem, seconds, standing=standing, names=asked, again=again)
     except TuningFailed as error:
         return error
     _publish(store, decision, times, device)
@@ -220,7 +221,7 @@ def _find_out(problem: Problem, device: torch.device, under: Policy) -> Served |
     if under.require_hit and not decisions.is_small(problem):
         raise ProfileError(why_no_hit(problem, under))
     if why_no_tuning(problem, device, under) is None:
-        measured = _tune_by_itself(problem, device, under)
+        measured = _tune_by_itself(problem, device, under, None if found is None else found.decision)
         if measured is not None:
             return measured
     if decisions.is_small(problem) and not under.row_invariant:
@@ -230,7 +231,7 @@ def _find_out(problem: Problem, device: torch.device, under: Policy) -> Served |
     return found or _default_rule(problem, device, under)
 
 
-def _tune_by_itself(problem: Problem, device: torch.device, under: Policy) -> Served | None:
+def _tune_by_itself(problem: Problem, device: torch.device, under: Policy, standing: Decision | None) -> Served | None:
     global _spent_s
     began = time.monotonic()
     seconds = min(under.budget_s, _budget_left(under))
@@ -245,7 +246,8 @@ def _tune_by_itself(problem: Problem, device: torch.device, under: Policy) -> Se
             if not alone:
                 raise TuningFailed("another process was measuring on this device all the time")
             with Tuner(device, short=True) as tuner:
-                decision, times = tuner.decide(problem, seconds - (time.monotonic() - began), strict=True)
+                left = seconds - (time.monotonic() - began)
+                decision, times = decide(tuner, problem, left, standing=standing, strict=True)
             store = user_store()
             if decisions.unregistered_choice(store, decisions.fingerprint_of(device), decision.problem) is None:
                 _publish(store, decision, times, device)  # before the next one that waits looks there

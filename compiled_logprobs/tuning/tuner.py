@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -80,7 +81,8 @@ class Tuner:
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
         self._first_calls: dict[tuple[str, Problem], float] = {}
-        self._device, self._short, self._on_event = device, short, on_event
+        self.short = short
+        self._device, self._on_event = device, on_event
         self._worker: Worker | None = None
         self._is_reused = False
 
@@ -91,7 +93,13 @@ class Tuner:
         self._end_worker()
 
     def decide(
-        self, problem: Problem, seconds: float, *, strict: bool = False, names: Sequence[str] | None = None
+        self,
+        problem: Problem,
+        seconds: float,
+        *,
+        strict: bool = False,
+        names: Sequence[str] | None = None,
+        incumbent: str | None = None,
     ) -> tuple[Decision, dict[str, list[float]]]:
         """Measure the bucket of `problem`; returns the decision, and the seconds by candidate and round that it rests on.
 
@@ -102,6 +110,7 @@ class Tuner:
                 step only has the limit after which it is taken for hanging, and what was spent on a program that was lost
                 does not count.
             names: of the backends to measure; the baseline is always among them. By default all that are registered.
+            incumbent: the backend that has served so far, which only a clear win replaces.
 
         Raises:
             TuningFailed: no decision came about.
@@ -109,7 +118,8 @@ class Tuner:
         began = time.monotonic()
         asked = backends() if names is None else names
         in_order = [decisions.EAGER, *(name for name in backends() if name in asked and name != decisions.EAGER)]
-        work = _Work(decisions.bucket(problem), in_order, began + seconds if strict else math.inf)
+        ends = began + seconds if strict else math.inf
+        work = _Work(decisions.bucket(problem), in_order, incumbent, ends)
         while True:
             try:
                 self._run(work, seconds)
@@ -155,8 +165,9 @@ class Tuner:
                     [name, None if isinstance(target_of(name), Backend) else target_of(name)] for name in work.alive()
                 ],
                 "checked": [name for name, found in work.found.items() if found.fields.get("checks")],
+                "incumbent": work.incumbent,
                 "simplicity": _simplicity(),
-                "short": self._short,
+                "short": self.short,
                 "seconds": max(0.0, min(seconds, work.ends - RESERVE_S - time.monotonic())),
                 "strict": math.isfinite(work.ends),
                 "seed": work.seed,
@@ -194,10 +205,11 @@ class Tuner:
             fates = "; ".join(f"{name}: {one.outcome}: {one.reason}" for name, one in work.found.items())
             raise TuningFailed(f"no backend could be measured: {fates}")
         sizes = {name: work.found[name].fields.get("extra_bytes") for name in times}
-        baseline, simplicity = next(iter(times)), _simplicity()
-        selection = look(times, baseline=baseline, simplicity=simplicity, extra_bytes=sizes) or look(
-            times, baseline=baseline, simplicity=simplicity, extra_bytes=sizes, final=True
+        baseline = next(iter(times))
+        by = partial(
+            look, times, baseline=baseline, incumbent=work.incumbent, simplicity=_simplicity(), extra_bytes=sizes
         )
+        selection = by() or by(final=True)
         assert selection is not None
         candidates = {}
         for name, found in work.found.items():
@@ -228,7 +240,7 @@ class Tuner:
             measured_rows=work.measured_rows,
             proven_rows=work.proven_rows,
             checked_rows=work.checked_rows,
-            short_check=self._short,
+            short_check=self.short,
             environment=decisions.environment_at(self._device).to_dict(),
             seed=work.seed,
             measured_at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -240,8 +252,8 @@ class Tuner:
 class _Work:
     """One problem under way: what the worker program has said so far."""
 
-    def __init__(self, problem: Problem, names: Sequence[str], ends: float) -> None:
-        self.problem, self.ends = problem, ends
+    def __init__(self, problem: Problem, names: Sequence[str], incumbent: str | None, ends: float) -> None:
+        self.problem, self.incumbent, self.ends = problem, incumbent, ends
         self.found = {name: _Found() for name in names}
         self.seed = random.SystemRandom().randrange(2**31)
         self.checked_rows = self.measured_rows = self.proven_rows = 0

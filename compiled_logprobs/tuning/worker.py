@@ -75,7 +75,7 @@ class Work:
         device, threads: where, and by how many threads of the CPU.
         candidates: [name, target] of each, the baseline first; the target of one that only its own process knows is None.
         checked: names of those that have passed the check already.
-        simplicity: {name: rank}, for `select.look`.
+        incumbent, simplicity: for `select.look`.
         short: whether the check has its fewer inputs.
         seconds: after which no further round begins, once there are enough of them for a choice.
         strict: whether all has to end by then, also the look at the winner with more rows than were timed.
@@ -272,6 +272,7 @@ class Work:
         return look(
             times,
             baseline=next(iter(times)),
+            incumbent=self._job["incumbent"],
             simplicity=self._job["simplicity"],
             extra_bytes=measurement.extra_bytes(),
             final=final,
