@@ -243,7 +243,7 @@ def usable(answer: Served, policy: Policy) -> Served | None:
 def holds(decision: Decision, name: str) -> bool:
     """Whether the backend called `name` is what was measured, and can run here."""
     known = decision.candidates[name].fingerprint
-    return name in backends() and _fingerprint(name) == known and why_not(name, decision.problem) is None
+    return name in backends() and code_of(name) == known and why_not(name, decision.problem) is None
 
 
 def changed(decision: Decision) -> dict[str, str]:
@@ -270,11 +270,11 @@ def _how_it_changed(decision: Decision, name: str) -> str | None:
     if known.outcome in ("unavailable", "unsupported"):
         can_now = not _is_known_here_only(name) and why_not(name, decision.problem) is None
         return "could not run this when it was measured, and can now" if can_now else None
-    return "has changed since this was measured" if _fingerprint(name) != known.fingerprint else None
+    return "has changed since this was measured" if code_of(name) != known.fingerprint else None
 
 
-def _fingerprint(name: str) -> str | None:
-    """None where there is none, whatever a third party's backend does when it is asked."""
+def code_of(name: str) -> str | None:
+    """The fingerprint of the backend called `name`; None where there is none, whatever a third party's does when it is asked."""
     try:
         return get_backend(name).fingerprint()
     except Exception:  # noqa: BLE001 - foreign code may raise anything

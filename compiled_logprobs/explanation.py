@@ -8,6 +8,7 @@ import torch
 
 from compiled_logprobs import decisions
 from compiled_logprobs.decisions import Served
+from compiled_logprobs.neighbours import Neighbour, neighbours
 from compiled_logprobs.policy import Policy
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Candidate, Decision
@@ -44,6 +45,8 @@ class Explanation:
     """Facts of the environment that were others then (there, here); those that decide a profile's validity cannot be."""
     measured_rows: tuple[int, ...]
     """N for which profiles of this environment hold a decision of the same problem."""
+    nearest: tuple[Neighbour, ...]
+    """The stored decisions whose keys differ in the fewest fields, where none is for exactly this one."""
 
     def to_dict(self) -> dict[str, Any]:
         """For programs: plain values only."""
@@ -57,6 +60,7 @@ class Explanation:
             "stale": self.stale,
             "differs": {name: list(both) for name, both in self.differs.items()},
             "measured_rows": list(self.measured_rows),
+            "nearest": [one.to_dict() for one in self.nearest],
         }
 
     def __str__(self) -> str:
@@ -69,6 +73,7 @@ class Explanation:
             lines.append(f"  profiles hold it for N of {', '.join(map(str, self.measured_rows))}")
         if self.stale:
             lines.append(f"  stale: {self.stale}")
+        lines += [f"  near: {one}" for one in self.nearest]
         if self.decision is not None:
             lines += _of_decision(self.decision)
         lines += [f"  {name} was {there} then, and is {here} here" for name, (there, here) in self.differs.items()]
@@ -80,6 +85,7 @@ def explain_problem(problem: Problem, device: torch.device, under: Policy) -> Ex
     known, still_open = _known(problem, device, under)
     decision = None if known is None else known.decision
     takes = None if still_open else known
+    is_exact = decision is not None and decision.problem == decisions.bucket(problem)
     return Explanation(
         problem=problem,
         backend=None if takes is None else takes.name,
@@ -89,6 +95,7 @@ def explain_problem(problem: Problem, device: torch.device, under: Policy) -> Ex
         stale=None if known is None else known.stale,
         differs={} if decision is None else decisions.what_differs(decision, device),
         measured_rows=_measured_rows(problem, device),
+        nearest=() if is_exact else tuple(neighbours(problem, device)),
     )
 
 
@@ -154,9 +161,13 @@ def candidate_figures(decision: Decision, name: str) -> str:
     if candidate.percent_of_bandwidth is not None:
         parts.append(f"{candidate.percent_of_bandwidth:.0f} % of bandwidth")
     if candidate.checks:
-        parts.append(f"{candidate.checks_passed} of {len(candidate.checks)} checks")
+        worst = candidate.worst_error
+        of_budget = "" if worst is None else f", at most {worst:.0%} of the error that is allowed"
+        parts.append(f"{candidate.checks_passed} of {len(candidate.checks)} checks{of_budget}")
     if candidate.row_invariant is not None:
         parts.append("row invariant" if candidate.row_invariant else "rows depend on N")
+    if candidate.measured_at is not None:
+        parts.append(f"measured {candidate.measured_at}, and unchanged since")
     if candidate.first_call_seconds is not None:
         pays = decision.calls_to_pay(name)
         then = f", paid for after {pays:.0f} calls" if pays is not None else ""

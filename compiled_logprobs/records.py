@@ -77,6 +77,12 @@ class Candidate:
         return self.outcome in MEASURED
 
     @property
+    def worst_error(self) -> float | None:
+        """The largest figure of a check as a share of its limit; None where no check has both."""
+        both = [(check.figure, check.limit) for check in self.checks]
+        return max((abs(figure) / limit for figure, limit in both if figure is not None and limit), default=None)
+
+    @property
     def checks_passed(self) -> int:
         return sum(check.passed for check in self.checks)
 

@@ -114,6 +114,36 @@ def problem_name(problem: Problem) -> str:
     return "-".join(part for part in parts if part)
 
 
+_NAME = re.compile(
+    "(?P<device_type>[a-z0-9_]+)-n(?P<rows>[0-9]+)-v(?P<vocab>[0-9]+)-(?P<dtype>[a-z0-9]+)(?:-out_(?P<out_dtype>[a-z0-9]+))?"
+    "(?:-k(?P<labels_per_row>[0-9]+))?(?P<needs_grad>-grad)?(?P<entropy>-entropy)?(?:-t_(?P<temperature>[a-z_]+))?"
+    "(?P<masked_logits>-masked)?(?P<inplace_backward>-inplace)?(?:-layout_(?P<layout>[a-z]+))?(?P<aligned>-unaligned)?"
+)
+
+
+def problem_from_name(name: str) -> Problem | None:
+    """The problem that `problem_name` gave this name; None if it gave it to none."""
+    parts = _NAME.fullmatch(name)
+    if parts is None:
+        return None
+    fields: Record = {}
+    for field, found in parts.groupdict().items():
+        kind = _KINDS[field]
+        if kind is bool:
+            fields[field] = (found is None) == (field == "aligned")
+        elif found is not None:
+            fields[field] = int(found[:19]) if kind is int else found
+        elif field == "out_dtype":
+            fields[field] = short_name(torch.float32)
+        else:
+            fields[field] = Problem._field_defaults[field]
+    try:
+        problem = problem_from_dict(fields)
+    except ProfileError:
+        return None
+    return problem if problem_name(problem) == name else None
+
+
 @dataclass(frozen=True)
 class Store:
     """Profiles under one folder, which need not exist.
@@ -142,6 +172,13 @@ class Store:
             for path in _decisions(folder) if environment in (None, folder.name) else []:
                 if found := _load_or_warn(path):
                     yield folder.name, problem_from_dict(found["problem"]), found["record"]
+
+    def problems(self) -> Iterator[tuple[str, Problem]]:
+        """Environment and problem of all that is stored, by the names of the files: none is opened."""
+        for folder in self._folders():
+            for path in _decisions(folder):
+                if problem := problem_from_name(path.stem):
+                    yield folder.name, problem
 
     def environments(self) -> dict[str, Record]:
         """The facts of each stored environment, as `Environment.to_dict` gives them, by fingerprint."""

@@ -9,7 +9,7 @@ import torch
 from stored_decisions import CPU, LARGE, FakeTuner, all_measured, decided, measured, publish
 
 import compiled_logprobs as clp
-from compiled_logprobs import decisions
+from compiled_logprobs import decisions, store
 from compiled_logprobs import policy as policy_module
 from compiled_logprobs.records import Candidate
 from compiled_logprobs.store import Store, user_store
@@ -27,6 +27,7 @@ def nothing_measures(monkeypatch, tmp_path, mode):
     monkeypatch.setattr(serving, "Tuner", fail)
     monkeypatch.setattr(serving, "check_backend", fail)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(store, "bundled_store", lambda: Store(tmp_path / "bundled"))
     mode("tune")
 
 
@@ -61,7 +62,22 @@ def test_a_small_problem():
         "stale": None,
         "differs": {},
         "measured_rows": [],
+        "nearest": [],
     }
+
+
+def test_the_nearest_that_are_stored_are_told_where_none_is_exact():
+    publish(decided(LARGE._replace(rows=8192, temperature="number")))
+    publish(decided(LARGE._replace(needs_grad=True)))
+    lines = str(explained()).splitlines()
+    assert lines[2:] == [
+        "  near: 1024 x 1031 float32 on cpu (user store): needs_grad is True there, and False here",
+        "  near: 8192 x 1031 float32 on cpu (user store): rows is 8192 there, and 1024 here; temperature is number there, and "
+        "none here",
+    ]
+    assert explained().to_dict()["nearest"][0]["differs"] == {"needs_grad": [True, False]}
+    publish(decided())
+    assert explained().nearest == ()
 
 
 def test_a_problem_that_the_next_call_measures():
@@ -134,7 +150,6 @@ def test_a_decision_with_all_that_was_found():
     ],
 )
 def test_where_a_decision_comes_from(source, why, tmp_path, monkeypatch):
-    from compiled_logprobs import store
 
     monkeypatch.setattr(store, "bundled_store", lambda: Store(tmp_path / "bundled"))
     places = {

@@ -24,6 +24,7 @@ LAYERS = [
     {"backends.eager", "backends.cpp", "backends.compiled", "backends.flash_attn"},
     {"backends", "records"},
     {"decisions"},
+    {"neighbours"},
     {"tuning"},
     {"tuning.select"},
     {"tuning.inputs", "tuning.spot_check"},

@@ -25,6 +25,7 @@ from compiled_logprobs.store import (
     Store,
     bundled_store,
     problem_from_dict,
+    problem_from_name,
     problem_name,
     problem_to_dict,
     project_store,
@@ -89,6 +90,17 @@ def read_silently(store: Store) -> dict | None:
 def test_a_problem_comes_back_from_its_dict(problem):
     stored = json.loads(json.dumps(problem_to_dict(problem)))
     assert problem_from_dict(stored) == problem
+
+
+@given(PROBLEMS)
+def test_a_problem_comes_back_from_its_name(problem):
+    assert problem_from_name(problem_name(problem)) == problem
+
+
+@given(st.text("cpu-nv0123456789float_kgrdtys", max_size=60))
+def test_a_name_that_was_given_to_none_is_none(name):
+    found = problem_from_name(name)
+    assert found is None or problem_name(found) == name
 
 
 @given(PROBLEMS, PROBLEMS, st.sampled_from(Problem._fields))

@@ -16,6 +16,7 @@ from compiled_logprobs.backends import BUILT_IN, backends, why_not
 from compiled_logprobs.clock import MIB, free_memory
 from compiled_logprobs.decisions import EAGER, Served
 from compiled_logprobs.errors import BackendUnavailable, ProfileError, nothing_can_serve_after
+from compiled_logprobs.neighbours import neighbours
 from compiled_logprobs.policy import BUDGET_VARIABLE, PROBLEMS_A_PROCESS, Policy, checked_budget, policy
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Decision
@@ -219,7 +220,8 @@ def _find_out(problem: Problem, device: torch.device, under: Policy) -> Served |
     if found is not None and (found.stale is None or why_no_tuning(problem, device, under) is not None):
         return found
     if under.require_hit and not decisions.is_small(problem):
-        raise ProfileError(why_no_hit(problem, under))
+        near = neighbours(problem, device, most=1) if under.mode != "off" else []
+        raise ProfileError("\n".join([why_no_hit(problem, under), *(f"Nearest in the profiles: {one}" for one in near)]))
     if why_no_tuning(problem, device, under) is None:
         measured = _tune_by_itself(problem, device, under, None if found is None else found.decision)
         if measured is not None:

@@ -1,0 +1,86 @@
+"""What is stored near a problem, and how its key differs, field by field."""
+
+import pytest
+import torch
+from stored_decisions import LARGE, all_measured, decided, measured, publish
+
+from compiled_logprobs import decisions, neighbours, store
+from compiled_logprobs.environment import environment_of
+from compiled_logprobs.store import Store, user_store
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def user_store_alone(monkeypatch):
+    monkeypatch.setattr(neighbours, "stores", lambda: {"user store": user_store()})
+
+
+def near(problem=LARGE, **options):
+    return neighbours.neighbours(problem, CPU, **options)
+
+
+def test_the_fewest_fields_come_first_and_of_these_the_nearest_n():
+    others = [
+        LARGE._replace(rows=8192),
+        LARGE._replace(rows=2048),
+        LARGE._replace(entropy=True, rows=2048),
+        LARGE._replace(temperature="number"),
+        LARGE._replace(dtype=torch.bfloat16, needs_grad=True, vocab=7),
+    ]
+    for other in others:
+        publish(decided(other))
+    found = near(most=5)
+    assert [one.problem for one in found] == [others[3], others[1], others[0], others[2], others[4]]
+    assert found[1].differs == {"rows": (2048, 1024)}
+    assert found[3].differs == {"rows": (2048, 1024), "entropy": (True, False)}
+    assert str(found[0]) == ("1024 x 1031 float32 on cpu (user store): temperature is number there, and none here")
+    assert len(near()) == 3 and near(most=0) == []
+
+
+def test_facts_of_another_environment_are_told():
+    import dataclasses
+
+    elsewhere = dataclasses.replace(environment_of("cpu"), torch="1.0", cpu_threads=999, python="2.7")
+    user_store().publish(elsewhere, LARGE, decided().record())
+    (found,) = near()
+    assert found.differs == {
+        "cpu_threads": (999, torch.get_num_threads()),
+        "torch": ("1.0", torch.__version__),
+    }  # and not python, which is no part of the key
+    assert found.to_dict()["differs"]["torch"] == ["1.0", torch.__version__]
+
+
+def test_where_the_key_is_the_same_the_backends_that_changed_are_told():
+    publish(decided(chosen="cpp", candidates=all_measured() | {"cpp": measured("cpp", fingerprint="0" * 16)}))
+    (found,) = near()
+    assert found.differs == {"backend cpp": ("0" * 16, decisions.code_of("cpp"))}
+
+
+def test_nothing_stored_is_near_nothing():
+    assert near() == []
+
+
+def test_no_file_is_opened_to_find_the_nearest(monkeypatch, tmp_path):
+    """There may be tens of thousands."""
+    for rows in (1, 2, 4, 8):
+        publish(decided(LARGE._replace(rows=rows, vocab=7)))
+    opened = []
+    load = store._load
+    monkeypatch.setattr(store, "_load", lambda path: opened.append(path.name) or load(path))
+    near()
+    assert opened == ["environment.json"]
+
+
+def test_names_that_are_no_problems_are_passed_over(tmp_path):
+    folder = Store(tmp_path).path(environment_of("cpu").fingerprint(), LARGE).parent
+    folder.mkdir(parents=True)
+    for name in (
+        "cpu-n1-v0x7-float32",
+        "cpu-n01-v7-float32",
+        "cpu-n" + "9" * 30 + "-v7-float32",
+        "..-n1-v1-float32",
+        "x",
+    ):
+        (folder / f"{name}.json").write_text("{}")
+    assert list(Store(tmp_path).problems()) == []
