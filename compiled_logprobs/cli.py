@@ -20,9 +20,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from compiled_logprobs import decisions, profiling
+from compiled_logprobs import decisions, inspection, profiling
 from compiled_logprobs.backends import backends, register_backend, why_not
 from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.data_sheets import GPUS, gpu_for
 from compiled_logprobs.environment import Environment, cpp_compiler_version, environments, without_paths
 from compiled_logprobs.errors import BackendUnavailable, InputError, LogProbsError
 from compiled_logprobs.explanation import explain_problem
@@ -32,6 +33,7 @@ from compiled_logprobs.printing import (
     new_table,
     print_decisions,
     print_environment,
+    print_inspection,
     print_json,
     print_line,
     print_report,
@@ -350,6 +352,54 @@ def doctor(as_json: AsJson = False) -> None:
     for name, problem, reason in answers:
         table.add_row(name, Text(str(problem)), "yes" if reason is None else Text(f"no: {reason}"))
     console().print(table)
+
+
+@app.command()
+def inspect(
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False,
+            help=f"What to compile for: {', '.join(dict.fromkeys(one.arch for one in GPUS))}; by default that of --gpu.",
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False,
+            help=f"Whose data sheet to use: {', '.join(one.name for one in GPUS)}; by default the first of the arch, or H100.",
+        ),
+    ] = None,
+    rows: Annotated[str, typer.Option(help="N: how many positions.")] = "8192",
+    vocab: Annotated[str, typer.Option(help="V: a number or a model's name.")] = "151936",
+    dtype: Annotated[str, typer.Option(help="Of the logits: float32, bfloat16 or float16.")] = "bfloat16",
+    grad: Annotated[bool, typer.Option("--grad", help="Backward as well.")] = False,
+    entropy: Annotated[bool, typer.Option("--entropy", help="With the entropy.")] = False,
+    inplace: Annotated[
+        bool, typer.Option("--inplace", help="Backward as well, with the gradient over the logits.")
+    ] = False,
+    labels_per_row: Annotated[int, typer.Option(min=1, help="K.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the compiled backend does on a GPU, from the code generated for it. Needs no GPU; nothing is measured."""
+    with _reported_errors():
+        described = gpu_for(arch, gpu)
+        problem = Problem(
+            "cuda",
+            profiling.rows_of(rows),
+            profiling.vocab_of(vocab),
+            profiling.dtype_of(dtype),
+            labels_per_row=labels_per_row,
+            needs_grad=grad or inplace,
+            entropy=entropy,
+            inplace_backward=inplace,
+        )
+        with _busy(f"generating and assembling kernels for {described.arch}"):
+            found = inspection.inspect(problem, described)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_inspection(found)
 
 
 def _subject(target: str) -> str | Callable[..., Any]:

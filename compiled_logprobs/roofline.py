@@ -43,7 +43,21 @@ def minimum_bytes(problem: Problem) -> int:
     gradient, in place or not. Labels, results, temperatures and what a row keeps for backward are counted, with labels in
     int64.
     """
-    return _forward_bytes(problem) + _backward_bytes(problem)
+    return forward_bytes(problem) + backward_bytes(problem)
+
+
+def forward_bytes(problem: Problem) -> int:
+    """The part of `minimum_bytes` that forward moves, with what it keeps for backward."""
+    results = (problem.labels_per_row + problem.entropy) * problem.out_dtype.itemsize
+    return _logits_bytes(problem) + problem.rows * (results + _beside_the_logits(problem))
+
+
+def backward_bytes(problem: Problem) -> int:
+    """The part of `minimum_bytes` that backward moves; 0 where no gradient is needed."""
+    if not problem.needs_grad:
+        return 0
+    gradients_of_results = (problem.labels_per_row + problem.entropy) * problem.out_dtype.itemsize
+    return 2 * _logits_bytes(problem) + problem.rows * (gradients_of_results + _beside_the_logits(problem))
 
 
 def percent_of_bandwidth(problem: Problem, seconds: float, bandwidth: Bandwidth) -> float:
@@ -53,7 +67,7 @@ def percent_of_bandwidth(problem: Problem, seconds: float, bandwidth: Bandwidth)
     into the cache, and are there already, can give more than 100.
     """
     backward = bandwidth.in_place if problem.inplace_backward else bandwidth.copy
-    shortest = _forward_bytes(problem) / bandwidth.read + _backward_bytes(problem) / backward
+    shortest = forward_bytes(problem) / bandwidth.read + backward_bytes(problem) / backward
     return 100 * shortest / seconds
 
 
@@ -84,18 +98,6 @@ def _buffer_bytes(device: torch.device) -> int:
     if free is not None:
         size = min(size, int(free * SHARE_OF_FREE))
     return max(size // MIB, 1) * MIB
-
-
-def _forward_bytes(problem: Problem) -> int:
-    results = (problem.labels_per_row + problem.entropy) * problem.out_dtype.itemsize
-    return _logits_bytes(problem) + problem.rows * (results + _beside_the_logits(problem))
-
-
-def _backward_bytes(problem: Problem) -> int:
-    if not problem.needs_grad:
-        return 0
-    gradients_of_results = (problem.labels_per_row + problem.entropy) * problem.out_dtype.itemsize
-    return 2 * _logits_bytes(problem) + problem.rows * (gradients_of_results + _beside_the_logits(problem))
 
 
 def _logits_bytes(problem: Problem) -> int:

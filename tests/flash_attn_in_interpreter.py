@@ -14,7 +14,7 @@ from triton_interpreter import like_a_gpu
 from compiled_logprobs.autograd import ForwardBackward, compute
 from compiled_logprobs.backends import register_backend
 from compiled_logprobs.backends.eager import Eager
-from compiled_logprobs.backends.flash_attn import FlashAttn, _kernels
+from compiled_logprobs.backends.flash_attn import FlashAttn, kernel_module
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning.gate import check_backend
 
@@ -129,7 +129,7 @@ class Recorder:
 
 def check_against_flash_attns_own_function(vocab: int) -> None:
     """The backend launches the kernels as flash-attn itself does, and so gets the same bits."""
-    module = _kernels()
+    module = kernel_module()
     recorders = {
         name: Recorder(getattr(module, name)) for name in ("cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel")
     }

@@ -11,7 +11,9 @@ from torch._dynamo.utils import counters
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import compiled_logprobs as clp
+from compiled_logprobs import formula
 from compiled_logprobs.autograd import compute
+from compiled_logprobs.backends import compiled as compiled_module
 from compiled_logprobs.backends import get_backend
 from compiled_logprobs.backends.compiled import _why_no_cpp_compiler
 from compiled_logprobs.problem import Problem
@@ -40,6 +42,33 @@ def test_any_number_of_rows_and_any_temperature_take_one_compilation_a_direction
             log_probs, _ = compute(backend, logits, labels, temperature)
             backward += compilations(lambda: log_probs.sum().backward())  # noqa: B023 - called at once
     assert (forward, backward) == (1, 1)
+
+
+def test_the_form_for_gpus_takes_one_compilation_whatever_number_of_rows_comes_first(monkeypatch):
+    """Compiled for a CPU here, with the sizes that Inductor is told of on a GPU: they must not become guards."""
+    monkeypatch.setattr(compiled_module, "reads_blocks", lambda device_type, vocab: True)
+    backend, count = get_backend("compiled"), 0
+    for n in (3000, 1, 2, 7, 342, 4096, 64):
+        logits, labels = torch.randn(n, 2999), torch.randint(2999, (n, 1))
+        count += compilations(lambda: backend.forward(logits, labels, 0.7, entropy=True))  # noqa: B023 - called at once
+        log_probs, entropy, residuals = backend.forward(logits, labels, 0.7, entropy=True)
+        truth = (logits / 0.7).log_softmax(-1)
+        torch.testing.assert_close(log_probs, truth.gather(-1, labels), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(entropy, -(truth.exp() * truth).sum(-1), rtol=1e-5, atol=1e-5)
+        assert len(residuals[0]) == n
+    assert count == 1
+
+
+def test_what_forward_was_told_of_sizes_does_not_reach_backward(monkeypatch):
+    monkeypatch.setattr(compiled_module, "reads_blocks", lambda device_type, vocab: True)
+    for n in (500, 3):
+        leaf, labels = torch.randn(n, 2600, requires_grad=True), torch.randint(2600, (n, 1))
+        temperature = torch.rand(n) + 0.5
+        log_probs, entropy = compute(get_backend("compiled"), leaf, labels, temperature, entropy=True)
+        (mine,) = torch.autograd.grad(log_probs.sum() + entropy.sum(), leaf)
+        truth = (leaf / temperature.unsqueeze(-1)).log_softmax(-1)
+        (true,) = torch.autograd.grad(truth.gather(-1, labels).sum() - (truth.exp() * truth).sum(), leaf)
+        torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-5)
 
 
 def test_any_batch_and_length_take_one_compilation_a_direction():
@@ -96,6 +125,67 @@ def test_without_a_compiler_the_backend_says_so(monkeypatch, tmp_path):
         )
     finally:
         _why_no_cpp_compiler.cache_clear()
+
+
+def rows_of_every_kind(vocab: int, leading: tuple[int, ...]) -> torch.Tensor:
+    logits = 5 * torch.randn(*leading, vocab) + 100
+    logits[..., 0, :] = -torch.inf
+    logits[..., 1, : min(vocab - 1, 2 * formula.BLOCK)] = -torch.inf  # whole blocks of it
+    logits[..., 2, vocab - 1] = torch.nan
+    logits[..., 3, 0] = torch.inf
+    logits[..., 4, :] = 1.0
+    logits[..., 5, 1:] = -torch.inf
+    return logits
+
+
+@pytest.mark.parametrize("vocab", [5, formula.BLOCK, formula.BLOCK + 1, 3 * formula.BLOCK, 5000])
+@pytest.mark.parametrize("leading", [(7,), (2, 6)], ids=["rows", "batch and length"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["one temperature", "one a token"])
+def test_the_forms_for_gpus_agree_with_the_others_in_float64(vocab, leading, per_token):
+    logits, labels = rows_of_every_kind(vocab, leading), torch.randint(vocab, (*leading, 2))
+    temperature = torch.rand(leading) + 0.5 if per_token else 0.7
+    exact = temperature.double() if per_token else temperature
+    for entropy in (False, True):
+        got = formula.forward_in_blocks(logits, labels, temperature, entropy=entropy)
+        truth = formula.forward(logits.double(), labels, exact, entropy=entropy)
+        for mine, true in zip((*got[:2], *got[2]), (*truth[:2], *truth[2]), strict=True):
+            if true is not None:
+                torch.testing.assert_close(mine.double(), true, rtol=3e-6, atol=3e-5, equal_nan=True)
+
+    labels, residuals = labels[..., :1], formula.forward(logits.double(), labels, exact, entropy=True)[2]
+    ignored, upstream, through_entropy = torch.rand(leading) < 0.3, torch.randn(*leading, 1), torch.randn(leading)
+    for grad_entropy in (None, through_entropy):
+        mine = formula.gradient(
+            logits, labels, temperature, tuple(r.float() for r in residuals), ignored, upstream, grad_entropy
+        )
+        true, at_labels = formula.backward(
+            logits.double(), labels, exact, residuals, ignored, upstream.double(), grad_entropy
+        )
+        formula.write_label_columns(true, labels, at_labels)
+        torch.testing.assert_close(mine.double(), true, rtol=3e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "shape", [(9, 5000), (4, 7, 5000), (3, 4000, 5000)], ids=["rows", "batches", "each batch too large"]
+)
+def test_rows_beyond_32_bit_indices_are_computed_in_parts(shape, monkeypatch):
+    """On a GPU, since the number of blocks that Inductor is told of makes it index with 32 bits."""
+    limit = 6 * 5120 if len(shape) == 2 else 2 * 7 * 5120 if shape[0] == 4 else 1100 * 5120
+    monkeypatch.setattr(compiled_module, "INT32_MAX", limit)
+    monkeypatch.setattr(compiled_module, "reads_blocks", lambda device_type, vocab: True)
+    seen = []
+
+    def run(function, logits, labels, temperature, *, hints):
+        seen.append(logits.shape)
+        assert compiled_module.rows_within_int32(logits) >= len(logits)
+        assert max(hints[0] * 5 * (hints[1] if len(hints) > 1 else 1), 1024) < 64 * 108
+        return formula.forward_in_blocks(logits, labels, temperature, entropy=True)
+
+    monkeypatch.setattr(compiled_module, "_run", run)
+    logits, labels = torch.randn(1, *shape[1:]).expand(shape), torch.randint(5000, (*shape[:-1], 1))
+    got = get_backend("compiled").forward(logits, labels, torch.rand(shape[:-1]) + 0.5, entropy=True)
+    assert len(seen) > 1
+    assert [one.shape for one in (got[0], got[1], *got[2])] == [labels.shape, shape[:-1], *[(*shape[:-1], 1)] * 3]
 
 
 BROKEN_COMPILER = """

@@ -30,6 +30,11 @@ def _exp(x):
 
 
 @triton.jit
+def _exp2(x):
+    return tl.exp2(x)
+
+
+@triton.jit
 def _log(x):
     return tl.log(x)
 
@@ -58,6 +63,7 @@ def like_a_gpu() -> Iterator[None]:
         patch.object(torch.cuda, "device", lambda index: nullcontext()),
         # libdevice is NVIDIA's bitcode; what stands for it in the interpreter returns None.
         patch.object(libdevice, "exp", _exp),
+        patch.object(libdevice, "exp2", _exp2),
         patch.object(libdevice, "log", _log),
         patch.object(interpreter, "_implicit_cvt", _convert_argument),
         patch.object(interpreter.InterpreterBuilder, "cast_impl", _cast),

@@ -1,12 +1,25 @@
 """torch.compile over the formula: one fused forward pass, one fused pointwise backward.
 
 N is dynamic and V static: one compilation a direction serves every N and every temperature. Each combination of V, dtype,
-K and options (`_Key`) has a compiled function of its own, which knows nothing of the others.
+K and options (`Key`) has a compiled function of its own, which knows nothing of the others.
+
+Which form of the formula is compiled depends on the device:
+
+* On a CPU `formula.forward`, in one level: the two-level form is slower there as Inductor writes it.
+* On a GPU `formula.forward_in_blocks`, where a row is longer than a block: two kernels, of which the first reads the logits,
+  once, and the second combines a few numbers a block. The one-level form makes two loops over the row, and a row rarely stays
+  in a GPU's cache until the second. Inductor's online softmax would read once as well, without the entropy, but with two
+  exponentials a logit: an H100 has 132 SMs with 16 a clock each, and at the 1.5e12 logits a second that its memory brings in
+  bfloat16 two of them take 81 % of these units, one 40 %.
+* Backward on a GPU is `formula.gradient` for one label a row, a single kernel; for several, and on a CPU, `formula.backward`
+  and a write to the label columns. On a CPU the comparison of each column with the label would cost more than that write.
+
+None of this was timed on a GPU: `compiled-logprobs inspect` shows what the generated code does.
 
 Shapes: N rows (or A x B, where two strides lead from row to row), V vocabulary, K labels a row.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -23,10 +36,19 @@ from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.problem import Layout, Problem, layout_of
 
 RECOMPILE_LIMIT = 32
-"""Per `_Key`. Another row stride, another number of threads, inference mode and 64-bit indexing add a compilation each."""
+"""Per `Key`. Another row stride, another number of threads, inference mode and 64-bit indexing add a compilation each."""
+
+BLOCKS_TO_COMPILE_FOR = 1024
+"""How many blocks Inductor is told of on a GPU, whatever N comes first.
+
+It chooses between kernels by this number. From 64 a multiprocessor on, of which an A100 has 108, it no longer looks at strides,
+takes the blocks for scattered, and loads each twice. From 1024 on it finds one warp enough for a block, and offers just that
+to its autotuner. In between, every N has the same kernel, and one that reads once.
+"""
+INT32_MAX = 2**31 - 1
 
 
-class _Key(NamedTuple):
+class Key(NamedTuple):
     """What a compiled function is specialised on."""
 
     device_type: str
@@ -58,15 +80,7 @@ class Compiled(Backend):
         return f"is not tested on {problem.device_type}"
 
     def is_warm(self, problem: Problem) -> bool:
-        key = _Key(
-            problem.device_type,
-            problem.vocab,
-            problem.dtype,
-            problem.labels_per_row,
-            problem.temperature == "per_token",
-            problem.layout,
-            problem.aligned or problem.device_type == "cpu",
-        )
+        key = key_for(problem)
         forward = ("forward", key, problem.entropy)
         # Whether a gradient will come through the entropy cannot be known; whoever warms up does what they will do later.
         backward = [("backward", key, entropy, problem.inplace_backward) for entropy in (False, True)]
@@ -77,7 +91,12 @@ class Compiled(Backend):
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         t = _as_tensor(temperature, logits)
         key = _key_of(logits, labels, t)
-        log_probs, entropies, residuals = _run(_compiled_forward(key, entropy), logits, labels, t)
+        hints = None
+        if reads_blocks(key.device_type, key.vocab):
+            if rows_within_int32(logits) < len(logits):
+                return self._forward_in_parts(logits, labels, t, entropy=entropy)
+            hints = hints_for(logits)
+        log_probs, entropies, residuals = _run(_compiled_forward(key, entropy), logits, labels, t, hints=hints)
         self._warm.add(("forward", key, entropy))
         if logits.shape[0] > 1:
             return log_probs, entropies, residuals
@@ -100,22 +119,60 @@ class Compiled(Backend):
         m, log_s = residuals[:2]
         through_entropy = () if grad_entropy is None else (residuals[2], grad_entropy)
         gradient: Tensor
+        at_labels: Tensor | None
         gradient, at_labels = _run(
             _compiled_backward(key, grad_entropy is not None, inplace),
             *(logits, labels, t, m, log_s, ignored, grad_log_probs, *through_entropy),
         )
         self._warm.add(("backward", key, grad_entropy is not None, inplace))
         if logits.shape[0] == 1:
-            gradient, at_labels = gradient[:1], at_labels[:1]
-            gradient = logits.copy_(gradient) if inplace else gradient.clone()
-        formula.write_label_columns(gradient, labels, at_labels)
+            gradient = logits.copy_(gradient[:1]) if inplace else gradient[:1].clone()
+            at_labels = None if at_labels is None else at_labels[:1]
+        if at_labels is not None:
+            formula.write_label_columns(gradient, labels, at_labels)
         return gradient
 
+    def _forward_in_parts(
+        self, logits: Tensor, labels: Tensor, temperature: Tensor, *, entropy: bool
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """Forward over parts of the rows that 32-bit indices reach; what it returns is small, and put together again.
 
-def _key_of(logits: Tensor, labels: Tensor, temperature: Tensor) -> _Key:
+        Inductor indexes with 32 bits where it is told of few blocks, and guards that these suffice.
+        """
+        rows = rows_at_a_time(logits)
+        pieces: list[Any] = list(range(len(logits)))
+        if rows > 1:
+            pieces = [slice(start, start + rows) for start in range(0, len(logits), rows)]
+        parts = [
+            self.forward(logits[p], labels[p], temperature[p] if temperature.ndim else temperature, entropy=entropy)
+            for p in pieces
+        ]
+        together = torch.cat if rows > 1 else torch.stack
+        log_probs, entropies, residuals = zip(*parts, strict=True)
+        return (
+            together(log_probs),
+            together(entropies) if entropy else None,
+            tuple(together(one) for one in zip(*residuals, strict=True)),
+        )
+
+
+def key_for(problem: Problem) -> Key:
+    """The key of the calls that `problem` stands for."""
+    return Key(
+        problem.device_type,
+        problem.vocab,
+        problem.dtype,
+        problem.labels_per_row,
+        problem.temperature == "per_token",
+        problem.layout,
+        problem.aligned or problem.device_type == "cpu",
+    )
+
+
+def _key_of(logits: Tensor, labels: Tensor, temperature: Tensor) -> Key:
     device_type = logits.device.type
     layout, aligned = layout_of(logits)
-    return _Key(
+    return Key(
         device_type,
         logits.shape[-1],
         logits.dtype,
@@ -127,15 +184,29 @@ def _key_of(logits: Tensor, labels: Tensor, temperature: Tensor) -> _Key:
 
 
 @cache
-def _compiled_forward(key: _Key, entropy: bool) -> Callable[..., Any]:
-    def forward(logits: Tensor, labels: Tensor, temperature: Tensor) -> Any:
-        return formula.forward(logits, labels, temperature, entropy=entropy)
-
-    return _compile(forward, f"forward_{key}_{entropy}")
+def _compiled_forward(key: Key, entropy: bool) -> Callable[..., Any]:
+    return _compile(forward_function(key, entropy), f"forward_{key}_{entropy}")
 
 
 @cache
-def _compiled_backward(key: _Key, through_entropy: bool, inplace: bool) -> Callable[..., Any]:
+def _compiled_backward(key: Key, through_entropy: bool, inplace: bool) -> Callable[..., Any]:
+    return _compile(backward_function(key, inplace), f"backward_{key}_{through_entropy}_{inplace}")
+
+
+def forward_function(key: Key, entropy: bool) -> Callable[..., Any]:
+    """What is compiled for the forward pass."""
+    chosen = formula.forward_in_blocks if reads_blocks(key.device_type, key.vocab) else formula.forward
+
+    def forward(logits: Tensor, labels: Tensor, temperature: Tensor) -> Any:
+        return chosen(logits, labels, temperature, entropy=entropy)
+
+    return forward
+
+
+def backward_function(key: Key, inplace: bool) -> Callable[..., Any]:
+    """What is compiled for the backward pass: gradient, and the values at the labels where these are written afterwards."""
+    in_one_pass = key.device_type != "cpu" and key.labels_per_row == 1
+
     def backward(
         logits: Tensor,
         labels: Tensor,
@@ -146,14 +217,13 @@ def _compiled_backward(key: _Key, through_entropy: bool, inplace: bool) -> Calla
         grad_log_probs: Tensor,
         entropy: Tensor | None = None,
         grad_entropy: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         residuals = (m, log_s) if entropy is None else (m, log_s, entropy)
-        gradient, at_labels = formula.backward(
-            logits, labels, temperature, residuals, ignored, grad_log_probs, grad_entropy
-        )
+        arguments = (logits, labels, temperature, residuals, ignored, grad_log_probs, grad_entropy)
+        gradient, at_labels = (formula.gradient(*arguments), None) if in_one_pass else formula.backward(*arguments)
         return logits.copy_(gradient) if inplace else gradient, at_labels
 
-    return _compile(backward, f"backward_{key}_{through_entropy}_{inplace}")
+    return backward
 
 
 def _compile(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -171,23 +241,64 @@ def _compile(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return compiled
 
 
-def _run(function: Callable[..., Any], logits: Tensor, *others: Tensor) -> Any:
+def _run(function: Callable[..., Any], logits: Tensor, *others: Tensor, hints: list[int] | None = None) -> Any:
     """Call a compiled function with the leading dimensions dynamic, in the one mode that it was compiled for.
+
+    `hints` are the sizes that it is optimised for when it is compiled, in place of those that it is called with.
 
     A single row is computed twice, and the results have two rows: torch.compile never treats a size of 1 as dynamic, and would
     compile once more for it, with another order of summation.
     """
-    leading = list(range(logits.ndim - 1))
-    # `.data` is no view: of a view, the compiler also looks at the tensor that it was made from, and at its sizes.
-    arguments = [logits.data, *others]
+    # `.data` is no view: of a view, the compiler also looks at the tensor that it was made from, and at its sizes. And it is a
+    # new object: marks stay on one, and those of forward are not for backward.
+    arguments = [argument.data for argument in (logits, *others)]
     if logits.shape[0] == 1:
         arguments = [torch.cat([a, a]) if a.ndim else a for a in arguments]
-    for argument in arguments:
-        if argument.ndim:
-            # On every call: an unmarked one that recompiles, for whatever reason, would compile N as a constant.
-            torch._dynamo.mark_dynamic(argument, leading)
+    mark(arguments, logits.ndim - 1, hints)
     with torch.no_grad(), _no_autocast(logits.device.type), _translated_errors():
         return function(*arguments)
+
+
+def mark(arguments: Sequence[Tensor], leading: int, hints: list[int] | None) -> None:
+    """Tell the compiler that the first `leading` dimensions of all but 0-d `arguments` are dynamic.
+
+    On every call: an unmarked one that recompiles, for whatever reason, would compile N as a constant.
+    """
+    for argument in arguments:
+        if argument.ndim and hints is None:
+            torch._dynamo.mark_dynamic(argument, list(range(leading)))
+        elif argument.ndim:
+            for dimension, hint in enumerate(hints or ()):
+                torch._dynamo.mark_dynamic(argument, dimension, hint_override=hint)
+
+
+def hints_for(logits: Tensor) -> list[int]:
+    """Sizes of the leading dimensions that make `BLOCKS_TO_COMPILE_FOR` blocks, or little more."""
+    blocks = -(-logits.shape[-1] // formula.BLOCK)
+    outer = [2] * (logits.ndim - 2)
+    return [*outer, max(2, -(-BLOCKS_TO_COMPILE_FOR // (blocks * 2 ** len(outer))))]
+
+
+def reads_blocks(device_type: str, vocab: int) -> bool:
+    """Whether forward reads the logits in blocks; a row no longer than one needs no second level."""
+    return device_type != "cpu" and vocab > formula.BLOCK
+
+
+def rows_at_a_time(logits: Tensor) -> int:
+    """How far the first dimension of a part goes; 0 or 1 where it has to go through the next dimension as well."""
+    rows = rows_within_int32(logits)
+    if rows >= len(logits):
+        return len(logits)
+    return rows // 16 * 16 or rows  # which leaves each part aligned as the whole is
+
+
+def rows_within_int32(logits: Tensor) -> int:
+    """How far the first dimension may go for 32-bit indices to reach the last element, in memory and with padding counted."""
+    first = logits[0]
+    padded = -(-first.shape[-1] // formula.BLOCK) * formula.BLOCK * first[..., 0].numel()
+    reach = sum((size - 1) * stride for size, stride in zip(first.shape, first.stride(), strict=True))
+    in_memory = (INT32_MAX - 1 - reach) // logits.stride(0) + 1 if logits.stride(0) else len(logits)
+    return max(0, min(INT32_MAX // padded, in_memory))
 
 
 @contextmanager

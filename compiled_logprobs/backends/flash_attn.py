@@ -72,7 +72,7 @@ class FlashAttn(Backend):
     def forward(
         self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        kernel = _kernels().cross_entropy_fwd_kernel
+        kernel = kernel_module().cross_entropy_fwd_kernel
         losses, lse, z_losses = (_aligned_empty(logits.shape[:-1], torch.float32, logits.device) for _ in range(3))
         y = _aligned(labels.squeeze(-1))
         with _device_of(logits):
@@ -103,7 +103,7 @@ class FlashAttn(Backend):
         *,
         inplace: bool,
     ) -> Tensor:
-        kernels = _kernels()
+        kernels = kernel_module()
         from compiled_logprobs.backends import flash_attn_rows  # imports triton
 
         vocab, settings = logits.shape[-1], _settings(logits.shape[-1], temperature, BACKWARD_BLOCK)
@@ -196,7 +196,7 @@ def _aligned(vectors: Tensor) -> Tensor:
     return _aligned_empty(vectors.shape, vectors.dtype, vectors.device).copy_(vectors)
 
 
-def _kernels() -> ModuleType:
+def kernel_module() -> ModuleType:
     loaded = _load()
     assert not isinstance(loaded, str), loaded
     return loaded

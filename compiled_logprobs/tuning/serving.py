@@ -221,7 +221,9 @@ def _find_out(problem: Problem, device: torch.device, under: Policy) -> Served |
         return found
     if under.require_hit and not decisions.is_small(problem):
         near = neighbours(problem, device, most=1) if under.mode != "off" else []
-        raise ProfileError("\n".join([why_no_hit(problem, under), *(f"Nearest in the profiles: {one}" for one in near)]))
+        raise ProfileError(
+            "\n".join([why_no_hit(problem, under), *(f"Nearest in the profiles: {one}" for one in near)])
+        )
     if why_no_tuning(problem, device, under) is None:
         measured = _tune_by_itself(problem, device, under, None if found is None else found.decision)
         if measured is not None:
