@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from compiled_logprobs.tuning.measure import LONGEST_REASON, is_out_of_memory
 
 CHECKED_ROWS = 64
 """How many rows are held against float64: spread evenly, the first and the last among them."""
+SLOW, ROUNDS_OF_SLOW = 6.0, 6
+"""How many times as long as the fastest a candidate may take to be timed in more rounds than these, which give it an interval."""
 MEMORY_PASSES = 2
 """The least of them counts: on the CPU, what other threads of the process take meanwhile can only add to it."""
 LIKELY = 8
@@ -43,7 +46,7 @@ def measure(
         chosen: who takes part. One that cannot, fails or is wrong has an outcome, and the others go on.
         device: where.
         rounds: how many at most; each calls everybody once, in an order of its own.
-        seconds: after which no further round begins.
+        seconds: after which no further round begins, once there are `ROUNDS_OF_SLOW`.
     """
     inputs = _Inputs(problem, device)
     results = {one.name: Result(one.name, one.ours, one.note(problem)) for one in chosen}
@@ -65,9 +68,9 @@ def measure(
     read_seconds: list[float] = []
     order, end = random.Random(0), time.monotonic() + seconds
     for done in range(rounds):
-        if done and time.monotonic() > end:
+        if done >= ROUNDS_OF_SLOW and time.monotonic() > end:
             break
-        names = [READ, *(name for name in idioms if results[name].measured)]
+        names = [READ, *(name for name in idioms if _takes_part(name, results))]
         order.shuffle(names)
         for name in names:
             if name == READ:
@@ -152,6 +155,15 @@ class _Computed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> tuple[None, None]:
         return None, None
+
+
+def _takes_part(name: str, results: dict[str, Result]) -> bool:
+    """Whether another round is to time it: not what has failed, nor, after some rounds, what is far slower than others."""
+    one = results[name]
+    if not one.measured or len(one.seconds) < ROUNDS_OF_SLOW:
+        return one.measured
+    fastest = min(median(other.seconds) for other in results.values() if other.measured and other.seconds)
+    return median(one.seconds) <= SLOW * fastest
 
 
 @contextmanager

@@ -35,6 +35,8 @@ SHAPES = ("2048x32000", "512x151936", "256x151936", "256x262144", "4096x32", "1x
 DTYPES = ("float32", "bfloat16")
 MODES = ("forward", "entropy", "backward", "inplace")
 STDOUT = "-"
+PROFILE_BUDGET_S = 60.0
+"""As `compiled-logprobs profile` has it."""
 
 Several = list[str] | None
 
@@ -62,7 +64,9 @@ def peers(
     ] = None,
     only: Annotated[Several, typer.Option(show_default=False, help="Names of candidates; by default all.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of timing, at most; from six on there are intervals.")] = 30,
-    seconds: Annotated[float, typer.Option(min=0, help="After which, on one problem, no further round begins.")] = 8.0,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="After which, on one problem, no further round begins, once there are six.")
+    ] = 8.0,
     device: Annotated[
         str | None, typer.Option(show_default=False, help="cpu, cuda, cuda:1, ...; by default the GPU if there is one.")
     ] = None,
@@ -152,7 +156,7 @@ def _run(
 def _tune(problem: Problem, device: torch.device) -> str | None:
     """Let auto decide, unless a profile of the user's has it already; returns why it could not."""
     try:
-        tune(problem, device=device)
+        tune(problem, device=device, budget_s=PROFILE_BUDGET_S)
     except LogProbsError as error:
         return str(error)
     return None

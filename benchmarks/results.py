@@ -139,7 +139,8 @@ class Cell:
 
 
 def _ratio(above: list[float], below: list[float]) -> Interval:
-    logs = [math.log(a / b) for a, b in zip(above, below, strict=True)]
+    # One that is far slower than others has only the first rounds.
+    logs = [math.log(a / b) for a, b in zip(above, below, strict=False)]
     low, middle, high = interval(logs, CONFIDENCE)
     # With too few rounds for an interval its ends are 0 and infinite.
     return Interval(math.exp(low), math.exp(middle), math.exp(high))

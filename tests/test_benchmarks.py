@@ -179,7 +179,7 @@ def test_every_registered_backend_takes_part_by_name():
 
 def test_auto_decides_before_it_is_timed(monkeypatch):
     asked = []
-    monkeypatch.setattr(peers, "tune", lambda problem, device: asked.append((problem, device)))
+    monkeypatch.setattr(peers, "tune", lambda problem, device, budget_s: asked.append((problem, device)))
     arguments = ["--shape", "8x16", "--rounds", "1", "--dtype", "float32", "--mode", "inplace", "--device", "cpu"]
     assert run(*arguments, "--only", "auto").exit_code == 0
     assert asked == [(problem_of("inplace", rows=8, vocab=16), CPU)]
@@ -189,7 +189,7 @@ def test_auto_decides_before_it_is_timed(monkeypatch):
 
 
 def test_where_auto_cannot_decide_the_output_says_so(monkeypatch):
-    def cannot(problem, device):
+    def cannot(problem, device, budget_s):
         raise LogProbsError("the disk is full")
 
     monkeypatch.setattr(peers, "tune", cannot)

@@ -26,7 +26,7 @@ constexpr int64_t WIDTH = 2 * Floats::size();  // a vector of 16-bit numbers giv
 constexpr int64_t TILE = 4096;
 constexpr int64_t SAMPLE = 128;  // columns of a tile, whose maximum is the reference of its exponentials
 constexpr float HEADROOM = 8;    // how far, in powers of two, the reference may lie below the maximum
-constexpr float LEAST = -126;    // the exponent of the smallest normal float
+constexpr float LEAST = -127;    // an exponent whose bits are those of 0: a power that is bounded by it is 0
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LN_2 = 0.693147180559945309f;
 constexpr float INF = std::numeric_limits<float>::infinity();
@@ -79,7 +79,7 @@ float sum(Floats v) {
   return at::vec::vec_reduce_all<float>([](Floats a, Floats b) { return a + b; }, v);
 }
 
-// 2 ** u for LEAST < u < 128, 0 for LEAST, and NaN for NaN. An integer part of u becomes the exponent; for the rest, in [-0.5, 0.5], the
+// 2 ** u for LEAST < u < 128, 0 for LEAST, and NaN for NaN. The integer part of u becomes the exponent; for the rest, in [-0.5, 0.5], the
 // polynomial of degree 5 with the least relative error, 9e-8, found by iterated weighted least squares.
 Floats exp2(Floats u) {
   const Floats shift(1.5f * (1 << 23) + 127);  // an addend that leaves the integer, and the bias of exponents, in the lowest bits
@@ -91,7 +91,7 @@ Floats exp2(Floats u) {
   p = at::vec::fmadd(p, rest, Floats(2.4022242e-1f));
   p = at::vec::fmadd(p, rest, Floats(6.9314700e-1f));
   p = at::vec::fmadd(p, rest, Floats(1.0f));
-  return Floats::blendv(p * power, Floats(0.f), u <= Floats(LEAST));
+  return p * power;
 }
 
 // What the rows are; mirrored by `_Rows` in cpp.py.
