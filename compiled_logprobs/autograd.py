@@ -129,8 +129,8 @@ class _LogProbs(torch.autograd.Function):
             x = collapse(logits.detach())  # which shares memory and version counter
             ctx.inplace = inplace_backward and x.data_ptr() == logits.data_ptr() and not overlaps(x)
         rows, vocab = x.shape[:-1], x.shape[-1]
-        y = labels.reshape(*rows, labels.shape[-1]).to(torch.int64)
-        t = temperature.reshape(rows) if isinstance(temperature, Tensor) else temperature
+        y = labels.reshape(*rows, labels.shape[-1]).to(torch.int64).contiguous()
+        t = temperature.reshape(rows).contiguous() if isinstance(temperature, Tensor) else temperature
 
         ignored = y == ignore_index
         in_range = y.clamp(0, vocab - 1)
@@ -174,10 +174,10 @@ class _LogProbs(torch.autograd.Function):
         dtype = formula.accumulation_dtype(x.dtype)
         if grad_log_probs is None:
             grad_log_probs = torch.zeros(labels.shape, dtype=dtype, device=x.device)
-        grad_log_probs = grad_log_probs.reshape(labels.shape).masked_fill(ignored, 0.0)
+        grad_log_probs = grad_log_probs.reshape(labels.shape).contiguous().masked_fill(ignored, 0.0)
         grad_log_probs = grad_log_probs.masked_fill(invalid.unsqueeze(-1), torch.nan)
         if grad_entropy is not None:
-            grad_entropy = grad_entropy.reshape(invalid.shape).masked_fill(invalid, torch.nan)
+            grad_entropy = grad_entropy.reshape(invalid.shape).contiguous().masked_fill(invalid, torch.nan)
         gradient = ctx.backend.backward(
             x,
             labels,

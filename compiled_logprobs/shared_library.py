@@ -1,5 +1,6 @@
 """A C++ file as a shared library: compiled for this machine when it is first asked for, and kept for later processes."""
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -26,15 +27,15 @@ def shared_library(source: Path) -> ctypes.CDLL:
         BackendUnavailable: it cannot be compiled or loaded; the message has the compiler's first complaint.
     """
     command = _command(source)
-    file = _folder() / f"{source.stem}-{_digest(source, command)}.so"
     try:
-        if not file.exists():
-            _build(command, file)
-        try:
-            return ctypes.CDLL(str(file))
-        except OSError:  # cut short by whatever befell the disk
-            _build(command, file)
-            return ctypes.CDLL(str(file))
+        name = f"{source.stem}-{_digest(source, command)}.so"
+        kept = _cache() / name
+        if _is_own(kept):
+            with contextlib.suppress(OSError):  # cut short by whatever befell the disk: it is built anew
+                return ctypes.CDLL(str(kept))
+        file = (kept.parent if _is_writable(kept.parent) else Path(_own_folder().name)) / name
+        _build(command, file)
+        return ctypes.CDLL(str(file))
     except OSError as error:
         raise BackendUnavailable(
             f"{source.name} cannot be compiled and loaded here: {without_paths(str(error))}. "
@@ -70,17 +71,33 @@ def _processor() -> list[str]:
     return [line for line in lines if line.partition(":")[0].strip() in names]
 
 
-def _folder() -> Path:
-    """The user's cache; where nothing can be written there, a folder of this process alone."""
+def _cache() -> Path:
+    """Where libraries are kept for this user."""
     from platformdirs import user_cache_path
 
-    folder = user_cache_path("compiled-logprobs", appauthor=False) / "libraries"
+    try:
+        return user_cache_path("compiled-logprobs", appauthor=False) / "libraries"
+    except RuntimeError:  # a user without a home
+        return Path(_own_folder().name)
+
+
+def _is_own(file: Path) -> bool:
+    """Whether there is such a file, and nobody but this user can have put it there: what it holds is going to run."""
+    try:
+        statuses = (file.stat(), file.parent.stat())
+    except OSError:
+        return False
+    return all(one.st_uid in (os.geteuid(), 0) and not one.st_mode & 0o022 for one in statuses)
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether this user, and nobody else, can write there."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return folder
+            return not folder.stat().st_mode & 0o022
     except OSError:
-        return Path(_own_folder().name)
+        return False
 
 
 @cache
@@ -108,4 +125,8 @@ def _build(command: list[str], file: Path) -> None:
             raise OSError(
                 f"the compiler failed with exit code {ran.returncode}: {next(iter(complaints), 'no message')}"
             )
+        if not built.exists():
+            raise OSError(f"the compiler, {Path(command[0]).name}, wrote nothing")
+        ctypes.CDLL(str(built))  # before others may find it
+        built.chmod(0o700)
         os.replace(built, file)

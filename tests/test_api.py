@@ -429,3 +429,36 @@ def test_minus_infinite_logits_count_as_in_float64(backend):
     (gradient,) = torch.autograd.grad([out, entropy], logits, [g, h])
     true = reference(logits, labels, grad_log_probs=g, grad_entropy=h).gradient
     torch.testing.assert_close(gradient.double(), true, atol=1e-5, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("labels_per_row", [None, 3])
+def test_labels_and_temperatures_may_lie_in_memory_as_they_like(backend, labels_per_row):
+    """Megatron's [s, b] seen as [b, s]: nothing is contiguous, and backends may go by pointers."""
+    many = () if labels_per_row is None else (labels_per_row,)
+    leaf = torch.randn(9, 4, 50, requires_grad=True)
+    labels = torch.randint(50, (*many, 9, 4)).permute(*((2, 1, 0) if many else (1, 0)))
+    temperature = (torch.rand(9, 4) + 0.5).T
+    upstream = torch.randn(*many, 9, 4).permute(*((2, 1, 0) if many else (1, 0)))
+    logits = leaf.transpose(0, 1)
+    out, entropy = clp.log_probs_from_logits(
+        logits, labels, temperature=temperature, return_entropy=True, backend=backend
+    )
+    (gradient,) = torch.autograd.grad([out, entropy], logits, [upstream, upstream.reshape(4, 9, -1)[..., 0]])
+    true = reference(
+        logits.detach(),
+        labels if many else labels.unsqueeze(-1),
+        temperature,
+        grad_log_probs=upstream if many else upstream.unsqueeze(-1),
+        grad_entropy=upstream.reshape(4, 9, -1)[..., 0],
+    )
+    torch.testing.assert_close(out.double(), true.log_probs if many else true.log_probs[..., 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy.double(), true.entropy, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradient.double(), true.gradient, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_view_that_only_says_that_it_is_negated(backend):
+    logits, labels = torch.randn(5, 31), torch.randint(31, (5,))
+    out = clp.log_probs_from_logits(torch._neg_view(logits), labels, backend=backend)
+    assert torch.equal(out, clp.log_probs_from_logits(-logits, labels, backend=backend))

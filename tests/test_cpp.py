@@ -15,7 +15,7 @@ from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.reference import reference
 
-TILE, SAMPLE = 4096, 128
+TILE, SAMPLE = 4096, 512
 VOCAB = 3 * TILE + 77
 PROBLEM = Problem("cpu", 24, VOCAB, torch.float32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -46,8 +46,9 @@ def test_the_constants_of_this_file_are_the_kernels():
 def test_a_logit_above_what_its_tile_was_sampled_at(peak, height):
     logits = torch.randn(3, VOCAB)
     logits[1, peak] = height
-    found, true = both(logits, torch.tensor([peak, peak, 5]))
-    assert_all_close(found, true)
+    for temperature in (1.0, 0.1):
+        found, true = both(logits, torch.tensor([peak, peak, 5]), temperature=temperature)
+        assert_all_close(found, true, 2e-5 / temperature)
     assert found[0].max() <= 0 and found[1].min() >= 0
 
 
@@ -213,3 +214,11 @@ def test_the_polynomial_is_as_exact_as_it_says():
     out = clp.log_probs_from_logits(logits, torch.ones(len(x), dtype=torch.int64), backend="cpp")
     true = -torch.nn.functional.softplus(x.double())
     assert ((out - true) / true.clamp(max=-math.log(2))).abs().max() < 4e-7
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.7, 1.0, 100.0])
+def test_the_gradient_at_a_label_that_is_certain_is_zero(temperature):
+    logits = torch.tensor([[0.0, -2e5, -3e5]], requires_grad=True)
+    out = clp.log_probs_from_logits(logits, torch.tensor([0]), temperature=temperature, backend="cpp")
+    (gradient,) = torch.autograd.grad(out, logits, torch.tensor([0.3]))
+    assert (gradient == 0).all()

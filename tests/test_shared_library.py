@@ -122,3 +122,29 @@ def test_errors_say_what_the_compiler_said(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "cpp_compiler", lambda: None)
     with pytest.raises(BackendUnavailable, match="broken.cpp needs a C\\+\\+ compiler, and there is none on the PATH"):
         shared_library(broken)
+
+
+def test_a_library_that_somebody_else_can_write_is_not_loaded(cache, tmp_path):
+    shared_library(source(tmp_path))
+    (built,) = cache.iterdir()
+    for what, mode in ((built, 0o722), (cache, 0o777)):
+        what.chmod(mode)
+        assert not module._is_own(built)
+        assert shared_library(source(tmp_path)).answer() == 42  # built anew, elsewhere where the folder is not safe
+        what.chmod(0o700)
+
+
+def test_a_compiler_that_writes_nothing_is_told(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "true")
+    with pytest.raises(BackendUnavailable, match="the compiler, true, wrote nothing"):
+        shared_library(source(tmp_path))
+
+
+def test_a_user_without_a_home(tmp_path, monkeypatch):
+    import platformdirs
+
+    def homeless(*_, **__):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(platformdirs, "user_cache_path", homeless)
+    assert shared_library(source(tmp_path)).answer() == 42

@@ -18,7 +18,7 @@ class Backend(ABC):
     allow, brings the labels into range, keeps the sign, and handles ignored and invalid rows: a backend sees clean input.
 
     Shapes: `logits` [..., V], two dimensions or more, unit last stride, any row strides, at least one row; `labels` [..., K]
-    int64 in [0, V), contiguous; `temperature` a positive number, or [...] in float32 (float64 for float64 logits).
+    int64 in [0, V), contiguous; `temperature` a positive number, or [...] contiguous in float32 (float64 for float64 logits).
     """
 
     name: str

@@ -24,8 +24,8 @@ using Ints = at::vec::Vectorized<int32_t>;
 
 constexpr int64_t WIDTH = 2 * Floats::size();  // a vector of 16-bit numbers gives two vectors of float
 constexpr int64_t TILE = 4096;
-constexpr int64_t SAMPLE = 128;  // columns of a tile, whose maximum is the reference of its exponentials
-constexpr float HEADROOM = 8;    // how far, in powers of two, the reference may lie below the maximum
+constexpr int64_t SAMPLE = 512;  // columns of a tile, whose maximum is the reference of its exponentials
+constexpr float HEADROOM = 8;    // how far, in powers of two, the reference may lie below the maximum: an exponent's error grows with it
 constexpr float LEAST = -127;    // an exponent whose bits are those of 0: a power that is bounded by it is 0
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LN_2 = 0.693147180559945309f;
@@ -197,23 +197,23 @@ struct Upstream {
   const float* grad_entropy;         // [N], or null
 };
 
-// The gradient of a row at logits that are not labels.
+// The gradient of a row at logits x; `own` is that of the label there, if one is.
 template <bool ENTROPY>
 struct Gradient {
   float m, log2_s, c, inverse_t, total, grad_entropy, entropy;
 
-  Floats operator()(Floats x) const {
+  Floats operator()(Floats x, Floats own = Floats(0.f)) const {
     const Floats log2_p = at::vec::fmsub(x - Floats(m), Floats(c), Floats(log2_s));
     const Floats bounded = larger(log2_p, Floats(LEAST)), p = exp2(bounded);
     Floats weight(total);
     if constexpr (ENTROPY)
       weight = at::vec::fmadd(Floats(grad_entropy), at::vec::fmadd(bounded, Floats(LN_2), Floats(entropy)), weight);
-    return p * weight * Floats(-inverse_t);
+    return (own - p * weight) * Floats(inverse_t);
   }
 
-  float operator()(float x) const {
+  float at_label(float x, float own) const {
     float values[Floats::size()];
-    (*this)(Floats(x)).store(values);
+    (*this)(Floats(x), Floats(own)).store(values);
     return values[0];
   }
 };
@@ -242,7 +242,7 @@ void backward(const T* logits, const Rows& rows, const Upstream& upstream, T* gr
       if (labels[k] < start || labels[k] >= end) continue;
       float own = 0;  // a repeated label gets the sum of its gradients, each time
       for (int64_t j = 0; j < K; ++j) own += labels[j] == labels[k] ? g[j] : 0.f;
-      at_labels[row * K + k] = static_cast<T>(at(static_cast<float>(x[labels[k]])) + own * inverse_t);
+      at_labels[row * K + k] = static_cast<T>(at.at_label(static_cast<float>(x[labels[k]]), own));
     }
     for_each(x + start, end - start, [&](Pair v, int64_t column) {
       const Pair result{at(v.low), at(v.high)};
