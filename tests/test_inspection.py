@@ -129,6 +129,27 @@ def scattering(logits, labels, upstream):
     return torch.zeros_like(logits, dtype=torch.float32).scatter_add(-1, labels, upstream).to(logits.dtype)
 
 
+def by_halves(logits, labels):
+    left, right = logits.split(VOCAB // 2, -1)
+    return left.float().amax(-1), right.float().exp().sum(-1), left.float().sum(-1)
+
+
+def with_a_helper(logits, labels):
+    return torch.cumsum(logits.float() * 2, -1).amax(-1)
+
+
+def test_reads_of_parts_add_up():
+    assert of_function(by_halves).logits_reads in (
+        1,
+        2,
+    )  # one and a half, where both of the left are one kernel's, or not
+    assert of_function(by_halves).kernel_reports[0].logits_reads > 0
+
+
+def test_a_kernel_with_a_helper_function_is_followed():
+    assert of_function(with_a_helper).logits_reads >= 1
+
+
 def test_two_reads_are_noticed():
     assert of_function(by_logsumexp).logits_reads == 2
     assert of_function(in_one_level, temperature=meta()).logits_reads == 2
