@@ -3,26 +3,40 @@
 Exit codes: 0 passed; 1 something is wrong; 2 it could not run, and standard error says why; 130 interrupted.
 """
 
-import contextlib
-import os
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import torch
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from compiled_logprobs import decisions, inspection, profiling
-from compiled_logprobs.backends import backends, register_backend, why_not
-from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.backends import backends, why_not
+from compiled_logprobs.cli_profiles import add_to
+from compiled_logprobs.command import (
+    COULD_NOT_RUN,
+    INTERRUPTED,
+    PASSED,
+    WRONG,
+    AsJson,
+    Dtype,
+    Mode,
+    Rows,
+    Vocab,
+    Where,
+    backend_name_of,
+    busy,
+    device_of,
+    one_of,
+    progress_of,
+    reported_errors,
+    split,
+    subject_of,
+)
 from compiled_logprobs.data_sheets import GPUS, gpu_for
 from compiled_logprobs.environment import Environment, cpp_compiler_version, environments, without_paths
 from compiled_logprobs.errors import BackendUnavailable, InputError, LogProbsError
@@ -39,13 +53,12 @@ from compiled_logprobs.printing import (
     print_report,
 )
 from compiled_logprobs.problem import Layout, Problem, Temperature, as_it_lies, short_name
-from compiled_logprobs.progress import Bar, JsonLines, Progress, Silence
+from compiled_logprobs.progress import Progress
 from compiled_logprobs.records import Decision
 from compiled_logprobs.store import Store, stores, user_store
 from compiled_logprobs.tuning.gate import CheckReport, check_backend
 from compiled_logprobs.tuning.serving import tune_all
 
-PASSED, WRONG, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 PROFILE_BUDGET_S = 60.0
 SAMPLE_ROWS, SAMPLE_VOCAB = 4096, 151936
 """What `doctor` asks the backends about: a batch of an RL post-training step with Qwen's vocabulary."""
@@ -85,9 +98,6 @@ def options(
     """Log-probabilities of labels from logits: find out which backend is right and fastest on this machine."""
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
-
-
 @app.command()
 def check(
     target: Annotated[
@@ -115,14 +125,14 @@ def check(
     """Check sign, values and gradient of backends, or of a function of your own, against float64 on this machine."""
     reports: list[CheckReport] = []
     unavailable: dict[str, str] = {}
-    with _reported_errors():
+    with reported_errors():
         if device is Device.cuda and not torch.cuda.is_available():
             raise InputError("got --device cuda; torch sees no CUDA or ROCm device here. Use --device cpu.")
         device_type = None if device is None else device.value
-        subjects: list[str | Callable[..., Any]] = [*backends()] if target is None else [_subject(target)]
+        subjects: list[str | Callable[..., Any]] = [*backends()] if target is None else [subject_of(target)]
         for subject in subjects:
             try:
-                with _busy(f"checking {target or subject}"):
+                with busy(f"checking {target or subject}"):
                     report = check_backend(subject, ignore_index=ignore_index, device=device_type, seed=seed)
             except BackendUnavailable as error:
                 if target is not None:
@@ -139,31 +149,6 @@ def check(
     if not reports:
         raise typer.Exit(COULD_NOT_RUN)
     raise typer.Exit(PASSED if all(report.passed for report in reports) else WRONG)
-
-
-Vocab = Annotated[
-    list[str] | None,
-    typer.Option(
-        show_default=False,
-        help=f"V: a number or a model ({', '.join(profiling.MODELS)}). Options like this one take several, as often as you "
-        "name them or with commas.",
-    ),
-]
-Rows = Annotated[list[str] | None, typer.Option(show_default=False, help="N: how many positions.")]
-Dtype = Annotated[
-    list[str] | None, typer.Option(show_default=False, help="Of the logits: float32, bfloat16 or float16.")
-]
-Mode = Annotated[
-    list[str] | None,
-    typer.Option(
-        show_default=False,
-        help="forward; backward (forward and backward); inplace (the gradient over the logits); entropy (forward with it).",
-    ),
-]
-Where = Annotated[
-    str | None,
-    typer.Option("--device", show_default=False, help="cpu, cuda, cuda:1, ...; by default the GPU if there is one."),
-]
 
 
 @app.command()
@@ -199,20 +184,20 @@ def profile(
 
     What is finished is stored, also if you interrupt it; what is stored already is not measured again.
     """
-    with _reported_errors():
-        where = _device(device)
+    with reported_errors():
+        where = device_of(device)
         problems = profiling.grid(
             where.type,
             preset,
-            vocabs=[profiling.vocab_of(text) for text in _split(vocab)],
-            rows=[profiling.rows_of(text) for text in _split(rows)],
-            dtypes=[profiling.dtype_of(text) for text in _split(dtype)],
-            modes=[profiling.mode_of(text) for text in _split(mode)],
+            vocabs=[profiling.vocab_of(text) for text in split(vocab)],
+            rows=[profiling.rows_of(text) for text in split(rows)],
+            dtypes=[profiling.dtype_of(text) for text in split(dtype)],
+            modes=[profiling.mode_of(text) for text in split(mode)],
         )
         problems = list(dict.fromkeys(map(decisions.bucket, problems)))
-        names = [_backend_name(text) for text in _split(backend)] or None
+        names = [backend_name_of(text) for text in split(backend)] or None
         store = user_store() if out is None else Store(out)
-        shown = _progress(progress, as_json)
+        shown = progress_of(progress, as_json)
         found, interrupted = _profile(problems, where, store, names, budget, again, shown)
     decided = [one for one in found if isinstance(one, Decision)]
     fingerprint = decisions.fingerprint_of(where)
@@ -255,17 +240,17 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Say which backend serves a problem here, why, and what became of the others. Nothing is measured."""
-    with _reported_errors():
-        where = _device(device)
+    with reported_errors():
+        where = device_of(device)
         asked = Problem(
             where.type,
             profiling.rows_of(rows),
             profiling.vocab_of(vocab),
             profiling.dtype_of(dtype),
             labels_per_row=labels_per_row,
-            temperature=_one_of(temperature, "temperature", get_args(Temperature)),
+            temperature=one_of(temperature, "temperature", get_args(Temperature)),
             masked_logits=masked,
-            layout=_one_of(layout, "layout", get_args(Layout)),
+            layout=one_of(layout, "layout", get_args(Layout)),
             **profiling.MODES[profiling.mode_of(mode)],
         )
         explanation = explain_problem(as_it_lies(asked), where, policy())
@@ -287,7 +272,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show the stored decisions: winner, speed-up, memory, sign check and share of bandwidth of each problem."""
-    with _reported_errors():
+    with reported_errors():
         where = stores() if store is None else {str(store): Store(store)}
         here = {environment.fingerprint() for environment in environments()}
         found: dict[tuple[str, Problem], tuple[Decision, str]] = {}
@@ -320,6 +305,9 @@ def show(
         print_decisions(f"Environment {environment}{'' if environment in here else ', not this machine'}", rows)
     if not found:
         print_line("No decisions are stored for this machine. `compiled-logprobs profile` measures some.")
+
+
+add_to(app)  # here, for the order in which help lists them
 
 
 @app.command()
@@ -382,7 +370,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what the compiled backend does on a GPU, from the code generated for it. Needs no GPU; nothing is measured."""
-    with _reported_errors():
+    with reported_errors():
         described = gpu_for(arch, gpu)
         problem = Problem(
             "cuda",
@@ -394,63 +382,12 @@ def inspect(
             entropy=entropy,
             inplace_backward=inplace,
         )
-        with _busy(f"generating and assembling kernels for {described.arch}"):
+        with busy(f"generating and assembling kernels for {described.arch}"):
             found = inspection.inspect(problem, described)
     if as_json:
         print_json(found.to_dict())
     else:
         print_inspection(found)
-
-
-def _subject(target: str) -> str | Callable[..., Any]:
-    """What `target` names: a registered backend, or something that is imported."""
-    if target in backends():
-        return target
-    module_name, colon, attribute = target.partition(":")
-    if not (module_name and colon and attribute):
-        raise InputError(
-            f"got target {target!r}; a backend's name ({', '.join(backends())}) or package.module:function is valid."
-        )
-    sys.path.insert(0, "")
-    try:
-        with _busy(f"importing {module_name}"):
-            found: Any = import_module(module_name)
-        for name in attribute.split("."):
-            found = getattr(found, name)
-    except (Exception, SystemExit) as error:  # a foreign module may do anything when it is imported
-        raise InputError(
-            f"got target {target!r}, which cannot be imported: {type(error).__name__}: {error}. Valid is a module that "
-            "Python finds from the current directory, a colon and the function's name; install what the module needs."
-        ) from error
-    if isinstance(found, Backend) or (isinstance(found, type) and issubclass(found, Backend)):
-        register_backend(found.name, target)
-        return found.name
-    if not callable(found):
-        raise InputError(f"got target {target!r}, which is of type {type(found).__name__}; a function is valid.")
-    return found  # type: ignore[no-any-return]  # narrowed to a callable from Any
-
-
-@contextlib.contextmanager
-def _busy(doing: str) -> Iterator[None]:
-    """Say on a terminal what takes so long. What foreign code prints goes to standard error: the other is for results."""
-    with Console(stderr=True).status(doing), contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-@contextlib.contextmanager
-def _reported_errors() -> Iterator[None]:
-    """Print what went wrong on standard error, and exit; not with Python's code for it, which here means 'wrong'."""
-    try:
-        yield
-    except LogProbsError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise typer.Exit(COULD_NOT_RUN) from None
-    except BrokenPipeError:  # whoever read the output has gone, and what is still to be flushed has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(INTERRUPTED) from None
-    except Exception:  # noqa: BLE001  a mistake in this library
-        traceback.print_exc()
-        raise typer.Exit(COULD_NOT_RUN) from None
 
 
 def _sample_problems(found: list[Environment]) -> list[Problem]:
@@ -487,56 +424,3 @@ def _profile(
             return found, True
         shown.end(len(found), time.monotonic() - began, interrupted=False)
     return found, False
-
-
-def _progress(kind: str, as_json: bool) -> Progress:
-    kinds: dict[str, type[Progress]] = {"bar": Bar, "jsonl": JsonLines, "none": Silence}
-    if kind not in kinds:
-        raise InputError(f"got --progress {kind}; {', '.join(kinds)} are valid. Name one of them.")
-    if kind == "jsonl" and as_json:
-        raise InputError(
-            "got --progress jsonl and --json, which both write to standard output; one is valid. Leave one out."
-        )
-    return kinds[kind]()
-
-
-def _split(texts: list[str] | None) -> list[str]:
-    parts = [part.strip() for text in texts or [] for part in text.split(",")]
-    if not all(parts):
-        raise InputError(
-            f"got {', '.join(map(repr, texts or []))}, in which a value is empty; e.g. 64,512 is valid. Fill it in."
-        )
-    return parts
-
-
-def _backend_name(text: str) -> str:
-    subject = _subject(text)
-    if not isinstance(subject, str):
-        raise InputError(f"got --backend {text}, which is a function; a Backend is valid. `check` takes functions.")
-    return subject
-
-
-def _one_of(text: str, what: str, valid: tuple[str, ...]) -> Any:
-    if text not in valid:
-        raise InputError(f"got {what} {text!r}; {', '.join(valid)} are valid. Name one of them.")
-    return text
-
-
-def _device(text: str | None) -> torch.device:
-    """The device that was asked for, if it is here; by default the accelerator, else the CPU."""
-    if text is None:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise InputError(f"got --device {text}; cpu, cuda or cuda:0 is valid. Name one of them.") from error
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type != "cuda":
-        raise InputError(f"got --device {text}; profiles are measured on cpu and cuda. Name one of them.")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (device.index or 0) >= count:
-        raise InputError(
-            f"got --device {text}; torch sees {count} CUDA or ROCm devices here. Use one of them, or --device cpu."
-        )
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -10,12 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from compiled_logprobs.archive import Exported, Merged
 from compiled_logprobs.environment import Environment
 from compiled_logprobs.inspection import NOT_MEASURED, Direction, Inspection
 from compiled_logprobs.problem import Problem, short_name
 from compiled_logprobs.profiling import mode_name
+from compiled_logprobs.pruning import Waste
 from compiled_logprobs.records import Decision
 from compiled_logprobs.tuning.gate import CheckReport
+from compiled_logprobs.verification import Verification
 
 WIDTH_ELSEWHERE = 160
 
@@ -144,6 +148,61 @@ def print_inspection(found: Inspection) -> None:
     print_line(f"Bandwidth of the {gpu.name}: {gpu.source}. All figures {NOT_MEASURED}.")
 
 
+def exported_in_words(done: Exported) -> str:
+    """What an archive holds."""
+    lines = [f"left out, since no import would take it: {why}" for why in done.left_out]
+    what = _count(done.decisions, "decision")
+    return "\n".join([*lines, f"{what} of {_count(len(done.environments), 'environment')}, {done.bytes} bytes"])
+
+
+def print_merged(merged: list[Merged], here: set[str]) -> None:
+    """A row for each decision of an archive, by environment."""
+    for environment in dict.fromkeys(one.entry.environment for one in merged):
+        where = "" if environment in here else ", not this machine"
+        table = new_table(f"Environment {environment}{where}", "decision", "problem", "winner", "measured", "why")
+        for one in merged:
+            if one.entry.environment == environment:
+                record = one.entry.record
+                problem = Text(short(one.entry.problem))
+                table.add_row(one.fate, problem, Text(record["chosen"]), record["measured_at"][:10], Text(one.why))
+        console().print(table)
+
+
+def print_waste(found: list[Waste], root: Path) -> None:
+    """A line for each file that goes."""
+    for waste in found:
+        still = "" if waste.failed is None else f"; it is still there: {waste.failed}"
+        place = waste.path.relative_to(root)
+        print_line(_printable(f"{waste.kind}: {place} ({waste.bytes} bytes): {waste.why}{still}"))
+
+
+def print_verifications(title: str, found: list[Verification]) -> None:
+    """A row for each decision, and a line for each that does not hold."""
+    table = new_table(title, "rows", "vocabulary", "dtype", "mode", "winner", "then", "now", "decision", "from")
+    for one in found:
+        problem, decision = one.decision.problem, one.decision
+        table.add_row(
+            str(problem.rows),
+            str(problem.vocab),
+            short_name(problem.dtype),
+            Text(mode_name(problem)),
+            Text(_printable(decision.chosen)),
+            _speedup(decision),
+            "" if one.speedup is None else str(one.speedup),
+            Text(one.outcome, "bold red" if one.is_failure else ""),
+            Text(one.source),
+        )
+    console().print(table)
+    for one in found:
+        if one.outcome != "holds":
+            print_line(f"{one.outcome}: {verified_in_words(one)}")
+
+
+def verified_in_words(one: Verification) -> str:
+    """The problem, its winner, and what was found out about it."""
+    return _printable(f"{short(one.decision.problem)}: {one.decision.chosen}: {one.why}")
+
+
 def print_line(text: str) -> None:
     """Unwrapped, so that programs can find it, and without markup, since messages hold brackets."""
     console().print(Text(text), soft_wrap=True)
@@ -180,6 +239,15 @@ def _speedup(decision: Decision) -> str:
     if decision.chosen == decision.baseline or winner.speedup is None:
         return "baseline"
     return f"{winner.speedup}" + ("" if decision.baseline == "eager" else f" over {decision.baseline}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _printable(text: str) -> str:
+    """It may quote a file that comes from anywhere, and a terminal obeys some characters."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _memory(size: int | None, multiple: float | None) -> str:

@@ -15,10 +15,11 @@ from rich.progress import Progress as RichBar
 from rich.text import Text
 
 from compiled_logprobs.errors import LogProbsError
-from compiled_logprobs.printing import short, speedup_in_words
+from compiled_logprobs.printing import short, speedup_in_words, verified_in_words
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Decision
 from compiled_logprobs.store import problem_to_dict
+from compiled_logprobs.verification import Verification
 
 Event = dict[str, Any]
 
@@ -41,7 +42,7 @@ class Progress(ABC):
         """A problem begins ('problem', with the Problem itself), or an event of the worker program."""
 
     @abstractmethod
-    def result(self, found: Decision | LogProbsError) -> None:
+    def result(self, found: Decision | Verification | LogProbsError) -> None:
         """A problem ends."""
 
     @abstractmethod
@@ -58,7 +59,7 @@ class Silence(Progress):
     def event(self, event: Event) -> None:
         pass
 
-    def result(self, found: Decision | LogProbsError) -> None:
+    def result(self, found: Decision | Verification | LogProbsError) -> None:
         pass
 
     def end(self, done: int, seconds: float, *, interrupted: bool) -> None:
@@ -66,7 +67,7 @@ class Silence(Progress):
 
 
 class JsonLines(Progress):
-    """One JSON object a line on standard output: start, problem, what the worker program says, decision or failed, end."""
+    """One JSON object a line on standard output: start, problem, what the worker program says, decision or the like, end."""
 
     def start(self, problems: list[Problem], device: str, environment: str) -> None:
         self._total, self._index = len(problems), 0
@@ -81,9 +82,11 @@ class JsonLines(Progress):
             return
         self._write(event)
 
-    def result(self, found: Decision | LogProbsError) -> None:
+    def result(self, found: Decision | Verification | LogProbsError) -> None:
         if isinstance(found, Decision):
             self._write({"event": "decision", "decision": found.to_dict()})
+        elif isinstance(found, Verification):
+            self._write({"event": "verified", "verification": found.to_dict()})
         else:
             self._write({"event": "failed", "reason": str(found)})
 
@@ -138,9 +141,11 @@ class Bar(Progress):
         elif event["event"] == "memory":  # the last before the rounds
             self._draw(f"{self._problem}: timing")
 
-    def result(self, found: Decision | LogProbsError) -> None:
+    def result(self, found: Decision | Verification | LogProbsError) -> None:
         if isinstance(found, Decision):
             text = f"{short(found.problem)}: {speedup_in_words(found)}"
+        elif isinstance(found, Verification):
+            text = f"{found.outcome}: {verified_in_words(found)}"
         else:
             text = f"{self._problem}: not decided: {found}"
         self._console.print(Text(text), soft_wrap=True)
@@ -149,7 +154,7 @@ class Bar(Progress):
 
     def end(self, done: int, seconds: float, *, interrupted: bool) -> None:
         if interrupted:
-            self._console.print(f"interrupted after {done} problems; what is finished is stored")
+            self._console.print(f"interrupted after {done} problems; what is finished is kept")
 
     def _draw(self, text: str) -> None:
         self._bar.update(self._task, description=text)

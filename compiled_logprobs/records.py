@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from functools import cache
 from typing import Any, Literal
 
@@ -185,6 +186,14 @@ class Decision(Record):
         if known.measured_rows < 1:
             raise ProfileError(f"it was measured with {known.measured_rows} rows; valid is 1 or more")
         return cls(problem=problem, **vars(known))
+
+
+def moment(measured_at: str) -> datetime | None:
+    """When that was; None where it has not the form that `Record.measured_at` has, as a foreign file may not."""
+    try:
+        return datetime.strptime(measured_at, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+    except ValueError:
+        return None
 
 
 @cache

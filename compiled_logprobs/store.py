@@ -19,10 +19,10 @@ import secrets
 import stat
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 
@@ -144,6 +144,18 @@ def problem_from_name(name: str) -> Problem | None:
     return problem if problem_name(problem) == name else None
 
 
+class Entry(NamedTuple):
+    """A decision, with all that is stored of it."""
+
+    environment: str
+    """Its fingerprint."""
+    facts: Record
+    """Of the environment."""
+    problem: Problem
+    record: Record
+    times: Record | None = None
+
+
 @dataclass(frozen=True)
 class Store:
     """Profiles under one folder, which need not exist.
@@ -158,6 +170,10 @@ class Store:
         """The decision stored for exactly this; None if there is none, or (with a warning) none to be trusted."""
         found = _load_or_warn(self.path(environment, problem))
         return found["record"] if found else None
+
+    def peek(self, environment: str, problem: Problem) -> Record | None:
+        """The same, without a warning."""
+        return _record_at(self.path(environment, problem))
 
     def times(self, environment: str, problem: Problem) -> Record | None:
         """The raw times of the decision that `read` returns, if they were stored with it."""
@@ -194,28 +210,63 @@ class Store:
 
     def publish(self, environment: Environment, problem: Problem, record: Record, times: Record | None = None) -> Path:
         """Store `record` as the decision for `problem`, in place of an older one. Raises ProfileError if it cannot."""
-        fingerprint = environment.fingerprint()
-        path = self.path(fingerprint, problem)
-        facts, beside = path.parents[1] / FACTS, path.with_suffix(TIMES)
-        key: Record = {"environment": fingerprint, "problem": problem_to_dict(problem)}
-        files = {path: _seal(path, key, record)}
-        if times is not None:
-            files[beside] = _seal(beside, {**key, "decision": _digest(record)}, times)
-        if _standing(facts) != "whole":
-            files = {facts: _seal(facts, {"environment": fingerprint}, environment.to_dict()), **files}
-        if newer := next((file for file in files if _standing(file) == "newer"), None):
-            raise _unwritable(newer, "a newer release wrote what is there", "Upgrade compiled-logprobs")
+        entry = Entry(environment.fingerprint(), environment.to_dict(), problem, record, times)
+        self.publish_all([entry], lambda entry, stored: True)
+        return self.path(entry.environment, problem)
+
+    def publish_all(self, entries: Sequence[Entry], is_due: Callable[[Entry, Record | None], bool]) -> list[Entry]:
+        """Store those of `entries` that are due, in place of older ones, once all of them are on disk under other names.
+
+        So a full disk leaves the store as it was, and a kill leaves each decision as it was or as it is to be.
+
+        Args:
+            entries: one for each decision.
+            is_due: whether to store an entry in place of the record that is stored, if one is that can be read. Asked at the
+                last moment: another process may have stored one meanwhile.
+
+        Returns:
+            Those that were due.
+
+        Raises:
+            ProfileError: they could not be stored.
+        """
+        content = [self._files(entry) for entry in entries]
+        for file in dict.fromkeys(file for files in content for file in files):
+            if standing(file) == "newer":
+                raise _unwritable(file, "a newer release wrote what is there", "Upgrade compiled-logprobs")
         if str(self.root).startswith("~"):  # a folder of that name would be made, and removing that one can cost a home
-            raise _unwritable(path, "the home folder of this user is not known", "Set HOME")
+            raise _unwritable(self.root, "the home folder of this user is not known", "Set HOME")
+        done = []
+        path = self.path(entries[0].environment, entries[0].problem) if len(entries) == 1 else self.root
         try:
-            _write(files)
-            if times is None:
-                beside.unlink(missing_ok=True)
+            with _staged({path: data for files in content for path, data in files.items()}) as staged:
+                for entry, files in zip(entries, content, strict=True):
+                    path = self.path(entry.environment, entry.problem)
+                    if is_due(entry, _record_at(path)):
+                        for path in files:
+                            if path in staged:  # the facts are there for several
+                                os.replace(staged[path], path)
+                                del staged[path]
+                        if entry.times is None:
+                            path.with_suffix(TIMES).unlink(missing_ok=True)
+                        done.append(entry)
         except OSError as error:
             raise _unwritable(
                 path, *_CAUSES.get(error.errno or 0, (error.strerror or str(error), "Mend that"))
             ) from error
-        return path
+        return done
+
+    def _files(self, entry: Entry) -> dict[Path, bytes]:
+        """What has to be written for `entry`, in this order."""
+        path = self.path(entry.environment, entry.problem)
+        facts, beside = path.parents[1] / FACTS, path.with_suffix(TIMES)
+        key: Record = {"environment": entry.environment, "problem": problem_to_dict(entry.problem)}
+        files = {path: _seal(path, key, entry.record)}
+        if entry.times is not None:
+            files[beside] = _seal(beside, {**key, "decision": digest(entry.record)}, entry.times)
+        if standing(facts) != "whole":
+            files = {facts: _seal(facts, {"environment": entry.environment}, entry.facts), **files}
+        return files
 
     def require_writable(self) -> None:
         """Raise ProfileError if nothing can be published here, before anybody works for it."""
@@ -239,6 +290,32 @@ class Store:
                 "`compiled-logprobs doctor` prints it"
             )
         return self.root / f"v{SCHEMA}" / environment / "decisions" / f"{problem_name(problem)}.json"
+
+    def is_newer(self, environment: str, problem: Problem) -> bool:
+        """Whether a newer release wrote something that the decision for this would replace."""
+        path = self.path(environment, problem)
+        return any(standing(file) == "newer" for file in (path, path.with_suffix(TIMES), path.parents[1] / FACTS))
+
+    def rubbish(self) -> Iterator[tuple[Path, str]]:
+        """Files of this store that serve nobody, and why: broken ones, times of no decision, and what killed writers left.
+
+        Not what a newer release wrote, nor what is there but cannot be read at present, nor files that are none of a store's.
+        """
+        now = time.time()
+        for folder in self._folders():
+            if why := _why_broken(folder / FACTS):
+                yield folder / FACTS, why
+            for path in _listing(folder / "decisions"):
+                if path.name.endswith(TIMES):
+                    if why := _why_broken(path) or _why_orphaned(path):
+                        yield path, why
+                elif re.fullmatch(r"[^.]+\.json", path.name) and (why := _why_broken(path)):
+                    yield path, why
+        version = self.root / f"v{SCHEMA}"
+        for folder in (version, *self._folders(), *(folder / "decisions" for folder in self._folders())):
+            for path in _listing(folder):
+                if _is_abandoned(path, now):
+                    yield path, "a writer was killed before it had finished it"
 
     def _folders(self) -> list[Path]:
         return [path for path in _listing(self.root / f"v{SCHEMA}") if _FINGERPRINT.fullmatch(path.name)]
@@ -279,14 +356,22 @@ def stores() -> dict[str, Store]:
 def _load_or_warn(path: Path) -> Record | None:
     try:
         return _load(path)
-    except _Newer as error:
+    except NewerSchema as error:
         pass_over(path, error, "Upgrade compiled-logprobs")
     except ProfileError as error:
         pass_over(path, error)
     return None
 
 
-class _Newer(ProfileError):
+def _record_at(path: Path) -> Record | None:
+    try:
+        found = _load(path)
+    except ProfileError:
+        return None
+    return found["record"] if found else None
+
+
+class NewerSchema(ProfileError):
     """A file of a schema that is yet to come: it cannot be read, and must not be replaced."""
 
 
@@ -309,11 +394,11 @@ def _load(path: Path) -> Record | None:
         raise ProfileError(f"it is not JSON in UTF-8 ({error})" if data else "it is empty") from error
     schema = content.get("schema") if isinstance(content, dict) else None
     if type(schema) is int and schema > SCHEMA:
-        raise _Newer(f"a newer release wrote it, with schema {schema}")
-    _check_plain(content, "its content", depth=-1)  # so that the record in it may be as deep as when it was stored
+        raise NewerSchema(f"a newer release wrote it, with schema {schema}")
+    check_plain(content, "its content", depth=-1)  # so that the record in it may be as deep as when it was stored
     if type(schema) is not int or schema != SCHEMA or not isinstance(content.get("record"), dict):
         raise ProfileError(f"it is not an object with a record and schema {SCHEMA}")
-    if content.get("sha256") != _digest(content["record"]):
+    if content.get("sha256") != digest(content["record"]):
         raise ProfileError("its record was changed or cut after it was written: the digest is another")
     folder = path.parent if path.name == FACTS else path.parents[1]
     if content.get("environment") != folder.name:
@@ -339,13 +424,39 @@ def pass_over(path: Path, error: Exception, remedy: str = "Make it readable, or 
     )
 
 
-def _standing(path: Path) -> Literal["missing", "whole", "broken", "newer"]:
+def standing(path: Path) -> Literal["missing", "whole", "broken", "newer"]:
+    """What is there."""
     try:
         return "missing" if _load(path) is None else "whole"
-    except _Newer:
+    except NewerSchema:
         return "newer"
     except ProfileError:
         return "broken"
+
+
+def _why_broken(path: Path) -> str | None:
+    try:
+        _load(path)
+    except NewerSchema:
+        return None
+    except ProfileError as error:
+        # That it is not readable for this process, or now, says nothing about what is in it.
+        return None if isinstance(error.__cause__, OSError) else str(error)
+    return None
+
+
+def _why_orphaned(path: Path) -> str | None:
+    """Why the times at `path`, which are whole or of a newer release, are of no decision."""
+    decision = path.with_name(path.name.removesuffix(TIMES) + ".json")
+    try:
+        times, found = _load(path), _load(decision)
+    except NewerSchema:
+        return None
+    except ProfileError as error:
+        return None if isinstance(error.__cause__, OSError) else "its decision is broken"
+    if times is None or (found is not None and times.get("decision") == found["sha256"]):
+        return None
+    return "its decision is not there" if found is None else "it is of another decision than the one that is there"
 
 
 def _listing(folder: Path) -> list[Path]:
@@ -366,14 +477,15 @@ def _limit(path: Path) -> int:
     return TIMES_LIMIT if path.name.endswith(TIMES) else LIMIT
 
 
-def _digest(record: Record) -> str:
+def digest(record: Record) -> str:
+    """What a file says of its record, to tell whether it is whole."""
     return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _seal(path: Path, key: Record, record: Record) -> bytes:
     """The bytes of the file at `path`: `record`, where it belongs, and its digest."""
-    _check_plain(record, "record")
-    content = {"schema": SCHEMA, **key, "sha256": _digest(record), "record": record}
+    check_plain(record, "record")
+    content = {"schema": SCHEMA, **key, "sha256": digest(record), "record": record}
     indent = None if path.name.endswith(TIMES) else 2  # a line for each of thousands of times helps no reader
     data = (json.dumps(content, sort_keys=True, indent=indent, allow_nan=False) + "\n").encode()
     if len(data) > _limit(path):
@@ -383,7 +495,7 @@ def _seal(path: Path, key: Record, record: Record) -> bytes:
     return data
 
 
-def _check_plain(value: object, where: str, depth: int = 0) -> None:
+def check_plain(value: object, where: str, depth: int = 0) -> None:
     """Raise ProfileError for what JSON cannot give back as it was."""
     if depth > DEPTH:
         raise ProfileError(f"{where:.80} is nested deeper than {DEPTH} levels. Store it flatter.")
@@ -391,10 +503,10 @@ def _check_plain(value: object, where: str, depth: int = 0) -> None:
         for name, item in value.items():
             if not isinstance(name, str):
                 raise ProfileError(f"{where} has the key {name!r:.80}; valid are strings. Name it by one.")
-            _check_plain(item, f"{where}.{name}", depth + 1)
+            check_plain(item, f"{where}.{name}", depth + 1)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            _check_plain(item, f"{where}[{index}]", depth + 1)
+            check_plain(item, f"{where}[{index}]", depth + 1)
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ProfileError(f"{where} is {value}; valid are finite numbers. Store null, and the reason beside it.")
@@ -405,23 +517,23 @@ def _check_plain(value: object, where: str, depth: int = 0) -> None:
         raise ProfileError(f"{where} is a {type(value).__name__}; valid are JSON's own types. Convert it to one.")
 
 
-def _write(files: dict[Path, bytes]) -> None:
-    """Put all `files` in their places, in this order, once all of them are on disk under other names."""
+@contextlib.contextmanager
+def _staged(files: dict[Path, bytes]) -> Iterator[dict[Path, Path]]:
+    """Have all `files` on disk under other names, given by their places; what is still in there at the end is removed."""
     staged: dict[Path, Path] = {}
     try:
+        for folder in dict.fromkeys(path.parent for path in files):
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(folder)
         for path, data in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(path.parent)
-            temporary = path.with_name(f".{secrets.token_hex(8)}{TEMPORARY}")
-            staged[temporary] = path
-            with temporary.open("xb") as file:
+            staged[path] = path.with_name(f".{secrets.token_hex(8)}{TEMPORARY}")
+            with staged[path].open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        for temporary, path in staged.items():
-            os.replace(temporary, path)
+        yield staged
     finally:
-        for temporary in staged:
+        for temporary in staged.values():
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 temporary.unlink(missing_ok=True)
     for folder in {folder for path in files for folder in path.parents[:4]}:  # which may be new in those above them
@@ -438,11 +550,20 @@ def _sync(folder: Path) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
+    now = time.time()
     for path in folder.iterdir():
-        if re.fullmatch(rf"\.[0-9a-f]{{16}}{re.escape(TEMPORARY)}", path.name):
+        if _is_abandoned(path, now):
             with contextlib.suppress(OSError):  # another writer was quicker
-                if time.time() - path.stat().st_mtime > ABANDONED_S:
-                    path.unlink()
+                path.unlink()
+
+
+def _is_abandoned(path: Path, now: float) -> bool:
+    if not re.fullmatch(rf"\.[0-9a-f]{{16}}{re.escape(TEMPORARY)}", path.name):
+        return False
+    try:
+        return now - path.stat().st_mtime > ABANDONED_S
+    except OSError:
+        return False
 
 
 def _unwritable(path: Path, why: str, remedy: str) -> ProfileError:

@@ -12,7 +12,7 @@ import torch
 from stored_decisions import decided
 from typer.testing import CliRunner
 
-from compiled_logprobs import cli, decisions, profiling
+from compiled_logprobs import cli, command, decisions, profiling
 from compiled_logprobs.api import problem_of
 from compiled_logprobs.cli import app
 from compiled_logprobs.errors import InputError, ProfileError
@@ -303,6 +303,6 @@ def test_on_a_machine_with_gpus_the_device_is_the_one_that_is_meant(monkeypatch,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert cli._device(asked) == torch.device(device)
+    assert command.device_of(asked) == torch.device(device)
     with pytest.raises(InputError, match="torch sees 2 CUDA or ROCm devices here"):
-        cli._device("cuda:2")
+        command.device_of("cuda:2")
