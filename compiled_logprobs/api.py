@@ -207,34 +207,38 @@ def tune(
         device: with problems: where to measure; by default the current device of their type.
         budget_s: seconds for each problem, by default 20; N shrinks where the rounds would take longer.
         again: measure also what the user's profiles hold already.
-        group: a process group of torch.distributed, whose ranks all call this with the same problems: the first measures and
-            stores, and all hold the same decision afterwards. Where one of them cannot, all hold the baseline.
+        group: a process group of torch.distributed, whose ranks all call this with the same problems: the first rank on each
+            device measures, the times of the slowest count, the first of all stores, and all hold the same decision
+            afterwards. Where something fails on any rank, or it says nothing for four minutes, all hold `eager`, and a
+            warning says why; then nothing is stored.
 
     Returns:
         The decision for each bucket of N among the problems, in their order.
 
     Raises:
-        InputError: the arguments do not fit together.
-        LogProbsError: nothing could be decided for some of them; what was decided before is stored.
+        InputError: the arguments do not fit together, here or on another rank of `group`, or are not the same on all.
+        LogProbsError: nothing could be decided for some of them; what was decided before is stored. With `group`: the store
+            that the group was made with does not answer any more.
     """
-    if isinstance(problems_or_logits, Tensor):
+
+    def asked() -> tuple[list[Problem], torch.device]:
+        if not isinstance(problems_or_logits, Tensor):
+            return _problems_on_one_device(problems_or_logits, labels, device)
         if labels is None or device is not None:
             raise InputError(
                 f"got logits {'without labels' if labels is None else f'and device={device!r}'}; logits and labels on the "
                 "device to measure, or problems, are valid. Pass tune(logits, labels)."
             )
-        problems = [
-            _problem_posed(
-                problems_or_logits, labels, temperature, return_entropy, masked_logits, inplace_backward, out_dtype
-            )
-        ]
-        where = problems_or_logits.device
-    else:
-        problems, where = _problems_on_one_device(problems_or_logits, labels, device)
+        problem = _problem_posed(
+            problems_or_logits, labels, temperature, return_entropy, masked_logits, inplace_backward, out_dtype
+        )
+        return [problem], problems_or_logits.device
+
     if group is not None:
         from compiled_logprobs.distributed import tune_together
 
-        return tune_together(problems, where, group, budget_s=budget_s, again=again)
+        return tune_together(asked, group, budget_s=budget_s, again=again)
+    problems, where = asked()
     return serving.tuned(problems, where, budget_s=budget_s, again=again)
 
 

@@ -25,7 +25,8 @@ from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.policy import Policy
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Decision
-from compiled_logprobs.store import Store, pass_over, stores
+from compiled_logprobs.store import Store, pass_over
+from compiled_logprobs.view import view
 
 EAGER = "eager"
 PREFERENCE = ("cpp", "compiled", "flash_attn", EAGER)
@@ -33,13 +34,21 @@ SMALL = 2**20
 """Logits; below it the default rule says eager."""
 
 Source = Literal[
-    "small", "tuned here", "user store", "project profiles", "bundled profiles", "nearest", "default rule", "set aside"
+    "small",
+    "tuned here",
+    "ranks",
+    "user store",
+    "project profiles",
+    "bundled profiles",
+    "nearest",
+    "default rule",
+    "set aside",
 ]
 TRANSIENT = ("failed", "oom", "timeout", "crashed")
 """Outcomes that may have had a cause outside of the candidate, such as a full disk: they do not hold for ever."""
 RETRY_S = 24 * 3600.0
 """After which a decision with such an outcome is stale."""
-HITS = ("small", "tuned here", "user store", "project profiles", "bundled profiles")
+HITS = ("small", "tuned here", "ranks", "user store", "project profiles", "bundled profiles")
 """The sources that `require_hit` accepts."""
 
 
@@ -105,9 +114,9 @@ def remember(problem: Problem, policy: Policy, answer: Served) -> None:
     _hot.clear()
 
 
-def remember_decision(decision: Decision) -> None:
-    """Let `decision`, just measured, stand before every stored one, in this process."""
-    _decided[decision.problem] = Served(decision.chosen, "tuned here", decision)
+def remember_decision(decision: Decision, source: Source = "tuned here") -> None:
+    """Let `decision`, just measured or agreed upon, stand before every stored one, in this process."""
+    _decided[decision.problem] = Served(decision.chosen, source, decision)
     forget(decision.problem)
 
 
@@ -148,7 +157,7 @@ def stored(problem: Problem, device: torch.device, policy: Policy) -> Served | N
 def nearest(problem: Problem, device: torch.device, policy: Policy) -> Served | None:
     """The decision for the bucket nearest to that of `problem`, of the same problem but for N, if it can be used here."""
     top, environment = bucket(problem), fingerprint_of(device)
-    found = {other for store in stores().values() for other in store.near(environment, top)}
+    found = {other for store in view(environment).values() for other in store.near(environment, top)}
     found |= {other for other in list(_decided) if other != top and other._replace(rows=top.rows) == top}
     for other in sorted(found, key=lambda other: (abs(math.log(max(1, other.rows) / top.rows)), other.rows)):
         for answer in (*([_decided[other]] if other in _decided else []), *_exact(other, environment)):
@@ -193,7 +202,7 @@ def what_differs(decision: Decision, device: torch.device) -> dict[str, tuple[ob
 
 def _exact(top: Problem, environment: str) -> Iterator[Served]:
     """What the stores hold for `top`, as far as it can be read."""
-    for label, store in stores().items():
+    for label, store in view(environment).items():
         decision = decision_in(store, environment, top)
         if decision is not None:
             yield Served(decision.chosen, label, decision)  # type: ignore[arg-type]  # the labels are sources

@@ -12,12 +12,14 @@ from compiled_logprobs.neighbours import Neighbour, neighbours
 from compiled_logprobs.policy import Policy
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Candidate, Decision
-from compiled_logprobs.store import problem_to_dict, stores
+from compiled_logprobs.store import problem_to_dict
 from compiled_logprobs.tuning.serving import why_no_hit, why_no_tuning
+from compiled_logprobs.view import view
 
 _WHERE = {
     "small": "fewer than 2^20 logits, and no profile decides it: eager by rule, since a launch costs more than the work",
     "tuned here": "measured by this process",
+    "ranks": "agreed between the ranks by tune(group=...)",
     "user store": "stored in the user's profiles",
     "project profiles": "stored in the profiles of the current folder",
     "bundled profiles": "stored in the profiles that came with the package",
@@ -124,7 +126,7 @@ def _known(problem: Problem, device: torch.device, under: Policy) -> tuple[Serve
 def _measured_rows(problem: Problem, device: torch.device) -> tuple[int, ...]:
     top, environment = decisions.bucket(problem), decisions.fingerprint_of(device)
     rows: set[int] = set()
-    for store in stores().values():
+    for store in view(environment).values():
         rows.update(other.rows for other in store.near(environment, top))
         if store.read(environment, top) is not None:
             rows.add(top.rows)
@@ -134,10 +136,10 @@ def _measured_rows(problem: Problem, device: torch.device) -> tuple[int, ...]:
 def _of_decision(decision: Decision) -> list[str]:
     how = "short check" if decision.short_check else "full check"
     at = "" if decision.measured_rows == decision.problem.rows else f", timed with {decision.measured_rows} rows"
-    lines = [
-        f"  {decision.code}: {decision.reason}",
-        f"  measured {decision.measured_at} at N = {decision.problem.rows}{at}: {decision.rounds} rounds, {how}",
-    ]
+    lines = [f"  {decision.code}: {decision.reason}"]
+    if decision.rounds:
+        measured = f"measured {decision.measured_at} at N = {decision.problem.rows}{at}"
+        lines.append(f"  {measured}: {decision.rounds} rounds, {how}")
     width = max(map(len, decision.candidates))
     # The fastest first; then, in the order of their names, those that were not timed.
     for name, candidate in sorted(decision.candidates.items(), key=lambda item: (item[1].seconds or math.inf, item[0])):

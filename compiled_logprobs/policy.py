@@ -12,6 +12,8 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Literal, NamedTuple, get_args
 
+from torch import distributed
+
 from compiled_logprobs.errors import InputError
 
 Mode = Literal["tune", "lookup", "off"]
@@ -89,6 +91,12 @@ def _of_process() -> Policy:
         _checked_mode(mode, MODE_VARIABLE) if mode else "tune",
         checked_budget(budget, BUDGET_VARIABLE) if budget else BUDGET_S,
     )
+
+
+def is_rank() -> bool:
+    """Whether this process is one of several ranks, or is to be: none of them may choose for itself, and so never measures."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return (size.isdigit() and int(size) > 1) or (distributed.is_available() and distributed.is_initialized())
 
 
 def _checked_mode(mode: str, name: str) -> Mode:

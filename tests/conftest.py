@@ -2,7 +2,7 @@
 
 import pytest
 
-from compiled_logprobs import decisions, policy, store
+from compiled_logprobs import decisions, policy, store, view
 from compiled_logprobs.tuning import serving
 
 
@@ -18,6 +18,7 @@ def nothing_known(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(serving, "_short_checks", {})
     monkeypatch.setattr(serving, "_spent_s", 0.0)
     monkeypatch.setattr(store, "_warned", set())
+    monkeypatch.setattr(view, "_frozen", {})
     yield
     policy._of_process.cache_clear()
 

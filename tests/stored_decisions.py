@@ -50,7 +50,7 @@ def decided(problem: Problem = LARGE, chosen: str = "eager", **changes: Any) -> 
         "chosen": chosen,
         "code": "FASTER_CLEAR",
         "reason": f"{chosen} is faster",
-        "candidates": all_measured(),
+        "candidates": changes.get("candidates") or all_measured(),
         "left_out": (),
         "baseline": "eager",
         "rounds": 10,

@@ -1,67 +1,372 @@
-"""`tune(group=...)`: whatever happens on any rank, all of them come back, with the same decision."""
+"""`tune(group=...)`: whatever happens on any rank, all that are left come back, with the same decision or the baseline.
+
+The faults are real, and happen in processes of their own; see `rank.py`.
+"""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from stored_decisions import CPU, LARGE, FakeTuner, decided
+from torch import distributed
 
-from compiled_logprobs import distributed
-from compiled_logprobs.store import user_store
+import compiled_logprobs as clp
+from compiled_logprobs import InputError, Problem, decisions, meeting
+from compiled_logprobs import distributed as ours
+from compiled_logprobs.policy import Policy
+from compiled_logprobs.store import Store, user_store
+from compiled_logprobs.tuning.tuner import LIMITS_S, START_S
 
 RANK = Path(__file__).with_name("rank.py")
+LIMIT_S = 220
+"""For all scenarios of one start, which take a tenth of it; what hangs is killed."""
+SILENCE_S, GRACE_S = 3.0, 1.5
+"""In the place of minutes, for ranks that something happens to."""
 
 
-def ranks(what: str, count: int = 2) -> list[dict]:
+def environment(folder: Path, **variables: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        "COMPILED_LOGPROBS_MODE": "tune",
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(folder),  # where the lock of the device is: other tests may run on this machine
+        **variables,
+    }
+
+
+def results(folder: Path, scenarios: list[str], count: int) -> dict[str, list[dict | None]]:
+    """By scenario, what each rank wrote; None where it did not get there."""
+    found: dict[str, list[dict | None]] = {}
+    for number, name in enumerate(scenarios):
+        files = [folder / f"{number} {name} of rank {rank}" for rank in range(count)]
+        found[name] = [json.loads(file.read_text()) if file.exists() else None for file in files]
+    return found
+
+
+def by_torchrun(folder: Path, scenarios: list[str], count: int) -> dict[str, list[dict | None]]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", str(RANK), what],
-        env={**os.environ, "COMPILED_LOGPROBS_MODE": "tune", "OMP_NUM_THREADS": "1"},
+        [*torchrun, str(RANK), str(folder), *scenarios],
+        env=environment(folder),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT_S,
     )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+    assert process.returncode == 0, process.stderr[-5000:]
+    return results(folder, scenarios, count)
 
 
-def test_all_ranks_hold_what_the_first_measured():
-    first, second = ranks("same")
-    assert first["seed"] == second["seed"] and first["chosen"] == second["chosen"]
-    assert first["source"] == second["source"] == "tuned here"
-    assert first["right"] and second["right"]
-    ((_, _, record),) = user_store().records()  # stored once, by the first
-    assert record["seed"] == first["seed"]
+def by_hand(folder: Path, scenarios: list[str], count: int, method: str) -> dict[str, list[dict | None]]:
+    """Not by torchrun, which ends the others when one rank has ended."""
+    where = environment(folder, WORLD_SIZE=str(count), METHOD=method, SILENCE_S=str(SILENCE_S), GRACE_S=str(GRACE_S))
+    processes = []
+    for rank in range(count):
+        with (folder / f"errors of rank {rank}").open("w") as errors:
+            command = [sys.executable, str(RANK), str(folder), *scenarios]
+            processes.append(subprocess.Popen(command, env={**where, "RANK": str(rank)}, stderr=errors))
+    try:
+        for process in processes:
+            process.wait(LIMIT_S)
+    except subprocess.TimeoutExpired:
+        pytest.fail("a rank hangs")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return results(folder, scenarios, count)
+
+
+HARMLESS = [
+    "same",
+    "tuned_again",
+    "subgroup",
+    "slowest",
+    "other_problems",
+    "more_problems",
+    "wrong_arguments",
+    "broken_arguments",
+    "registered_on_one",
+    "cannot_run_on_one",
+    "cannot_import_on_one",
+    "other_stores",
+    "only_first_has_it",
+    "other_environment",
+    "other_release",
+    "holds_another",
+    "raises",
+    "out_of_memory",
+    "interrupted",
+    "frozen",
+]
+"""After which all ranks are there."""
+FATAL = ["comes_late", "hangs", "is_stopped", "exits", "without_it"]
+"""After which there is a rank less."""
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """By scenario, what four ranks wrote."""
+    folder = tmp_path_factory.mktemp("four")
+    return folder, by_torchrun(folder, HARMLESS, 4)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """The same of three, of which not all are left at the end."""
+    folder = tmp_path_factory.mktemp("three")
+    return by_hand(folder, FATAL, 3, f"file://{folder / 'meeting'}")
+
+
+def the_same(ranks: list[dict | None]) -> dict:
+    """The decision that all of them hold, which also serves."""
+    assert all(one is not None and "error" not in one for one in ranks), ranks
+    first = ranks[0]["decisions"][0]
+    for one in ranks:
+        assert one["decisions"][0]["digest"] == first["digest"] and not one["warned"]
+        assert (one["backend"], one["source"]) == (first["chosen"], "ranks")
+    return first
+
+
+def the_baseline(ranks: list[dict | None], *reasons: str) -> None:
+    """All of them hold it, and say why."""
+    for one in ranks:
+        assert one is not None and "error" not in one, ranks
+        assert [(each["chosen"], each["code"]) for each in one["decisions"]] == [("eager", "RANKS_DIFFER")]
+        assert (one["backend"], one["source"]) == ("eager", "ranks")
+        assert len(one["warned"]) == 1 and all(reason in one["warned"][0] for reason in reasons), one["warned"]
+
+
+def test_all_ranks_hold_what_the_first_measured(four):
+    folder, found = four
+    ranks = found["same"]
+    decision = the_same(ranks)
+    assert decision["record"]["rounds"] > 0 and set(decision["record"]["candidates"]) == {"eager", "right"}
+    assert all(len(one["decisions"]) == 2 for one in ranks)  # of two buckets
+    assert len({one["decisions"][1]["digest"] for one in ranks}) == 1
+    assert decision["record"] in [record for _, _, record in Store(folder / "store").records()]
+
+
+def test_what_is_stored_is_not_measured_again(four):
+    _, found = four
+    assert the_same(found["tuned_again"])["digest"] == found["same"][0]["decisions"][0]["digest"]
+
+
+def test_the_ranks_of_another_group_hold_theirs_and_the_rest_nothing(four):
+    _, found = four
+    *others, third, fourth = found["subgroup"]
+    assert third["decisions"] == fourth["decisions"] and third["decisions"][0]["chosen"] == "right"
+    for one in others:
+        assert one["error"].startswith("InputError: got group=") and "that this process belongs to" in one["error"]
+
+
+def test_the_slowest_rank_counts(four):
+    _, found = four
+    record = the_same(found["slowest"])["record"]
+    assert record["reason"].endswith("on the slowest of 2 devices")
+    told, eager = record["candidates"]["told"], record["candidates"]["eager"]
+    assert told["outcome"] == "slower" and told["seconds"] > 0.1 > eager["seconds"]
+    assert told["speedup"]["median"] < 1
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "told"),
     [
-        ("other problems", "InputError: got other problems on rank 1 of the group than on its first"),
-        ("cannot measure", "LogProbsError: the first rank of the group decided nothing: "),
+        ("other_problems", "InputError: got other problems on rank 1 of the group than on its first (1 there, 1 here)"),
+        ("more_problems", "InputError: got other problems on rank 1 of the group than on its first (2 there, 1 here)"),
+        ("wrong_arguments", "InputError: rank 1: InputError: got budget_s=-1;"),
     ],
 )
-def test_an_error_reaches_all_ranks(what, said):
-    found = ranks(what)
-    assert len(found) == 2 and all(one["error"].startswith(said) and one["right"] for one in found)
+def test_what_is_wrong_on_one_rank_all_are_told(four, what, told):
+    _, found = four
+    assert all(one["error"].startswith(told) for one in found[what]), found[what]
 
 
-def test_ranks_that_differ_hold_the_baseline():
-    found = ranks("another environment")
-    assert {(one["chosen"], one["code"]) for one in found} == {("eager", "RANKS_DIFFER")}
-    assert all(one["right"] for one in found)
+def test_a_rank_that_never_says_what_it_asks_for(four):
+    """It cannot hold anything; the others know their problems."""
+    _, found = four
+    first, second, *others = found["broken_arguments"]
+    assert second["error"] == "LogProbsError: rank 1: ZeroDivisionError: division by zero"
+    for one in (first, *others):
+        assert one["decisions"][0]["code"] == "RANKS_DIFFER" and "ZeroDivisionError" in one["warned"][0]
 
 
-def test_objects_travel_on_the_device_where_nccl_carries_them(monkeypatch):
-    set_devices = []
-    monkeypatch.setattr(torch.cuda, "set_device", set_devices.append)
-    monkeypatch.setattr(distributed.distributed, "get_backend", lambda group: "nccl")
-    monkeypatch.setattr(distributed.distributed, "get_world_size", lambda group: 2)
-    monkeypatch.setattr(
-        distributed.distributed, "all_gather_object", lambda found, value, group: found.__setitem__(0, value)
-    )
-    device = torch.device("cuda", 1)
-    assert distributed._gather("told", device, None) == ["told", None]
-    assert set_devices == [device] == [distributed._place(device, None)]
+def test_only_backends_that_all_ranks_have_are_measured(four):
+    _, found = four
+    record = the_same(found["registered_on_one"])["record"]
+    assert set(record["candidates"]) == {"eager", "right"} and record["left_out"] == ["its", "mine", "other"]
+
+
+def test_only_backends_that_can_run_on_all_ranks_are_measured(four):
+    _, found = four
+    record = the_same(found["cannot_run_on_one"])["record"]
+    assert set(record["candidates"]) == {"eager", "right"} and record["left_out"] == ["cpp"]
+
+
+def test_a_winner_that_one_rank_cannot_import(four):
+    _, found = four
+    the_baseline(found["cannot_import_on_one"], "rank 1: backend 'right' cannot run here, or has other code")
+
+
+def test_stores_that_differ(four):
+    folder, found = four
+    ranks = found["other_stores"]
+    # Before, they would have chosen differently.
+    assert [one["before"] for one in ranks] == [None, "eager", None, None]
+    assert the_same(ranks)["chosen"] == "right"
+    assert len(list(Store(folder / "store of rank 0").records())) == 2  # with the one of the next test
+    assert not list(Store(folder / "store of rank 3").records())
+
+
+def test_the_store_of_the_first_rank_counts(four):
+    _, found = four
+    assert the_same(found["only_first_has_it"])["chosen"] == "right"
+
+
+def test_environments_that_differ(four):
+    _, found = four
+    the_baseline(found["other_environment"], "rank 1 is in another environment: cpu_threads is 2 there and 1 on")
+
+
+def test_releases_that_differ(four):
+    _, found = four
+    told = "the ranks run different releases, as eager shows: rank 1: it has other code than elsewhere"
+    the_baseline(found["other_release"], told)
+
+
+def test_a_decision_that_arrives_as_another(four):
+    _, found = four
+    the_baseline(found["holds_another"], "rank 1: it holds another decision")
+
+
+def test_the_rank_that_measures_raises(four):
+    _, found = four
+    the_baseline(found["raises"], "rank 0: OSError: the disk is gone")
+
+
+def test_the_rank_that_measures_runs_out_of_memory(four):
+    _, found = four
+    the_baseline(found["out_of_memory"], "rank 0: MemoryError")
+
+
+def test_the_rank_that_measures_is_interrupted(four):
+    """There the interruption goes on; that rank holds the baseline, too."""
+    _, found = four
+    first, *others = found["interrupted"]
+    assert first["error"].startswith("KeyboardInterrupt")
+    the_baseline(others, "rank 0: KeyboardInterrupt")
+    assert (first["backend"], first["source"]) == ("eager", "ranks") and "KeyboardInterrupt" in first["warned"][0]
+    assert all(one["seconds"] < 25 for one in found["interrupted"])  # nobody has waited for it
+
+
+def test_what_is_stored_while_ranks_run_is_not_there_for_them(four):
+    folder, found = four
+    for one in found["frozen"]:
+        assert one["early"] == {"backend": "right", "source": "user store"}
+        assert one["late"] == {"backend": "eager", "source": "default rule"}
+        assert one["nearby"] == {"backend": "right", "source": "nearest"}
+    assert len(list(Store(folder / "shared store").records())) == 3
+
+
+def test_a_rank_that_comes_late(three):
+    """The others have gone on by then; it holds what they hold."""
+    the_baseline(three["comes_late"], f"rank 1 was silent for {SILENCE_S:g} s")
+
+
+def test_the_rank_that_measures_hangs(three):
+    the_baseline(three["hangs"], f"the first rank was silent for {SILENCE_S + GRACE_S:g} s")
+    assert three["hangs"][0]["seconds"] > SILENCE_S + GRACE_S
+
+
+def test_a_rank_is_stopped_in_the_last_step(three):
+    the_baseline(three["is_stopped"], f"rank 1 was silent for {SILENCE_S:g} s")
+
+
+def test_a_rank_ends_without_a_word(three):
+    first, second, third = three["exits"]
+    assert second is None
+    the_baseline([first, third], f"rank 1 was silent for {SILENCE_S:g} s")
+    first, second, third = three["without_it"]
+    assert second is None
+    the_baseline([first, third], f"rank 1 was silent for {SILENCE_S:g} s")
+
+
+def test_the_first_rank_is_killed_while_it_measures(tmp_path):
+    """Then nobody can say what the others hold, but that it is the baseline."""
+    found = by_hand(tmp_path, ["is_killed", "without_it"], 2, f"file://{tmp_path / 'meeting'}")
+    for first, second in found.values():
+        assert first is None
+        the_baseline([second], f"the first rank was silent for {SILENCE_S + GRACE_S:g} s")
+
+
+def test_the_rank_that_keeps_the_store_is_killed(tmp_path):
+    """As where ranks met by `tcp://` or, without torchrun, `env://`: nobody can know what the others hold."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    found = by_hand(tmp_path, ["is_killed"], 2, f"tcp://localhost:{port}")
+    first, second = found["is_killed"]
+    assert first is None
+    assert second["error"].startswith("Unreachable: the store of the process group does not answer")
+    assert (second["backend"], second["source"]) == ("eager", "ranks")
+
+
+@pytest.fixture
+def alone():
+    """A group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+def test_a_group_of_one(alone, monkeypatch, mode):
+    mode("tune")
+    fake = FakeTuner()
+    monkeypatch.setattr(ours, "Tuner", fake)
+    fake.answer = lambda problem: decided(problem, "cpp")
+    [decision] = clp.tune([LARGE], group=alone)
+    assert decision.chosen == "cpp" and clp.tune([LARGE], group=alone) == [decision] and fake.asked == [LARGE]
+    assert decisions.stored(LARGE, CPU, Policy()) == decisions.Served("cpp", "ranks", decision)
+    assert len(list(user_store().records())) == 1
+    clp.tune([LARGE], group=alone, again=True)
+    assert len(fake.asked) == 2
+
+
+def test_a_decision_that_cannot_be_stored_holds_all_the_same(alone, monkeypatch, mode, tmp_path):
+    mode("tune")
+    monkeypatch.setenv("COMPILED_LOGPROBS_PROFILES", str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    fake = FakeTuner()
+    monkeypatch.setattr(ours, "Tuner", fake)
+    with pytest.warns(RuntimeWarning, match="cannot be written"):
+        [decision] = clp.tune([LARGE], group=alone)
+    assert decisions.stored(LARGE, CPU, Policy()).decision == decision
+
+
+def test_what_the_baseline_is_explained_with(alone, monkeypatch, mode):
+    mode("tune")
+    monkeypatch.setattr(ours, "Tuner", None)
+    with pytest.warns(
+        RuntimeWarning, match="rank 0 of the group holds eager, as all its ranks are to, for 1024 x 1031"
+    ):
+        clp.tune([LARGE], group=alone)
+    lines = str(clp.explain(torch.empty(1024, 1031), torch.zeros(1024, dtype=torch.int64))).splitlines()
+    assert lines[1:] == [
+        "  agreed between the ranks by tune(group=...)",
+        "  RANKS_DIFFER: it is what all ranks have: rank 0: TypeError: 'NoneType' object is not callable",
+        "  eager  chosen: the baseline",
+    ]
+
+
+@pytest.mark.parametrize("group", ["WORLD", -100, distributed.GroupMember.NON_GROUP_MEMBER])
+def test_what_is_no_group(group):
+    with pytest.raises(InputError, match=r"got group=.*; a process group of torch.distributed"):
+        clp.tune([Problem("cpu", 1024, 1031, torch.float32)], group=group)
+
+
+def test_no_step_of_a_rank_that_measures_is_taken_for_silence():
+    assert max(START_S, *LIMITS_S.values()) < meeting.SILENCE_S < 600  # that is how long NCCL waits

@@ -147,6 +147,7 @@ def test_a_decision_with_all_that_was_found():
         ("project profiles", "stored in the profiles of the current folder"),
         ("bundled profiles", "stored in the profiles that came with the package"),
         ("tuned here", "measured by this process"),
+        ("ranks", "agreed between the ranks by tune(group=...)"),
     ],
 )
 def test_where_a_decision_comes_from(source, why, tmp_path, monkeypatch):
@@ -160,7 +161,7 @@ def test_where_a_decision_comes_from(source, why, tmp_path, monkeypatch):
     if source in places:
         publish(decided(), places[source])
     else:
-        decisions.remember_decision(decided())
+        decisions.remember_decision(decided(), source)
     for _ in range(2):  # before and after a call
         found = explained()
         assert (found.backend, found.source, found.why) == ("eager", source, why)

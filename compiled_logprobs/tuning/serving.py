@@ -17,7 +17,7 @@ from compiled_logprobs.clock import MIB, free_memory
 from compiled_logprobs.decisions import EAGER, Served
 from compiled_logprobs.errors import BackendUnavailable, ProfileError, nothing_can_serve_after
 from compiled_logprobs.neighbours import neighbours
-from compiled_logprobs.policy import BUDGET_VARIABLE, PROBLEMS_A_PROCESS, Policy, checked_budget, policy
+from compiled_logprobs.policy import BUDGET_VARIABLE, PROBLEMS_A_PROCESS, Policy, checked_budget, is_rank, policy
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Decision
 from compiled_logprobs.store import Store, user_store
@@ -92,7 +92,7 @@ def why_no_tuning(problem: Problem, device: torch.device, under: Policy) -> str 
         return f"nothing is measured on {device.type}"
     if _forked:
         return "this process is a forked child of another"
-    if _world_size() > 1 or _is_distributed():
+    if is_rank():
         return "this process is one of several ranks; call tune(..., group=...) on all of them"
     if device.type != "cpu":
         needed = COPIES * problem.rows * problem.vocab * problem.dtype.itemsize + LEAST_FREE
@@ -152,7 +152,7 @@ def tune_all(
     asked = backends() if names is None else [EAGER, *names]
     with Tuner(device, on_event=on_event) as tuner:
         for problem in dict.fromkeys(map(decisions.bucket, problems)):
-            known = None if again else _current(store, problem, device, asked)
+            known = None if again else current(store, problem, device, asked)
             on_event({"event": "problem", "problem": problem, "known": known is not None})
             if known is not None:
                 decisions.forget(problem)  # this process may have found something else before it was stored
@@ -162,7 +162,7 @@ def tune_all(
             with alone_on(device, WAIT_S) as alone:
                 found: Decision | TuningFailed
                 # While this waited, another process may have decided it.
-                known = None if again else _current(store, problem, device, asked)
+                known = None if again else current(store, problem, device, asked)
                 if known is not None:
                     decisions.forget(problem)
                     found = known
@@ -211,7 +211,8 @@ def _decided_by(
         decision, times = decide(tuner, problem, seconds, standing=standing, names=asked, again=again)
     except TuningFailed as error:
         return error
-    _publish(store, decision, times, device)
+    decisions.remember_decision(decision)
+    publish(store, decision, times, device)
     return decision
 
 
@@ -252,11 +253,11 @@ def _tune_by_itself(problem: Problem, device: torch.device, under: Policy, stand
             with Tuner(device, short=True) as tuner:
                 left = seconds - (time.monotonic() - began)
                 decision, times = decide(tuner, problem, left, standing=standing, strict=True)
+            decisions.remember_decision(decision)
             store = user_store()
+            # What others have registered may serve them well.
             if decisions.unregistered_choice(store, decisions.fingerprint_of(device), decision.problem) is None:
-                _publish(store, decision, times, device)  # before the next one that waits looks there
-            else:  # what others have registered may serve them well
-                decisions.remember_decision(decision)
+                publish(store, decision, times, device)  # before the next one that waits looks there
     except (TuningFailed, OSError, RuntimeError) as error:  # the last two: no room for another process or thread
         if nothing_can_serve_after(error):
             raise
@@ -303,7 +304,7 @@ def _short_check(name: str, problem: Problem, device: torch.device) -> _Short:
     return _short_checks[key]
 
 
-def _current(store: Store, problem: Problem, device: torch.device, asked: Sequence[str]) -> Decision | None:
+def current(store: Store, problem: Problem, device: torch.device, asked: Sequence[str]) -> Decision | None:
     """What `store` holds of `problem`, unless it is less than what is asked for, or something has changed since."""
     decision = decisions.decision_in(store, decisions.fingerprint_of(device), problem)
     if decision is None or decision.short_check or not decision.candidates.keys() >= set(asked):
@@ -312,8 +313,8 @@ def _current(store: Store, problem: Problem, device: torch.device, asked: Sequen
     return decision if found is not None and found.stale is None else None
 
 
-def _publish(store: Store, decision: Decision, times: dict[str, list[float]], device: torch.device) -> None:
-    decisions.remember_decision(decision)
+def publish(store: Store, decision: Decision, times: dict[str, list[float]], device: torch.device) -> None:
+    """Store `decision` with its times; a warning says if that fails."""
     try:
         store.publish(decisions.environment_at(device), decision.problem, decision.record(), {"seconds": times})
     except ProfileError as error:
@@ -327,15 +328,6 @@ def _others_can_run(problem: Problem) -> bool:
 
 def _budget_left(under: Policy) -> float:
     return PROBLEMS_A_PROCESS * under.budget_s - _spent_s
-
-
-def _world_size() -> int:
-    size = os.environ.get("WORLD_SIZE", "")
-    return int(size) if size.isdigit() else 1
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _options(problem: Problem) -> str:

@@ -166,7 +166,7 @@ class Tuner:
                 ],
                 "checked": [name for name, found in work.found.items() if found.fields.get("checks")],
                 "incumbent": work.incumbent,
-                "simplicity": _simplicity(),
+                "simplicity": simplicity(),
                 "short": self.short,
                 "seconds": max(0.0, min(seconds, work.ends - RESERVE_S - time.monotonic())),
                 "strict": math.isfinite(work.ends),
@@ -207,7 +207,7 @@ class Tuner:
         sizes = {name: work.found[name].fields.get("extra_bytes") for name in times}
         baseline = next(iter(times))
         by = partial(
-            look, times, baseline=baseline, incumbent=work.incumbent, simplicity=_simplicity(), extra_bytes=sizes
+            look, times, baseline=baseline, incumbent=work.incumbent, simplicity=simplicity(), extra_bytes=sizes
         )
         selection = by() or by(final=True)
         assert selection is not None
@@ -220,7 +220,7 @@ class Tuner:
             candidates[name] = Candidate(
                 verdict.outcome,
                 verdict.reason,
-                speedup=_speedup(verdict.speedup),
+                speedup=speedup_of(verdict.speedup),
                 seconds=median(times[name]),
                 **found.fields,
             )
@@ -323,14 +323,22 @@ class _Work:
 _NOT_REACHED = "the time was over before it was asked for"
 
 
-def _simplicity() -> dict[str, int]:
+def simplicity() -> dict[str, int]:
     """Plain torch first, then the others as they were registered."""
     return {name: rank for rank, name in enumerate(sorted(backends(), key=lambda name: name != decisions.EAGER))}
 
 
-def _speedup(found: Interval) -> Speedup:
+def speedup_of(found: Interval) -> Speedup:
+    """As it is stored, without infinite ends."""
     bounded = found.low > 0.0 and math.isfinite(found.high)
     return Speedup(found.low if bounded else None, found.median, found.high if bounded else None)
+
+
+def name_of(device: torch.device) -> str:
+    """What tells `device` from every other of this machine, for all its processes."""
+    if device.type != "cuda":
+        return device.type
+    return str(getattr(cuda.get_device_properties(device), "uuid", device.index))
 
 
 @contextlib.contextmanager
@@ -338,11 +346,8 @@ def alone_on(device: torch.device, within: float) -> Iterator[bool]:
     """Hold the lock of `device` that all processes of this machine share; False if another holds it for too long."""
     from filelock import FileLock, Timeout
 
-    key = device.type
-    if device.type == "cuda":
-        key = str(getattr(cuda.get_device_properties(device), "uuid", device.index))
     try:
-        lock = FileLock(Path(tempfile.gettempdir(), f"compiled-logprobs-{key}.lock"), mode=0o666)
+        lock = FileLock(Path(tempfile.gettempdir(), f"compiled-logprobs-{name_of(device)}.lock"), mode=0o666)
         lock.acquire(timeout=within)
     except Timeout:
         yield False
