@@ -1,6 +1,6 @@
 # make test      set up .venv, then run the whole suite
 # make profile   set up .venv, then measure which backend is fastest on this machine, store it, and show the winners
-# make benchmark set up .venv, then time this library beside the idioms that people use today, for some 20 minutes
+# make benchmark set up .venv, then time this library beside the idioms that people use today, for up to an hour
 # make check     format, lint and types, as CI does
 # make format    mend what can be mended by itself
 
