@@ -48,6 +48,13 @@ def test_every_backend_that_can_run_passes_the_gate(name, dtype, options):
     assert report.repeatable and report.row_invariant is not None
 
 
+def test_what_float16_cannot_hold_is_no_error_of_a_backend():
+    # With this seed, a row's upstream gradient is 7e-5: its gradient lies below the smallest normal number of float16.
+    problem = Problem("cpu", 24, VOCAB, torch.float16, **OPTIONS["strided rows, entropy"])
+    for name in ("eager", "compiled"):
+        assert clp.check_backend(name, problem, seed=548214262).reasons == []
+
+
 def test_float64_is_for_eager_alone():
     problem = Problem("cpu", 24, VOCAB, torch.float64, out_dtype=torch.float64, needs_grad=True, entropy=True)
     assert clp.check_backend("eager", problem).passed

@@ -316,7 +316,8 @@ def _judge_values(comparison: _Comparison, inputs: Inputs, findings: Findings) -
     error = (got.double().nan_to_num(0.0, 0.0, 0.0) * finite - truth).abs()
     eager_error = (eager.double().nan_to_num(0.0, 0.0, 0.0) * finite - truth).abs()
     scale = scale.double().nan_to_num(0.0, 0.0, 0.0).clamp(min=float(truth.abs().max()) if what != "gradient" else 0.0)
-    rounding = torch.finfo(got.dtype).eps * truth.abs().amax(-1, keepdim=True)
+    info = torch.finfo(got.dtype)  # below its smallest normal number, a dtype rounds to multiples of eps * tiny
+    rounding = info.eps * truth.abs().amax(-1, keepdim=True).clamp(min=info.tiny)
     floor, ceiling = BUDGET * EPS * scale, EAGER_CEILING * EPS * scale + rounding
     for name, reduce in ((f"{what}_error", _largest), (f"{what}_rmse", _rms)):
         ordinary = inputs.yardstick.get(name, 0.0) * EPS * scale
