@@ -1,23 +1,42 @@
 # make test      set up .venv, then run the whole suite
+# make test-integrations  train with TRL's own trainers, patched and not, in an environment of its own
 # make profile   set up .venv, then measure which backend is fastest on this machine, store it, and show the winners
+# make dashboard set up .venv, then show the profiles in a browser, until Ctrl-C
+# make example   set up .venv, then train a small language model with right and with wrong log-probabilities
+# make docs      set up .venv, then build the documentation into build/site, with its links checked
 # make benchmark set up .venv, then time this library beside the idioms that people use today, for up to an hour
 # make check     format, lint and types, as CI does
 # make format    mend what can be mended by itself
 
 PYTHON ?= python3
 BIN := .venv/bin
+INTEGRATIONS := .venv-integrations
 # Without the constraints, pip would take the newest torch, which is larger and not the one that was tested.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: test profile benchmark check format clean
+.PHONY: test test-integrations profile dashboard example docs benchmark check format clean
 
 # Threads that spin while they wait make torch several times slower wherever something else uses the cores as well.
 test: export OMP_WAIT_POLICY := PASSIVE
 test: .venv/.installed-flash-attn
 	$(BIN)/python -m pytest
 
+test-integrations: export OMP_WAIT_POLICY := PASSIVE
+test-integrations: $(INTEGRATIONS)/.installed
+	$(INTEGRATIONS)/bin/python -m pytest integrations
+	PYTHONPATH=$(INTEGRATIONS)/trl-1.13.0 $(INTEGRATIONS)/bin/python -m pytest integrations/test_trl.py
+
 profile: .venv/.installed-flash-attn
 	$(BIN)/compiled-logprobs profile
+
+dashboard: .venv/.installed-flash-attn
+	$(BIN)/compiled-logprobs dashboard
+
+example: .venv/.installed
+	$(BIN)/python -m examples.reinforce
+
+docs: .venv/.installed
+	$(BIN)/python -m mkdocs build --strict
 
 benchmark: .venv/.installed-flash-attn
 	$(BIN)/python -m benchmarks.peers --json build/benchmarks/peers.json --html build/benchmarks/peers.html
@@ -32,14 +51,14 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-integrations build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find benchmarks compiled_logprobs tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[test]'
+	$(INSTALL) -e '.[docs,test]'
 	touch $@
 
 # flash-attn's Triton kernels are plain Python: its CUDA extension, which takes long to build, is left out. Its setup.py
@@ -47,4 +66,15 @@ $(BIN)/python:
 .venv/.installed-flash-attn: .venv/.installed
 	FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE \
 		$(INSTALL) --no-build-isolation --no-deps flash-attn
+	touch $@
+
+# TRL 1.14, the last version whose trainers call the functions that are replaced, and the versions around it, without their
+# dependencies, each in a folder of its own.
+$(INTEGRATIONS)/.installed: pyproject.toml integrations/constraints.txt
+	$(PYTHON) -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -m pip install --disable-pip-version-check -c integrations/constraints.txt -e . pytest requests trl
+	for version in 1.13.0 1.15.0 1.16.0; do \
+		$(INTEGRATIONS)/bin/python -m pip install --disable-pip-version-check --no-deps --upgrade \
+			--target $(INTEGRATIONS)/trl-$$version trl==$$version || exit 1; \
+	done
 	touch $@

@@ -200,6 +200,8 @@ def tune(
 ) -> list[Decision]:
     """Measure which backend is fastest, now, and store it in the user's profiles; later calls and processes use it.
 
+    Where it cannot be stored, a warning says so, and this process uses it.
+
     Args:
         problems_or_logits: problems; or logits, whose shape, layout and options count, not their values. A problem with flat
             rows of an odd V is taken as not aligned, whatever it says.
@@ -379,15 +381,15 @@ class _WithFallback:
         except Exception as error:
             if nothing_can_serve_after(error):
                 raise
-            decisions.set_aside(self._name, self._problem)
-            warnings.warn(
-                f"backend {self._name!r} failed on {self._problem} and is set aside for such problems in this process: "
-                f"{error}\neager serves the call. To see the whole error, name the backend.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            is_first, why = decisions.set_aside(self._name, self._problem, error), str(error)
         self._backend = get_backend(decisions.EAGER)
-        return self._backend.forward(logits, labels, temperature, entropy=entropy)
+        served = self._backend.forward(logits, labels, temperature, entropy=entropy)
+        if is_first:
+            _warn(
+                f"backend {self._name!r} failed on {self._problem} and is set aside for such problems in this process: "
+                f"{why}\neager serves the call. To see the whole error, name the backend."
+            )
+        return served
 
     def backward(
         self,
@@ -404,6 +406,14 @@ class _WithFallback:
         return self._backend.backward(
             logits, labels, temperature, residuals, ignored, grad_log_probs, grad_entropy, inplace=inplace
         )
+
+
+def _warn(text: str) -> None:
+    """Where warnings are errors, too, the call is served."""
+    try:
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    except RuntimeWarning:
+        serving.say(text)
 
 
 def problem_of(

@@ -5,7 +5,7 @@ An archive is JSON in UTF-8, one object a line, so that it can be written and re
 {"archive": "compiled-logprobs", "schema": 1, ...}   what it is
 {"kind": "environment", ...}                         the facts of an environment, before its decisions
 {"kind": "decision", ...}                            a decision
-{"kind": "times", ...}                               the raw times that the decision before it rests on
+{"kind": "evidence", ...}                            what the decision before it rests on: raw times, and more
 {"kind": "end", "decisions": 1, "sha256": "..."}     of all bytes before: whether it came whole
 
 The lines between the first and the last hold what the files of a store hold (`compiled_logprobs.store`). No line names a file:
@@ -30,10 +30,10 @@ from compiled_logprobs.errors import InputError, ProfileError
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Decision, moment
 from compiled_logprobs.store import (
+    EVIDENCE_LIMIT,
     LIMIT,
     SCHEMA,
     TEMPORARY,
-    TIMES_LIMIT,
     Entry,
     Record,
     Store,
@@ -65,7 +65,7 @@ class Exported:
 
 
 def export(
-    store: Store, target: IO[bytes], *, environments: Collection[str] | None = None, times: bool = True
+    store: Store, target: IO[bytes], *, environments: Collection[str] | None = None, evidence: bool = True
 ) -> Exported:
     """Write the decisions of `store` to `target` as an archive; the same decisions give the same bytes.
 
@@ -73,7 +73,7 @@ def export(
         store: where from. What cannot be read there is passed over, with a warning.
         target: where to. What an error interrupts has no last line, so that no import takes it.
         environments: fingerprints; by default all.
-        times: whether the raw times come along, too.
+        evidence: whether what the decisions rest on, raw times and all, comes along, too.
 
     Raises:
         ProfileError: there is nothing to write, or more than an archive may hold.
@@ -85,13 +85,13 @@ def export(
         done.bytes += len(data)
         if done.bytes > MOST_BYTES:
             raise ProfileError(
-                f"the archive would have more than {MOST_BYTES} bytes, the most that is valid. Leave out the times "
-                "(--no-times), or export one environment at a time (--environment)."
+                f"the archive would have more than {MOST_BYTES} bytes, the most that is valid. Leave out the evidence "
+                "(--no-evidence), or export one environment at a time (--environment)."
             )
         whole.update(data)
         target.write(data)
 
-    for entry in _entries(store, environments, times, done.left_out):
+    for entry in _entries(store, environments, evidence, done.left_out):
         if not done.decisions:
             write({"archive": ARCHIVE, "schema": SCHEMA})
         if entry.environment not in done.environments:
@@ -99,8 +99,8 @@ def export(
             write(_line("environment", {"environment": entry.environment}, entry.facts))
         key = {"environment": entry.environment, "problem": problem_to_dict(entry.problem)}
         write(_line("decision", key, entry.record))
-        if entry.times is not None:
-            write(_line("times", {**key, "decision": digest(entry.record)}, entry.times))
+        if entry.evidence is not None:
+            write(_line("evidence", {**key, "decision": digest(entry.record)}, entry.evidence))
         done.decisions += 1
     if not done.decisions:
         which = "" if environments is None else f" for {', '.join(sorted(environments))}"
@@ -164,14 +164,16 @@ def _exists(path: Path) -> InputError:
     return InputError(f"got {path}, which exists; a new file is valid. Name another, or add --overwrite.")
 
 
-def _entries(store: Store, environments: Collection[str] | None, times: bool, left_out: list[str]) -> Iterator[Entry]:
+def _entries(
+    store: Store, environments: Collection[str] | None, evidence: bool, left_out: list[str]
+) -> Iterator[Entry]:
     facts = store.environments()
     for environment, problem, record in store.records():
         if environments is not None and environment not in environments:
             continue
         known = facts.get(environment, record.get("environment"))
-        raw = store.times(environment, problem) if times else None
-        entry = Entry(environment, known, problem, record, raw)  # type: ignore[arg-type]  # a foreign file's facts are checked
+        beside = store.evidence(environment, problem) if evidence else None
+        entry = Entry(environment, known, problem, record, beside)  # type: ignore[arg-type]  # a foreign file's facts are checked
         try:
             _check_entry(entry)
         except ProfileError as error:
@@ -195,7 +197,7 @@ def read_archive(source: IO[bytes]) -> list[Entry]:
     """
     reading = _Reading()
     try:
-        while line := source.readline(TIMES_LIMIT + 1):
+        while line := source.readline(EVIDENCE_LIMIT + 1):
             reading.take(line)
         reading.end()
     except ProfileError as error:
@@ -230,8 +232,8 @@ class _Reading:
             raise ProfileError(f"it has more than {MOST_BYTES} bytes")
         if self._is_complete:
             raise ProfileError("something follows the last line")
-        if len(data) > TIMES_LIMIT:
-            raise ProfileError(f"it has more than {TIMES_LIMIT} bytes")
+        if len(data) > EVIDENCE_LIMIT:
+            raise ProfileError(f"it has more than {EVIDENCE_LIMIT} bytes")
         if self.number == 1 and len(data) > LIMIT:
             raise ProfileError("it is not the first line of an archive")
         line = _parsed(data)
@@ -261,9 +263,9 @@ class _Reading:
 
     def _take_record(self, line: Record, size: int) -> None:
         kind, environment, record = line.get("kind"), line.get("environment"), line.get("record")
-        if kind not in ("environment", "decision", "times"):
-            raise ProfileError(f"its kind is {kind!r:.40}; environment, decision, times or end is valid")
-        if kind != "times" and size > LIMIT:
+        if kind not in ("environment", "decision", "evidence"):
+            raise ProfileError(f"its kind is {kind!r:.40}; environment, decision, evidence or end is valid")
+        if kind != "evidence" and size > LIMIT:
             raise ProfileError(f"it has more than {LIMIT} bytes")
         _check_schema(line)
         if not isinstance(environment, str) or not _FINGERPRINT.fullmatch(environment):
@@ -278,10 +280,10 @@ class _Reading:
             self.facts[environment] = record
             return
         key = environment, problem_from_dict(line.get("problem"))
-        if kind == "times":
+        if kind == "evidence":
             if key != last or line.get("decision") != digest(self.entries[key].record):
-                raise ProfileError("its times are not of the decision in the line before")
-            self.entries[key] = self.entries[key]._replace(times=record)
+                raise ProfileError("its evidence is not of the decision in the line before")
+            self.entries[key] = self.entries[key]._replace(evidence=record)
             return
         if environment not in self.facts:
             raise ProfileError(f"no line before it tells the facts of {environment}")
@@ -403,6 +405,16 @@ def merge(store: Store, entries: Sequence[Entry], *, replace: bool = False) -> l
             due.append(entry)
     store.publish_all(due, is_due)
     return [fates[id(entry)] for entry in entries]
+
+
+def plan(store: Store, entries: Sequence[Entry]) -> list[Merged]:
+    """What `merge` would make of each of `entries`, as things stand. Nothing is stored."""
+    return [
+        Merged(entry, "kept", "a newer release wrote what is stored")
+        if store.is_newer(entry.environment, entry.problem)
+        else Merged(entry, *_fate(entry, store.peek(entry.environment, entry.problem), replace=False))
+        for entry in entries
+    ]
 
 
 def _fate(entry: Entry, stored: Record | None, replace: bool) -> tuple[Fate, str]:

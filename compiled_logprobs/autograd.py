@@ -144,10 +144,11 @@ class _LogProbs(torch.autograd.Function):
 
         all_ignored = ignored.all(-1)
         log_probs = log_probs.clamp(max=0.0).masked_fill(invalid.unsqueeze(-1), torch.nan)
-        log_probs = log_probs.masked_fill(ignored, 0.0).view(labels.shape)
+        # The last step makes a tensor that is no view: autograd refuses to have views that were made in here written into.
+        log_probs = log_probs.view(labels.shape).masked_fill(ignored.view(labels.shape), 0.0)
         if entropies is not None:
             entropies = entropies.clamp(min=0.0).masked_fill(invalid, torch.nan)
-            entropies = entropies.masked_fill(all_ignored, 0.0).view(ctx.shape[:-1])
+            entropies = entropies.view(ctx.shape[:-1]).masked_fill(all_ignored.view(ctx.shape[:-1]), 0.0)
 
         ctx.temperature = None if isinstance(t, Tensor) else t
         ctx.save_for_backward(x, in_range, ignored, invalid, t if isinstance(t, Tensor) else None, *residuals)

@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.text import Text
 
-from compiled_logprobs import decisions, inspection, profiling
+from compiled_logprobs import cli_dashboard, decisions, inspection, profiling
 from compiled_logprobs.backends import backends, why_not
 from compiled_logprobs.cli_profiles import add_to
 from compiled_logprobs.command import (
@@ -76,6 +76,13 @@ def main() -> None:
     app(prog_name="compiled-logprobs")
 
 
+class Returned(str, Enum):
+    """What the numbers of a function are."""
+
+    log_prob = "log_prob"
+    loss = "loss"
+
+
 class Device(str, Enum):
     """Where to check."""
 
@@ -104,10 +111,23 @@ def check(
         str | None,
         typer.Argument(
             show_default=False,
-            help="A backend's name, or package.module:function for a function of (logits, labels) of your own, which may "
-            "lie in the current directory. Without it, every backend is checked.",
+            help="A backend's name, or package.module:function for anyone's function of logits [N, V] and labels [N], which "
+            "may lie in the current directory. Without it, every backend is checked.",
         ),
     ] = None,
+    signature: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False,
+            help="What the function takes, if not (logits, labels): the arguments of a call, such as "
+            "\"labels, logits, temp=temperature, reduction='none'\". logits, labels, temperature, ignore_index, "
+            "return_entropy, masked_logits, inplace_backward and out_dtype stand for their values; logits[None] and "
+            "labels[None] add a batch dimension.",
+        ),
+    ] = None,
+    returns: Annotated[
+        Returned, typer.Option(help="What the function's numbers are: log-probabilities, or losses.")
+    ] = Returned.log_prob,
     device: Annotated[
         Device | None, typer.Option(show_default=False, help="Where to check; by default on the GPU if there is one.")
     ] = None,
@@ -122,7 +142,10 @@ def check(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check sign, values and gradient of backends, or of a function of your own, against float64 on this machine."""
+    """Check sign, values and gradient of backends, or of anyone's function, against float64 on this machine.
+
+    What is wrong is told with its likely cause.
+    """
     reports: list[CheckReport] = []
     unavailable: dict[str, str] = {}
     with reported_errors():
@@ -133,7 +156,14 @@ def check(
         for subject in subjects:
             try:
                 with busy(f"checking {target or subject}"):
-                    report = check_backend(subject, ignore_index=ignore_index, device=device_type, seed=seed)
+                    report = check_backend(
+                        subject,
+                        ignore_index=ignore_index,
+                        device=device_type,
+                        seed=seed,
+                        signature=signature,
+                        returns=returns.value,
+                    )
             except BackendUnavailable as error:
                 if target is not None:
                     raise
@@ -388,6 +418,9 @@ def inspect(
         print_json(found.to_dict())
     else:
         print_inspection(found)
+
+
+cli_dashboard.add_to(app)
 
 
 def _sample_problems(found: list[Environment]) -> list[Problem]:

@@ -81,7 +81,10 @@ def export_profiles(
     source: Annotated[
         str, typer.Option("--from", help="Which profiles: user, project, bundled, or a folder of them.")
     ] = "user",
-    times: Annotated[bool, typer.Option("--times/--no-times", help="Whether the raw times come along.")] = True,
+    evidence: Annotated[
+        bool,
+        typer.Option("--evidence/--no-evidence", help="Whether raw times and details of the checks come along."),
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -93,7 +96,7 @@ def export_profiles(
             raise InputError("got - and --json, which both write to standard output; one is valid. Leave one out.")
         here = [one.fingerprint() for one in environments()]
         which = None if every else split(environment) or here
-        write = partial(archive.export, store_of(source), environments=which, times=times)
+        write = partial(archive.export, store_of(source), environments=which, evidence=evidence)
         if file == STANDARD:
             done = write(sys.stdout.buffer)
             sys.stdout.flush()

@@ -16,7 +16,7 @@ from rich.console import Console
 from compiled_logprobs import profiling
 from compiled_logprobs.backends import backends, register_backend
 from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.errors import InputError, LogProbsError
+from compiled_logprobs.errors import InputError, LogProbsError, is_out_of_memory
 from compiled_logprobs.progress import Bar, JsonLines, Progress, Silence
 from compiled_logprobs.store import Store, bundled_store, project_store, user_store
 
@@ -94,7 +94,10 @@ def reported_errors() -> Iterator[None]:
     except BrokenPipeError:  # whoever read the output has gone, and what is still to be flushed has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(INTERRUPTED) from None
-    except Exception:  # noqa: BLE001  a mistake in this library
+    except Exception as error:  # noqa: BLE001  memory, or a mistake in this library
+        if is_out_of_memory(error):
+            sys.stderr.write(f"out of memory: {error}\nAsk for fewer rows, or free some memory.\n")
+            raise typer.Exit(COULD_NOT_RUN) from None
         traceback.print_exc()
         raise typer.Exit(COULD_NOT_RUN) from None
 

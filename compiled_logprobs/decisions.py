@@ -11,19 +11,20 @@ A decision is used only while the backend that it chose is registered, can run t
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
+from torch import distributed
 
 from compiled_logprobs.backends import BUILT_IN, backends, get_backend, is_loaded, target_of, why_not
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.environment import Environment, environment_of
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.policy import Policy
-from compiled_logprobs.problem import Problem
+from compiled_logprobs.problem import Problem, as_it_lies
 from compiled_logprobs.records import Decision
 from compiled_logprobs.store import Store, pass_over
 from compiled_logprobs.view import view
@@ -48,6 +49,8 @@ TRANSIENT = ("failed", "oom", "timeout", "crashed")
 """Outcomes that may have had a cause outside of the candidate, such as a full disk: they do not hold for ever."""
 RETRY_S = 24 * 3600.0
 """After which a decision with such an outcome is stale."""
+GUESSED = ("nearest", "default rule")
+"""The sources of what serves N without a decision of its own."""
 HITS = ("small", "tuned here", "ranks", "user store", "project profiles", "bundled profiles")
 """The sources that `require_hit` accepts."""
 
@@ -63,17 +66,22 @@ class Served(NamedTuple):
 
 
 _served: dict[tuple[Problem, str, bool], Served] = {}
-"""By bucket, mode, and whether rows have to be invariant."""
+"""By what `_key` says."""
 _decided: dict[Problem, Served] = {}
 """What was tuned in this process, by bucket, whether or not it could be stored."""
-_set_aside: set[tuple[str, Problem]] = set()
+_set_aside: dict[tuple[str, Problem], str] = {}
+"""What went wrong, by the name of the backend and the bucket that it failed on."""
 _hot: dict[tuple[Problem, Policy], str] = {}
 """What `_served` comes to for exact problems, so that a call pays for one look into a dictionary."""
 _MOST_HOT = 4096
+_is_in_group = distributed.is_initialized if distributed.is_available() else lambda: False
+_was_in_group = False
+"""When that was last looked at."""
 
 
 def known(problem: Problem, policy: Policy) -> str | None:
     """The name of the backend that served exactly this before, and still does."""
+    _start_anew_in_a_group()
     return _hot.get((problem, policy))
 
 
@@ -99,8 +107,39 @@ def is_small(problem: Problem) -> bool:
 
 def served(problem: Problem, policy: Policy) -> Served | None:
     """What serves `problem` in this process; None if that is still to be found out."""
-    answer = _served.get((bucket(problem), policy.mode, policy.row_invariant))
+    _start_anew_in_a_group()
+    answer = _served.get(_key(problem, policy))
     return None if answer is None or (policy.require_hit and not _is_hit(answer)) else answer
+
+
+def _start_anew_in_a_group() -> None:
+    """Where this process has joined a process group, let go of what it found alone: other ranks may have found something else."""
+    global _was_in_group
+    is_in_group = _is_in_group()
+    if is_in_group and not _was_in_group:
+        for problem, answer in list(_decided.items()):
+            if answer.source == "tuned here":
+                _decided.pop(problem, None)
+        _served.clear()
+        _hot.clear()
+    _was_in_group = is_in_group
+
+
+def _key(problem: Problem, policy: Policy) -> tuple[Problem, str, bool]:
+    """What shares an answer: a bucket of N; or, where rows have to be invariant, all N, with the gradient and without."""
+    shared = posed(problem, policy)._replace(rows=0) if policy.row_invariant else bucket(problem)
+    return shared, policy.mode, policy.row_invariant
+
+
+def posed(problem: Problem, policy: Policy) -> Problem:
+    """The problem whose decision serves `problem`: itself, or, where rows have to be invariant, the one with the gradient.
+
+    Old log-probabilities come from one call without the gradient and of many rows, new ones from another with it and of few:
+    they are equal only if one backend gives both.
+    """
+    if not policy.row_invariant:
+        return problem
+    return as_it_lies(problem._replace(needs_grad=True, inplace_backward=False, layout="flat", aligned=True))
 
 
 def _is_hit(answer: Served) -> bool:
@@ -110,7 +149,7 @@ def _is_hit(answer: Served) -> bool:
 
 def remember(problem: Problem, policy: Policy, answer: Served) -> None:
     """Let `answer` serve `problem` and its bucket under `policy` from now on, in this process."""
-    _served[bucket(problem), policy.mode, policy.row_invariant] = answer
+    _served[_key(problem, policy)] = answer
     _hot.clear()
 
 
@@ -121,9 +160,19 @@ def remember_decision(decision: Decision, source: Source = "tuned here") -> None
 
 
 def forget(problem: Problem) -> None:
-    """Look for what serves `problem` and its bucket anew at the next call."""
-    for key in list(_served):  # a list, since other threads may add to it meanwhile
-        if key[0] == bucket(problem):
+    """Look for what serves `problem` and its bucket anew at the next call, and all N of it that have no decision of their own.
+
+    Those served by a guess might be served by another one now; and on ranks, which come to them in different order, they
+    would be served by different ones for good.
+    """
+    top, of_all_rows = bucket(problem), _key(problem, Policy(row_invariant=True))[0]
+    for key, answer in list(_served.items()):  # a list, since other threads may add to it meanwhile
+        there, _, invariant = key
+        if invariant:
+            concerned = there == of_all_rows
+        else:
+            concerned = there == top or (answer.source in GUESSED and there._replace(rows=top.rows) == top)
+        if concerned:
             _served.pop(key, None)
     _hot.clear()
 
@@ -133,21 +182,34 @@ def candidates(problem: Problem) -> list[str]:
     return [name for name in PREFERENCE if (name, bucket(problem)) not in _set_aside]
 
 
-def set_aside(name: str, problem: Problem) -> None:
-    """No longer let `name` serve `problem` and its bucket in this process."""
+def set_aside(name: str, problem: Problem, error: BaseException) -> bool:
+    """No longer let `name`, which raised `error`, serve `problem` and its bucket in this process.
+
+    Returns:
+        Whether this is the first time for such problems, whatever their N.
+    """
     top = bucket(problem)
-    _set_aside.add((name, top))
+    first = not any(other == name and there._replace(rows=top.rows) == top for other, there in list(_set_aside))
+    _set_aside[name, top] = f"{type(error).__name__}: {error}"
     _hot.clear()
-    for key, answer in list(_served.items()):
-        if key[0] == top and answer.name == name:
-            _served[key] = Served(EAGER, "set aside", answer.decision)
+    for (there, mode, invariant), answer in list(_served.items()):
+        if answer.name == name and there == _key(top, Policy(row_invariant=invariant))[0]:
+            _served[there, mode, invariant] = Served(EAGER, "set aside", answer.decision)
+    return first
+
+
+def failures(problem: Problem) -> dict[str, str]:
+    """The backends that are set aside for `problem` and its bucket in this process, and what each raised."""
+    return {name: why for (name, top), why in list(_set_aside.items()) if top == bucket(problem)}
 
 
 def stored(problem: Problem, device: torch.device, policy: Policy) -> Served | None:
     """The decision for exactly the bucket of `problem`, by this process or a profile, if it can be used here."""
     top = bucket(problem)
-    if top in _decided and (answer := usable(_decided[top], policy)):
-        return answer
+    if top in _decided:
+        decided = _decided[top]
+        if (here := usable(decided, policy)) or (here := _in_place_of(decided)):
+            return here
     for answer in _exact(top, fingerprint_of(device)):
         if here := usable(answer, policy):
             return here
@@ -158,13 +220,29 @@ def nearest(problem: Problem, device: torch.device, policy: Policy) -> Served | 
     """The decision for the bucket nearest to that of `problem`, of the same problem but for N, if it can be used here."""
     top, environment = bucket(problem), fingerprint_of(device)
     found = {other for store in view(environment).values() for other in store.near(environment, top)}
-    found |= {other for other in list(_decided) if other != top and other._replace(rows=top.rows) == top}
-    for other in sorted(found, key=lambda other: (abs(math.log(max(1, other.rows) / top.rows)), other.rows)):
+    found |= set(_decided)
+    for other in nearest_first(top, found):
         for answer in (*([_decided[other]] if other in _decided else []), *_exact(other, environment)):
             here = usable(answer, policy)
-            if here is not None and (here.name, top) not in _set_aside:
+            if here is None or (here.name, top) in _set_aside:
+                here = _in_place_of(answer)
+            if here is not None:
                 return here._replace(source="nearest")
     return None
+
+
+def _in_place_of(answer: Served) -> Served | None:
+    """What serves where `answer`, which this process holds, cannot be used; None where others may know.
+
+    What ranks have agreed upon ends the search: what each would find after it is its own, and may differ. All have eager.
+    """
+    return answer._replace(name=EAGER) if answer.source == "ranks" else None
+
+
+def nearest_first(top: Problem, others: Iterable[Problem]) -> list[Problem]:
+    """Those of `others` that differ from `top` in N only: first that of the smallest ratio of both N, of two the smaller."""
+    found = [other for other in others if other != top and other._replace(rows=top.rows) == top]
+    return sorted(found, key=lambda other: (abs(math.log(max(1, other.rows) / top.rows)), other.rows))
 
 
 def is_settled(problem: Problem, device: torch.device) -> bool:

@@ -30,6 +30,7 @@ from compiled_logprobs.backends import BUILT_IN, backends, target_of, why_not
 from compiled_logprobs.decisions import EAGER, Served
 from compiled_logprobs.environment import MATCHED
 from compiled_logprobs.errors import InputError, LogProbsError
+from compiled_logprobs.evidence import Evidence
 from compiled_logprobs.meeting import Meeting, Over, by_rank
 from compiled_logprobs.policy import Policy, checked_budget, policy
 from compiled_logprobs.problem import Problem
@@ -145,17 +146,17 @@ class _Rank:
                     raise TuningFailed(f"another process has been measuring on {self._device} for {LOCK_S:g} s")
                 self._meeting.sign_of_life()
                 names, incumbent = planned["names"], planned["incumbent"]
-                decision, times = tuner.decide(problem, self._seconds, names=names, incumbent=incumbent)
+                decision, evidence = tuner.decide(problem, self._seconds, names=names, incumbent=incumbent)
         except Exception as error:  # noqa: BLE001  it is for this problem; the others are to be told, whatever it is
             return {"failed": f"{type(error).__name__}: {error}"}
-        return {"record": decision.record(), "times": times}
+        return {"record": decision.record(), "evidence": evidence.record()}
 
     def choose(self, plan: Plain, said: list[list[Plain]]) -> list[Plain]:
-        """The conclusion of step 2: for each problem the decision and its times, or why there is none."""
+        """The conclusion of step 2: for each problem the decision and what it rests on, or why there is none."""
         chosen: list[Plain] = []
         for index, (problem, planned) in enumerate(zip(self.problems or [], plan["problems"], strict=True)):
             if planned["known"] is not None:
-                chosen.append({"record": planned["known"], "times": None})
+                chosen.append({"record": planned["known"], "evidence": None})
                 continue
             measured = {rank: said[rank][index] for rank in plan["measuring"]}
             try:
@@ -163,13 +164,14 @@ class _Rank:
                     if "failed" in one:
                         raise TuningFailed(f"rank {rank}: {one['failed']}")
                 by_rank = {
-                    rank: (Decision.from_record(problem, one["record"]), one["times"]) for rank, one in measured.items()
+                    rank: (Decision.from_record(problem, one["record"]), Evidence.from_record(one["evidence"]))
+                    for rank, one in measured.items()
                 }
-                decision, times = on_the_slowest(by_rank, planned["incumbent"])
+                decision, evidence = on_the_slowest(by_rank, planned["incumbent"])
             except LogProbsError as error:
                 chosen.append({"failed": str(error)})
             else:
-                chosen.append({"record": decision.record(), "times": times})
+                chosen.append({"record": decision.record(), "evidence": evidence.record()})
         return chosen
 
     def hold(self, plan: Plain, found: list[Plain]) -> list[Plain]:
@@ -223,8 +225,8 @@ class _Rank:
         for decision, one in zip(agreed, found, strict=True):
             # What others have registered, and a stored decision chose, may serve them well.
             foreign = decisions.unregistered_choice(store, environment, decision.problem)
-            if decision.rounds > 0 and one["times"] is not None and (foreign is None or self._again):
-                serving.publish(store, decision, one["times"], self._device)
+            if decision.rounds > 0 and one["evidence"] is not None and (foreign is None or self._again):
+                serving.publish(store, decision, Evidence.from_record(one["evidence"]), self._device)
 
 
 def _machine() -> str:

@@ -130,9 +130,12 @@ def cpp_compiler_version() -> str | None:
 
 def without_paths(text: str) -> str:
     """`text` with each absolute path cut down to its last part; messages of other libraries hold paths, which tell names."""
-    home = str(Path.home())
-    if home != Path.home().anchor:
-        text = text.replace(home, "/~")  # first, and as a whole, since it may hold spaces
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without an entry in the system's list, as in containers, has none
+        home = Path()
+    if home != Path(home.anchor):
+        text = text.replace(str(home), "/~")  # first, and as a whole, since it may hold spaces
     return re.sub(r"(?<![\w.:/\\])(?:[A-Za-z]:(?=\\))?[/\\](?:[^\s/\\:'\"]+[/\\])*(?=[^\s/\\])", "", text)
 
 

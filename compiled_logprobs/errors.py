@@ -27,6 +27,44 @@ class ProfileError(LogProbsError):
     """A stored profile cannot be read, written or trusted."""
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""Of the messages of plain RuntimeErrors, which is all that torch raises on the CPU; in lower case."""
+DEVICE_FAULTS = ("Triton Error [CUDA]", "Triton Error [HIP]", "CUDA error:", "HIP error:")
+"""Of the messages of those who call the driver past torch."""
+
+
 def nothing_can_serve_after(error: BaseException) -> bool:
     """Whether `error` is out of memory, or a fault of the device, after which every call fails: neither is a backend's own."""
-    return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | MemoryError)
+    return is_out_of_memory(error) or any(
+        isinstance(one, torch.AcceleratorError)
+        or (isinstance(one, RuntimeError) and any(words in _text(one) for words in DEVICE_FAULTS))
+        for one in _at_the_root_of(error)
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of whatever device, also where a compiler wraps the error in one of its own."""
+    return any(
+        isinstance(one, torch.OutOfMemoryError | MemoryError)
+        or (isinstance(one, RuntimeError) and any(words in _text(one).lower() for words in OUT_OF_MEMORY))
+        for one in _at_the_root_of(error)
+    )
+
+
+def _at_the_root_of(error: BaseException) -> list[BaseException]:
+    """`error`, and what it says that it comes from: its cause, and torch.compile's `inner_exception`."""
+    found: list[BaseException] = []
+    due: list[object] = [error]
+    while due:
+        one = due.pop()
+        if isinstance(one, BaseException) and all(one is not other for other in found):
+            found.append(one)
+            due += [one.__cause__, getattr(one, "inner_exception", None)]
+    return found
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - foreign code makes it
+        return ""

@@ -49,6 +49,8 @@ class Explanation:
     """N for which profiles of this environment hold a decision of the same problem."""
     nearest: tuple[Neighbour, ...]
     """The stored decisions whose keys differ in the fewest fields, where none is for exactly this one."""
+    set_aside: dict[str, str]
+    """What the backends raised that failed on such a call in this process, and do not serve it any more."""
 
     def to_dict(self) -> dict[str, Any]:
         """For programs: plain values only."""
@@ -63,6 +65,7 @@ class Explanation:
             "differs": {name: list(both) for name, both in self.differs.items()},
             "measured_rows": list(self.measured_rows),
             "nearest": [one.to_dict() for one in self.nearest],
+            "set_aside": self.set_aside,
         }
 
     def __str__(self) -> str:
@@ -75,6 +78,7 @@ class Explanation:
             lines.append(f"  profiles hold it for N of {', '.join(map(str, self.measured_rows))}")
         if self.stale:
             lines.append(f"  stale: {self.stale}")
+        lines += [f"  set aside: {name} raised {error}" for name, error in self.set_aside.items()]
         lines += [f"  near: {one}" for one in self.nearest]
         if self.decision is not None:
             lines += _of_decision(self.decision)
@@ -84,12 +88,13 @@ class Explanation:
 
 def explain_problem(problem: Problem, device: torch.device, under: Policy) -> Explanation:
     """What the next call of `problem` on `device` takes; nothing is measured or checked to find out."""
+    asked, problem = problem, decisions.posed(problem, under)
     known, still_open = _known(problem, device, under)
     decision = None if known is None else known.decision
     takes = None if still_open else known
     is_exact = decision is not None and decision.problem == decisions.bucket(problem)
     return Explanation(
-        problem=problem,
+        problem=asked,
         backend=None if takes is None else takes.name,
         source=None if takes is None else takes.source,
         why=still_open if takes is None else _WHERE[takes.source],
@@ -97,7 +102,8 @@ def explain_problem(problem: Problem, device: torch.device, under: Policy) -> Ex
         stale=None if known is None else known.stale,
         differs={} if decision is None else decisions.what_differs(decision, device),
         measured_rows=_measured_rows(problem, device),
-        nearest=() if is_exact else tuple(neighbours(problem, device)),
+        nearest=() if is_exact else tuple(neighbours(problem, device, under)),
+        set_aside=decisions.failures(asked) | decisions.failures(problem),
     )
 
 

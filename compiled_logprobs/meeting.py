@@ -9,8 +9,10 @@ there first is what every rank reads, also one that comes late.
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from torch import distributed
@@ -24,9 +26,6 @@ GRACE_S = 30.0
 
 SIGN_S = 5.0
 """Between two signs of life of a rank at work."""
-
-_held: dict[str, int] = {}
-"""How many meetings this process was at, by the name of the group; the n-th ones of all ranks are the same meeting."""
 
 
 class Over(Exception):
@@ -53,10 +52,9 @@ class Meeting:
                 "torch.distributed.group.WORLD. On a rank outside of it, do not call."
             )
         self.rank, self.size = group.rank(), group.size()
-        number = _held[group.group_name] = _held.get(group.group_name, 0) + 1
-        self._store, self._prefix = group.get_group_store(), f"compiled_logprobs/{number}/"
+        self._store = group.get_group_store()
+        self._number, self._is_counted, self._is_reachable = 0, False, True
         self._step = 0
-        self._signs_key = f"{self._prefix}signs"
         self._signs, self._quiet_since, self._signed_at = 0, 0.0, 0.0
         self._pause_s = min(1.0, 0.02 * self.size)  # many ranks share the one process that answers
 
@@ -93,8 +91,22 @@ class Meeting:
     def sign_of_life(self) -> None:
         """Let the others wait on."""
         if time.monotonic() - self._signed_at > SIGN_S:
-            self._ask(self._store.add, self._signs_key, 1)
+            self._ask(self._store.add, f"{self._prefix}signs", 1)
             self._signed_at = time.monotonic()
+
+    @property
+    def _prefix(self) -> str:
+        """Of the keys of this meeting. The n-th meetings of all ranks are the same one.
+
+        Where the group is, there are those that its ranks were at before: the name of a group can be given again, to other
+        ranks of other processes, and its store can outlive it.
+        """
+        ours = f"compiled_logprobs/{self.size}/"
+        if self._number == 0:
+            more = 0 if self._is_counted else 1  # once, also where an interruption kept the answer from here
+            self._is_counted = True
+            self._number = self._ask(self._store.add, f"{ours}of rank {self.rank}", more)
+        return f"{ours}{self._number}/"
 
     @property
     def _cell(self) -> str:
@@ -141,22 +153,45 @@ class Meeting:
             for key in keys:
                 if self._ask(self._store.check, [key]):
                     return _plain(self._ask(self._store.get, key))
-            signs = self._ask(self._store.add, self._signs_key, 0)
+            signs = self._ask(self._store.add, f"{self._prefix}signs", 0)
             if signs != self._signs:
                 self._signs, self._quiet_since = signs, time.monotonic()
             elif time.monotonic() - self._quiet_since > within:
                 return None
             time.sleep(self._pause_s)
 
-    @staticmethod
-    def _ask(ask: Callable[..., Any], *arguments: Any) -> Any:
+    def _ask(self, ask: Callable[..., Any], *arguments: Any) -> Any:
+        """What the store answers. Another thread asks, since a store whose host is stopped keeps who asks for good."""
+        within = SILENCE_S + GRACE_S
+        if not self._is_reachable:
+            raise _unreachable("it gave no answer before")
+        answer: SimpleQueue[tuple[Any, RuntimeError | None]] = SimpleQueue()
+
+        def answered() -> None:
+            try:
+                answer.put((ask(*arguments), None))
+            except RuntimeError as error:
+                answer.put((None, error))
+
         try:
-            return ask(*arguments)
-        except RuntimeError as error:
-            raise Unreachable(
-                f"the store of the process group does not answer, as when the rank that keeps it has ended: {error}\n"
-                "A group whose store answers is valid. Start the ranks anew."
-            ) from error
+            threading.Thread(target=answered, daemon=True, name="meeting").start()
+        except RuntimeError:  # there is no room for another thread: then without a limit
+            answered()
+        try:
+            found, error = answer.get(timeout=within)
+        except Empty:
+            self._is_reachable = False  # what is asked next would wait as long
+            raise _unreachable(f"no answer within {within:g} s") from None
+        if error is not None:
+            raise _unreachable(str(error)) from error
+        return found
+
+
+def _unreachable(why: str) -> Unreachable:
+    return Unreachable(
+        f"the store of the process group does not answer, as when the rank that keeps it has ended or is stopped: {why}\n"
+        "A group whose store answers is valid. Start the ranks anew."
+    )
 
 
 def _plain(said: bytes) -> dict[str, Any]:

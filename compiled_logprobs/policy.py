@@ -61,7 +61,8 @@ def autotune(
         mode: "tune" measures a new problem at its first call, where that is possible; "lookup" uses what is stored and never
             measures; "off" uses neither, but the default rule alone.
         budget_s: seconds that a problem's tuning may take; a process may spend three times as much. Default 20.
-        row_invariant: admit only backends whose rows have the same bits whatever N they came with, as the check found here:
+        row_invariant: admit only backends whose rows have the same bits whatever N they came with, as the check found here,
+            and let the first that serves a kind of problem serve all N of it in this process, with the gradient and without:
             then old and new log-probabilities of the same weights are equal, and their ratios start at exactly 1.
         require_hit: raise ProfileError for a problem that no profile decides, instead of measuring it or guessing. Problems so
             small that `eager` serves them by rule need no profile.

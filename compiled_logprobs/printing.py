@@ -41,6 +41,8 @@ def print_report(report: CheckReport) -> None:
     wrong = [one for one in report.checks if not one.passed]
     for one in wrong:
         print_line(f"  {one.name} ({short_name(one.problem.dtype)}): {one.detail}")
+    for cause in report.causes:
+        print_line(f"likely cause: {cause}")
     if wrong:
         print_line(f"{report.subject}: wrong: {', '.join(report.reasons)}")
     else:

@@ -12,7 +12,7 @@ from compiled_logprobs import decisions
 from compiled_logprobs.backends import backends, why_not
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.records import Decision, moment
-from compiled_logprobs.store import FACTS, TIMES, Store, standing
+from compiled_logprobs.store import EVIDENCE, FACTS, Store, standing
 
 Kind = Literal["broken", "stale", "unregistered", "old", "other environment"]
 
@@ -43,7 +43,7 @@ class Asked(NamedTuple):
     """Which decisions are to go. Without any, only what is broken is."""
 
     broken: bool = False
-    """Files that no release up to this one can read, times of no decision, and what killed writers left."""
+    """Files that no release up to this one can read, evidence of no decision, and what killed writers left."""
     stale: bool = False
     """Decisions for this machine whose choice can no longer serve, since its code is not what was measured."""
     unregistered: bool = False
@@ -97,11 +97,11 @@ def _wanted(store: Store, asked: Asked, here: Collection[str]) -> Iterator[tuple
             decision = Decision.from_record(problem, record)
         except ProfileError as error:
             if asked.broken:
-                yield from _with_times(path, "broken", str(error))
+                yield from _with_evidence(path, "broken", str(error))
             continue
         verdict = _verdict(environment, decision, asked, here)
         if verdict is not None and not store.is_newer(environment, problem):
-            yield from _with_times(path, *verdict)
+            yield from _with_evidence(path, *verdict)
 
 
 def _verdict(environment: str, decision: Decision, asked: Asked, here: Collection[str]) -> tuple[Kind, str] | None:
@@ -137,9 +137,9 @@ def _has_its_code(decision: Decision, name: str) -> bool:
     return decisions.holds(decision, name) or why_not(name, decision.problem) is not None
 
 
-def _with_times(path: Path, kind: Kind, why: str) -> Iterator[tuple[Path, Kind, str]]:
+def _with_evidence(path: Path, kind: Kind, why: str) -> Iterator[tuple[Path, Kind, str]]:
     yield path, kind, why
-    yield path.with_suffix(TIMES), kind, "the raw times of that decision"
+    yield path.with_suffix(EVIDENCE), kind, "what that decision rests on"
 
 
 def _removed(waste: Waste, seen: tuple[int, int, int]) -> Waste | None:

@@ -159,8 +159,12 @@ class Decision(Record):
         return min(fit, key=lambda name: fit[name].seconds or math.inf, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """For programs: plain values only."""
-        return {"problem": problem_to_dict(self.problem), **self.record()}
+        """For programs: plain values only; what a profile stores, and what follows from it."""
+        fields = self.record()
+        for name, candidate in fields["candidates"].items():
+            candidate["worst_error"] = self.candidates[name].worst_error
+            candidate["calls_to_pay"] = self.calls_to_pay(name)
+        return {"problem": problem_to_dict(self.problem), **fields}
 
     def record(self) -> dict[str, Any]:
         """What a profile stores of it."""

@@ -1,8 +1,8 @@
 """Profiles on disk: read, check, publish. What a decision means is for the layers above; here it is a plain dict.
 
-<root>/v1/<environment>/environment.json                the facts of that environment
-<root>/v1/<environment>/decisions/<problem>.json        one decision
-<root>/v1/<environment>/decisions/<problem>.times.json  the raw times that it rests on
+<root>/v1/<environment>/environment.json                   the facts of that environment
+<root>/v1/<environment>/decisions/<problem>.json           one decision
+<root>/v1/<environment>/decisions/<problem>.evidence.json  what it rests on: the raw times, and the check case by case
 
 There is no lock: a file is complete before it gets its name, so a reader meets the old one or the new one, whoever writes.
 Each file says where it belongs and carries a digest of its record; what does not fit is a miss with a warning.
@@ -35,13 +35,13 @@ Record = dict[str, Any]
 SCHEMA = 1
 LIMIT = 2**20
 """Bytes of a file, so that a wrong one costs no memory."""
-TIMES_LIMIT = 16 * LIMIT
+EVIDENCE_LIMIT = 16 * LIMIT
 DEPTH = 32
 """Levels of a record, so that who walks through one needs no guard."""
 ABANDONED_S = 3600.0
 """After which a temporary file is taken for that of a writer that was killed."""
 FACTS = "environment.json"
-TIMES = ".times.json"
+EVIDENCE = ".evidence.json"
 TEMPORARY = ".tmp"
 ROOT_VARIABLE = "COMPILED_LOGPROBS_PROFILES"
 
@@ -153,7 +153,7 @@ class Entry(NamedTuple):
     """Of the environment."""
     problem: Problem
     record: Record
-    times: Record | None = None
+    evidence: Record | None = None
 
 
 @dataclass(frozen=True)
@@ -175,11 +175,11 @@ class Store:
         """The same, without a warning."""
         return _record_at(self.path(environment, problem))
 
-    def times(self, environment: str, problem: Problem) -> Record | None:
-        """The raw times of the decision that `read` returns, if they were stored with it."""
+    def evidence(self, environment: str, problem: Problem) -> Record | None:
+        """What the decision that `read` returns rests on, if it was stored with it."""
         path = self.path(environment, problem)
-        decision, found = _load_or_warn(path), _load_or_warn(path.with_suffix(TIMES))
-        # Two writers at once, or one killed between its two files, can leave the times of another decision.
+        decision, found = _load_or_warn(path), _load_or_warn(path.with_suffix(EVIDENCE))
+        # Two writers at once, or one killed between its two files, can leave the evidence of another decision.
         return found["record"] if decision and found and found.get("decision") == decision["sha256"] else None
 
     def records(self, environment: str | None = None) -> Iterator[tuple[str, Problem, Record]]:
@@ -208,9 +208,11 @@ class Store:
         others = [problem._replace(rows=n) for n in sorted({int(n[1]) for n in numbers if n} - {problem.rows})]
         return [other for other in others if self.read(environment, other) is not None]
 
-    def publish(self, environment: Environment, problem: Problem, record: Record, times: Record | None = None) -> Path:
+    def publish(
+        self, environment: Environment, problem: Problem, record: Record, evidence: Record | None = None
+    ) -> Path:
         """Store `record` as the decision for `problem`, in place of an older one. Raises ProfileError if it cannot."""
-        entry = Entry(environment.fingerprint(), environment.to_dict(), problem, record, times)
+        entry = Entry(environment.fingerprint(), environment.to_dict(), problem, record, evidence)
         self.publish_all([entry], lambda entry, stored: True)
         return self.path(entry.environment, problem)
 
@@ -247,8 +249,8 @@ class Store:
                             if path in staged:  # the facts are there for several
                                 os.replace(staged[path], path)
                                 del staged[path]
-                        if entry.times is None:
-                            path.with_suffix(TIMES).unlink(missing_ok=True)
+                        if entry.evidence is None:
+                            path.with_suffix(EVIDENCE).unlink(missing_ok=True)
                         done.append(entry)
         except OSError as error:
             raise _unwritable(
@@ -259,11 +261,11 @@ class Store:
     def _files(self, entry: Entry) -> dict[Path, bytes]:
         """What has to be written for `entry`, in this order."""
         path = self.path(entry.environment, entry.problem)
-        facts, beside = path.parents[1] / FACTS, path.with_suffix(TIMES)
+        facts, beside = path.parents[1] / FACTS, path.with_suffix(EVIDENCE)
         key: Record = {"environment": entry.environment, "problem": problem_to_dict(entry.problem)}
         files = {path: _seal(path, key, entry.record)}
-        if entry.times is not None:
-            files[beside] = _seal(beside, {**key, "decision": digest(entry.record)}, entry.times)
+        if entry.evidence is not None:
+            files[beside] = _seal(beside, {**key, "decision": digest(entry.record)}, entry.evidence)
         if standing(facts) != "whole":
             files = {facts: _seal(facts, {"environment": entry.environment}, entry.facts), **files}
         return files
@@ -294,10 +296,10 @@ class Store:
     def is_newer(self, environment: str, problem: Problem) -> bool:
         """Whether a newer release wrote something that the decision for this would replace."""
         path = self.path(environment, problem)
-        return any(standing(file) == "newer" for file in (path, path.with_suffix(TIMES), path.parents[1] / FACTS))
+        return any(standing(file) == "newer" for file in (path, path.with_suffix(EVIDENCE), path.parents[1] / FACTS))
 
     def rubbish(self) -> Iterator[tuple[Path, str]]:
-        """Files of this store that serve nobody, and why: broken ones, times of no decision, and what killed writers left.
+        """Files of this store that serve nobody, and why: broken ones, evidence of no decision, and what killed writers left.
 
         Not what a newer release wrote, nor what is there but cannot be read at present, nor files that are none of a store's.
         """
@@ -306,7 +308,7 @@ class Store:
             if why := _why_broken(folder / FACTS):
                 yield folder / FACTS, why
             for path in _listing(folder / "decisions"):
-                if path.name.endswith(TIMES):
+                if path.name.endswith(EVIDENCE):
                     if why := _why_broken(path) or _why_orphaned(path):
                         yield path, why
                 elif re.fullmatch(r"[^.]+\.json", path.name) and (why := _why_broken(path)):
@@ -327,7 +329,10 @@ def user_store() -> Store:
         return Store(Path(os.path.expanduser(root)))
     from platformdirs import user_data_path
 
-    return Store(user_data_path("compiled-logprobs"))
+    try:
+        return Store(user_data_path("compiled-logprobs"))
+    except RuntimeError:  # a user without a home: nothing is there, and whoever stores something is told what to set
+        return Store(Path("~", "compiled-logprobs"))
 
 
 def project_store() -> Store | None:
@@ -351,6 +356,14 @@ def stores() -> dict[str, Store]:
             folders.add(folder)
             each_once[label] = store
     return each_once
+
+
+def read_file(path: Path) -> Record | None:
+    """The content of a store's file: environment, problem (of all but the facts) and record; None if there is none.
+
+    Raises ProfileError, which says why it is not to be trusted.
+    """
+    return _load(path)
 
 
 def _load_or_warn(path: Path) -> Record | None:
@@ -446,15 +459,15 @@ def _why_broken(path: Path) -> str | None:
 
 
 def _why_orphaned(path: Path) -> str | None:
-    """Why the times at `path`, which are whole or of a newer release, are of no decision."""
-    decision = path.with_name(path.name.removesuffix(TIMES) + ".json")
+    """Why the evidence at `path`, which is whole or of a newer release, is of no decision."""
+    decision = path.with_name(path.name.removesuffix(EVIDENCE) + ".json")
     try:
-        times, found = _load(path), _load(decision)
+        evidence, found = _load(path), _load(decision)
     except NewerSchema:
         return None
     except ProfileError as error:
         return None if isinstance(error.__cause__, OSError) else "its decision is broken"
-    if times is None or (found is not None and times.get("decision") == found["sha256"]):
+    if evidence is None or (found is not None and evidence.get("decision") == found["sha256"]):
         return None
     return "its decision is not there" if found is None else "it is of another decision than the one that is there"
 
@@ -474,7 +487,7 @@ def _decisions(folder: Path) -> list[Path]:
 
 
 def _limit(path: Path) -> int:
-    return TIMES_LIMIT if path.name.endswith(TIMES) else LIMIT
+    return EVIDENCE_LIMIT if path.name.endswith(EVIDENCE) else LIMIT
 
 
 def digest(record: Record) -> str:
@@ -486,7 +499,7 @@ def _seal(path: Path, key: Record, record: Record) -> bytes:
     """The bytes of the file at `path`: `record`, where it belongs, and its digest."""
     check_plain(record, "record")
     content = {"schema": SCHEMA, **key, "sha256": digest(record), "record": record}
-    indent = None if path.name.endswith(TIMES) else 2  # a line for each of thousands of times helps no reader
+    indent = None if path.name.endswith(EVIDENCE) else 2  # a line for each of thousands of numbers helps no reader
     data = (json.dumps(content, sort_keys=True, indent=indent, allow_nan=False) + "\n").encode()
     if len(data) > _limit(path):
         raise ProfileError(

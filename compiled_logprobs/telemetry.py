@@ -129,6 +129,16 @@ class Nvml:
             processes=None if processes is None else tuple(Process(p.pid, p.usedGpuMemory) for p in processes),
         )
 
+    def trouble(self) -> str | None:
+        """What NVML says in place of any answer, such as that the GPU is lost; None if it answers."""
+        try:
+            self.nvml.nvmlDeviceGetMemoryInfo(self.handle, self.nvml.nvmlMemory_v2)
+        except self.nvml.NVMLError_NotSupported:
+            return None
+        except self.nvml.NVMLError as error:
+            return str(error)
+        return None
+
     def _ask(self, function: str, *arguments: Any) -> Any:
         """What NVML answers; None if driver or package has no such function, or this device or user gets no answer."""
         try:
@@ -145,14 +155,9 @@ def telemetry(device: torch.device | str) -> Provider:
         return NoTelemetry(f"clocks, power and throttling are reported for NVIDIA GPUs only, not for '{device.type}'")
     if torch.version.hip:
         return NoTelemetry("NVML reports on NVIDIA GPUs only, and this torch is built for ROCm")
-    try:
-        import pynvml  # type: ignore[import-untyped]  # nvidia-ml-py has no stubs
-    except ImportError:
-        return NoTelemetry("nvidia-ml-py is not installed; pip install nvidia-ml-py")
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return NoTelemetry(f"NVML, the library of NVIDIA's driver, does not start: {error}")
+    pynvml = _nvml()
+    if isinstance(pynvml, NoTelemetry):
+        return pynvml
     if not torch.cuda.is_available():
         return NoTelemetry("torch sees no CUDA device")
     handle = _find(pynvml, torch.cuda.get_device_properties(device))
@@ -163,6 +168,42 @@ def telemetry(device: torch.device | str) -> Provider:
     except pynvml.NVMLError:  # not a slice
         gpu = handle
     return Nvml(pynvml, handle, gpu)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as NVML shows it, or a slice of one. None where it does not tell."""
+
+    name: str | None
+    uuid: str | None
+    driver: str | None
+    slice_of: str | None
+    """For a slice, the UUID of the whole GPU."""
+    provider: Nvml
+
+
+def gpus() -> list[Gpu] | NoTelemetry:
+    """All that NVML shows of this machine, each whole one followed by its slices, whether or not torch may use them."""
+    nvml = _nvml()
+    if isinstance(nvml, NoTelemetry):
+        return nvml
+    try:
+        count = nvml.nvmlDeviceGetCount()
+    except nvml.NVMLError as error:
+        return NoTelemetry(f"NVML does not say which GPUs there are: {error}")
+    found: list[Gpu] = []
+    for index in range(count):
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        except nvml.NVMLError:  # one that this user may not see, or that is lost
+            continue
+        whole = _gpu(nvml, handle, handle)
+        slices = (
+            _slice(nvml, handle, place)
+            for place in range(whole.provider._ask("nvmlDeviceGetMaxMigDeviceCount", handle) or 0)
+        )
+        found += [whole, *(_gpu(nvml, one, handle) for one in slices if one is not None)]
+    return found or NoTelemetry("NVML starts, and shows no GPU")
 
 
 @dataclass(frozen=True)
@@ -235,6 +276,38 @@ class Watch:
         snapshot = self._provider.snapshot()
         if snapshot is not None:
             self.snapshots.append(snapshot)
+
+
+def _nvml() -> Any:
+    """The module of nvidia-ml-py, started; or a NoTelemetry that says why it is not."""
+    try:
+        import pynvml  # type: ignore[import-untyped]  # nvidia-ml-py has no stubs
+    except ImportError:
+        return NoTelemetry("nvidia-ml-py is not installed; pip install nvidia-ml-py")
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return NoTelemetry(f"NVML, the library of NVIDIA's driver, does not start: {error}")
+    return pynvml
+
+
+def _gpu(nvml: Any, handle: Any, whole: Any) -> Gpu:
+    provider = Nvml(nvml, handle, whole)
+    return Gpu(
+        name=provider._ask("nvmlDeviceGetName", handle),
+        uuid=provider._ask("nvmlDeviceGetUUID", handle),
+        driver=provider._ask("nvmlSystemGetDriverVersion"),
+        slice_of=None if handle is whole else provider._ask("nvmlDeviceGetUUID", whole),
+        provider=provider,
+    )
+
+
+def _slice(nvml: Any, whole: Any, place: int) -> Any:
+    """NVML's handle of the slice in that place; None if there is none."""
+    try:
+        return nvml.nvmlDeviceGetMigDeviceHandleByIndex(whole, place)
+    except nvml.NVMLError:
+        return None
 
 
 def _find(nvml: Any, properties: Any) -> Any:

@@ -167,11 +167,11 @@ def _measured(tuner: Tuner, one: Stored, budget_s: float) -> Verification:
     name = decision.chosen
     asked = [name, *([decision.baseline] if decision.baseline in backends() else [])]
     try:
-        now, times = tuner.decide(decision.problem, budget_s, names=asked)
+        now, evidence = tuner.decide(decision.problem, budget_s, names=asked)
         if now.measured_rows != decision.measured_rows and now.candidates[name].measured and name != decision.baseline:
             # Checked with all rows, and timed with as many as then: how much faster it is depends on their number.
             problem = decision.problem._replace(rows=decision.measured_rows)
-            now, times = tuner.decide(problem, budget_s, names=asked)
+            now, evidence = tuner.decide(problem, budget_s, names=asked)
     except TuningFailed as error:
         return Verification(*one, "unverifiable", f"it could not be measured: {error}")
     fate = now.candidates[name]
@@ -184,10 +184,10 @@ def _measured(tuner: Tuner, one: Stored, budget_s: float) -> Verification:
     checks = f"passed {fate.checks_passed} of {len(fate.checks)} checks"
     if name == decision.baseline:
         return Verification(*one, "holds", checks, rows=now.measured_rows)
-    if decision.baseline not in times:
+    if decision.baseline not in evidence.seconds:
         why = f"{checks}, but the baseline {decision.baseline!r:.100} could not be timed beside it"
         return Verification(*one, "unverifiable", why, rows=now.measured_rows)
-    both = {each: times[each] for each in (decision.baseline, name)}
+    both = {each: evidence.seconds[each] for each in (decision.baseline, name)}
     selection = look(both, baseline=decision.baseline, final=True)
     assert selection is not None
     speedup = speedup_of(selection.verdicts[name].speedup)

@@ -30,6 +30,8 @@ FOLDER_VARIABLE = "BACKENDS_FOR_TUNING_FOLDER"
 SLOW_VARIABLE = "BACKENDS_FOR_TUNING_SLOW_S"
 LONG_S = 3600.0
 FLOOD_BYTES = 50_000_000
+QUIET = "stdin=-3, stdout=-3, stderr=-3"
+"""What makes a child hold none of the pipes."""
 TIMED_CALLS = 14
 """That harm in the rounds waits for: enough rounds for three candidates, and fewer than the first look takes."""
 
@@ -230,6 +232,13 @@ class TellsItsProcess(Right):
         leave_pid("worker", os.getpid())
 
 
+class TellsANumber(Right):
+    """In the place of its fingerprint."""
+
+    def fingerprint(self):
+        return 7
+
+
 # --- those that raise -------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +306,25 @@ class OutOfMemoryInTheCheck(Harmful):
             torch.empty(2**50, dtype=torch.uint8)
 
 
+class NeedsMemoryInTheCheck(Right):
+    """64 bytes for each logit, while there is a limit on the memory of its process."""
+
+    room = 2**26
+
+    def forward(self, logits, labels, temperature, *, entropy):
+        import resource
+
+        if threading.current_thread() is not threading.main_thread():
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + self.room, limit[1]))
+            try:
+                torch.ones(64 * logits.numel(), dtype=torch.uint8)
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, limit)
+        return super().forward(logits, labels, temperature, entropy=entropy)
+
+
 # --- those that are a nuisance, but right -----------------------------------------------------------------------------
 
 
@@ -345,12 +373,64 @@ class LeavesAChild(Harmful):
             leave_pid("child", LeavesAChild.child.pid)
 
 
+class LeavesADaemon(Harmful):
+    """A child in a session of its own, as daemons are, and one without parent and environment; once."""
+
+    done = False
+
+    def harm(self) -> None:
+        if LeavesADaemon.done:
+            return
+        LeavesADaemon.done = True
+        command = [sys.executable, "-c", f"import time; time.sleep({LONG_S})"]
+        leave_pid("daemon", subprocess.Popen(command, start_new_session=True).pid)
+        options = f"env={{}}, start_new_session=True, {QUIET}"
+        starts_it = f"import subprocess, sys; print(subprocess.Popen(sys.argv[1:], {options}).pid)"
+        answer = subprocess.run([sys.executable, "-c", starts_it, *command], capture_output=True, text=True, check=True)
+        leave_pid("orphan", int(answer.stdout))
+
+
 # --- those that end the worker program, or hold it up -----------------------------------------------------------------
 
 
 class Exits(Harmful):
     def harm(self) -> NoReturn:
         os._exit(3)
+
+
+class LeavesADaemonAndExits(Harmful):
+    def harm(self) -> NoReturn:
+        command = [sys.executable, "-c", f"import time; time.sleep({LONG_S})"]
+        leave_pid("daemon", subprocess.Popen(command, start_new_session=True).pid)
+        os._exit(8)
+
+
+class ExitsLater(Harmful):
+    """When its own steps are over, and others are at work."""
+
+    after_s = 1.0
+    started = False
+
+    def harm(self) -> None:
+        if not self.started:
+            self.started = True
+            threading.Timer(self.after_s, os._exit, (9,)).start()
+
+
+class ExitsSoon(ExitsLater):
+    after_s = 0.3
+
+
+class WrongAndExitsLater(Wrong):
+    """A while after its last call, when it is out."""
+
+    timer = threading.Timer(LONG_S, print)
+
+    def forward(self, *arguments, entropy):
+        self.timer.cancel()
+        self.timer = threading.Timer(1.5, os._exit, (9,))
+        self.timer.start()
+        return super().forward(*arguments, entropy=entropy)
 
 
 class Segfaults(Harmful):

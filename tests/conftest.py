@@ -4,6 +4,7 @@ import pytest
 
 from compiled_logprobs import decisions, policy, store, view
 from compiled_logprobs.tuning import serving
+from tests.dashboard_stores import scenario  # noqa: F401 - a fixture, for the tests that ask for it
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +15,7 @@ def nothing_known(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(decisions, "_served", {})
     monkeypatch.setattr(decisions, "_decided", {})
     monkeypatch.setattr(decisions, "_hot", {})
-    monkeypatch.setattr(decisions, "_set_aside", set())
+    monkeypatch.setattr(decisions, "_set_aside", {})
     monkeypatch.setattr(serving, "_short_checks", {})
     monkeypatch.setattr(serving, "_spent_s", 0.0)
     monkeypatch.setattr(store, "_warned", set())

@@ -4,6 +4,8 @@
  * FAKE_NVML_RETURN   what every other query returns
  * FAKE_NVML_REASONS  the bits of the throttle reasons
  * FAKE_NVML_POWER    milliwatts
+ * FAKE_NVML_GPUS     how many GPUs there are (default 2)
+ * FAKE_NVML_HIDDEN   what asking for the processes returns
  * -D OLD_DRIVER      leaves out what older drivers do not have
  */
 #include <stdlib.h>
@@ -28,6 +30,7 @@ static unsigned setting(const char *name, unsigned otherwise) {
     return text ? (unsigned)strtoul(text, 0, 0) : otherwise;
 }
 
+static unsigned hidden(void) { return setting("FAKE_NVML_HIDDEN", SUCCESS); }
 static int answer(void) { return (int)setting("FAKE_NVML_RETURN", SUCCESS); }
 
 int nvmlInitWithFlags(unsigned flags) { return (int)setting("FAKE_NVML_INIT", SUCCESS); }
@@ -43,6 +46,28 @@ static int find(const char *name, int by_uuid, device **found) {
 
 int nvmlDeviceGetHandleByUUID(const char *uuid, device **found) { return find(uuid, 1, found); }
 int nvmlDeviceGetHandleByPciBusId_v2(const char *address, device **found) { return find(address, 0, found); }
+
+int nvmlDeviceGetCount_v2(unsigned *count) { return *count = setting("FAKE_NVML_GPUS", 2), SUCCESS; }
+
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, device **found) {
+    if (index >= setting("FAKE_NVML_GPUS", 2)) return INVALID_ARGUMENT;
+    *found = &devices[index];
+    return SUCCESS;
+}
+
+int nvmlDeviceGetMaxMigDeviceCount(device *d, unsigned *count) { return *count = d->number == 2 ? 7 : 0, answer(); }
+
+int nvmlDeviceGetMigDeviceHandleByIndex(device *d, unsigned index, device **slice) {
+    if (d->number != 2 || index != 3) return NOT_FOUND; /* places may be empty */
+    *slice = &devices[2];
+    return SUCCESS;
+}
+
+int nvmlDeviceGetUUID(device *d, char *uuid, unsigned size) { return strncpy(uuid, d->uuid, size), SUCCESS; }
+int nvmlDeviceGetName(device *d, char *name, unsigned size) {
+    return strncpy(name, d->number == 3 ? "NVIDIA Fake 80GB MIG 1g.10gb" : "NVIDIA Fake 80GB", size), answer();
+}
+int nvmlSystemGetDriverVersion(char *version, unsigned size) { return strncpy(version, "999.1", size), SUCCESS; }
 
 int nvmlDeviceGetDeviceHandleFromMigDeviceHandle(device *slice, device **whole) {
     if (!slice->whole) return INVALID_ARGUMENT;
@@ -85,6 +110,7 @@ int nvmlDeviceGetCurrentClocksEventReasons(device *d, unsigned long long *bits) 
 typedef struct { unsigned pid; unsigned long long used; unsigned gpu_instance, compute_instance; } process;
 int nvmlDeviceGetComputeRunningProcesses_v3(device *d, unsigned *count, process *found) {
     if (answer() != SUCCESS) return answer();
+    if (hidden() != SUCCESS) return hidden();
     if (d->number == 1) return *count = 0, SUCCESS;
     if (*count < 2) return *count = 2, INSUFFICIENT_SIZE;
     *count = 2;

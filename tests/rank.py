@@ -25,6 +25,7 @@ from torch import distributed
 import compiled_logprobs as clp
 from compiled_logprobs import Problem, decisions, meeting, view
 from compiled_logprobs import distributed as ours
+from compiled_logprobs.evidence import Evidence
 from compiled_logprobs.store import ROOT_VARIABLE, Store, digest
 
 registry = import_module("compiled_logprobs.backends")
@@ -104,7 +105,7 @@ class Made(ours.Tuner):
     def decide(self, problem, seconds, *, names, incumbent):
         candidates = {name: measured(name) for name in names}
         times = {name: [measured(name).seconds] * 10 for name in names}
-        return decided(problem, names[-1], candidates=candidates), times
+        return decided(problem, names[-1], candidates=candidates), Evidence(times)
 
 
 def fail(error: BaseException):
@@ -134,6 +135,32 @@ def subgroup() -> dict:
     ours.Tuner = Made
     group = distributed.new_group([2, 3])
     return tune([problem_of(2)], group=group)
+
+
+def name_given_again() -> dict:
+    """To a group of other ranks, with a store of its own; the first was in both."""
+    ours.Tuner = Made
+    found = []
+    for number, members in enumerate([[0, 1], [0, 2]]):
+        join(f"file://{FOLDER / f'meeting {number}'}")
+        group = distributed.new_group(members)
+        found.append(group.group_name if RANK in members else None)
+        if RANK in members:
+            last = tune_and_call(problem_of(25 + number), group=group)
+        distributed.barrier()
+    return {**last, "names": found}
+
+
+def joins_late() -> dict:
+    """As with torch.multiprocessing.spawn: until it joins the group, a rank does not look like one, and tunes by itself."""
+    size = os.environ.pop("WORLD_SIZE")
+    distributed.destroy_process_group()
+    candidates = {"eager": measured("eager"), "right": measured("right")}
+    decisions.remember_decision(decided(problem_of(27), "right" if RANK else "eager", candidates=candidates))
+    before = call(problem_of(27))["backend"]
+    os.environ["WORLD_SIZE"] = size
+    join(f"file://{FOLDER / 'meeting late'}")
+    return {"before": before, **call(problem_of(27))}
 
 
 def slowest() -> dict:
@@ -315,6 +342,15 @@ def without_it() -> dict:
     return tune_and_call(problem_of(19))
 
 
+def host_is_stopped() -> dict:
+    """The first rank, while it measures, as a debugger stops it; it goes on when the others have ended theirs."""
+    measuring(lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    found = tune_and_call(problem_of(20))
+    if RANK == 1:
+        os.kill(int((FOLDER / "pid of rank 0").read_text()), signal.SIGCONT)
+    return found
+
+
 def is_killed() -> dict:
     """The first rank, while it measures: as the kernel does where memory runs out."""
     measuring(lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -357,14 +393,21 @@ def beforehand(method, action):
     return changed
 
 
+def join(method: str | None) -> None:
+    """Become one of a new group; `method` says where all meet."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    where = {} if method is None else {"init_method": method}
+    distributed.init_process_group("gloo", rank=RANK, world_size=int(os.environ["WORLD_SIZE"]), **where)
+
+
 def main() -> None:
     signal.alarm(200)  # rather than to hang: the test says what is missing
     (FOLDER / f"pid of rank {RANK}").write_text(str(os.getpid()))
     meeting.SILENCE_S = float(os.environ.get("SILENCE_S", meeting.SILENCE_S))
     meeting.GRACE_S = float(os.environ.get("GRACE_S", meeting.GRACE_S))
     torch.set_num_threads(1)
-    where = {"init_method": os.environ["METHOD"]} if "METHOD" in os.environ else {}
-    distributed.init_process_group("gloo", rank=RANK, world_size=int(os.environ["WORLD_SIZE"]), **where)
+    join(os.environ.get("METHOD"))
     real = ours.Tuner, ours._machine, ours._Rank.hold
     for number, name in enumerate(sys.argv[2:]):
         ours.Tuner, ours._machine, ours._Rank.hold = real

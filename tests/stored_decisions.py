@@ -8,6 +8,7 @@ import torch
 
 from compiled_logprobs import decisions
 from compiled_logprobs.backends import get_backend
+from compiled_logprobs.evidence import Evidence
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Candidate, CheckResult, Decision, Speedup
 from compiled_logprobs.store import Store, user_store
@@ -112,6 +113,6 @@ class FakeTuner:
         strict: bool = False,
         names: object = None,
         incumbent: str | None = None,
-    ) -> tuple[Decision, dict[str, list]]:
+    ) -> tuple[Decision, Evidence]:
         self.asked.append(problem)
-        return self.answer(decisions.bucket(problem)), {"eager": [2e-3]}
+        return self.answer(decisions.bucket(problem)), Evidence({"eager": [2e-3]})

@@ -37,7 +37,7 @@ def run(*arguments, **options):
 
 
 def filled(store: Store, **changes) -> Store:
-    """With decisions for this environment and another, one of them without times."""
+    """With decisions for this environment and another, one of them without evidence."""
     for problem in PROBLEMS:
         decision = decided(problem, **changes)
         store.publish(decisions.environment_at(CPU), problem, decision.record(), {"seconds": {"eager": [2e-3, 0.1]}})
@@ -100,9 +100,9 @@ def test_an_archive_is_lines_of_json_without_any_path(source):
     assert str(source.root) not in exported(source).decode()
 
 
-def test_times_are_left_out_on_demand(source, target):
-    imported(exported(source, times=False), target)
-    assert files(target) == {name: data for name, data in files(source).items() if ".times." not in name}
+def test_the_evidence_is_left_out_on_demand(source, target):
+    imported(exported(source, evidence=False), target)
+    assert files(target) == {name: data for name, data in files(source).items() if ".evidence." not in name}
 
 
 def test_one_environment_is_exported_alone(source, target):
@@ -138,7 +138,7 @@ def test_nothing_to_export_is_an_error(target, source):
 
 def test_more_than_an_archive_may_hold_is_an_error(source, monkeypatch):
     monkeypatch.setattr(archive, "MOST_BYTES", 10_000)
-    with pytest.raises(ProfileError, match="more than 10000 bytes.*--no-times"):
+    with pytest.raises(ProfileError, match="more than 10000 bytes.*--no-evidence"):
         export(source, io.BytesIO())
 
 
@@ -169,8 +169,8 @@ def test_the_newer_of_two_decisions_stays(source, target, there, here, replace, 
     assert fates(merged.values()) == ["added"] * 3
     stored = target.read(environment.fingerprint(), LARGE)
     assert stored is not None and stored["seed"] == (2 if fate == "replaced" else 1)
-    # The times are those of the decision that is there: of the one that came there are none.
-    assert target.times(environment.fingerprint(), LARGE) == (None if fate == "replaced" else {"seconds": {}})
+    # The evidence is of the decision that is there: of the one that came there is none.
+    assert target.evidence(environment.fingerprint(), LARGE) == (None if fate == "replaced" else {"seconds": {}})
 
 
 def test_what_is_broken_is_replaced_and_what_a_newer_release_wrote_stays(source, target):
@@ -205,7 +205,7 @@ def test_what_another_process_stores_meanwhile_is_seen(source, target):
     merged = imported(data, Raced(target.root))
     assert sorted(fates(merged)) == ["kept", "replaced", "replaced", "replaced"]
     assert target.read(decisions.fingerprint_of(CPU), LARGE) == json.loads(json.dumps(newest.record()))
-    assert target.times(decisions.fingerprint_of(CPU), LARGE) == {"seconds": {"eager": [1.0]}}
+    assert target.evidence(decisions.fingerprint_of(CPU), LARGE) == {"seconds": {"eager": [1.0]}}
     assert not list(target.root.rglob(".*"))
 
 
@@ -276,9 +276,9 @@ HOSTILE = {
     "one bit": (lambda data: swapped(data, b'"rounds":10', b'"rounds":11'), "line 3: its record was changed"),
     "a bit in the key": (lambda data: swapped(data, b'"rows":1024', b'"rows":1025'), "not of the decision in the line before"),
     "an order": (lambda data: sealed([lines_of(data)[i] for i in (0, 2, 1, 3, -1)]), "no line before it tells the facts"),
-    "times alone": (lambda data: sealed([lines_of(data)[i] for i in (0, 1, 3, -1)]), "not of the decision in the line before"),
+    "evidence alone": (lambda data: sealed([lines_of(data)[i] for i in (0, 1, 3, -1)]), "not of the decision in the line before"),
     "a count": (lambda data: changed(data, "end", decisions=5), "it tells of 5 decisions, and there are 3"),
-    "a kind": (lambda data: changed(data, "times", kind="code"), "its kind is 'code'; environment, decision, times or end"),
+    "a kind": (lambda data: changed(data, "evidence", kind="code"), "its kind is 'code'; environment, decision, evidence or end"),
     "a decision twice": (
         lambda data: sealed([lines_of(data)[i] for i in (0, 1, 2, 2, -1)]),
         "a line before it holds a decision for the same problem",
@@ -552,7 +552,7 @@ for existing in (False, True):
         found = [(store.read(key, problem) or {"seed": -1})["seed"] for problem in problems]
         assert set(found) <= {1 if existing else -1, 2}, found
         for problem, seed in zip(problems, found):
-            assert store.times(key, problem) in (None, {"seed": seed})
+            assert store.evidence(key, problem) in (None, {"seed": seed})
         outcomes.append([existing, found])
         merged = merge(store, read_archive(io.BytesIO(data)))  # it is brought to an end by doing it again
         assert [store.read(key, problem)["seed"] for problem in problems] == [2, 2]

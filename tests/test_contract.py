@@ -3,11 +3,13 @@
 import math
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import compiled_logprobs as clp
 from compiled_logprobs.autograd import PlainFormula, compute
 from compiled_logprobs.backends import get_backend
 from compiled_logprobs.reference import reference
@@ -206,3 +208,22 @@ def test_the_formula_keeps_the_contract(call):
 def test_compiled_keeps_the_contract(call):
     """One vocabulary and few options, since each combination is compiled; N, strides and values are free."""
     hold_against_the_reference(get_backend("compiled"), call)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp", "auto"])
+@pytest.mark.parametrize("labels_per_row", [None, 3])
+def test_results_can_be_written_into_as_trainers_do(backend, labels_per_row):
+    """As in `log_probs[mask == 0] = 0`: autograd refuses that for a view which a custom function returns."""
+    leaf = torch.randn(4, 5, 50, requires_grad=True)
+    labels = torch.randint(50, (4, 5) if labels_per_row is None else (4, 5, labels_per_row))
+    log_probs, entropy = clp.log_probs_from_logits(leaf * 1, labels, return_entropy=True, backend=backend)
+    log_probs[0] = 0.0
+    entropy[1] = 0.0
+    (log_probs.mul_(2).sum() + entropy.mul_(3).sum()).backward()
+
+    plain = leaf.detach().requires_grad_()
+    log_p = torch.log_softmax(plain, -1)
+    taken = log_p.gather(-1, labels if labels_per_row else labels.unsqueeze(-1))
+    entropies = -(log_p.exp() * log_p).sum(-1)
+    (2 * taken[1:].sum() + 3 * (entropies.sum() - entropies[1].sum())).backward()
+    torch.testing.assert_close(leaf.grad, plain.grad, atol=1e-5, rtol=1e-5)

@@ -11,16 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from stored_decisions import CPU, LARGE, FakeTuner, decided
-from torch import distributed
 
-import compiled_logprobs as clp
-from compiled_logprobs import InputError, Problem, decisions, meeting
-from compiled_logprobs import distributed as ours
-from compiled_logprobs.policy import Policy
-from compiled_logprobs.store import Store, user_store
-from compiled_logprobs.tuning.tuner import LIMITS_S, START_S
+from compiled_logprobs.store import Store
 
 RANK = Path(__file__).with_name("rank.py")
 LIMIT_S = 220
@@ -272,6 +264,37 @@ def test_what_is_stored_while_ranks_run_is_not_there_for_them(four):
     assert len(list(Store(folder / "shared store").records())) == 3
 
 
+def test_two_ranks(tmp_path):
+    found = by_torchrun(tmp_path, ["registered_on_one", "raises"], 2)
+    assert set(the_same(found["registered_on_one"])["record"]["candidates"]) == {"eager", "right"}
+    the_baseline(found["raises"], "rank 0: OSError: the disk is gone")
+
+
+@pytest.fixture(scope="module")
+def three_by_torchrun(tmp_path_factory):
+    scenarios = ["other_stores", "registered_on_one", "name_given_again", "joins_late"]
+    return by_torchrun(tmp_path_factory.mktemp("three by torchrun"), scenarios, 3)
+
+
+def test_three_ranks(three_by_torchrun):
+    ranks = three_by_torchrun["other_stores"]
+    assert [one["before"] for one in ranks] == [None, "eager", None] and the_same(ranks)["chosen"] == "right"
+    assert set(the_same(three_by_torchrun["registered_on_one"])["record"]["candidates"]) == {"eager", "right"}
+
+
+def test_a_name_that_another_group_had(three_by_torchrun):
+    first, second, third = three_by_torchrun["name_given_again"]
+    assert first["names"][0] == first["names"][1] == second["names"][0] == third["names"][1]
+    assert the_same([first, third])["chosen"] == "right"
+    assert the_same([second])["chosen"] == "right"
+
+
+def test_what_ranks_tuned_before_they_joined_is_gone(three_by_torchrun):
+    ranks = three_by_torchrun["joins_late"]
+    assert [one["before"] for one in ranks] == ["eager", "right", "right"]
+    assert all((one["backend"], one["source"]) == ("eager", "default rule") for one in ranks)
+
+
 def test_a_rank_that_comes_late(three):
     """The others have gone on by then; it holds what they hold."""
     the_baseline(three["comes_late"], f"rank 1 was silent for {SILENCE_S:g} s")
@@ -303,70 +326,24 @@ def test_the_first_rank_is_killed_while_it_measures(tmp_path):
         the_baseline([second], f"the first rank was silent for {SILENCE_S + GRACE_S:g} s")
 
 
-def test_the_rank_that_keeps_the_store_is_killed(tmp_path):
-    """As where ranks met by `tcp://` or, without torchrun, `env://`: nobody can know what the others hold."""
+def by_first_rank() -> str:
+    """How ranks meet where the first keeps the store: by `tcp://` or, without torchrun, `env://`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    found = by_hand(tmp_path, ["is_killed"], 2, f"tcp://localhost:{port}")
-    first, second = found["is_killed"]
+        return f"tcp://localhost:{free.getsockname()[1]}"
+
+
+def test_the_rank_that_keeps_the_store_is_killed(tmp_path):
+    """Nobody can know what the others hold."""
+    first, second = by_hand(tmp_path, ["is_killed"], 2, by_first_rank())["is_killed"]
     assert first is None
     assert second["error"].startswith("Unreachable: the store of the process group does not answer")
     assert (second["backend"], second["source"]) == ("eager", "ranks")
 
 
-@pytest.fixture
-def alone():
-    """A group of this process alone."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield distributed.group.WORLD
-    distributed.destroy_process_group()
-
-
-def test_a_group_of_one(alone, monkeypatch, mode):
-    mode("tune")
-    fake = FakeTuner()
-    monkeypatch.setattr(ours, "Tuner", fake)
-    fake.answer = lambda problem: decided(problem, "cpp")
-    [decision] = clp.tune([LARGE], group=alone)
-    assert decision.chosen == "cpp" and clp.tune([LARGE], group=alone) == [decision] and fake.asked == [LARGE]
-    assert decisions.stored(LARGE, CPU, Policy()) == decisions.Served("cpp", "ranks", decision)
-    assert len(list(user_store().records())) == 1
-    clp.tune([LARGE], group=alone, again=True)
-    assert len(fake.asked) == 2
-
-
-def test_a_decision_that_cannot_be_stored_holds_all_the_same(alone, monkeypatch, mode, tmp_path):
-    mode("tune")
-    monkeypatch.setenv("COMPILED_LOGPROBS_PROFILES", str(tmp_path / "file"))
-    (tmp_path / "file").touch()
-    fake = FakeTuner()
-    monkeypatch.setattr(ours, "Tuner", fake)
-    with pytest.warns(RuntimeWarning, match="cannot be written"):
-        [decision] = clp.tune([LARGE], group=alone)
-    assert decisions.stored(LARGE, CPU, Policy()).decision == decision
-
-
-def test_what_the_baseline_is_explained_with(alone, monkeypatch, mode):
-    mode("tune")
-    monkeypatch.setattr(ours, "Tuner", None)
-    with pytest.warns(
-        RuntimeWarning, match="rank 0 of the group holds eager, as all its ranks are to, for 1024 x 1031"
-    ):
-        clp.tune([LARGE], group=alone)
-    lines = str(clp.explain(torch.empty(1024, 1031), torch.zeros(1024, dtype=torch.int64))).splitlines()
-    assert lines[1:] == [
-        "  agreed between the ranks by tune(group=...)",
-        "  RANKS_DIFFER: it is what all ranks have: rank 0: TypeError: 'NoneType' object is not callable",
-        "  eager  chosen: the baseline",
-    ]
-
-
-@pytest.mark.parametrize("group", ["WORLD", -100, distributed.GroupMember.NON_GROUP_MEMBER])
-def test_what_is_no_group(group):
-    with pytest.raises(InputError, match=r"got group=.*; a process group of torch.distributed"):
-        clp.tune([Problem("cpu", 1024, 1031, torch.float32)], group=group)
-
-
-def test_no_step_of_a_rank_that_measures_is_taken_for_silence():
-    assert max(START_S, *LIMITS_S.values()) < meeting.SILENCE_S < 600  # that is how long NCCL waits
+def test_the_rank_that_keeps_the_store_is_stopped(tmp_path):
+    """It does not keep the others; when it goes on, it finds them gone."""
+    first, second = by_hand(tmp_path, ["host_is_stopped"], 2, by_first_rank())["host_is_stopped"]
+    assert f"has ended or is stopped: no answer within {SILENCE_S + GRACE_S:g} s" in second["error"]
+    assert (second["backend"], second["source"]) == ("eager", "ranks")
+    the_baseline([first], f"rank 1 was silent for {SILENCE_S:g} s")

@@ -133,3 +133,18 @@ def test_the_cpp_compiler_is_the_one_that_torch_takes(monkeypatch, tmp_path):
 
     compiler.write_text("#!/bin/sh\nexit 1\n")
     assert cpp_compiler_version() is None
+
+
+def test_a_user_without_a_home_has_no_path_to_hide(monkeypatch):
+    """As in a container whose user the system does not list."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert without_paths("broken: /srv/venv/x.so") == "broken: x.so"
+
+
+def test_a_home_that_is_empty_hides_nothing(monkeypatch):
+    monkeypatch.setenv("HOME", "")
+    assert without_paths("version 1.2.3. Done.") == "version 1.2.3. Done."

@@ -63,6 +63,7 @@ def test_a_small_problem():
         "differs": {},
         "measured_rows": [],
         "nearest": [],
+        "set_aside": {},
     }
 
 
@@ -192,7 +193,7 @@ def test_the_default_rule_and_a_backend_that_was_set_aside(monkeypatch, mode):
     found = explained()
     assert (found.backend, found.source) == ("cpp", "default rule")
     assert "the first that can run it and passes a short check here; nothing was measured" in found.why
-    decisions.set_aside("cpp", LARGE)
+    decisions.set_aside("cpp", LARGE, RuntimeError("it broke"))
     found = explained()
     assert (found.backend, found.source) == ("eager", "set aside")
     assert found.why == "the backend that served it failed, and is set aside in this process"
@@ -229,11 +230,8 @@ def test_what_requires_a_hit_or_invariant_rows(mode):
         with clp.autotune("off"):
             assert "the mode is 'off', in which no profile is looked at" in explained().why
     no = {"row_invariant": False}
-    publish(
-        decided(
-            chosen="compiled", candidates=all_measured() | {name: measured(name, **no) for name in ("cpp", "compiled")}
-        )
-    )
+    candidates = all_measured() | {name: measured(name, **no) for name in ("cpp", "compiled")}
+    publish(decided(LARGE._replace(needs_grad=True), chosen="compiled", candidates=candidates))
     with clp.autotune("lookup", row_invariant=True):
         found = explained()
         assert (found.backend, found.source) == ("eager", "user store")
@@ -242,7 +240,9 @@ def test_what_requires_a_hit_or_invariant_rows(mode):
 
 def test_what_was_decided_but_failed_is_not_measured_again():
     publish(decided(chosen="compiled"))
-    decisions.set_aside("compiled", LARGE)
+    decisions.set_aside("compiled", LARGE, RuntimeError("it broke"))
+    assert explained().set_aside == {"compiled": "RuntimeError: it broke"}
+    assert "  set aside: compiled raised RuntimeError: it broke" in str(explained()).splitlines()
     assert explained().why == (
         "the next call takes the default rule; it does not measure, because it has been measured already, and what was "
         "chosen may not serve now"

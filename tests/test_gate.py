@@ -8,7 +8,7 @@ from wrong_backends import RIGHT_BACKENDS, WRONG_BACKENDS, good
 
 import compiled_logprobs as clp
 from compiled_logprobs.problem import Problem
-from compiled_logprobs.tuning.judge import MEANING
+from compiled_logprobs.tuning.findings import MEANING
 
 SEEDS = 50
 
@@ -117,6 +117,26 @@ def test_row_invariance_is_recorded_and_no_failure():
 
     report = clp.check_backend(depends_on_the_batch, Problem("cpu", 12, 3001, torch.float32))
     assert report.passed and report.row_invariant is False and report.repeatable
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_row_invariance_is_looked_for_among_many_rows(short):
+    def sums_otherwise_from_65_rows_on(logits, labels):
+        return good(logits, labels) * (1.0 if len(labels) < 65 else 1.0 + 2**-23)
+
+    problem = Problem("cpu", 512, 301, torch.float32)
+    report = clp.check_backend(sums_otherwise_from_65_rows_on, problem, short=short)
+    assert report.passed and report.row_invariant is False
+    assert clp.check_backend(sums_otherwise_from_65_rows_on, problem._replace(rows=64), short=short).row_invariant
+
+
+def test_row_invariance_is_looked_for_in_the_entropy():
+    def entropy_depends_on_the_batch(logits, labels, return_entropy=False):
+        out = clp.log_probs_from_logits(logits, labels, return_entropy=True, backend="eager")
+        return out.log_probs, out.entropy * (1.0 if len(labels) > 2 else 1.0 + 2**-22)
+
+    report = clp.check_backend(entropy_depends_on_the_batch, Problem("cpu", 12, 301, torch.float32, entropy=True))
+    assert report.passed and report.row_invariant is False
 
 
 def test_a_function_whose_signature_cannot_be_read():

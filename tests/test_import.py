@@ -7,13 +7,15 @@ import sys
 import compiled_logprobs
 
 PROGRAM = """
-import json, sys, time
+import gc, json, sys, time
+gc.disable()  # or a collection of what torch has made falls into either of the two
+began = time.perf_counter()
 import torch
 start = time.perf_counter()
 import compiled_logprobs
-seconds = time.perf_counter() - start
+share = (time.perf_counter() - start) / (start - began)
 heavy = ("triton", "streamlit", "plotly", "pandas", "typer", "rich", "torch._dynamo", "torch._inductor")
-print(json.dumps({"seconds": seconds, "heavy": [name for name in heavy if name in sys.modules]}))
+print(json.dumps({"share": share, "heavy": [name for name in heavy if name in sys.modules]}))
 """
 
 
@@ -24,8 +26,8 @@ def test_importing_adds_little_to_torch():
     ]
     print(runs)
     assert all(run["heavy"] == [] for run in runs)
-    # The best of three: what the code needs, whatever else the machine is doing. Measured: 0.04 s.
-    assert min(run["seconds"] for run in runs) < 0.15
+    # The best of three: what the code needs, whatever else the machine is doing. Measured: 0.05 to 0.07 of torch's own import.
+    assert min(run["share"] for run in runs) < 0.15
 
 
 def test_the_public_names():

@@ -14,9 +14,12 @@ import torch
 from backends_for_tuning import FLOOD_BYTES, FOLDER_VARIABLE, has_ended, is_running, pids, registered
 
 from compiled_logprobs.backends.eager import Eager
+from compiled_logprobs.clock import MIB, extra_peak_bytes, why_no_peak
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.store import problem_to_dict
 from compiled_logprobs.tuning import tuner as tuning
+from compiled_logprobs.tuning import worker as program
+from compiled_logprobs.tuning.gate import check_backend
 from compiled_logprobs.tuning.isolation import Worker, WorkerLost
 from compiled_logprobs.tuning.tuner import Tuner
 from compiled_logprobs.tuning.worker import Work
@@ -82,9 +85,9 @@ def lost(tmp_path_factory):
         patch.setitem(tuning.LIMITS_S, "compile", 5.0)
         names = {name: target for name, (target, _, _) in LOST.items()}
         with registered(**names, right="Right"), Tuner(CPU, short=True) as tuner:
-            decision, times = tuner.decide(PROBLEM, SECONDS, names=[*names, "right"])
+            decision, evidence = tuner.decide(PROBLEM, SECONDS, names=[*names, "right"])
             assert is_running(pid_of(tuner._worker))  # it is kept for the next problem
-    return decision, times, folder
+    return decision, evidence.seconds, folder
 
 
 @pytest.mark.parametrize("name", LOST)
@@ -125,16 +128,142 @@ def test_what_candidates_print_and_read_stays_out_of_the_protocol(folder):
     names = {"floods": "Floods", "writes": "WritesEvents", "reads": "ReadsStandardInput", "leaves": "LeavesAChild"}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with registered(**names), Tuner(CPU, short=True) as tuner:
-        decision, times = tuner.decide(PROBLEM, 5.0, names=list(names))
+        decision, evidence = tuner.decide(PROBLEM, 5.0, names=list(names))
         again, _ = tuner.decide(PROBLEM, 0.0, names=list(names))
         (child,) = pids(folder, "child")
         assert is_running(child)
     assert has_ended(child)
-    assert set(times) == {"eager", *names}, outcomes(decision)
+    assert set(evidence.seconds) == {"eager", *names}, outcomes(decision)
     assert all(candidate.measured for candidate in (*decision.candidates.values(), *again.candidates.values()))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024)
     assert grown < FLOOD_BYTES / 2
     assert no_thread_is_left()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell who started whom")
+@pytest.mark.parametrize(("target", "left"), [("LeavesADaemon", 2), ("LeavesADaemonAndExits", 1)])
+def test_a_child_in_a_session_of_its_own_is_not_left(folder, target, left):
+    with registered(leaves=target), Tuner(CPU, short=True) as tuner:
+        decision, _ = tuner.decide(PROBLEM, 0.0, names=["leaves"])
+    children = pids(folder, "daemon") + pids(folder, "orphan")
+    assert len(children) == left and all(map(has_ended, children)), outcomes(decision)
+    assert decision.candidates["leaves"].measured is (target == "LeavesADaemon")
+
+
+def test_only_what_the_program_started_is_ended(folder):
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with Worker() as worker, subprocess.Popen(command, start_new_session=True) as bystander:
+        worker.next_event(within=START_S)
+        worker.end()
+        assert bystander.poll() is None
+        bystander.kill()
+
+
+# --- crashes that others have caused ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("later", ["ExitsLater", "ExitsSoon"])
+def test_a_crash_while_another_is_at_work_costs_whoever_caused_it(later):
+    """Whether a third or eager itself is at work by then."""
+    with registered(later=later, right="Right"), Tuner(CPU, short=True) as tuner:
+        decision, evidence = tuner.decide(PROBLEM, 5.0, names=["later", "right"])
+    assert decision.candidates["later"].outcome == "crashed"
+    assert "ended with exit code 9" in decision.candidates["later"].reason
+    assert set(evidence.seconds) == {"eager", "right"} and decision.baseline == "eager", outcomes(decision)
+
+
+def test_where_only_one_can_have_caused_a_crash_it_costs_that_one():
+    with registered(later="ExitsSoon"), Tuner(CPU, short=True) as tuner:
+        decision, evidence = tuner.decide(PROBLEM._replace(rows=2048, vocab=4096), 60.0, names=["later"])
+    assert outcomes(decision)["later"][0] == "crashed" and set(evidence.seconds) == {"eager"}
+
+
+def test_one_that_was_out_before_costs_nobody_when_it_crashes():
+    told = []
+    with registered(later="WrongAndExitsLater", right="Right"), Tuner(CPU, short=True, on_event=told.append) as tuner:
+        decision, evidence = tuner.decide(PROBLEM._replace(rows=2048, vocab=4096), 60.0, names=["later", "right"])
+    assert decision.candidates["later"].outcome == "wrong" and set(evidence.seconds) == {"eager", "right"}
+    assert "program_lost" in [event["event"] for event in told]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def job(problem, **changes):
+    return {
+        "problem": problem_to_dict(problem),
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "candidates": [["eager", ""]],
+        "checked": [],
+        "incumbent": None,
+        "simplicity": {"eager": 0},
+        "short": False,
+        "seconds": SECONDS,
+        "strict": False,
+        "seed": 1,
+    } | changes
+
+
+@pytest.mark.skipif(why_no_peak("cpu") is not None, reason=str(why_no_peak("cpu")))
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem("cpu", 1024, 2048, torch.float32, needs_grad=True),
+        Problem("cpu", 1024, 2048, torch.bfloat16, needs_grad=True, entropy=True, temperature="per_token"),
+        Problem("cpu", 1024, 2048, torch.float32, needs_grad=True, layout="other", masked_logits=True),
+        Problem("cpu", 1024, 2048, torch.float32, needs_grad=True, inplace_backward=True),
+    ],
+    ids=lambda problem: problem.details() or "plain",
+)
+def test_a_check_takes_no_more_than_is_reckoned_with(problem):
+    taken = extra_peak_bytes(lambda: check_backend("eager", problem, device="cpu", seed=1), "cpu")
+    assert 0.1 * program.bytes_of_check(problem) < taken <= program.bytes_of_check(problem)
+
+
+def test_rows_shrink_to_what_is_free_and_the_record_says_so(monkeypatch):
+    problem = Problem("cpu", 4096, 2048, torch.float32, needs_grad=True)
+    free, told, peak = 256 * MIB, [], None
+    checked = program.check_backend
+
+    def check(*arguments, **options):
+        nonlocal peak
+        peak = extra_peak_bytes(lambda: told.append(checked(*arguments, **options)), "cpu")
+        return told.pop()
+
+    monkeypatch.setattr(program, "free_memory", lambda device: free)
+    monkeypatch.setattr(program, "check_backend", check)
+    Work(job(problem), lambda event, **fields: told.append({"event": event, **fields})).run()
+    (found,) = (event for event in told if event["event"] == "checked")
+    (measuring,) = (event for event in told if event["event"] == "measuring")
+    assert 1 < found["rows"] < problem.rows and found["fewer_for_memory"]
+    assert peak is None or peak <= program.SHARE_OF_FREE_MEMORY * free
+    assert 1 < measuring["rows"] < problem.rows
+    assert measuring["rows"] * problem.vocab * 4 * 4 <= program.SHARE_OF_FREE_MEMORY * free
+
+
+def test_nothing_is_called_where_there_is_no_room_for_a_row(monkeypatch):
+    monkeypatch.setattr(program, "free_memory", lambda device: MIB)
+    monkeypatch.setattr(program, "check_backend", lambda *_, **__: pytest.fail("it is checked"))
+    told = []
+    Work(job(PROBLEM), lambda event, **fields: told.append({"event": event, **fields})).run()
+    (lost,) = (event for event in told if event["event"] == "lost")
+    assert lost["outcome"] == "oom" and "may take 0 MiB of what is free" in lost["reason"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is set by what Linux tells of a process")
+def test_a_check_that_runs_out_of_memory_is_tried_with_fewer_rows():
+    problem = Problem("cpu", 4096, 512, torch.float32, needs_grad=True)
+    told = []
+    with registered(needs="NeedsMemoryInTheCheck"), Tuner(CPU, on_event=told.append) as tuner:
+        decision, evidence = tuner.decide(problem, 1.0, names=["needs"])
+    found = {event["candidate"]: event for event in told if event["event"] == "checked"}
+    assert found["eager"]["rows"] == 4096 and not found["eager"]["fewer_for_memory"]
+    assert found["needs"]["rows"] < 4096 and found["needs"]["fewer_for_memory"]
+    assert set(evidence.seconds) == {"eager", "needs"}, outcomes(decision)
+    words = f"; checked with {found['needs']['rows']} rows, for which there was memory"
+    assert (words in decision.reason) is (decision.chosen == "needs")
+    assert decision.checked_rows == found[decision.chosen]["rows"]
 
 
 # --- the life of the program ------------------------------------------------------------------------------------------
@@ -250,6 +379,15 @@ def test_it_imports_what_this_process_would_import(monkeypatch, tmp_path):
     assert decision.candidates["here"].measured, decision.candidates["here"].reason
 
 
+def test_a_current_folder_that_is_gone_is_passed_over(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend("")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with Worker() as worker:
+        assert worker.next_event(within=START_S) == {"event": "ready"}
+
+
 def test_a_file_in_the_current_folder_hides_no_module(monkeypatch, tmp_path):
     (tmp_path / "json.py").write_text("raise SystemExit('hidden')")
     monkeypatch.chdir(tmp_path)
@@ -323,19 +461,8 @@ def test_where_nobody_gets_through_at_the_full_size_each_has_its_own_outcome(mon
 
     monkeypatch.setattr(Eager, "forward", few_only)
     told = []
-    job = {
-        "problem": problem_to_dict(Problem("cpu", 2048, 4096, torch.float32)),
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "candidates": [["eager", ""]],
-        "checked": [],
-        "simplicity": {"eager": 0},
-        "short": True,
-        "seconds": SECONDS,
-        "strict": False,
-        "seed": 1,
-    }
-    Work(job, lambda event, **fields: told.append({"event": event, **fields})).run()
+    problem = Problem("cpu", 2048, 4096, torch.float32)
+    Work(job(problem, short=True), lambda event, **fields: told.append({"event": event, **fields})).run()
     (lost,) = (event for event in told if event["event"] == "lost")
     assert (lost["candidate"], lost["outcome"]) == ("eager", "oom") and "too many rows" in lost["reason"]
     assert told[-1]["event"] == "circumstances" and told[-1]["percent"] == {}

@@ -20,7 +20,6 @@ def short_limits(monkeypatch):
     monkeypatch.setattr(meeting, "SILENCE_S", SILENCE_S)
     monkeypatch.setattr(meeting, "GRACE_S", GRACE_S)
     monkeypatch.setattr(meeting, "SIGN_S", 0.0)
-    monkeypatch.setattr(meeting, "_held", {})
 
 
 class Group(distributed.ProcessGroup):
@@ -39,11 +38,7 @@ class Group(distributed.ProcessGroup):
 def meetings(size: int, store: distributed.Store | None = None) -> list[Meeting]:
     """The same one, as each rank is at it."""
     store = distributed.HashStore() if store is None else store
-    found = []
-    for rank in range(size):
-        meeting._held.clear()  # the ranks are in one process, and it is the first meeting of each
-        found.append(Meeting(Group(store, rank, size)))
-    return found
+    return [Meeting(Group(store, rank, size)) for rank in range(size)]
 
 
 def all_at_once(*calls) -> list:
@@ -81,15 +76,29 @@ def test_all_hear_what_the_first_concludes():
     assert all_at_once(*(step(one, lambda: "next", len) for one in at)) == [5] * 5
 
 
+def all_say(what: object, at: list[Meeting]) -> list:
+    return all_at_once(*(step(one, lambda: what) for one in at))
+
+
 def test_meetings_are_told_apart_by_their_number():
     store = distributed.HashStore()
-    groups = [Group(store, rank, 2) for rank in range(2)]
-    for number in (1, 2):
-        meeting._held.clear()
-        first = [Meeting(groups[0]) for _ in range(number)][-1]
-        meeting._held.clear()
-        second = [Meeting(groups[1]) for _ in range(number)][-1]
-        assert all_at_once(*(step(one, lambda number=number: number) for one in (first, second))) == [[number] * 2] * 2
+    for number in range(3):
+        assert all_say(number, meetings(2, store)) == [[number] * 2] * 2
+
+
+def test_a_name_that_is_given_again():
+    """To a group with a store of its own, or in the same store: of as many ranks, or of more."""
+    for store in (distributed.HashStore(), distributed.HashStore()):
+        for size in (2, 3, 2, 3):
+            assert all_say(size, meetings(size, store)) == [[size] * size] * size
+
+
+def test_a_process_that_was_at_meetings_of_another_group_of_that_name():
+    """As where the first of three was in a group with the second, and then is in one with the third."""
+    first_two, first_and_third = distributed.HashStore(), distributed.HashStore()
+    for _ in range(2):
+        all_say("before", meetings(2, first_two))
+    assert all_say("now", meetings(2, first_and_third)) == [["now"] * 2] * 2
 
 
 def fail(error: BaseException):
@@ -179,6 +188,59 @@ def test_a_store_that_ends():
     del store
     with pytest.raises(Unreachable, match="does not answer, as when the rank that keeps it has ended"):
         second.step(lambda: None, list)
+
+
+class Stopped(distributed.HashStore):
+    """Keeps who asks, after so many answers."""
+
+    def __init__(self, answers: int) -> None:
+        super().__init__()
+        self.answers, self.asked = answers, 0
+
+    def check(self, keys: list[str]) -> bool:
+        self.asked += 1
+        if self.asked > self.answers:
+            threading.Event().wait()
+        return super().check(keys)
+
+
+@pytest.mark.parametrize("answers", [0, 3])
+def test_a_store_that_never_answers(answers):
+    store, began = Stopped(answers), time.monotonic()
+    _, second = meetings(2, store)
+    for why in ("no answer within 0.9 s", "it gave no answer before"):
+        [found] = all_at_once(step(second))
+        assert isinstance(found, Unreachable) and f"has ended or is stopped: {why}" in str(found)
+    assert store.asked == answers + 1  # and was left alone then
+    assert time.monotonic() - began > SILENCE_S + GRACE_S
+
+
+def test_no_room_for_another_thread(monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    [one] = meetings(1)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert one.step(lambda: "said", list) == ["said"]
+
+
+def test_an_interruption_while_the_meeting_is_counted(monkeypatch):
+    """It is counted once, so that the next meeting is the same one for all again."""
+    store = distributed.HashStore()
+    first, second = meetings(2, store)
+    real = Meeting._ask
+
+    def interrupted(self, ask, *arguments):
+        answer = real(self, ask, *arguments)
+        if self is second:
+            monkeypatch.setattr(Meeting, "_ask", real)
+            raise KeyboardInterrupt
+        return answer
+
+    monkeypatch.setattr(Meeting, "_ask", interrupted)
+    found = all_at_once(step(first), step(second))
+    assert told(found[0]) == ("rank 1: KeyboardInterrupt: ", False) and isinstance(found[1], KeyboardInterrupt)
+    assert all_say("next", meetings(2, store)) == [["next"] * 2] * 2
 
 
 def test_reasons_by_rank():

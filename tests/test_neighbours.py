@@ -4,8 +4,9 @@ import pytest
 import torch
 from stored_decisions import LARGE, all_measured, decided, measured, publish
 
-from compiled_logprobs import decisions, neighbours, store
+from compiled_logprobs import decisions, neighbours, store, view
 from compiled_logprobs.environment import environment_of
+from compiled_logprobs.policy import Policy
 from compiled_logprobs.store import Store, user_store
 
 CPU = torch.device("cpu")
@@ -13,11 +14,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def user_store_alone(monkeypatch):
-    monkeypatch.setattr(neighbours, "stores", lambda: {"user store": user_store()})
+    only = {"user store": user_store()}
+    monkeypatch.setattr(neighbours, "stores", lambda: only)
+    monkeypatch.setattr(view, "stores", lambda: only)
 
 
-def near(problem=LARGE, **options):
-    return neighbours.neighbours(problem, CPU, **options)
+def near(problem=LARGE, most=3, **policy):
+    return neighbours.neighbours(problem, CPU, Policy(**policy), most)
 
 
 def test_the_fewest_fields_come_first_and_of_these_the_nearest_n():
@@ -55,6 +58,30 @@ def test_where_the_key_is_the_same_the_backends_that_changed_are_told():
     publish(decided(chosen="cpp", candidates=all_measured() | {"cpp": measured("cpp", fingerprint="0" * 16)}))
     (found,) = near()
     assert found.differs == {"backend cpp": ("0" * 16, decisions.code_of("cpp"))}
+
+
+def test_where_the_key_is_the_same_what_else_keeps_it_from_serving_is_told(monkeypatch):
+    no = {"row_invariant": False}
+    publish(decided(chosen="cpp", candidates={name: measured(name, **no) for name in ("eager", "cpp")}))
+    assert near()[0].unusable is None
+    (found,) = near(row_invariant=True)
+    assert found.unusable is not None and str(found).endswith(found.unusable)
+    assert "no backend there has rows whose bits do not depend on N" in found.unusable
+
+    decisions.set_aside("cpp", LARGE, RuntimeError("it broke"))
+    assert near()[0].unusable == "backend 'cpp', which it chose, failed in this process and is set aside"
+
+    user_store().path(decisions.fingerprint_of(CPU), LARGE).write_text("{")
+    with pytest.warns(RuntimeWarning, match="is passed over"):
+        (found,) = near()
+    assert str(found).endswith("it cannot be read, or chose a backend that is not registered here")
+
+
+def test_what_was_stored_after_the_first_look_of_a_rank_is_told(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    view.view(decisions.fingerprint_of(CPU))
+    publish(decided())
+    assert near()[0].unusable == "it was stored after this rank's first look at the profiles"
 
 
 def test_nothing_stored_is_near_nothing():

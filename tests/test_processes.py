@@ -76,7 +76,7 @@ def script(text: str) -> str:
 
 
 def stored() -> list[Path]:
-    return [path for path in Path("store").rglob("decisions/*.json") if not path.name.endswith(".times.json")]
+    return [path for path in Path("store").rglob("decisions/*.json") if not path.name.endswith(".evidence.json")]
 
 
 def test_a_script_without_a_guard_measures_once_and_the_next_process_not_at_all():

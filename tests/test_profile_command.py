@@ -17,7 +17,7 @@ from compiled_logprobs.api import problem_of
 from compiled_logprobs.cli import app
 from compiled_logprobs.errors import InputError, ProfileError
 from compiled_logprobs.problem import Problem, as_it_lies
-from compiled_logprobs.store import Store, user_store
+from compiled_logprobs.store import EVIDENCE, Store, user_store
 from compiled_logprobs.tuning.tuner import TuningFailed
 
 EAGER_ONLY = ("--backend", "eager", "--dtype", "float32", "--mode", "forward", "--vocab", "4096")
@@ -187,7 +187,7 @@ def test_an_interruption_keeps_what_is_finished(tmp_path):
     lines += [json.loads(line) for line in rest.splitlines()]
     assert process.returncode == 130, errors
     assert lines[-1]["event"] == "end" and lines[-1]["interrupted"]
-    stored = list((tmp_path / "out").rglob("decisions/*[!s].json"))
+    stored = [path for path in (tmp_path / "out").rglob("decisions/*.json") if not path.name.endswith(EVIDENCE)]
     assert len(stored) == lines[-1]["done"] >= 1
     shown = run("show", "--store", str(tmp_path / "out"), "--json")
     assert len(json.loads(shown.stdout)["decisions"]) == lines[-1]["done"]

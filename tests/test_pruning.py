@@ -74,7 +74,7 @@ def files(store: Store) -> dict[str, bytes]:
 def both(*problems) -> set[str]:
     """The names of the files of these decisions."""
     names = [at(Store(Path()), problem).name for problem in problems]
-    return {*names, *(name.replace(".json", ".times.json") for name in names)}
+    return {*names, *(name.replace(".json", ".evidence.json") for name in names)}
 
 
 BY_DEFAULT = {*both(BROKEN, NO_DECISION), *(both(ORPHANED) - {at(Store(Path()), ORPHANED).name}), ABANDONED}

@@ -63,7 +63,10 @@ def within(record: dict[str, Any], owner: type) -> Any:
 def test_a_decision_comes_back_from_its_record():
     decision = decided(chosen="compiled", left_out=("other",), telemetry=None, telemetry_reason="no such device")
     assert Decision.from_record(LARGE, plain(decision)) == decision
-    assert decision.to_dict() == {**decision.record(), "problem": decision.to_dict()["problem"]}
+    for name, candidate in (told := decision.to_dict())["candidates"].items():
+        assert candidate.pop("worst_error") == decision.candidates[name].worst_error
+        assert candidate.pop("calls_to_pay") == decision.calls_to_pay(name)
+    assert told == {**decision.record(), "problem": told["problem"]}
     assert json.loads(json.dumps(decision.to_dict(), allow_nan=False))["problem"]["vocab"] == 1031
 
 
@@ -190,6 +193,6 @@ def test_the_profiles_that_ship_are_whole_and_name_nobody():
         decision = Decision.from_record(problem, record)
         assert decision.winner.checks and decision.winner.checks_passed == len(decision.winner.checks)
         assert decision.environment["fingerprint"] == environment and not decision.short_check
-        assert bundled_store().times(environment, problem)["seconds"].keys() >= {decision.chosen, decision.baseline}
+        assert bundled_store().evidence(environment, problem)["seconds"].keys() >= {decision.chosen, decision.baseline}
     for file in bundled_store().root.rglob("*.json"):
         assert not re.search(r"/(home|root|tmp|usr|opt|work|Users)/", file.read_text()), file

@@ -8,6 +8,7 @@ from backends_for_tuning import registered
 from stored_decisions import LARGE, all_measured, decided, measured
 
 from compiled_logprobs.backends import get_backend
+from compiled_logprobs.evidence import Evidence
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning.renewal import decide
 from compiled_logprobs.tuning.tuner import Tuner, TuningFailed
@@ -27,7 +28,7 @@ class Answers:
         self.asked.append((set(names) | {"eager"}, incumbent, seconds))
         chosen = self.chosen.pop(0)
         found = {name: measured(name) for name in self.asked[-1][0]}
-        return decided(problem, chosen, candidates=found | self.changes.get("found", {}), left_out=()), {}
+        return decided(problem, chosen, candidates=found | self.changes.get("found", {}), left_out=()), Evidence()
 
 
 def standing(chosen="cpp", **changes):
@@ -45,6 +46,14 @@ def test_one_that_changed_is_measured_beside_the_incumbent_and_the_baseline():
     carried = decision.candidates["flash_attn"]
     assert carried.measured_at == OLD and carried.outcome == "unavailable"
     assert decision.candidates["cpp"].measured_at is None and decision.left_out == ()
+
+
+def test_only_those_that_were_asked_for_are_measured():
+    stands = standing(compiled=measured("compiled", fingerprint=NEW), cpp=measured("cpp", fingerprint=NEW))
+    answers = Answers("eager")
+    decision = renewed(answers, dataclasses.replace(stands, chosen="eager"), names=["eager", "cpp"])
+    assert answers.asked == [({"eager", "cpp"}, "eager", 10.0)]
+    assert decision.candidates["compiled"] == dataclasses.replace(stands.candidates["compiled"], measured_at=OLD)
 
 
 def test_what_was_carried_over_before_keeps_its_date():

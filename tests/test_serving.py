@@ -1,7 +1,9 @@
 """How `auto` is served: where it looks, in which order, what it does on a miss, and what it never does twice."""
 
+import contextlib
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +24,7 @@ from compiled_logprobs.backends import get_backend
 from compiled_logprobs.backends.compiled import Compiled
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.clock import MIB
+from compiled_logprobs.evidence import Evidence
 from compiled_logprobs.policy import Policy, policy
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Candidate, Record
@@ -448,7 +451,7 @@ def test_a_winner_that_failed_is_set_aside_in_every_mode(mode, gate, elsewhere, 
     publish(decided(chosen="compiled"))
     mode("lookup")
     assert serve() == "compiled"
-    decisions.set_aside("compiled", LARGE._replace(rows=1020))
+    decisions.set_aside("compiled", LARGE._replace(rows=1020), RuntimeError("it broke"))
     assert (serve(), source()) == ("eager", "set aside")
     for other in ("tune", "off"):
         mode(other)
@@ -532,6 +535,7 @@ def test_only_candidates_with_invariant_rows_are_admitted(mode, elsewhere, nothi
     no = {"row_invariant": False}
     candidates = all_measured() | {name: measured(name, **no) for name in ("cpp", "compiled")}
     publish(decided(chosen="compiled", candidates=candidates))
+    publish(decided(LARGE._replace(needs_grad=True), chosen="compiled", candidates=dict(candidates)))
     assert serve() == "compiled"
     with clp.autotune(row_invariant=True):
         assert serve() == "eager" and source() == "user store"
@@ -544,32 +548,62 @@ def test_by_the_default_rule_too(mode, gate, elsewhere):
     with clp.autotune(row_invariant=True):
         assert (serve(), source()) == ("eager", "default rule")
         gate["cpp"] = gate["compiled"] = gate["eager"] = serving._Short(True, None)
+        assert serve(LARGE._replace(rows=2048)) == "eager"  # the first answer stands for all N
         with pytest.raises(clp.BackendUnavailable) as error:
-            serve(LARGE._replace(rows=2048))
+            serve(LARGE._replace(rows=2048, entropy=True))
     assert str(error.value) == (
-        "no backend that can run 2048 x 1031 float32 on cpu (not 16-byte aligned) has rows whose bits do not depend on N, "
-        "which row_invariant=True asks for. Tried: cpp, compiled, flash_attn, eager. Set row_invariant=False, or keep N the same."
+        "no backend that can run 2048 x 1031 float32 on cpu (gradient, entropy, not 16-byte aligned) has rows whose bits do not "
+        "depend on N, which row_invariant=True asks for. Tried: cpp, compiled, flash_attn, eager. "
+        "Set row_invariant=False, or keep N the same."
     )
     assert serve() == "cpp"
 
 
 def test_small_problems_too_though_they_are_never_measured(mode, gate, elsewhere, fake):
     with clp.autotune(row_invariant=True):
-        assert serve(SMALL) == "eager"
+        assert serve(SMALL) == "cpp"  # as it is going to serve large ones
         with clp.autotune(require_hit=True):
-            assert serve(SMALL) == "eager"
-        gate["eager"] = serving._Short(True, False)
-        assert serve(LARGE._replace(rows=16)) == "cpp"
+            assert serve(SMALL._replace(entropy=True)) == "cpp"
     assert not fake.asked
 
 
 def test_none_that_is_invariant_is_no_reason_to_measure_again(fake, gate, elsewhere):
     no = {"row_invariant": False}
-    publish(decided(candidates={name: measured(name, **no) for name in ("eager", "cpp", "compiled", "flash_attn")}))
+    none = {name: measured(name, **no) for name in ("eager", "cpp", "compiled", "flash_attn")}
+    for problem in (LARGE, LARGE._replace(needs_grad=True)):
+        publish(decided(problem, candidates=dict(none)))
     gate["eager"] = gate["cpp"] = gate["compiled"] = serving._Short(True, False)
     with clp.autotune(row_invariant=True), pytest.raises(clp.BackendUnavailable):
         serve()
     assert not fake.asked and serve() == "eager"
+
+
+@pytest.mark.parametrize("order", [(1024, 2048), (2048, 1024)])
+def test_with_invariant_rows_one_backend_serves_all_n_with_and_without_gradient(order, nothing_measures, mode):
+    # Forward alone and forward with the gradient have winners of their own; the ratio must not see that.
+    mode("lookup")
+    publish(decided(chosen="eager"))
+    publish(decided(LARGE._replace(needs_grad=True), chosen="cpp"))
+    logits = torch.randn(2048, 1031)
+    labels = torch.randint(1031, (2048,))
+    with clp.autotune(row_invariant=True):
+        old = [clp.log_probs_from_logits(logits[:n], labels[:n]) for n in order]
+        new = [clp.log_probs_from_logits(logits[:n].requires_grad_(), labels[:n]) for n in reversed(order)]
+        few = clp.log_probs_from_logits(logits[:3], labels[:3])
+    least = min(order)
+    for one in (*old, *new):
+        assert ((one[:least] - old[0][:least]).exp() == 1.0).all()
+    assert torch.equal(few, old[0][:3])
+    assert {answer.name for answer in decisions._served.values()} == {"cpp"}
+
+
+def test_with_invariant_rows_what_the_one_backend_cannot_run_is_told(mode, gate, elsewhere, monkeypatch):
+    mode("off")
+    with clp.autotune(row_invariant=True):
+        assert serve() == "cpp"
+        monkeypatch.setattr(serving, "why_not", lambda name, problem: "is tired" if name == "cpp" else None)
+        with pytest.raises(clp.BackendUnavailable, match="'cpp', which serves such problems .* is tired"):
+            serve(LARGE._replace(rows=4096, layout="other"))
 
 
 # Why nothing is measured
@@ -745,16 +779,53 @@ def a_file(tmp_path: Path) -> Path:
     return tmp_path / "file"
 
 
-def a_read_only_file_system(tmp_path: Path) -> Path:
+def a_file_system(tmp_path: Path, options: str) -> Path:
     place = tmp_path / "disk"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(place)]
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
         pytest.skip("needs the right to mount a file system")
     return place
 
 
-@pytest.mark.parametrize("place", [a_file, a_read_only_file_system])
+def a_read_only_file_system(tmp_path: Path) -> Path:
+    return a_file_system(tmp_path, "ro")
+
+
+def a_full_disk(tmp_path: Path) -> Path:
+    place = a_file_system(tmp_path, "size=64k")
+    with contextlib.suppress(OSError), (place / "all of it").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"0" * 4096)
+    assert shutil.disk_usage(place).free == 0
+    return place
+
+
+@pytest.mark.parametrize("place", [a_file, a_read_only_file_system, a_full_disk])
+def test_tune_measures_where_nothing_can_be_stored_and_this_process_uses_it(
+    place, fake, elsewhere, tmp_path, monkeypatch
+):
+    root = place(tmp_path)
+    try:
+        monkeypatch.setenv(store.ROOT_VARIABLE, str(root))
+        with pytest.warns(
+            RuntimeWarning, match="cannot be written.*\\n.*\\nWhat was measured holds in this process only."
+        ):
+            [decision] = clp.tune(LARGE)
+        assert decision.chosen == "eager" and fake.asked == [LARGE]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert_right()
+            assert (serve(), source()) == ("eager", "tuned here")
+        with pytest.raises(clp.ProfileError, match="cannot be written"):
+            list(serving.tune_all([LARGE], CPU))  # as the command line asks, before it measures
+        assert fake.asked == [LARGE]
+    finally:
+        if root.is_dir():
+            subprocess.run(["umount", "-l", str(root)], check=True)
+
+
+@pytest.mark.parametrize("place", [a_file, a_read_only_file_system, a_full_disk])
 def test_a_store_that_cannot_be_written_costs_a_warning(place, fake, elsewhere, tmp_path, monkeypatch):
     root = place(tmp_path)
     try:
@@ -829,7 +900,7 @@ def test_after_tune_this_process_takes_what_it_returned(fake, gate, elsewhere, m
 def test_tune_takes_a_device_and_a_budget(fake, elsewhere, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        fake, "decide", lambda problem, seconds, names, **_: seen.append(seconds) or (decided(problem), {})
+        fake, "decide", lambda problem, seconds, names, **_: seen.append(seconds) or (decided(problem), Evidence())
     )
     clp.tune(LARGE, device="cpu", budget_s=3)
     clp.tune(LARGE, again=True)

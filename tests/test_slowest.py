@@ -5,23 +5,24 @@ import dataclasses
 import pytest
 from stored_decisions import LARGE, decided, measured
 
+from compiled_logprobs.evidence import Evidence
 from compiled_logprobs.records import Candidate, Decision
 from compiled_logprobs.tuning.slowest import on_the_slowest
 from compiled_logprobs.tuning.tuner import TuningFailed
 
 
-def of_rank(rounds: int = 40, rows: int = LARGE.rows, **seconds: float) -> tuple[Decision, dict[str, list[float]]]:
+def of_rank(rounds: int = 40, rows: int = LARGE.rows, **seconds: float) -> tuple[Decision, Evidence]:
     """What a rank decided whose candidates always took so long."""
     candidates = {name: measured(name, seconds=each) for name, each in seconds.items()}
     decision = decided(chosen="eager", candidates=candidates, rounds=rounds, measured_rows=rows, proven_rows=rows)
-    return decision, {name: [each] * rounds for name, each in seconds.items()}
+    return decision, Evidence({name: [each] * rounds for name, each in seconds.items()})
 
 
-def changed(found: tuple[Decision, dict], name: str, **fields) -> tuple[Decision, dict]:
+def changed(found: tuple[Decision, Evidence], name: str, **fields) -> tuple[Decision, Evidence]:
     """The same, with other fields of one candidate."""
-    decision, times = found
+    decision, evidence = found
     candidates = {**decision.candidates, name: dataclasses.replace(decision.candidates[name], **fields)}
-    return dataclasses.replace(decision, candidates=candidates), times
+    return dataclasses.replace(decision, candidates=candidates), evidence
 
 
 def test_of_one_rank_it_is_that_ranks():
@@ -31,9 +32,9 @@ def test_of_one_rank_it_is_that_ranks():
 
 def test_what_is_fast_on_one_and_slow_on_another_is_slow():
     found = {0: of_rank(eager=2.0, cpp=0.5, compiled=1.0), 2: of_rank(eager=2.2, cpp=3.0, compiled=1.1)}
-    decision, times = on_the_slowest(found, None)
+    decision, evidence = on_the_slowest(found, None)
     assert (decision.chosen, decision.code) == ("compiled", "FASTER_CLEAR")
-    assert times == {"eager": [2.2] * 40, "cpp": [3.0] * 40, "compiled": [1.1] * 40}
+    assert evidence.seconds == {"eager": [2.2] * 40, "cpp": [3.0] * 40, "compiled": [1.1] * 40}
     assert {name: one.seconds for name, one in decision.candidates.items()} == {
         "eager": 2.2,
         "cpp": 3.0,
@@ -48,33 +49,33 @@ def test_what_is_fast_on_one_and_slow_on_another_is_slow():
 def test_round_by_round():
     """A rank that is slow in one half of the rounds, and another that is in the other: together they always are."""
     one, other = of_rank(eager=2.0, cpp=1.0), of_rank(eager=2.0, cpp=1.0)
-    one[1]["cpp"][::2] = [4.0] * 20
-    other[1]["cpp"][1::2] = [4.0] * 20
-    decision, times = on_the_slowest({0: one, 1: other}, None)
-    assert times["cpp"] == [4.0] * 40 and decision.chosen == "eager"
+    one[1].seconds["cpp"][::2] = [4.0] * 20
+    other[1].seconds["cpp"][1::2] = [4.0] * 20
+    decision, evidence = on_the_slowest({0: one, 1: other}, None)
+    assert evidence.seconds["cpp"] == [4.0] * 40 and decision.chosen == "eager"
 
 
 def test_as_many_rounds_as_all_have():
-    decision, times = on_the_slowest({0: of_rank(80, eager=2.0, cpp=1.0), 1: of_rank(20, eager=2.0, cpp=1.0)}, None)
-    assert decision.rounds == len(times["cpp"]) == 20 and decision.chosen == "cpp"
+    decision, evidence = on_the_slowest({0: of_rank(80, eager=2.0, cpp=1.0), 1: of_rank(20, eager=2.0, cpp=1.0)}, None)
+    assert decision.rounds == len(evidence.seconds["cpp"]) == 20 and decision.chosen == "cpp"
 
 
 def test_in_proportion_to_the_rows():
     """The second had memory for half as many."""
     found = {0: of_rank(eager=2.0, cpp=1.0), 1: of_rank(rows=512, eager=1.5, cpp=0.6)}
-    decision, times = on_the_slowest(found, None)
+    decision, evidence = on_the_slowest(found, None)
     assert decision.measured_rows == decision.proven_rows == 512
-    assert times["eager"] == [1.5] * 40 and times["cpp"] == [0.6] * 40
+    assert evidence.seconds["eager"] == [1.5] * 40 and evidence.seconds["cpp"] == [0.6] * 40
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_failed_on_one_has_failed(rank):
     found = {0: of_rank(eager=2.0, cpp=1.0), 1: of_rank(eager=2.0, cpp=1.0)}
-    decision, times = found[rank]
+    decision, evidence = found[rank]
     lost = {**decision.candidates, "cpp": Candidate("oom", "out of memory at the step 'time'")}
-    found[rank] = dataclasses.replace(decision, candidates=lost), {"eager": times["eager"]}
-    decision, times = on_the_slowest(found, None)
-    assert decision.chosen == "eager" and set(times) == {"eager"}
+    found[rank] = dataclasses.replace(decision, candidates=lost), Evidence({"eager": evidence.seconds["eager"]})
+    decision, evidence = on_the_slowest(found, None)
+    assert decision.chosen == "eager" and set(evidence.seconds) == {"eager"}
     assert decision.candidates["cpp"].outcome == "oom"
     assert decision.candidates["cpp"].reason == f"rank {rank}: out of memory at the step 'time'"
 

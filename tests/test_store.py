@@ -160,7 +160,7 @@ def test_what_is_published_is_read_again(store):
     path = store.publish(HERE, PROBLEM, RECORD, {"rounds": [0.25, 1e-9]})
     assert path == store.root / "v1" / KEY / "decisions" / f"{problem_name(PROBLEM)}.json"
     assert read_silently(store) == RECORD
-    assert store.times(KEY, PROBLEM) == {"rounds": [0.25, 1e-9]}
+    assert store.evidence(KEY, PROBLEM) == {"rounds": [0.25, 1e-9]}
     assert list(store.records()) == list(store.records(KEY)) == [(KEY, PROBLEM, RECORD)]
     assert store.environments() == {KEY: HERE.to_dict()}
     text = path.read_text(encoding="utf-8")
@@ -169,23 +169,23 @@ def test_what_is_published_is_read_again(store):
     assert not temporary_files(store)
 
 
-def test_a_later_record_replaces_an_earlier_one_and_its_times(store):
+def test_a_later_record_replaces_an_earlier_one_and_its_evidence(store):
     store.publish(HERE, PROBLEM, RECORD, {"rounds": [1.0]})
     store.publish(HERE, PROBLEM, {"chosen": "eager"}, {"rounds": [2.0]})
-    assert store.times(KEY, PROBLEM) == {"rounds": [2.0]}
+    assert store.evidence(KEY, PROBLEM) == {"rounds": [2.0]}
     store.publish(HERE, PROBLEM, RECORD)
     assert store.read(KEY, PROBLEM) == RECORD
-    assert store.times(KEY, PROBLEM) is None
-    assert not list(store.root.rglob("*.times.json"))
+    assert store.evidence(KEY, PROBLEM) is None
+    assert not list(store.root.rglob("*.evidence.json"))
 
 
-def test_times_of_another_decision_are_passed_over(store):
+def test_evidence_of_another_decision_is_passed_over(store):
     path = store.publish(HERE, PROBLEM, RECORD, {"rounds": [1.0]})
-    beside = path.with_suffix(".times.json")
+    beside = path.with_suffix(".evidence.json")
     of_the_first = beside.read_bytes()
     store.publish(HERE, PROBLEM, {"chosen": "eager"}, {"rounds": [2.0]})
     beside.write_bytes(of_the_first)
-    assert store.times(KEY, PROBLEM) is None
+    assert store.evidence(KEY, PROBLEM) is None
 
 
 json_values = st.recursive(
@@ -363,7 +363,7 @@ def test_nothing_is_imported_because_a_file_says_so(store, tmp_path, monkeypatch
     before = set(sys.modules)
     assert read_silently(store) == names
     assert list(store.records()) == [(KEY, PROBLEM, names)]
-    assert store.times(KEY, PROBLEM)
+    assert store.evidence(KEY, PROBLEM)
     assert store.environments()
     assert set(sys.modules) == before
 
@@ -385,7 +385,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_stored(small_disk):
     assert module.ROOT_VARIABLE in str(error.value)
     assert not temporary_files(store)
     assert read_silently(store) == RECORD
-    assert store.times(KEY, PROBLEM) == {"rounds": [1.0]}
+    assert store.evidence(KEY, PROBLEM) == {"rounds": [1.0]}
     filler.unlink()
     store.publish(HERE, PROBLEM, {"chosen": "eager"})
     assert read_silently(store) == {"chosen": "eager"}
@@ -434,6 +434,22 @@ def test_no_folder_is_made_for_a_home_that_is_not_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ProfileError, match="home folder of this user is not known.\n.*Set HOME"):
         Store(Path("~/.local/share")).publish(HERE, PROBLEM, RECORD)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_home_nothing_is_stored_and_what_to_do_is_said(tmp_path, monkeypatch):
+    """As for a user that the system does not list: a container's, for instance."""
+    monkeypatch.chdir(tmp_path)
+
+    def no_home(*_):
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv(module.ROOT_VARIABLE)
+    monkeypatch.setattr("platformdirs.user_data_path", no_home)
+    assert read_silently(user_store()) is None
+    for store_something in (user_store().require_writable, lambda: user_store().publish(HERE, PROBLEM, RECORD)):
+        with pytest.raises(ProfileError, match="home folder of this user is not known.\n.*Set HOME"):
+            store_something()
     assert not list(tmp_path.iterdir())
 
 
@@ -507,9 +523,9 @@ for kill in range(40):
     begun = int(steps[-1][0])
     done = max([int(number) for number, step in steps if step == "done"], default=stored)
     stored = number_in(store)
-    times = store.times(KEY, PROBLEM)
+    evidence = store.evidence(KEY, PROBLEM)
     assert stored in (done, begun), (done, begun, stored)
-    assert times in (None, {"number": stored}), (times, stored)
+    assert evidence in (None, {"number": stored}), (evidence, stored)
     outcomes.append(["old", "new"][stored == begun])
 print(json.dumps(outcomes))
 """
@@ -539,7 +555,7 @@ for existing in (False, True):
             store.publish(HERE, PROBLEM, record(0), {"number": 0})
         status = os.waitpid(fork(write, store, step), 0)[1]
         assert status in (0, signal.SIGKILL), status
-        outcomes.append([existing, number_in(store), store.times(KEY, PROBLEM), status])
+        outcomes.append([existing, number_in(store), store.evidence(KEY, PROBLEM), status])
         assert status == 0 or store.publish(HERE, PROBLEM, record(2)) and number_in(store) == 2
         if status == 0:
             break
@@ -559,7 +575,7 @@ def read(store, end):
     count = 0
     while time.time() < end:
         assert number_in(store) >= 0 or count == 0
-        store.times(KEY, PROBLEM)
+        store.evidence(KEY, PROBLEM)
         count += len(list(store.records())) + len(store.near(KEY, PROBLEM)) + len(store.environments())
     assert count > 0
 
@@ -587,13 +603,13 @@ def test_a_writer_killed_at_random_leaves_the_old_or_the_new_record(store):
 def test_a_writer_killed_at_any_step_leaves_the_old_or_the_new_record(store):
     outcomes = run_program(KILLED_AT_EVERY_STEP, store)
     for existed in (False, True):
-        found = [(number, times) for before, number, times, _ in outcomes if before == existed]
+        found = [(number, evidence) for before, number, evidence, _ in outcomes if before == existed]
         old = (0, {"number": 0}) if existed else (-1, None)
         assert found[0] == old
         assert found[-1] == (1, {"number": 1})
         assert {number for number, _ in found} == {old[0], 1}
         assert [number for number, _ in found] == sorted(number for number, _ in found)
-        assert all(times in (None, {"number": number}) for number, times in found)
+        assert all(evidence in (None, {"number": number}) for number, evidence in found)
         assert len(found) > 10
 
 

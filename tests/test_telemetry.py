@@ -3,22 +3,19 @@
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from nvml_library import SOURCE, build, use
 
-from compiled_logprobs.telemetry import NoTelemetry, Process, Snapshot, Watch, telemetry
+from compiled_logprobs.telemetry import NoTelemetry, Process, Snapshot, Watch, gpus, telemetry
 
 pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is not made for this system")
-LIBRARY = "libnvidia-ml.so.1"
-SOURCE = Path(__file__).parent / "fake_nvml.c"
 
 
 def describe(uuid: str, bus: int) -> SimpleNamespace:
@@ -29,14 +26,6 @@ def describe(uuid: str, bus: int) -> SimpleNamespace:
 # In another order than NVML's; the third is a slice, the fourth has an address alone, the fifth is not NVML's.
 GPUS = [describe("bbbbbbbb", 0x8B), describe("aaaaaaaa", 0x0A), describe("cccccccc", 0x8B)]
 GPUS += [describe("dddddddd", 0x0A), describe("eeeeeeee", 0xEE)]
-
-
-def build(folder: Path, *options: str) -> Path:
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("the stand-in needs Linux and a C compiler")
-    subprocess.run([compiler, "-shared", "-fPIC", "-w", *options, str(SOURCE), "-o", str(folder / LIBRARY)], check=True)
-    return folder / LIBRARY
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +43,7 @@ def torch_with_gpus(monkeypatch):
 @pytest.fixture
 def load(monkeypatch, torch_with_gpus):
     """Has nvidia-ml-py load another library, or none."""
-
-    def load(path: Path | None) -> None:
-        dlopen = pynvml.CDLL
-
-        def by_name(name):
-            assert name == LIBRARY
-            if path is None:
-                raise OSError(f"{name}: cannot open shared object file")
-            return dlopen(str(path))
-
-        monkeypatch.setattr(pynvml, "CDLL", by_name)
-        monkeypatch.setattr(pynvml, "nvmlLib", None)
-        monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
-
-    return load
+    return lambda path: use(path, monkeypatch)
 
 
 @pytest.fixture
@@ -191,6 +166,41 @@ def test_other_devices_have_a_reason(monkeypatch):
     assert telemetry("cpu").reason == "clocks, power and throttling are reported for NVIDIA GPUs only, not for 'cpu'"
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert telemetry("cuda").reason == "NVML reports on NVIDIA GPUs only, and this torch is built for ROCm"
+
+
+@pytest.mark.usefixtures("nvml")
+def test_all_gpus_are_listed_each_followed_by_its_slices():
+    found = gpus()
+    ids = ["aaaaaaaa", "bbbbbbbb", "cccccccc"]
+    assert [one.uuid[4:12] for one in found] == ids
+    assert [one.slice_of and one.slice_of[:12] for one in found] == [None, None, "GPU-bbbbbbbb"]
+    assert {one.driver for one in found} == {"999.1"}
+    assert [one.name for one in found] == ["NVIDIA Fake 80GB", "NVIDIA Fake 80GB", "NVIDIA Fake 80GB MIG 1g.10gb"]
+    assert [one.provider.snapshot().memory_used_bytes for one in found] == [100, 200, 300]
+    assert [one.provider.trouble() for one in found] == [None, None, None]
+
+
+@pytest.mark.usefixtures("nvml")
+def test_a_lost_gpu_stays_listed_and_says_so(monkeypatch):
+    (one,) = gpus()[:1]
+    monkeypatch.setenv("FAKE_NVML_RETURN", "15")
+    assert one.provider.trouble() == "GPU is lost"
+    assert [gpu.name for gpu in gpus()] == [None, None]  # which slices there are is not told, either
+    monkeypatch.setenv("FAKE_NVML_RETURN", "3")
+    assert one.provider.trouble() is None  # not supported is an answer
+
+
+@pytest.mark.usefixtures("nvml")
+def test_no_gpu_is_a_reason(monkeypatch):
+    monkeypatch.setenv("FAKE_NVML_GPUS", "0")
+    assert gpus() == NoTelemetry("NVML starts, and shows no GPU")
+
+
+def test_gpus_without_a_library_or_driver_is_a_reason(load, nvml, monkeypatch):
+    monkeypatch.setenv("FAKE_NVML_INIT", "9")
+    assert gpus() == NoTelemetry("NVML, the library of NVIDIA's driver, does not start: Driver Not Loaded")
+    load(None)
+    assert "NVML Shared Library Not Found" in gpus().reason
 
 
 PROGRAM = """

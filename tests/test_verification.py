@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from compiled_logprobs import decisions
 from compiled_logprobs.cli import app
+from compiled_logprobs.evidence import Evidence
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Candidate, Decision, Speedup
 from compiled_logprobs.store import Store, user_store
@@ -198,7 +199,7 @@ def test_a_speed_up_over_other_code_is_not_compared():
 )
 def test_what_each_outcome_says_of_the_winner(monkeypatch, outcome, becomes):
     now = decided(PROBLEM, candidates={**all_measured(), "compiled": Candidate(outcome, "so it is")})
-    monkeypatch.setattr(tuner.Tuner, "decide", lambda *_, **__: (now, {"eager": [1.0] * 20}))
+    monkeypatch.setattr(tuner.Tuner, "decide", lambda *_, **__: (now, Evidence({"eager": [1.0] * 20})))
     monkeypatch.setattr("compiled_logprobs.verification.why_unverifiable", lambda *_: None)
     (found,) = verify([Stored(decided(PROBLEM, "compiled"), "here")], CPU, budget_s=1.0)
     assert found.outcome == becomes and "so it is" in found.why
@@ -212,7 +213,7 @@ def test_a_regression_is_measured_twice(monkeypatch):
     told = [times[0], times[1]]
 
     def decide(self, problem, seconds, names):
-        return decided(PROBLEM, "compiled"), told.pop(0)
+        return decided(PROBLEM, "compiled"), Evidence(told.pop(0))
 
     monkeypatch.setattr(tuner.Tuner, "decide", decide)
     monkeypatch.setattr(decisions, "holds", lambda *_: True)

@@ -20,7 +20,7 @@ class WrongBackend:
     name: str
     call: Callable[..., Any]
     reason: str
-    """The check that has to fail, one of the keys of `compiled_logprobs.tuning.judge.MEANING`."""
+    """The check that has to fail, one of the keys of `compiled_logprobs.tuning.findings.MEANING`."""
 
 
 WRONG_BACKENDS: list[WrongBackend] = []

@@ -5,12 +5,11 @@ The truth is `compiled_logprobs.reference`; the budget for an error is what plai
 Shapes: N rows, V vocabulary, K labels a row; R the leading dimensions, one or two, whose product is N.
 """
 
-import inspect
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,15 +18,18 @@ from torch import Tensor
 
 from compiled_logprobs.autograd import compute
 from compiled_logprobs.backends import get_backend, require_backend, why_not
+from compiled_logprobs.clock import free_memory
+from compiled_logprobs.decisions import bucket
 from compiled_logprobs.errors import InputError, nothing_can_serve_after
+from compiled_logprobs.evidence import CaseFindings
 from compiled_logprobs.problem import Problem, short_name
-from compiled_logprobs.tuning.inputs import IGNORE_INDEX, cases
+from compiled_logprobs.tuning.findings import Check, Findings, Stop
+from compiled_logprobs.tuning.foreign import Function, Returns
+from compiled_logprobs.tuning.inputs import IGNORE_INDEX, Case, cases, fill_nothing
 from compiled_logprobs.tuning.judge import (
-    Check,
-    Findings,
     Inputs,
     Outcome,
-    Stop,
+    Yardstick,
     eager_yardstick,
     gradient_of,
     judge,
@@ -35,6 +37,11 @@ from compiled_logprobs.tuning.judge import (
     make_inputs,
     same_bits,
 )
+
+INVARIANCE_ELEMENTS = 2**24
+"""Logits of the input whose rows are compared with the same rows among fewer, unless a quarter of the free memory holds less."""
+BYTES_OF_MANY = 65
+"""What it takes for each of these logits, the comparison with float64 included (measured with eager on a CPU)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,10 @@ class CheckReport:
     """Whether the same call gave the same bits twice. Recorded; neither is a failure."""
     row_invariant: bool | None = None
     """Whether a row had the same bits in batches of different N. Recorded; neither is a failure."""
+    cases: tuple[tuple[CaseFindings, ...], ...] = ()
+    """For each of `problems`: the same checks for each kind of input, and how the errors spread."""
+    causes: tuple[str, ...] = ()
+    """What is probably wrong, the first likely to explain most; empty where nothing is, or nothing is recognised."""
 
     @property
     def passed(self) -> bool:
@@ -72,6 +83,7 @@ class CheckReport:
             "passed": self.passed,
             "reasons": self.reasons,
             "seed": self.seed,
+            "causes": list(self.causes),
             "repeatable": self.repeatable,
             "row_invariant": self.row_invariant,
             "checks": [
@@ -87,6 +99,11 @@ class CheckReport:
                 }
                 for check in self.checks
             ],
+            "cases": [
+                {"problem": str(problem), "options": problem.details(), **case.to_dict()}
+                for problem, cases in zip(self.problems, self.cases, strict=True)
+                for case in cases
+            ],
         }
 
 
@@ -98,8 +115,10 @@ def check_backend(
     ignore_index: bool = True,
     device: str | None = None,
     seed: int | None = None,
+    signature: str | None = None,
+    returns: Returns = "log_prob",
 ) -> CheckReport:
-    """Hold a backend, or any function of (logits, labels), against the contract.
+    """Hold a backend, or any function of logits and labels, against the contract.
 
     Args:
         name_or_callable: a registered backend's name; or a function that takes logits [N, V], labels [N] int64 and whichever
@@ -110,19 +129,26 @@ def check_backend(
         ignore_index: whether labels of -100 are among the inputs.
         device: where the inputs lie, e.g. "cuda:1"; by default where `problem` says, or the accelerator if there is one.
         seed: of the inputs; fresh at random by default.
+        signature: of a function that takes something else than (logits, labels): the arguments of a call, in Python's
+            words, such as "labels, logits", or "logits[None], targets=labels[None], reduction='none'", where `[None]` adds a
+            dimension that the results lose again. Only the options that stand in it are used.
+        returns: what the function's numbers are: "log_prob", or "loss" for minus that.
 
     Returns:
-        A `CheckReport`; `.passed`, and if not, `.reasons`.
+        A `CheckReport`; `.passed`, and if not, `.reasons`, and in `.causes` what is probably wrong.
 
     Raises:
+        InputError: the function cannot be called like this, or `signature` is none.
         BackendUnavailable: the named backend is unknown, or cannot run the problem here.
     """
     # Not from torch's generator, whose numbers belong to the caller.
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
-    subject = _Named(name_or_callable) if isinstance(name_or_callable, str) else _Function(name_or_callable)
+    subject = _subject(name_or_callable, signature, returns)
     place = torch.device(device or (_default_device() if problem is None else problem.device_type))
-    problems = subject.default_problems(place.type) if problem is None else [subject.within(problem)]
+    problems = subject.default_problems(_default_problem(place.type)) if problem is None else [subject.within(problem)]
     checks: list[Check] = []
+    by_case: list[tuple[CaseFindings, ...]] = []
+    causes: dict[str, list[Problem]] = {}
     recorded = _Recorded()
 
     def check_all() -> None:
@@ -130,9 +156,62 @@ def check_backend(
             findings = Findings(one)
             _check(subject, one, findings, recorded, short, ignore_index, torch.Generator(place).manual_seed(seed))
             checks.extend(findings.checks())
+            by_case.append(tuple(findings.cases()))
+            if problem is None or isinstance(subject, Function):
+                for cause in _causes(subject, one, by_case[-1], place, seed, ignore_index):
+                    causes.setdefault(cause, []).append(one)
 
     _in_a_fresh_context(check_all, place)
-    return CheckReport(subject.name, tuple(problems), tuple(checks), seed, recorded.repeatable, recorded.row_invariant)
+    return CheckReport(
+        subject.name,
+        tuple(problems),
+        tuple(checks),
+        seed,
+        recorded.repeatable,
+        recorded.row_invariant,
+        tuple(by_case),
+        tuple(_of_dtypes(cause, of, problems) for cause, of in causes.items()),
+    )
+
+
+def _subject(given: str | Callable[..., Any], signature: str | None, returns: Returns) -> "_Subject":
+    if not isinstance(given, str):
+        return Function(given, signature, returns)
+    if signature is not None or returns != "log_prob":
+        raise InputError(
+            f"got backend {given!r} with a signature or with returns={returns!r}; both say how a function is to be "
+            "called, and a backend is known. Leave them out."
+        )
+    return _Named(given)
+
+
+def _causes(
+    subject: "_Subject",
+    problem: Problem,
+    cases: tuple[CaseFindings, ...],
+    device: torch.device,
+    seed: int,
+    ignore_index: bool,
+) -> list[str]:
+    """What is probably wrong, if anything is."""
+    failed = frozenset(check.name for case in cases for check in case.checks if not check.passed)
+    if not failed:
+        return []
+    from compiled_logprobs.tuning.causes import likely_causes  # which few processes need
+
+    function = subject if isinstance(subject, Function) else Function(subject.as_function(problem))
+    found = likely_causes(function, problem, failed, device, seed, ignore_index)
+    wrong_in = [case.case for case in cases if not all(check.passed for check in case.checks)]
+    if not found and len(wrong_in) < len(cases):
+        more = f" and {len(wrong_in) - 4} more" if len(wrong_in) > 4 else ""
+        found = [f"right for ordinary inputs, and wrong for these: {', '.join(wrong_in[:4])}{more}"]
+    return found
+
+
+def _of_dtypes(cause: str, of: list[Problem], among: list[Problem]) -> str:
+    """`cause`, with the dtypes of the logits that it was seen with, unless these are all."""
+    seen = list(dict.fromkeys(short_name(one.dtype) for one in of))
+    return cause if len(seen) == len({one.dtype for one in among}) else f"with {' and '.join(seen)} logits: {cause}"
 
 
 def _in_a_fresh_context(work: Callable[[], None], device: torch.device) -> None:
@@ -154,9 +233,9 @@ def _default_device() -> str:
     return "cpu" if accelerator is None else accelerator.type
 
 
-def _default_problem(device_type: str, dtype: torch.dtype) -> Problem:
+def _default_problem(device_type: str) -> Problem:
     """V is odd and off every block size; flash-attn needs three blocks for it."""
-    return Problem(device_type, rows=48, vocab=32771, dtype=dtype, needs_grad=True)
+    return Problem(device_type, rows=48, vocab=32771, dtype=torch.float32, needs_grad=True)
 
 
 class _Named:
@@ -170,17 +249,14 @@ class _Named:
         require_backend(self.name, problem)
         return problem
 
-    def default_problems(self, device_type: str) -> list[Problem]:
+    def default_problems(self, one: Problem) -> list[Problem]:
         found = []
-        for plain in (
-            _default_problem(device_type, torch.float32),
-            _default_problem(device_type, torch.bfloat16)._replace(layout="rows", aligned=False),
-        ):
+        for plain in (one, one._replace(dtype=torch.bfloat16, layout="rows", aligned=False)):
             with_temperature = plain._replace(temperature="number")
             richest_first = (with_temperature._replace(entropy=True), with_temperature, plain)
             found += [p for p in richest_first if why_not(self.name, p) is None][:1]
         if not found:
-            require_backend(self.name, _default_problem(device_type, torch.float32))  # raises
+            require_backend(self.name, one)  # raises
         return found
 
     def __call__(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, problem: Problem) -> Any:
@@ -196,62 +272,17 @@ class _Named:
         log_probs = log_probs.to(problem.out_dtype)
         return (log_probs, entropy.to(problem.out_dtype)) if entropy is not None else log_probs
 
+    def as_function(self, problem: Problem) -> Callable[..., Any]:
+        """The same as a function of logits [N, V] and labels [N], with the options that `problem` has."""
 
-class _Function:
-    """Somebody's function of (logits [N, V], labels [N]); only the options that its signature names are used."""
+        def function(logits: Tensor, labels: Tensor, temperature: float = 1.0, return_entropy: bool = False) -> Any:
+            result = self(logits, labels.unsqueeze(-1), temperature, problem._replace(entropy=return_entropy))
+            return (result[0].squeeze(-1), result[1]) if isinstance(result, tuple) else result.squeeze(-1)
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.name = getattr(function, "__qualname__", type(function).__name__)
-        self._function = function
-        try:
-            self._options = set(inspect.signature(function).parameters)
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"got {function!r}, whose signature cannot be read ({error}); "
-                "a function of (logits, labels) is valid. Wrap it in one."
-            ) from error
-
-    def within(self, problem: Problem) -> Problem:
-        has = self._options.__contains__
-        return problem._replace(
-            temperature=problem.temperature if has("temperature") else "none",
-            entropy=problem.entropy and has("return_entropy"),
-            masked_logits=problem.masked_logits and has("masked_logits"),
-            inplace_backward=problem.inplace_backward and has("inplace_backward"),
-            out_dtype=problem.out_dtype if has("out_dtype") else torch.float32,
-            labels_per_row=1,
-            layout="rows" if problem.layout == "other" else problem.layout,
-        )
-
-    def default_problems(self, device_type: str) -> list[Problem]:
-        found = []
-        for dtype in (torch.float32, torch.bfloat16):
-            plain = _default_problem(device_type, dtype)
-            rich = self.within(plain._replace(entropy=True, temperature="number", masked_logits=True))
-            in_place = self.within(plain._replace(inplace_backward=True))
-            found += list(dict.fromkeys((plain, rich, in_place)))
-        return found
-
-    def __call__(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, problem: Problem) -> Any:
-        options: dict[str, Any] = {
-            "temperature": temperature,
-            "ignore_index": IGNORE_INDEX,
-            "return_entropy": problem.entropy,
-            "masked_logits": problem.masked_logits,
-            "inplace_backward": problem.inplace_backward,
-            "out_dtype": problem.out_dtype,
-        }
-        result = self._function(
-            logits, labels.squeeze(-1), **{name: value for name, value in options.items() if name in self._options}
-        )
-        if isinstance(result, Tensor):
-            return result.unsqueeze(-1)
-        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor):
-            return (result[0].unsqueeze(-1), result[1])
-        return result
+        return function
 
 
-_Subject = _Named | _Function
+_Subject = _Named | Function
 
 
 @dataclass
@@ -276,14 +307,18 @@ def _check(
     generator: torch.Generator,
 ) -> None:
     yardstick = eager_yardstick(problem, generator)
-    for case in cases(problem, short=short, foreign=isinstance(subject, _Function)):
+    for case in cases(problem, short=short, foreign=isinstance(subject, Function)):
         if not ignore_index:
             case = replace(case, ignored=0.0)
         inputs = make_inputs(case, problem, yardstick, generator)
+        findings.begin(case)
         try:
             _run_case(subject, inputs, findings, recorded, generator)
         except Stop:
-            return  # what follows would only repeat it
+            if case.rows or not isinstance(subject, Function):
+                return  # what follows would only repeat it
+    with suppress(Stop):
+        _record_many_rows(subject, problem, yardstick, findings, recorded, generator)
 
 
 def _run_case(
@@ -317,21 +352,47 @@ def _run_case(
     if gradient is not None and kept_gradient is not None:
         same = same_bits(gradient, kept_gradient)
         findings.add("stale_result", same, "a later call changed an earlier gradient")
-    _record_rows(subject, inputs, other, findings, recorded)
+    _record_rows(subject, inputs, other, (1, 2), findings, recorded)
 
 
-def _record_rows(subject: _Subject, inputs: Inputs, whole: Outcome, findings: Findings, recorded: _Recorded) -> None:
+def _record_rows(
+    subject: _Subject, inputs: Inputs, whole: Outcome, counts: Iterable[int], findings: Findings, recorded: _Recorded
+) -> None:
+    """Whether the first rows alone have the bits that they have among all, in `whole`."""
     logits, labels, t = inputs.arena.logits, inputs.labels, inputs.temperature
-    log_probs = whole.log_probs.clone()
-    for count in range(1, min(3, len(logits))):
+    log_probs, entropy = whole.log_probs.clone(), None if whole.entropy is None else whole.entropy.clone()
+    for count in sorted({count for count in counts if 0 < count < len(logits)}):
         try:
             part = subject(logits[:count], labels[:count], t[:count] if isinstance(t, Tensor) else t, inputs.problem)
         except (Exception, SystemExit) as error:  # whatever a backend raises is its verdict
             if nothing_can_serve_after(error):
                 raise
             findings.require("runs", False, f"{count} of the rows alone: {type(error).__name__}: {error}")
-        part = part if isinstance(part, Tensor) else part[0]
-        recorded.saw_rows(same_bits(part, log_probs[:count]))
+        parts: tuple[Tensor, ...] = (part,) if isinstance(part, Tensor) else tuple(part)
+        recorded.saw_rows(same_bits(parts[0], log_probs[:count]))
+        if entropy is not None and len(parts) > 1:
+            recorded.saw_rows(same_bits(parts[1], entropy[:count]))
+
+
+def _record_many_rows(
+    subject: _Subject,
+    problem: Problem,
+    yardstick: Yardstick,
+    findings: Findings,
+    recorded: _Recorded,
+    generator: torch.Generator,
+) -> None:
+    """The same with as many rows as the bucket has, or as time and memory allow: kernels change with N."""
+    free = free_memory(generator.device)
+    most = INVARIANCE_ELEMENTS if free is None else min(INVARIANCE_ELEMENTS, free // (4 * BYTES_OF_MANY))
+    rows = min(bucket(problem).rows, max(1, most // problem.vocab))
+    case = Case(f"{rows} rows, all and some", rows, fill_nothing, ignored=0.0)
+    inputs = make_inputs(case, problem._replace(needs_grad=False, inplace_backward=False), yardstick, generator)
+    findings.begin(case)
+    whole = _run(subject, inputs, findings, with_gradient=False)
+    judge(inputs, whole, findings)
+    count = len(inputs.arena.logits)
+    _record_rows(subject, inputs, whole, (1, 2, 7, 64, count // 2, count - 1), findings, recorded)
 
 
 class _NotALeaf(torch.autograd.Function):

@@ -11,7 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
 from queue import Empty, Queue
 from typing import Any, Literal
 
@@ -26,6 +29,11 @@ GRACE_S = 0.5
 """For the last events of a process that has ended."""
 TAIL_LINES, TAIL_CHARACTERS = 20, 2000
 """What is kept of standard error, for the reason of a crash."""
+PROCESSES = Path("/proc")
+MARK = "COMPILED_LOGPROBS_WORKER"
+"""A variable of the environment that all have inherited that the program started, in whatever session they are."""
+SWEEPS = 10
+"""How often what is left is looked for, at most: it may start others while it is ended."""
 LONGEST_LINE = 2**22
 """Characters of an event; foreign code that finds the pipe cannot fill this process's memory."""
 
@@ -45,9 +53,7 @@ class Worker:
     def __init__(self) -> None:
         if not sys.executable:
             raise WorkerLost("crashed", "the worker program cannot be started: Python does not know its own executable")
-        # Python passes over entries of other types, too; and a variable has no way to tell of those that hold a separator.
-        entries = [entry for entry in sys.path if isinstance(entry, str) and os.pathsep not in entry]
-        path = os.pathsep.join(dict.fromkeys(map(os.path.abspath, entries)))
+        self._mark = uuid.uuid4().hex
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "compiled_logprobs.tuning.worker"],
@@ -55,10 +61,17 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 # It imports what this process would import, from no other place, and never tunes by itself.
-                env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", MODE_VARIABLE: "off"},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(dict.fromkeys(_import_path())),
+                    "PYTHONSAFEPATH": "1",
+                    MODE_VARIABLE: "off",
+                    MARK: self._mark,
+                },
                 text=True,
                 encoding="utf-8",
                 errors="replace",
+                cwd=_folder(),
                 start_new_session=True,  # a group of its own, to be killed as one; and Ctrl-C is for the parent
             )
         except OSError as error:
@@ -103,10 +116,22 @@ class Worker:
         self._over = True
         with contextlib.suppress(Empty):
             self._lines.get_nowait()  # makes room, so that the thread that fills a full queue gets to see that it is over
+        left: set[int] = set()
+        if self._process.poll() is None:
+            with contextlib.suppress(OSError, AttributeError):  # so that it starts no others; not on Windows
+                self._process.send_signal(signal.SIGSTOP)
+            left = _descendants(self._process.pid)  # which are nobody's children when it has gone
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
+        for _ in range(SWEEPS):
+            left |= _marked(self._mark)
+            if not left:
+                break
+            while left:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(left.pop(), signal.SIGKILL)
         self._process.wait()
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
@@ -136,6 +161,57 @@ class Worker:
         with self._process.stderr as stream:
             while line := stream.readline(TAIL_CHARACTERS):
                 self._tail.append(line)
+
+
+def _import_path() -> Iterator[str]:
+    """From where this process imports, in absolute paths."""
+    for entry in sys.path:
+        # Python passes over entries of other types, too; and a variable has no way to tell of those that hold a separator.
+        if isinstance(entry, str) and os.pathsep not in entry:
+            with contextlib.suppress(FileNotFoundError):  # the current folder is gone, and all in it
+                yield os.path.abspath(entry)
+
+
+def _folder() -> str | None:
+    """Where the program is to start, if not in the current folder: in one that was removed, torch cannot be loaded."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return os.sep
+    return None
+
+
+def _descendants(ancestor: int) -> set[int]:
+    """The processes that `ancestor` started, and those that these did; on Linux, else none."""
+    children: dict[int, list[int]] = {}
+    for pid in _pids():
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended
+            after_name = (PROCESSES / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
+            children.setdefault(int(after_name[1]), []).append(pid)
+    found: set[int] = set()
+    due = [ancestor]
+    while due:
+        new = set(children.get(due.pop(), [])) - found
+        found |= new
+        due += new
+    return found
+
+
+def _marked(mark: str) -> set[int]:
+    """The processes that live with this mark in their environment; on Linux, else none."""
+    line = f"{MARK}={mark}".encode()
+    found = set()
+    for pid in _pids():
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if line in (PROCESSES / str(pid) / "environ").read_bytes().split(b"\0"):
+                found.add(pid)
+    return found
+
+
+def _pids() -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(name) for name in os.listdir(PROCESSES) if name.isdecimal()]
+    return []
 
 
 def _parsed(line: str) -> Event:

@@ -14,8 +14,10 @@ from torch import Tensor
 from compiled_logprobs.autograd import compute
 from compiled_logprobs.backends import get_backend
 from compiled_logprobs.decisions import EAGER
+from compiled_logprobs.evidence import Kind
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.reference import Reference, reference
+from compiled_logprobs.tuning.findings import Errors, Findings
 from compiled_logprobs.tuning.inputs import IGNORE_INDEX, Arena, Case, fill_nothing, labels_for
 
 EPS = torch.finfo(torch.float32).eps
@@ -29,79 +31,6 @@ SAMPLED_ROWS = 64
 FEWEST_ROWS_FOR_A_MEAN = 4
 YARDSTICK_ELEMENTS = 2**22
 """How many logits tell how far eager is off on ordinary rows."""
-
-MEANING = {
-    "runs": "every call returns",
-    "result_type": "returns a tensor, or (log_probs, entropy) where the entropy is asked for",
-    "shape": "the results have the shape of the labels, the entropy that of the rows",
-    "dtype": "the results have the dtype that was asked for, the gradient that of the logits",
-    "log_prob_sign": "no log-probability is positive, no cross entropy negative",
-    "log_prob_error": "largest error of a log-probability against float64, in nats",
-    "log_prob_rmse": "root mean square error of the log-probabilities against float64, in nats",
-    "entropy_sign": "no entropy is negative",
-    "entropy_error": "largest error of an entropy against float64, in nats",
-    "entropy_rmse": "root mean square error of the entropies against float64, in nats",
-    "gradient_flows": "the results carry a gradient to the logits",
-    "gradient_error": "largest error of the gradient against float64",
-    "gradient_rmse": "root mean square error of the gradient against float64",
-    "gradient_sign": "a log-probability rises with its own logit and falls with every other",
-    "gradient_row_sum": "the gradient of a row sums to 0",
-    "ignored_rows": "ignored labels give exactly 0, and their rows a gradient of exactly 0",
-    "nan_pattern": "NaN and infinities stand where they stand in float64",
-    "inputs_changed": "logits, labels and temperature keep every bit",
-    "outside_write": "no memory outside the results is written",
-    "version_counter": "a gradient written over the logits is announced to autograd",
-    "stale_result": "a later call leaves the results of an earlier one alone",
-    "grad_mode_bits": "a row has the same bits with and without a gradient",
-}
-"""What each check demands; its keys are the reasons for which a backend is stopped."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """The verdict of one check on one problem, and the worst figure that was seen."""
-
-    name: str
-    problem: Problem
-    passed: bool
-    figure: float | None = None
-    limit: float | None = None
-    detail: str = ""
-
-    @property
-    def meaning(self) -> str:
-        return MEANING[self.name]
-
-
-class Stop(Exception):
-    """Nothing further can be learned from this case."""
-
-
-class Findings:
-    """The worst that was seen of each check."""
-
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self._worst: dict[str, tuple[float, Check]] = {}
-
-    def add(
-        self, name: str, passed: bool, detail: str = "", figure: float | None = None, limit: float | None = None
-    ) -> None:
-        badness = 1.0 if figure is None or not limit else figure / limit
-        rank = (math.inf if math.isnan(badness) else badness) + (0.0 if passed else 1e300)
-        if name not in self._worst or rank > self._worst[name][0]:
-            self._worst[name] = rank, Check(name, self._problem, passed, figure, limit, "" if passed else detail)
-
-    def require(self, name: str, passed: bool, detail: str) -> None:
-        """As `add`, and stop the case on a failure."""
-        self.add(name, passed, detail)
-        if not passed:
-            raise Stop
-
-    def checks(self) -> list[Check]:
-        order = list(MEANING)
-        return sorted((check for _, check in self._worst.values()), key=lambda check: order.index(check.name))
-
 
 Yardstick = dict[str, float]
 """What `eager_yardstick` returns."""
@@ -259,22 +188,29 @@ def judge(inputs: Inputs, outcome: Outcome, findings: Findings) -> None:
 class _Comparison(NamedTuple):
     """One kind of result of the n compared rows, [n, C]."""
 
-    what: str
+    what: Kind
     got: Tensor
     true: Tensor
     eager: Tensor
     scale: Tensor
     """[n, 1]: the size that an eps(float32) is relative to."""
+    counted: Tensor
+    """[n, C] or [n, 1]: where it is no ignored label's."""
+    tokens: Tensor | None = None
+    """[n, C]: which of V it belongs to, where that is not its column."""
 
 
 def _comparisons(inputs: Inputs, outcome: Outcome) -> Iterator[_Comparison]:
     problem, true, eager = inputs.problem, inputs.true, inputs.eager
     x_scale = _row_scale(inputs)
     log_probs = outcome.log_probs.reshape(-1, problem.labels_per_row)[inputs.sample]
-    yield _Comparison("log_prob", log_probs, true.log_probs, eager.log_probs, x_scale)
+    labels = inputs.labels.reshape(-1, problem.labels_per_row)[inputs.sample]
+    kept = labels != IGNORE_INDEX
+    yield _Comparison("log_prob", log_probs, true.log_probs, eager.log_probs, x_scale, kept, labels)
+    kept_rows = kept.any(-1, keepdim=True)
     if outcome.entropy is not None and eager.entropy is not None:
         entropy = outcome.entropy.reshape(-1, 1)[inputs.sample]
-        yield _Comparison("entropy", entropy, true.entropy[:, None], eager.entropy[:, None], x_scale)
+        yield _Comparison("entropy", entropy, true.entropy[:, None], eager.entropy[:, None], x_scale, kept_rows)
     if outcome.gradient is not None and eager.gradient is not None and true.gradient is not None:
         gradient = outcome.gradient.reshape(-1, problem.vocab)[inputs.sample]
         # Of a row that is NaN, logsumexp's own gradient is NaN in some places only; that is warning enough.
@@ -283,7 +219,7 @@ def _comparisons(inputs: Inputs, outcome: Outcome) -> Iterator[_Comparison]:
         if inputs.grad_entropy is not None:
             upstream = upstream + inputs.grad_entropy.reshape(-1).abs() * (1 + math.log(problem.vocab))
         scale = x_scale * (upstream[inputs.sample, None] / _row_temperature(inputs))
-        yield _Comparison("gradient", gradient, true.gradient, eager.gradient, scale)
+        yield _Comparison("gradient", gradient, true.gradient, eager.gradient, scale, kept_rows)
 
 
 def eager_yardstick(problem: Problem, generator: torch.Generator) -> Yardstick:
@@ -295,7 +231,7 @@ def eager_yardstick(problem: Problem, generator: torch.Generator) -> Yardstick:
     plain = problem._replace(layout="flat", aligned=True, masked_logits=False)
     inputs = make_inputs(Case("ordinary rows", rows, fill_nothing, ignored=0.0), plain, {}, generator)
     found: Yardstick = {}
-    for what, got, true, _, scale in _comparisons(inputs, inputs.eager):
+    for what, got, true, _, scale, *_ in _comparisons(inputs, inputs.eager):
         size = scale.double() if what == "gradient" else scale.double().clamp(min=float(true.abs().max()))
         error = (got.double() - true).abs() / (EPS * size)
         found |= {f"{what}_error": _largest(error), f"{what}_rmse": _rms(error)}
@@ -304,7 +240,7 @@ def eager_yardstick(problem: Problem, generator: torch.Generator) -> Yardstick:
 
 def _judge_values(comparison: _Comparison, inputs: Inputs, findings: Findings) -> None:
     """Errors where all is finite, and the places where it is not; what the dtype of the result rounds comes on top."""
-    what, got, true, eager, scale = comparison
+    what, got, true, eager, scale, counted, tokens = comparison
     case = inputs.case
     rounded = true.to(got.dtype)
     pattern = torch.equal(got.isnan(), rounded.isnan()) and torch.equal(
@@ -314,6 +250,8 @@ def _judge_values(comparison: _Comparison, inputs: Inputs, findings: Findings) -
     finite = (true.isfinite() & got.isfinite() & rounded.isfinite()).double()
     truth = true.nan_to_num(0.0, 0.0, 0.0) * finite
     error = (got.double().nan_to_num(0.0, 0.0, 0.0) * finite - truth).abs()
+    elsewhere = None if pattern else (finite == 0) & ~torch.isclose(got, rounded, rtol=0.0, atol=0.0, equal_nan=True)
+    findings.add_errors(Errors(what, error, counted, finite, elsewhere, got, true, inputs.sample, tokens))
     eager_error = (eager.double().nan_to_num(0.0, 0.0, 0.0) * finite - truth).abs()
     scale = scale.double().nan_to_num(0.0, 0.0, 0.0).clamp(min=float(truth.abs().max()) if what != "gradient" else 0.0)
     info = torch.finfo(got.dtype)  # below its smallest normal number, a dtype rounds to multiples of eps * tiny

@@ -18,6 +18,7 @@ from torch import Tensor
 from compiled_logprobs import clock
 from compiled_logprobs.autograd import compute
 from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.errors import is_out_of_memory
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning.spot_check import what_is_wrong
 
@@ -282,12 +283,3 @@ def _positive(seconds: float) -> float:
     if not seconds > 0.0:
         raise ValueError(f"the clock gave {seconds} s, which no call can take")
     return seconds
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Also on the CPU, where torch raises a plain RuntimeError."""
-    text = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError)
-        and any(words in text for words in ("out of memory", "can't allocate memory", "not enough memory"))
-    )

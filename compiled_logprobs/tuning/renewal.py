@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from compiled_logprobs import decisions
 from compiled_logprobs.backends import backends
+from compiled_logprobs.evidence import Evidence
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Decision
 from compiled_logprobs.tuning.tuner import Tuner, TuningFailed
@@ -20,7 +21,7 @@ def decide(
     names: Sequence[str] | None = None,
     again: bool = False,
     strict: bool = False,
-) -> tuple[Decision, dict[str, list[float]]]:
+) -> tuple[Decision, Evidence]:
     """What `tuner` decides, given the decision that stands.
 
     If nothing that changed beats the standing choice, and it still beats the baseline, what was slower then is slower now.
@@ -41,9 +42,9 @@ def decide(
         return tuner.decide(problem, seconds, strict=strict, names=asked, incumbent=incumbent)
 
     began = time.monotonic()
-    decision, times = tuner.decide(problem, seconds, strict=strict, names=[*due, incumbent], incumbent=incumbent)
+    decision, evidence = tuner.decide(problem, seconds, strict=strict, names=[*due, incumbent], incumbent=incumbent)
     if decision.chosen in (*due, incumbent) and decision.baseline == standing.baseline:
-        return _with_what_stands(decision, standing), times
+        return _with_what_stands(decision, standing), evidence
     left = seconds - (time.monotonic() - began) if strict else seconds
     if left <= 0:
         raise TuningFailed(f"the budget of {seconds:.3g} s ended when the standing choice had failed")
@@ -52,7 +53,7 @@ def decide(
 
 def _due(standing: Decision, asked: Sequence[str], short: bool) -> list[str]:
     """The candidates to measure, without the choice that stands; none where all have to be."""
-    due = {*decisions.changed(standing), *(name for name in asked if name not in standing.candidates)}
+    due = {*decisions.changed(standing), *(name for name in asked if name not in standing.candidates)} & set(asked)
     comparable = standing.baseline == decisions.EAGER and decisions.EAGER not in due
     if not standing.settled or not comparable or (standing.short_check and not short):
         return []

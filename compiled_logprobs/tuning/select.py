@@ -26,6 +26,7 @@ Code = Literal[
     "ONLY_ONE",
     "FASTER_CLEAR",
     "TIE_INCUMBENT",
+    "INCUMBENT_IN_DOUBT",
     "TIE_SIMPLEST",
     "TIE_LEAST_MEMORY",
     "BASELINE_NO_CLEAR_GAIN",
@@ -94,7 +95,8 @@ def look(
 
     A candidate may replace the baseline if its whole interval is faster by the margin. Of those that may, the one of the
     smallest median leads; those whose interval against the leader does not exclude the margin tie with it, and of these the
-    incumbent is chosen, else the simplest, then the one of the least memory.
+    incumbent is chosen, else the simplest, then the one of the least memory. An incumbent that the rounds do not tell from the
+    baseline, but that is the faster of the two by its median, counts as one that may.
 
     Args:
         times: seconds, by candidate and round; the same rounds for all. Only of candidates that ran in every round.
@@ -114,6 +116,10 @@ def look(
     final = final or rounds >= looks[-1]
     bench = _Bench(times, baseline, _confidence(len(times), looks))
     clear = [name for name in times if name != baseline and bench.is_faster(name, than=baseline)]
+    if incumbent is not None and incumbent in times and bench.is_in_doubt(incumbent, baseline):
+        if not final:
+            return None
+        clear.append(incumbent)
 
     def preference(name: str) -> tuple[bool, float, float, str]:
         size = (extra_bytes or {}).get(name)
@@ -144,6 +150,11 @@ def look(
     if open_ and not final:
         return None
     code, reason = _why(chosen, baseline, incumbent, tied, open_, simplicity or {}, rounds)
+    if chosen == incumbent and chosen != baseline and bench.is_in_doubt(chosen, baseline):
+        code = "INCUMBENT_IN_DOUBT"
+        reason = (
+            f"served so far, and {rounds} rounds do not tell whether it is still faster than {baseline} by {MARGIN:.0%}"
+        )
     if len(times) == 1:
         code, reason = "ONLY_ONE", f"nothing but {chosen} could be measured"
     elif open_ and chosen != baseline:
@@ -175,6 +186,11 @@ class _Bench:
     def may_be_faster(self, name: str, *, than: str) -> bool:
         """Whether the rounds so far leave it possible by the margin."""
         return self.compare(name, than).low < -self._margin
+
+    def is_in_doubt(self, name: str, baseline: str) -> bool:
+        """Whether `name` was the faster of the two, and may be by the margin, but not clearly."""
+        may_be = self.may_be_faster(name, than=baseline) and not self.is_faster(name, than=baseline)
+        return may_be and self.compare(name, baseline).median < 0.0
 
 
 def _rounds(times: Mapping[str, Sequence[float]], baseline: str) -> int:

@@ -15,7 +15,8 @@ from compiled_logprobs import decisions
 from compiled_logprobs.backends import BUILT_IN, backends, why_not
 from compiled_logprobs.clock import MIB, free_memory
 from compiled_logprobs.decisions import EAGER, Served
-from compiled_logprobs.errors import BackendUnavailable, ProfileError, nothing_can_serve_after
+from compiled_logprobs.errors import BackendUnavailable, ProfileError, is_out_of_memory, nothing_can_serve_after
+from compiled_logprobs.evidence import Evidence
 from compiled_logprobs.neighbours import neighbours
 from compiled_logprobs.policy import BUDGET_VARIABLE, PROBLEMS_A_PROCESS, Policy, checked_budget, is_rank, policy
 from compiled_logprobs.problem import Problem
@@ -60,19 +61,25 @@ def serve(problem: Problem, device: torch.device, under: Policy) -> str:
 
     Raises:
         ProfileError: a profile has to decide, and none does.
-        BackendUnavailable: rows have to be invariant, and no backend's are.
+        BackendUnavailable: rows have to be invariant, and no backend's are, or the one whose are cannot run this call.
     """
     answer = decisions.served(problem, under)
     if answer is None:
         with _lock:
             answer = decisions.served(problem, under)  # another thread may have been quicker
             if answer is None:
-                answer = _find_out(problem, device, under)
+                answer = _find_out(decisions.posed(problem, under), device, under)
                 if answer is None:
                     return EAGER  # there is no room for the check now; there may be at the next call
                 decisions.remember(problem, under, answer)
     name = answer.name
-    if name != EAGER and why_not(name, problem) is not None:  # of this very N, where the decision is for a bucket
+    reason = None if name == EAGER else why_not(name, problem)  # of this very N, where the decision is for a bucket
+    if reason is not None and under.row_invariant:
+        raise BackendUnavailable(
+            f"backend {name!r}, which serves such problems with row_invariant=True in this process, cannot run "
+            f"{problem}{_options(problem)}: {reason}. Set row_invariant=False, or pose all of them so that it can."
+        )
+    if reason is not None:
         name = EAGER
     decisions.keep(problem, under, name)
     return name
@@ -127,6 +134,7 @@ def tune_all(
     names: list[str] | None = None,
     budget_s: float | None = None,
     again: bool = False,
+    must_store: bool = True,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Iterator[Decision | TuningFailed]:
     """Decide each bucket of `problems`, and store it, on demand: no question of mode, ranks or the process's budget.
@@ -139,13 +147,14 @@ def tune_all(
         budget_s: seconds for each problem; by default what the policy says. N shrinks where the rounds would take longer.
         again: measure what that store holds already, too. Else a decision there is kept, unless it had a short check, lacks
             one of `names`, or something has changed since.
+        must_store: whether to measure nothing where it cannot be stored; else a warning says that it was not.
         on_event: told what happens.
 
     Yields:
         For each bucket the decision, or why there is none, as soon as it is known.
 
     Raises:
-        ProfileError: there is something to measure, and it could not be stored.
+        ProfileError: there is something to measure, and it could not be stored, as `must_store` asks.
     """
     store = user_store() if store is None else store
     seconds = policy().budget_s if budget_s is None else checked_budget(budget_s, "budget_s")
@@ -158,7 +167,8 @@ def tune_all(
                 decisions.forget(problem)  # this process may have found something else before it was stored
                 yield known
                 continue
-            store.require_writable()
+            if must_store:
+                store.require_writable()
             with alone_on(device, WAIT_S) as alone:
                 found: Decision | TuningFailed
                 # While this waited, another process may have decided it.
@@ -180,7 +190,7 @@ def tuned(
 ) -> list[Decision]:
     """What `tune_all` yields, all of it; raises the first failure, when what came before is stored."""
     decided = []
-    for found in tune_all(problems, device, budget_s=budget_s, again=again):
+    for found in tune_all(problems, device, budget_s=budget_s, again=again, must_store=False):
         if isinstance(found, TuningFailed):
             raise found
         decided.append(found)
@@ -208,11 +218,11 @@ def _decided_by(
     if standing is not None:  # it is not to end up with fewer candidates than it had
         asked = [*asked, *(name for name in standing.candidates if name not in asked)]
     try:
-        decision, times = decide(tuner, problem, seconds, standing=standing, names=asked, again=again)
+        decision, evidence = decide(tuner, problem, seconds, standing=standing, names=asked, again=again)
     except TuningFailed as error:
         return error
     decisions.remember_decision(decision)
-    publish(store, decision, times, device)
+    publish(store, decision, evidence, device)
     return decision
 
 
@@ -221,7 +231,7 @@ def _find_out(problem: Problem, device: torch.device, under: Policy) -> Served |
     if found is not None and (found.stale is None or why_no_tuning(problem, device, under) is not None):
         return found
     if under.require_hit and not decisions.is_small(problem):
-        near = neighbours(problem, device, most=1) if under.mode != "off" else []
+        near = neighbours(problem, device, under, most=1) if under.mode != "off" else []
         raise ProfileError(
             "\n".join([why_no_hit(problem, under), *(f"Nearest in the profiles: {one}" for one in near)])
         )
@@ -240,7 +250,7 @@ def _tune_by_itself(problem: Problem, device: torch.device, under: Policy, stand
     global _spent_s
     began = time.monotonic()
     seconds = min(under.budget_s, _budget_left(under))
-    _say(
+    say(
         f"measuring which backend is fastest for {decisions.bucket(problem)}{_options(problem)}, for at most {seconds:.0f} s "
         "(COMPILED_LOGPROBS_MODE=lookup prevents it)"
     )
@@ -252,30 +262,30 @@ def _tune_by_itself(problem: Problem, device: torch.device, under: Policy, stand
                 raise TuningFailed("another process was measuring on this device all the time")
             with Tuner(device, short=True) as tuner:
                 left = seconds - (time.monotonic() - began)
-                decision, times = decide(tuner, problem, left, standing=standing, strict=True)
+                decision, evidence = decide(tuner, problem, left, standing=standing, strict=True)
             decisions.remember_decision(decision)
             store = user_store()
             # What others have registered may serve them well.
             if decisions.unregistered_choice(store, decisions.fingerprint_of(device), decision.problem) is None:
-                publish(store, decision, times, device)  # before the next one that waits looks there
+                publish(store, decision, evidence, device)  # before the next one that waits looks there
     except (TuningFailed, OSError, RuntimeError) as error:  # the last two: no room for another process or thread
         if nothing_can_serve_after(error):
             raise
-        _say(
+        say(
             f"not decided: {error}. The default rule serves it in this process; `compiled-logprobs profile` or a larger "
             f"{BUDGET_VARIABLE} gives it more time"
         )
         return None
     finally:
         _spent_s += time.monotonic() - began
-    _say(f"{decision.chosen} serves it: {decision.reason}")
+    say(f"{decision.chosen} serves it: {decision.reason}")
     return decisions.stored(problem, device, under)
 
 
 def _default_rule(problem: Problem, device: torch.device, under: Policy) -> Served | None:
     """None if there is no memory to find out."""
     names = decisions.candidates(problem)
-    if decisions.is_small(problem):
+    if decisions.is_small(problem) and not under.row_invariant:  # whose first answer stands for large ones, too
         names.sort(key=lambda name: name != EAGER)
     try:
         for name in names:
@@ -287,7 +297,7 @@ def _default_rule(problem: Problem, device: torch.device, under: Policy) -> Serv
             if found.passed and (found.row_invariant or not under.row_invariant):
                 return Served(name, "default rule")
     except Exception as error:
-        if isinstance(error, torch.AcceleratorError) or not nothing_can_serve_after(error):
+        if not is_out_of_memory(error):
             raise
         return None
     raise BackendUnavailable(
@@ -313,12 +323,30 @@ def current(store: Store, problem: Problem, device: torch.device, asked: Sequenc
     return decision if found is not None and found.stale is None else None
 
 
-def publish(store: Store, decision: Decision, times: dict[str, list[float]], device: torch.device) -> None:
-    """Store `decision` with its times; a warning says if that fails."""
+def publish(store: Store, decision: Decision, evidence: Evidence, device: torch.device) -> None:
+    """Store `decision` with what it rests on; a warning says if that fails."""
+    environment = decisions.environment_at(device)
     try:
-        store.publish(decisions.environment_at(device), decision.problem, decision.record(), {"seconds": times})
+        whole = _with_carried_cases(store, environment.fingerprint(), decision, evidence)
+        store.publish(environment, decision.problem, decision.record(), whole.record())
     except ProfileError as error:
         warnings.warn(f"{error}\nWhat was measured holds in this process only.", RuntimeWarning, stacklevel=2)
+
+
+def _with_carried_cases(store: Store, environment: str, decision: Decision, evidence: Evidence) -> Evidence:
+    """`evidence` with what an earlier check found of the candidates that `decision` took over from what is stored."""
+    carried = {name: one for name, one in decision.candidates.items() if one.measured_at is not None}
+    if not carried:
+        return evidence
+    stored, beside = store.peek(environment, decision.problem), store.evidence(environment, decision.problem)
+    if stored is None or beside is None:
+        return evidence
+    try:
+        before = Decision.from_record(decision.problem, stored).candidates
+        same = [name for name, one in carried.items() if name in before and before[name].checks == one.checks]
+        return evidence.with_cases_of(Evidence.from_record(beside), same)
+    except ProfileError:
+        return evidence
 
 
 def _others_can_run(problem: Problem) -> bool:
@@ -335,7 +363,7 @@ def _options(problem: Problem) -> str:
     return f" ({details})" if details else ""
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """To whoever waits for it."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: it is closed, or its pipe is

@@ -5,9 +5,11 @@ longest in its round of that number, and the choice is made by these times as it
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from statistics import median
 
+from compiled_logprobs.evidence import Evidence
 from compiled_logprobs.records import Candidate, Decision
 from compiled_logprobs.tuning.select import look
 from compiled_logprobs.tuning.tuner import TuningFailed, simplicity, speedup_of
@@ -15,12 +17,12 @@ from compiled_logprobs.tuning.tuner import TuningFailed, simplicity, speedup_of
 Times = dict[str, list[float]]
 
 
-def on_the_slowest(found: Mapping[int, tuple[Decision, Times]], incumbent: str | None) -> tuple[Decision, Times]:
-    """The decision by all in `found`, given by rank, and the times that it rests on.
+def on_the_slowest(found: Mapping[int, tuple[Decision, Evidence]], incumbent: str | None) -> tuple[Decision, Evidence]:
+    """The decision by all in `found`, given by rank, and what it rests on.
 
     Where ranks had time or memory for different N, times are taken in proportion, for the least of these N. Of ranks that
     took different numbers of rounds, the first rounds count, as many as all have. A candidate that came to nothing on one
-    rank comes to that.
+    rank comes to that. What the check found of a candidate is from the rank whose verdict counts.
 
     Raises:
         TuningFailed: the baseline is not the same on all.
@@ -36,15 +38,21 @@ def on_the_slowest(found: Mapping[int, tuple[Decision, Times]], incumbent: str |
     rows = min(decision.measured_rows for decision, _ in found.values())
     rounds = min(decision.rounds for decision, _ in found.values())
     by_rank = {
-        rank: {name: [s * rows / decision.measured_rows for s in series[:rounds]] for name, series in times.items()}
-        for rank, (decision, times) in found.items()
+        rank: {
+            name: [s * rows / decision.measured_rows for s in series[:rounds]]
+            for name, series in evidence.seconds.items()
+        }
+        for rank, (decision, evidence) in found.items()
     }
-    everywhere = [name for name in alone if all(name in times for times in by_rank.values())]
+    everywhere = [name for name in alone.seconds if all(name in times for times in by_rank.values())]
     slowest = {name: list(map(max, *(times[name] for times in by_rank.values()))) for name in everywhere}
-    candidates = {
-        name: _worst(name, {rank: decision.candidates[name] for rank, (decision, _) in found.items()}, by_rank)
-        for name in first.candidates
-    }
+    candidates, cases = {}, {}
+    for name in first.candidates:
+        fates = {rank: decision.candidates[name] for rank, (decision, _) in found.items()}
+        rank = _slowest_rank(name, by_rank)
+        candidates[name] = _fate(name, fates, rank, by_rank)
+        if name in found[rank][1].cases:
+            cases[name] = found[rank][1].cases[name]
     selection = look(
         slowest,
         baseline=first.baseline,
@@ -76,15 +84,18 @@ def on_the_slowest(found: Mapping[int, tuple[Decision, Times]], incumbent: str |
         checked_rows=min(one.checked_rows for one in every),
         tuning_seconds=max(one.tuning_seconds for one in every),
     )
-    return decision, slowest
+    return decision, Evidence(slowest, cases)
 
 
-def _worst(name: str, fates: Mapping[int, Candidate], times: Mapping[int, Times]) -> Candidate:
-    """What became of a candidate where it fared worst: where it was not timed, else where it took longest."""
-    lost = next((rank for rank in fates if name not in times[rank]), None)
-    if lost is not None:
-        return dataclasses.replace(fates[lost], reason=f"rank {lost}: {fates[lost].reason}")
-    rank = max(fates, key=lambda rank: median(times[rank][name]))
+def _slowest_rank(name: str, times: Mapping[int, Times]) -> int:
+    """Where a candidate fared worst: where it was not timed, else where it took longest."""
+    return max(times, key=lambda rank: median(times[rank][name]) if name in times[rank] else math.inf)
+
+
+def _fate(name: str, fates: Mapping[int, Candidate], rank: int, times: Mapping[int, Times]) -> Candidate:
+    """What became of a candidate, given the rank on which it fared worst."""
+    if name not in times[rank]:
+        return dataclasses.replace(fates[rank], reason=f"rank {rank}: {fates[rank].reason}")
     largest = max(fates.values(), key=lambda one: one.extra_bytes or 0)
     return dataclasses.replace(
         fates[rank],

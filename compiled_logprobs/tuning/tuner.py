@@ -20,6 +20,7 @@ from compiled_logprobs import decisions
 from compiled_logprobs.backends import BUILT_IN, backends, target_of
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.errors import LogProbsError
+from compiled_logprobs.evidence import Evidence
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Candidate, CheckResult, Decision, Outcome, Speedup
 from compiled_logprobs.store import problem_to_dict
@@ -38,6 +39,8 @@ LIMITS_S = {
 """How long one step may take before it is taken for hanging."""
 START_S = 120.0
 """How long the worker program may take to start: it imports torch."""
+GRACE_S = 1.0
+"""How much longer than in the program that crashed a candidate has to last alone."""
 RESERVE_S = 1.0
 """Of a budget that must not be exceeded, what is kept for ending."""
 SHARE = 0.25
@@ -60,6 +63,10 @@ class _Found:
     reason: str = ""
     fields: dict[str, Any] = field(default_factory=dict)
     times: list[float] = field(default_factory=list)
+    cases: list[dict[str, Any]] = field(default_factory=list)
+    checked_rows: int = 0
+    fewer_for_memory: bool = False
+    """Whether that would have been more rows, had there been more memory."""
 
 
 class Tuner:
@@ -70,7 +77,8 @@ class Tuner:
     Args:
         device: where to measure.
         short: whether the check has its fewer inputs.
-        on_event: told each event of the worker program as it comes.
+        on_event: told each event of the worker program as it comes, but not the evidence, which is long; and `program_lost`. No
+            time between two of them is longer than the longest of `LIMITS_S` and `START_S`, but for moments.
     """
 
     def __init__(
@@ -85,6 +93,8 @@ class Tuner:
         self._device, self._on_event = device, on_event
         self._worker: Worker | None = None
         self._is_reused = False
+        self._guests: dict[str, float] = {}
+        """When the program imported each of the third parties' backends that are in it, whatever became of them since."""
 
     def __enter__(self) -> "Tuner":
         return self
@@ -100,8 +110,8 @@ class Tuner:
         strict: bool = False,
         names: Sequence[str] | None = None,
         incumbent: str | None = None,
-    ) -> tuple[Decision, dict[str, list[float]]]:
-        """Measure the bucket of `problem`; returns the decision, and the seconds by candidate and round that it rests on.
+    ) -> tuple[Decision, Evidence]:
+        """Measure the bucket of `problem`; returns the decision, and what it rests on.
 
         Args:
             problem: what to decide.
@@ -125,12 +135,18 @@ class Tuner:
                 self._run(work, seconds)
                 break
             except WorkerLost as error:
-                self._end_worker()
+                guests = self._end_worker()
+                self._on_event({"event": "program_lost", "outcome": error.outcome, "reason": error.reason})
                 over = time.monotonic() >= work.ends
                 if work.step == "start" and self._is_reused and not over:
                     continue  # it has ended between two problems: a new one takes its place
+                if error.outcome == "crashed" and guests.keys() - {work.candidate}:
+                    self._find_who_crashed(work, guests, error, seconds)
+                    over = time.monotonic() >= work.ends
+                    if not over:
+                        continue
                 # That the budget ends is no candidate's fault; a crash is, also then, and so is a call that does not return.
-                if work.candidate is not None and (not over or error.outcome == "crashed" or work.is_stuck()):
+                elif work.candidate in work.alive() and (not over or error.outcome == "crashed" or work.is_stuck()):
                     work.lose(work.candidate, error.outcome, f"{work.step}: {error.reason}")
                 if over:
                     if work.has_enough_rounds():
@@ -145,8 +161,67 @@ class Tuner:
             except BaseException:
                 self._end_worker()  # it may be in the middle of something
                 raise
+        cases = {name: found.cases for name, found in work.found.items() if found.cases}
         decision = self._decision(work, time.monotonic() - began)
-        return decision, work.times()
+        return decision, Evidence.from_record({"seconds": work.times(), "cases": cases})
+
+    def _find_who_crashed(self, work: "_Work", guests: dict[str, float], error: WorkerLost, seconds: float) -> None:
+        """Have a crash cost whom it is to cost, where that need not be the one at work: what others started, such as a thread,
+        outlives their steps.
+
+        Whoever may have done it runs in a program of its own, beside the baseline, that lives as long as the one that crashed.
+        Those that were out already need not: they are not in the next program.
+
+        Args:
+            guests: the third parties' backends in the program that crashed, and for how many seconds each was in there.
+        """
+        candidate, alive = work.candidate, work.alive()
+        those_out = guests.keys() - set(alive)
+        possible = [name for name in alive if name == candidate or name in guests]
+        suspects = sorted(set(possible) - work.trusted, key=lambda name: (name != candidate, possible.index(name)))
+        if len(suspects) > 1 or those_out:
+            for name in suspects:
+                if time.monotonic() >= work.ends:
+                    break
+                if not self._lasts_alone(work, name, seconds, guests.get(name, 0.0)):
+                    return
+                if name == candidate and those_out:
+                    return
+            else:
+                if those_out:
+                    return
+            suspects = []
+        if not suspects:  # each has lasted alone, or there was no time to see
+            suspects = [candidate] if candidate in guests and candidate in alive else [*guests.keys() & set(alive)]
+        for name in suspects:
+            where = work.step if name == candidate else f"with it in the program, {work.doing()}"
+            work.lose(name, "crashed", f"{where}: {error.reason}")
+
+    def _lasts_alone(self, work: "_Work", name: str, seconds: float, age: float) -> bool:
+        """Whether `name` gets through a program of its own; if not, it is out.
+
+        Args:
+            age: how many seconds it has to be in there.
+        """
+        alone = _Work(work.problem, list(dict.fromkeys((decisions.EAGER, name))), None, work.ends)
+        is_through = False
+        try:
+            self._run(alone, seconds)
+            is_through = True
+            left = min(self._guests.get(name, -math.inf) + age + GRACE_S, work.ends) - time.monotonic()
+            if left > 0.0 and self._worker is not None:
+                self._worker.next_event(within=min(left, LIMITS_S["time"]))
+        except WorkerLost as error:
+            if error.outcome == "crashed":
+                is_at_work = alone.candidate == name and not is_through
+                where = alone.step if is_at_work else "in a program with the baseline alone"
+                alone.lose(name, "crashed", f"{where}: {error.reason}")
+            elif alone.candidate == name and not is_through and time.monotonic() < work.ends:
+                alone.lose(name, "timeout", f"{alone.step}: {error.reason}")
+        finally:
+            self._end_worker()
+        work.take_over(alone, name)
+        return work.found[name].outcome is None
 
     def _run(self, work: "_Work", seconds: float) -> None:
         """Have the worker program measure what is left of the candidates."""
@@ -155,7 +230,7 @@ class Tuner:
         if self._worker is None:
             self._worker = Worker()
             # That it is ready: to start takes seconds, which its own clock does not see.
-            self._next_event(self._worker, work)
+            self._on_event(self._next_event(self._worker, work))
         self._worker.send(
             {
                 "problem": problem_to_dict(work.problem),
@@ -176,12 +251,15 @@ class Tuner:
         while True:
             event = self._next_event(self._worker, work)
             work.hear(event)
+            if work.step == "import" and work.candidate is not None and work.candidate not in BUILT_IN:
+                self._guests.setdefault(work.candidate, time.monotonic())
             if event["event"] == "first_call":  # a later problem of the same kind finds its code compiled
                 name = event["candidate"]
                 key = name, work.problem._replace(rows=0)
                 seconds_then = self._first_calls.setdefault(key, event["seconds"])
                 work.found[name].fields["first_call_seconds"] = seconds_then
-            self._on_event(event)
+            if event["event"] != "evidence":
+                self._on_event(event)
             if event["event"] == "started" and event["environment"] != decisions.fingerprint_of(self._device):
                 raise TuningFailed("the worker program finds itself in another environment than this process")
             if event["event"] == "done":
@@ -194,10 +272,15 @@ class Tuner:
             left *= SHARE  # if it hangs, the others are to have their turn
         return worker.next_event(within=min(LIMITS_S.get(work.step, START_S), left))
 
-    def _end_worker(self) -> None:
+    def _end_worker(self) -> dict[str, float]:
+        """For how many seconds each third party's backend was in the program."""
         if self._worker is not None:
             self._worker.end()
             self._worker = None
+        ended = time.monotonic()
+        guests = {name: ended - began for name, began in self._guests.items()}
+        self._guests.clear()
+        return guests
 
     def _decision(self, work: "_Work", seconds: float) -> Decision:
         times = work.times()
@@ -224,7 +307,9 @@ class Tuner:
                 seconds=median(times[name]),
                 **found.fields,
             )
-        reason = selection.reason
+        reason, chosen = selection.reason, work.found[selection.chosen]
+        if chosen.fewer_for_memory:
+            reason += f"; checked with {chosen.checked_rows} rows, for which there was memory"
         if work.measured_rows < work.problem.rows:
             reason += f"; measured with {work.measured_rows} rows, for which there was time and memory"
         return Decision(
@@ -239,7 +324,7 @@ class Tuner:
             settled=selection.settled,
             measured_rows=work.measured_rows,
             proven_rows=work.proven_rows,
-            checked_rows=work.checked_rows,
+            checked_rows=chosen.checked_rows,
             short_check=self.short,
             environment=decisions.environment_at(self._device).to_dict(),
             seed=work.seed,
@@ -256,7 +341,9 @@ class _Work:
         self.problem, self.incumbent, self.ends = problem, incumbent, ends
         self.found = {name: _Found() for name in names}
         self.seed = random.SystemRandom().randrange(2**31)
-        self.checked_rows = self.measured_rows = self.proven_rows = 0
+        self.measured_rows = self.proven_rows = 0
+        self.trusted = {decisions.EAGER}
+        """Those that have lasted in a program of their own."""
         self.circumstances: dict[str, Any] = {"bandwidth": {}, "telemetry": None, "telemetry_reason": _NOT_REACHED}
         self.candidate: str | None = None
         self.step, self.step_began = "start", time.monotonic()
@@ -287,6 +374,13 @@ class _Work:
     def lose(self, name: str, outcome: Outcome, reason: str) -> None:
         self.found[name].outcome, self.found[name].reason = outcome, reason
 
+    def take_over(self, other: "_Work", name: str) -> None:
+        """What `other` has found out about a candidate; its rounds, which are compared with no others, are left."""
+        self.found[name] = other.found[name]
+        self.found[name].times.clear()
+        if self.found[name].outcome is None:
+            self.trusted.add(name)
+
     def doing(self) -> str:
         return f"at the step {self.step!r}" + (f" of {self.candidate!r}" if self.candidate else "")
 
@@ -298,8 +392,11 @@ class _Work:
             self.found[name].fields["fingerprint"] = event["fingerprint"]
         elif kind == "lost":
             self.lose(name, event["outcome"], event["reason"])
+        elif kind == "evidence":
+            self.found[name].cases = event["cases"]
         elif kind == "checked":
-            self.checked_rows = max(self.checked_rows, event["rows"])
+            self.found[name].checked_rows = event["rows"]
+            self.found[name].fewer_for_memory = event["fewer_for_memory"]
             self.found[name].fields.update(
                 checks=tuple(CheckResult(**check) for check in event["checks"]),
                 repeatable=event["repeatable"],

@@ -22,27 +22,32 @@ import torch
 
 from compiled_logprobs.backends import BUILT_IN, get_backend, register_backend
 from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.clock import free_memory, measurable
+from compiled_logprobs.clock import MIB, free_memory, measurable
 from compiled_logprobs.environment import environment_of, without_paths
-from compiled_logprobs.errors import BackendUnavailable, nothing_can_serve_after
+from compiled_logprobs.errors import BackendUnavailable, is_out_of_memory, nothing_can_serve_after
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.roofline import measured_bandwidth, percent_of_bandwidth
 from compiled_logprobs.store import problem_from_dict
 from compiled_logprobs.telemetry import Watch, telemetry
-from compiled_logprobs.tuning.gate import check_backend
+from compiled_logprobs.tuning.gate import CheckReport, check_backend
 from compiled_logprobs.tuning.inputs import cases
-from compiled_logprobs.tuning.measure import BUFFERS, LONGEST_REASON, Measurement, is_out_of_memory
+from compiled_logprobs.tuning.judge import CHECKED_ELEMENTS, SAMPLED_ROWS, YARDSTICK_ELEMENTS
+from compiled_logprobs.tuning.measure import BUFFERS, LONGEST_REASON, Measurement
 from compiled_logprobs.tuning.select import LOOKS, Selection, fewest_rounds, look
 
 PILOT_LOGITS = 2**22
 """Size of the first calls, which compile, and tell how long a round would take."""
 SHARE_OF_FREE_MEMORY = 0.5
+"""What the check and the rounds may take of it, each; N shrinks where they would take more."""
 SHARE_OF_TIME = 0.6
 """Of the seconds that are left, what the rounds up to the first look may take; inputs have to be made, too."""
 SHARE_FOR_PROOF = 0.25
 """Of all seconds, where none may be added to them, what the rounds leave for calling the winner once with all rows."""
 CHECKED_LOGITS = {"cpu": 2**27}
 """Size of the largest input of the check; an accelerator takes the whole problem."""
+BYTES_OF_A_LOGIT, OF_ONE_THAT_IS_COPIED, OF_ONE_COMPARED = 28, 64, 150
+"""What the check takes for each in float32, as measured and rounded up; where the rows of its view lie apart; and, on top of
+that, for each that is held against float64."""
 ONLY_THERE = (
     "only the process that registered it knows it; register it by its place, 'package.module:attribute', so that it can be "
     "imported where candidates are measured"
@@ -52,6 +57,7 @@ ONLY_THERE = (
 def main() -> None:
     """Serve jobs until standard input ends."""
     _die_with_parent()
+    _adopt_orphans()
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     jobs = os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(2, 1)
@@ -88,10 +94,15 @@ class Work:
         self._job, self._emit = job, emit
         self._problem = problem_from_dict(job["problem"])
         self._device = measurable(job["device"])
-        self._pilot_rows = min(self._problem.rows, max(2, PILOT_LOGITS // self._problem.vocab))
+        self._extra_multiple = self._problem.needs_grad + 1.0
+        pilot_rows = min(max(2, PILOT_LOGITS // self._problem.vocab), self._rows_in_memory(BUFFERS))
+        self._pilot_rows = max(1, min(self._problem.rows, int(pilot_rows)))
 
     def run(self) -> None:
-        """Each candidate gets an event `lost` that says why, or `checked`, and then a time in each event `round`."""
+        """Each candidate gets an event `lost` that says why, or `checked`, and then a time in each event `round`.
+
+        Before `checked`, an event `evidence` holds what the check found case by case.
+        """
         self._emit("started", environment=environment_of(self._device).fingerprint())
         alive: dict[str, Backend] = {}
         seconds = 0.0
@@ -123,7 +134,10 @@ class Work:
             reason = backend.why_not(self._problem)
             plain = Problem(self._problem.device_type, self._problem.rows, self._problem.vocab, torch.float32)
             can_run_others = reason is not None and backend.why_not(plain) is None
-            self._emit("loaded", candidate=name, fingerprint=backend.fingerprint())
+            fingerprint = backend.fingerprint()
+            if not isinstance(fingerprint, str):  # it would be stored, and nobody could read that
+                raise TypeError(f"fingerprint() returned {fingerprint!r:.80}; a string is valid")
+            self._emit("loaded", candidate=name, fingerprint=fingerprint)
         except BackendUnavailable as error:
             self._lose(name, "unavailable", error)
             return None
@@ -145,52 +159,87 @@ class Work:
         if not run.alive:
             self._lose(name, run.outcome, run.reason)
             return None
+        self._extra_multiple = max(self._extra_multiple, run.extra_multiple or 0.0)
         self._emit("first_call", candidate=name, seconds=run.first_call_seconds)
         return min(run.seconds)
 
     def _check(self, name: str) -> bool:
-        most = CHECKED_LOGITS.get(self._device.type, math.inf)
-        problem = self._problem._replace(rows=int(max(1, min(self._problem.rows, most // self._problem.vocab))))
-        self._step(name, "check")
-        short, seed = self._job["short"], self._job["seed"]
         try:
-            report = check_backend(name, problem, short=short, device=str(self._device), seed=seed)
+            problem, report = self._report(name)
         except Exception as error:
-            if not (nothing_can_serve_after(error) or is_out_of_memory(error)):
+            if not nothing_can_serve_after(error):
                 raise
-            self._lose(name, "oom", f"check: {type(error).__name__}: {error}")
+            self._lose(name, "oom" if is_out_of_memory(error) else "failed", f"check: {type(error).__name__}: {error}")
             return False
         keys = ("name", "passed", "figure", "limit", "detail")
         checks = [{key: one[key] for key in keys} for one in report.to_dict()["checks"]]
         for one in checks:
             one["detail"] = _line(one["detail"])
+        (cases_found,) = report.cases  # of the one problem
+        by_case = [case.to_dict() for case in cases_found]
+        for one in (check for case in by_case for check in case["checks"] if "detail" in check):
+            one["detail"] = _line(one["detail"])
+        self._emit("evidence", candidate=name, cases=by_case)
         self._emit(
             "checked",
             candidate=name,
-            rows=max(case.rows for case in cases(problem, short=short, foreign=False)),
+            rows=max(case.rows for case in cases(problem, short=self._job["short"], foreign=False)),
+            fewer_for_memory=problem.rows < self._rows_to_check(),
             checks=checks,
             repeatable=report.repeatable,
             row_invariant=report.row_invariant,
         )
         if not report.passed:
-            details = [one.detail for one in report.checks if not one.passed]
-            # On the CPU torch raises what the check takes for a backend's own error.
-            ran_out = report.reasons == ["runs"] and is_out_of_memory(RuntimeError(details[0]))
-            self._lose(name, "oom" if ran_out else "wrong", f"{', '.join(report.reasons)}: {details[0]}")
+            detail = next(one.detail for one in report.checks if not one.passed)
+            self._lose(name, "wrong", f"{', '.join(report.reasons)}: {detail}")
         return report.passed
+
+    def _report(self, name: str) -> tuple[Problem, CheckReport]:
+        """What the check finds, and for which N: where memory is short, less than the problem's.
+
+        Raises:
+            MemoryError: there is no room for one row. And what else nothing can serve after.
+        """
+        self._step(name, "check")
+        free = free_memory(self._device)
+        room = math.inf if free is None else SHARE_OF_FREE_MEMORY * free
+        problem = self._problem._replace(rows=self._rows_to_check())
+        # By what is free, too: systems hand out memory that they do not have, and kill for it later.
+        while (needed := bytes_of_check(problem)) > room:
+            if problem.rows == 1:
+                raise MemoryError(
+                    f"not begun, since it takes {needed / MIB:.0f} MiB, and may take {room / MIB:.0f} MiB of what is free"
+                )
+            problem = problem._replace(rows=_top_within(problem.rows - 1))
+        while True:
+            try:
+                return problem, check_backend(
+                    name, problem, short=self._job["short"], device=str(self._device), seed=self._job["seed"]
+                )
+            except Exception as error:
+                if problem.rows == 1 or not is_out_of_memory(error):
+                    raise
+            problem = problem._replace(rows=_top_within(problem.rows // 2))
+            self._step(name, "check")
+
+    def _rows_to_check(self) -> int:
+        """Where memory is not short."""
+        most = CHECKED_LOGITS.get(self._device.type, math.inf) // self._problem.vocab
+        return self._problem.rows if most >= self._problem.rows else _top_within(int(most))
 
     def _rows_that_fit(self, seconds_a_row: float) -> int:
         """The largest N, the problem's or the top of a bucket below, whose rounds memory and time have room for."""
         calls = LOOKS[0] + BUFFERS + 1  # the rounds up to the first look, and the calls before them
         by_time = SHARE_OF_TIME * (self._ends - time.monotonic()) / (calls * seconds_a_row)
+        by_memory = self._rows_in_memory(BUFFERS)
         rows = self._problem.rows
-        while rows > min(self._rows_in_memory(BUFFERS), by_time) and rows * self._problem.vocab > PILOT_LOGITS:
-            octave = 1 << (rows.bit_length() - 1)
-            rows = octave if rows > octave else octave * 3 // 4
-        return max(1, rows)
+        while rows > 1 and (rows > by_memory or (rows > by_time and rows * self._problem.vocab > PILOT_LOGITS)):
+            rows = _top_within(rows - 1)
+        return rows
 
     def _rows_in_memory(self, buffers: int) -> float:
-        copies = buffers + self._problem.needs_grad + 1  # inputs, gradient, and what is taken beside them
+        # Inputs, the original of those that are overwritten, and what candidates take beside them, the gradient among that.
+        copies = buffers + self._problem.inplace_backward + self._extra_multiple
         free = free_memory(self._device)
         if free is None:
             return math.inf
@@ -211,7 +260,7 @@ class Work:
         try:
             first = next(rounds, None)  # None if no candidate got through the calls before
         except Exception as error:
-            if not is_out_of_memory(error) or rows <= self._pilot_rows:
+            if not is_out_of_memory(error) or rows == 1:
                 raise
             return False
         with Watch(provider) as watch:
@@ -306,6 +355,21 @@ class Work:
         self._emit("step", candidate=name, step=step)
 
 
+def bytes_of_check(problem: Problem) -> int:
+    """What a check takes at most, whatever the backend, while it compares inputs of up to as many rows as `problem` has."""
+    logits = problem.rows * problem.vocab
+    a_logit = OF_ONE_THAT_IS_COPIED if problem.layout == "other" else BYTES_OF_A_LOGIT
+    yardstick = min(SAMPLED_ROWS, max(8, YARDSTICK_ELEMENTS // problem.vocab)) * problem.vocab
+    compared = max(yardstick, min(logits, CHECKED_ELEMENTS))
+    return a_logit * max(1, problem.dtype.itemsize // 4) * logits + OF_ONE_COMPARED * compared
+
+
+def _top_within(rows: int) -> int:
+    """The top of the last bucket of N that holds at most so many rows, which has at least one."""
+    octave = 1 << (max(1, rows).bit_length() - 1)
+    return octave * 3 // 2 if octave > 1 and rows >= octave * 3 // 2 else octave
+
+
 def _line(message: object) -> str:
     """On one line, without paths, short, and fit for UTF-8, as the undecodable names of files are not."""
     line = without_paths(" ".join(str(message).split()))[:LONGEST_REASON]
@@ -317,6 +381,13 @@ def _die_with_parent() -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _adopt_orphans() -> None:
+    """So that what foreign code starts stays among this process's descendants, by which it is found when all is to end."""
+    if sys.platform == "linux":
+        set_child_subreaper = 36
+        ctypes.CDLL(None).prctl(set_child_subreaper, 1)
 
 
 if __name__ == "__main__":

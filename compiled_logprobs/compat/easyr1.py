@@ -1,0 +1,26 @@
+"""EasyR1's `verl.utils.torch_functional`.
+
+Kept: float32 results, labels of -100 (result 0, gradient 0), labels of any shape with as many elements.
+
+Not kept: the gradient is never written over `logits`, as the original's flash-attn branch does without an option to turn it
+off; it takes one more tensor of their size. The branch does not depend on whether flash-attn can be imported. Logits that are
+a slice are not copied. A label outside [0, V) is an error (on an accelerator NaN) where flash-attn returns 0, the
+log-probability of a certainty. The result is never positive: before June 2025 the branch without flash-attn returned the loss.
+"""
+
+from torch import Tensor
+
+from compiled_logprobs.compat.conventions import log_probs as _log_probs
+
+
+def log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of each label.
+
+    Args:
+        logits: [..., V], already divided by the temperature. Not modified.
+        labels: [...].
+
+    Returns:
+        [...] float32.
+    """
+    return _log_probs(logits, labels.reshape(logits.shape[:-1]))

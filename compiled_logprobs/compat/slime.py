@@ -1,0 +1,70 @@
+"""slime's `slime.utils.ppo_utils`, for logits that are not split over ranks.
+
+Kept: log-probabilities [T, 1] beside entropies [T], both float32; for T = 0 both of shape [0], in the dtype of the logits. The
+entropy is that of all logits, whatever `log_prob_keep_mask` leaves out of the log-probabilities; the mask cannot leave out the
+label itself.
+
+Not kept: a `tp_group` of more than one rank is refused, and None means one rank, where the original takes all ranks of the
+job. A token outside [0, V) is an error (on an accelerator NaN), where the original returns a number that means nothing. The
+graph can be kept for a second backward. The original keeps a float32 softmax of all logits for the gradient; here there is
+none.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_logprobs.compat.conventions import NO_LABEL, wide
+from compiled_logprobs.compat.conventions import entropy as _entropy
+from compiled_logprobs.compat.conventions import log_probs as _log_probs
+from compiled_logprobs.compat.conventions import log_probs_and_entropy as _both
+from compiled_logprobs.compat.ranks import require_one_rank
+
+
+def calculate_log_probs_and_entropy(
+    logits: Tensor,
+    tokens: Tensor,
+    tp_group: Any,
+    with_entropy: bool = False,
+    chunk_size: int = -1,
+    log_prob_keep_mask: Tensor | None = None,
+    with_entropy_grad: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each token and, where asked for, the entropy of each row.
+
+    Args:
+        logits: [T, V], already divided by the temperature. Not modified.
+        tokens: [T].
+        tp_group: None or a process group of one rank.
+        with_entropy: whether to return the entropy.
+        chunk_size: changes nothing without a mask: no backend copies all logits.
+        log_prob_keep_mask: [T, V] bool, the vocabulary that each token was sampled from (top-p); costs a copy of the logits.
+        with_entropy_grad: whether the entropy carries a gradient.
+
+    Returns:
+        log_probs [T, 1], and entropy [T] or None.
+
+    Raises:
+        InputError: `tp_group` has more ranks.
+    """
+    require_one_rank(tp_group=tp_group)
+    entropy = None
+    if log_prob_keep_mask is not None:
+        x = logits
+        if with_entropy:
+            # With two gradients as float32, as the original, so that they are rounded after their sum.
+            x = logits.to(wide(logits)) if with_entropy_grad else logits
+            entropy = _entropy(x)
+        keep = log_prob_keep_mask.scatter(-1, tokens.long().unsqueeze(-1), True)
+        kept = x.masked_fill(~keep, -torch.inf)
+        log_probs = _log_probs(kept, tokens, ignore_index=NO_LABEL, masked_logits=True)
+    elif with_entropy:
+        log_probs, entropy = _both(logits, tokens, ignore_index=NO_LABEL)
+    else:
+        log_probs = _log_probs(logits, tokens, ignore_index=NO_LABEL)
+    if entropy is not None and not with_entropy_grad:
+        entropy = entropy.detach()
+    if len(logits) == 0:
+        return log_probs.to(logits.dtype), None if entropy is None else entropy.to(logits.dtype)
+    return log_probs.unsqueeze(-1), entropy

@@ -1,0 +1,54 @@
+"""torchtitan's `torchtitan.components.loss`, for logits whose vocabulary is not split over ranks.
+
+Kept: float32 results; a label of -100 counts 0, but its row has an entropy; the entropy carries no gradient. Of a DTensor the
+local part is taken, which the original ends up with as well.
+
+Not kept: a DTensor whose vocabulary is split over ranks is refused, and nothing is gathered for the "spmd_types" backend. A
+token of probability 0 counts 0 in the entropy, where the original gives NaN.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from compiled_logprobs.compat.conventions import NO_LABEL
+from compiled_logprobs.compat.conventions import log_probs as _log_probs
+from compiled_logprobs.compat.conventions import log_probs_and_entropy as _both
+from compiled_logprobs.errors import InputError
+
+IGNORE_INDEX = -100
+
+
+def compute_logprobs(logits: Tensor, labels: Tensor, *, return_entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each label, [T] float32, and, where asked for, the entropy of each row, [T] float32.
+
+    Args:
+        logits: [T, V], already divided by the temperature. Not modified.
+        labels: [T]; -100 counts 0.
+        return_entropy: also return the entropy, without a gradient.
+
+    Raises:
+        InputError: the logits are a DTensor whose vocabulary is split over ranks.
+    """
+    if hasattr(logits, "placements"):
+        logits = _local(logits)
+    if not return_entropy:
+        return _log_probs(logits, labels, ignore_index=IGNORE_INDEX)
+    # Without an ignored label in sight, for its row to have an entropy from the same pass.
+    ignored = labels == IGNORE_INDEX
+    log_probs, entropy = _both(logits, labels.masked_fill(ignored, 0), ignore_index=NO_LABEL)
+    return log_probs.masked_fill(ignored, 0.0), entropy.detach()
+
+
+def _local(logits: Any) -> Tensor:
+    """The part of a DTensor that lies on this rank, if it has whole rows."""
+    vocabulary = logits.ndim - 1
+    for placement, ranks in zip(logits.placements, logits.device_mesh.shape, strict=True):
+        if ranks > 1 and (placement.is_partial() or placement.is_shard(vocabulary) or placement.is_shard(-1)):
+            raise InputError(
+                f"got logits that are a DTensor with {placement} over {ranks} ranks; whole rows on each rank are valid. "
+                "Redistribute the vocabulary first, e.g. logits.redistribute(placements=[Replicate()]), or keep "
+                "torchtitan's own function (unpatch it)."
+            )
+    local: Tensor = logits.to_local()
+    return local

@@ -1,0 +1,84 @@
+"""TRL's `trl.trainer.utils`, with the arguments of 1.14 and later: those of 1.13 and before are the first two of them.
+
+Kept: one label a row or K of them, `row_mask`, the dtype of the logits for results on the CPU, and float32 on CUDA and XPU,
+where TRL has kernels since 1.14 (up to 1.13 it returned the dtype of the logits there, too). The logits are not modified.
+
+Not kept: 16-bit logits are summed in float32 and rounded once at the end, and divided by the temperature in float32. TRL's
+plain torch rounds on the way, so that many of its results differ in the last bits, and its gradients are coarser: those here
+are closer to float64. A masked row has gradient 0 even where its logits are NaN. A token of probability 0 counts 0 in the
+entropy, where plain TRL gives NaN. An empty batch gives an empty result, where plain TRL raises an error.
+"""
+
+import torch
+from torch import Tensor
+
+from compiled_logprobs.compat.conventions import NO_LABEL
+from compiled_logprobs.compat.conventions import entropy as _entropy
+from compiled_logprobs.compat.conventions import log_probs as _log_probs
+from compiled_logprobs.compat.conventions import log_probs_and_entropy as _both
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
+    """Log-probability of each label under softmax(logits / temperature).
+
+    Args:
+        logits: [..., V]. Not modified.
+        index: [...] or [..., K].
+        temperature: > 0.
+        row_mask: of the shape of `index`; where it is 0 the result is 0 and the label is not looked at.
+
+    Returns:
+        The shape of `index`.
+    """
+    return _log_probs(
+        logits,
+        _where_it_counts(index, row_mask),
+        temperature=temperature,
+        ignore_index=NO_LABEL,
+        out_dtype=_result_dtype(logits),
+    )
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label and entropy of each row under softmax(logits / temperature), in one pass.
+
+    Args:
+        logits: [..., V]. Not modified.
+        index: [...].
+        entropy_requires_grad: whether the entropy carries a gradient.
+        temperature: > 0.
+        row_mask: [...]; where it is 0 both results are 0 and the label is not looked at.
+
+    Returns:
+        log_probs [...] and entropy [...].
+    """
+    log_probs, entropy = _both(
+        logits,
+        _where_it_counts(index, row_mask),
+        temperature=temperature,
+        ignore_index=NO_LABEL,
+        out_dtype=_result_dtype(logits),
+    )
+    return log_probs, entropy if entropy_requires_grad else entropy.detach()
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+    """Entropy of each row of `logits` [..., V], [...]. `chunk_size` changes nothing: no backend copies all logits."""
+    return _entropy(logits, out_dtype=_result_dtype(logits))
+
+
+def _where_it_counts(index: Tensor, row_mask: Tensor | None) -> Tensor:
+    return index if row_mask is None else index.long().masked_fill(row_mask == 0, NO_LABEL)
+
+
+def _result_dtype(logits: Tensor) -> torch.dtype:
+    has_kernel = logits.device.type in ("cuda", "xpu") and logits.dtype != torch.float64
+    return torch.float32 if has_kernel else logits.dtype

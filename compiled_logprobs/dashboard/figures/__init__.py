@@ -1,0 +1,1 @@
+"""Tables to figures: pure functions, one file for each page that has some."""

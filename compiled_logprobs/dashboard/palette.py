@@ -1,0 +1,101 @@
+"""How backends, outcomes and verdicts look: a colour, and always a letter, symbol or word beside it.
+
+The colours are those of Okabe and Ito, which people with any kind of colour blindness can tell apart; they hold on white and on
+near-black. None carries a meaning alone.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Look(NamedTuple):
+    """How a backend is drawn."""
+
+    colour: str
+    letter: str
+    symbol: str
+    """Of plotly's markers."""
+    dash: str
+    """Of plotly's lines."""
+
+
+BACKENDS = {
+    "cpp": Look("#0072B2", "P", "square", "solid"),
+    "compiled": Look("#E69F00", "C", "circle", "dash"),
+    "flash_attn": Look("#009E73", "F", "diamond", "dot"),
+    "eager": Look("#CC79A7", "E", "triangle-up", "dashdot"),
+}
+_OTHERS = (
+    Look("#56B4E9", "", "star", "longdash"),
+    Look("#D55E00", "", "cross", "longdashdot"),
+    Look("#B3A400", "", "pentagon", "solid"),
+    Look("#8F6BC1", "", "hexagon", "dash"),
+    Look("#7F7F7F", "", "x", "dot"),
+)
+NEUTRAL = "#8A8F98"
+"""Of what was not measured, and of lines that compare; readable on white and on near-black."""
+GOOD, BAD, DOUBTFUL = "#009E73", "#D55E00", "#B3A400"
+
+OUTCOMES = {
+    "chosen": "★ chosen",
+    "slower": "▽ slower",
+    "tie": "≈ tie",
+    "wrong": "✗ WRONG",
+    "failed": "✗ failed",
+    "oom": "✗ out of memory",
+    "timeout": "✗ timeout",
+    "crashed": "✗ crashed",
+    "unavailable": "– unavailable",
+    "unsupported": "– unsupported",
+}
+"""Glyph and word of `records.Outcome`."""
+VERDICTS = {
+    "pass": "✓ pass",
+    "fail": "✗ FAIL",
+    "not run": "· not run",
+    "unsupported": "– unsupported",
+    "error": "! error",
+}
+"""Glyph and word of what a check came to."""
+
+
+def looks(backends: Iterable[str]) -> dict[str, Look]:
+    """How each of `backends` is drawn; those that come with the package always alike, others by the order of their names."""
+    found: dict[str, Look] = {}
+    names = list(dict.fromkeys(backends))
+    taken = {BACKENDS[name].letter for name in names if name in BACKENDS}
+    others = sorted(name for name in names if name not in BACKENDS)
+    for number, name in enumerate(others):
+        wanted = [letter for letter in name.upper() if letter.isascii() and letter.isalnum()]
+        letter = next((letter for letter in (*wanted, *"ABDGHIJKLMNOQRSTUVWXYZ0123456789") if letter not in taken), "?")
+        taken.add(letter)
+        found[name] = _OTHERS[number % len(_OTHERS)]._replace(letter=letter)
+    return {name: BACKENDS.get(name) or found[name] for name in names}
+
+
+def outcome(name: str) -> str:
+    """Glyph and word of an outcome."""
+    return OUTCOMES.get(name, f"? {plain_line(name)}")
+
+
+def plain_line(text: object, longest: int = 300) -> str:
+    """`text`, which may come from anywhere, on one line, without characters that cannot be seen or turn the line round."""
+    kept = "".join(" " if character.isspace() else character for character in str(text)[: 4 * longest])
+    kept = "".join(character for character in kept if unicodedata.category(character)[0] != "C")
+    return kept if len(kept) <= longest else kept[: longest - 1] + "…"
+
+
+def plain(text: object, longest: int = 300) -> str:
+    """`text` as Markdown that shows just that: no markup, links, colours, icons or formulas."""
+    escaped = re.sub(r"([\\`*_{}\[\]()#+\-.!|~>$:<&])", r"\\\1", plain_line(text, longest))
+    return escaped.replace("www", "w\u200bww").replace("@", "@\u200b")  # which would become links by themselves
+
+
+def plain_in_chart(text: object, longest: int = 120) -> str:
+    """`text` for plotly, which takes `<b>`, `<a href>` and `%{x}` for instructions and `$` for a formula."""
+    line = plain_line(text, longest)
+    for character, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("%{", "%\u200b{"), ("$", "\uff04")):
+        line = line.replace(character, instead)
+    return line

@@ -1,0 +1,96 @@
+"""The winner map's table: for one profile, mode and dtype, what serves each N and V."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+
+from compiled_logprobs.dashboard.data import in_profile
+from compiled_logprobs.dashboard.index import Tables
+from compiled_logprobs.dashboard.palette import plain_line
+from compiled_logprobs.records import MEASURED
+
+FAINTEST, FULL_AT = 0.35, 2.0
+"""Opacity of a margin of none; the margin, as a ratio of times, from which a square is drawn in full."""
+MOST_ROWS, MOST_VOCABS = 40, 24
+"""Squares a side that can still be told apart and hit; what is farthest from the selected shape is left out."""
+
+COLUMNS = [
+    "rows",
+    "vocab",
+    "state",
+    "backend",
+    "margin",
+    "opacity",
+    "runner_up",
+    "speedup",
+    "low",
+    "high",
+    "key",
+    "stale",
+]
+
+
+def winners(tables: Tables, source: str, environment: str, mode: str, dtype: str) -> pd.DataFrame:
+    """One row for each pair of an N and a V that occur.
+
+    Returns:
+        rows, vocab; state: "won", "tie" (another is as fast), "alone" (nothing else got through) or "unmeasured"; backend, which
+        serves; margin, the runner-up's time over its own; opacity, from that; runner_up; speedup over the baseline with low and
+        high; key of the decision; stale. What is unmeasured has no more than rows and vocab.
+    """
+    found = in_profile(tables, source, environment)
+    found = found[(found["mode"] == mode) & (found["dtype"] == dtype)]
+    # Options that have no name beside the mode's cannot differ: the mode says all of them. Alignment follows from V.
+    found = found.drop_duplicates(["rows", "vocab"], keep="first")
+    if found.empty:
+        return pd.DataFrame(columns=COLUMNS)
+    timed = tables.candidates[tables.candidates["key"].isin(found["key"])]
+    timed = timed[timed["outcome"].isin(MEASURED)]
+    chosen = timed[timed["chosen"]].set_index("key")
+    others = timed[~timed["chosen"]].sort_values("seconds", kind="stable")
+    second = others.drop_duplicates("key").set_index("key")
+    ties = set(others.loc[others["outcome"] == "tie", "key"])
+
+    table = found[["rows", "vocab", "key", "chosen", "stale"]].rename(columns={"chosen": "backend"})
+    for column, name in (("speedup", "speedup"), ("speedup_low", "low"), ("speedup_high", "high")):
+        table[name] = table["key"].map(chosen[column])
+    table["runner_up"] = table["key"].map(second["backend"])
+    table["margin"] = table["key"].map(second["seconds"]) / table["key"].map(chosen["seconds"])
+    tied, alone = table["key"].isin(ties), table["runner_up"].isna()
+    table["state"] = np.select([tied, alone], ["tie", "alone"], default="won")
+    table["opacity"] = opacity(table["margin"])
+    everywhere = pd.MultiIndex.from_tuples(
+        itertools.product(sorted(table["rows"].unique()), sorted(table["vocab"].unique())), names=["rows", "vocab"]
+    )
+    whole = table.set_index(["rows", "vocab"]).reindex(everywhere).reset_index()
+    whole["state"] = whole["state"].fillna("unmeasured")
+    return whole[COLUMNS]
+
+
+def opacity(margin: "pd.Series[float]") -> "pd.Series[float]":
+    """From `FAINTEST`, for no margin, to 1, for `FULL_AT` and more; as much for an unknown one as for none."""
+    share = np.log(margin.clip(lower=1.0, upper=FULL_AT)) / np.log(FULL_AT)
+    return FAINTEST + (1 - FAINTEST) * share.fillna(0.0)
+
+
+def around(table: pd.DataFrame, rows: int, vocab: int) -> pd.DataFrame:
+    """The part of `table` that is nearest to a shape, where it is too large to be drawn."""
+    for column, value, most in (("rows", rows, MOST_ROWS), ("vocab", vocab, MOST_VOCABS)):
+        values = table[column].unique()
+        if len(values) > most:
+            near = sorted(values, key=lambda one: abs(np.log(max(one, 1) / max(value, 1))))[:most]
+            table = table[table[column].isin(near)]
+    return table.reset_index(drop=True)
+
+
+def in_words(table: pd.DataFrame) -> str:
+    """How many squares each backend serves, as the map's text."""
+    if table.empty:
+        return "Nothing was measured in this mode and dtype."
+    counts = table["backend"].dropna().map(plain_line).value_counts()
+    measured = ", ".join(f"{name} {count}" for name, count in counts.items())
+    ties, missing = (int((table["state"] == state).sum()) for state in ("tie", "unmeasured"))
+    hollow = f" Ties, drawn hollow: {ties}." if ties else ""
+    grey = f" Not measured, drawn grey: {missing}." if missing else ""
+    return f"Winner by N and V, {len(table)} square{'' if len(table) == 1 else 's'}: {measured}.{hollow}{grey}"

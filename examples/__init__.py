@@ -1,0 +1,1 @@
+"""Worked examples. They are not installed: run them from a checkout."""

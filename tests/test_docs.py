@@ -1,0 +1,139 @@
+"""What README and docs/ show is true: Python runs, commands and options exist, links lead somewhere, the site builds."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from compiled_logprobs.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```$", re.M | re.S)
+NOT_EXECUTED = re.compile(r"<!-- not executed: .+ -->\s*$")
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+COMMANDS = ("compiled-logprobs", "make", "python", "pip", "#")
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The code of those blocks of a page that are to be executed."""
+    text = page.read_text()
+    return [
+        found[3]
+        for found in BLOCK.finditer(text)
+        if found[2] in languages and not NOT_EXECUTED.search(text[: found.start()].rstrip())
+    ]
+
+
+def commands() -> list[tuple[str, str]]:
+    return [
+        (page.name, line.strip())
+        for page in PAGES
+        for block in blocks(page, "bash", "")
+        for line in block.splitlines()
+        if line.strip().startswith(COMMANDS[:-1])
+    ]
+
+
+def words_of(line: str) -> list[str]:
+    return shlex.split(line, comments=True)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_on_a_page_runs_from_top_to_bottom(page, tmp_path):
+    program = "\n\n".join(blocks(page, "python"))
+    environment = {
+        **os.environ,
+        "COMPILED_LOGPROBS_MODE": "lookup",
+        "COMPILED_LOGPROBS_BUDGET_S": "2",
+        "COMPILED_LOGPROBS_PROFILES": str(tmp_path / "profiles"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, f"{program}\n{done.stderr[-3000:]}"
+
+
+def test_every_block_says_its_language_and_the_exceptions_are_few():
+    languages = {found[2] for page in PAGES for found in BLOCK.finditer(page.read_text())}
+    assert languages <= {"python", "bash", "text", ""}
+    skipped = sum(page.read_text().count("<!-- not executed: ") for page in PAGES)
+    assert 0 < skipped <= 6
+    assert sum(len(blocks(page, "python")) for page in PAGES) > skipped
+
+
+@pytest.mark.parametrize(("page", "line"), [one for one in commands() if one[1].startswith("compiled-logprobs")])
+def test_a_command_on_a_page_exists_with_its_options(page, line):
+    name, *arguments = words_of(line)[1:]
+    if name == "--help":
+        return
+    command = get_command(app).commands[name]
+    command.make_context(name, arguments, resilient_parsing=False)  # raises for what it does not know
+
+
+def test_other_commands_on_the_pages_exist():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    extras = re.findall(r"^([\w-]+) = \[$", (ROOT / "pyproject.toml").read_text(), re.M)
+    seen = set()
+    for page, line in commands():
+        program, *arguments = words_of(line)
+        seen.add(program)
+        if program == "make":
+            assert set(arguments) <= set(targets), (page, line)
+        elif program == "python":
+            assert arguments[0] == "-m" and find_spec(arguments[1]), (page, line)
+        elif program == "pip":
+            wanted = re.findall(r"\[([\w,-]+)\]", line)
+            assert all(extra in extras for group in wanted for extra in group.split(",")), (page, line)
+    assert seen == set(COMMANDS[:-1])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_what_is_there(page):
+    text = re.sub(r"<!--.*?-->", "", BLOCK.sub("", page.read_text()), flags=re.S)
+    for target in LINK.findall(text):
+        if not target.startswith(("https://", "#")):
+            assert (page.parent / target.split("#")[0]).exists(), target
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f": {page.name}\n" in navigation, page.name
+
+
+def test_the_migration_tables_name_functions_that_exist():
+    from importlib import import_module
+
+    rows = re.findall(
+        r"^\| .*? \| `compiled_logprobs\.compat\.(\w+)` \| (.*?) \|", (ROOT / "docs/frameworks.md").read_text(), re.M
+    )
+    assert len(rows) == 14
+    for module, names in rows:
+        found = import_module(f"compiled_logprobs.compat.{module}")
+        for name in re.findall(r"`(\w+)`", names):
+            assert callable(getattr(found, name)), (module, name)
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"compat.{module}" in readme for module, _ in rows)
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="the extra 'docs' is not installed; CI builds the site by `make docs`")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    reference = (tmp_path / "site/reference.html").read_text()
+    assert "Log-probability of each label under softmax" in reference
+    outside = re.findall(r'(?:src|<link[^>]*href)="(https?://[^"]+)"', reference)
+    assert not outside, outside

@@ -1,0 +1,104 @@
+"""The worked run in small: it learns from words, the historical signs show themselves, and what is committed is its output."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from compiled_logprobs import log_probs_from_logits
+from examples.reinforce import __main__ as program
+from examples.reinforce import text
+from examples.reinforce.model import ByteModel
+from examples.reinforce.train import Settings, pretrained, reinforced
+from examples.reinforce.ways import WAYS
+
+RESULTS = Path(program.__file__).parent / "results.json"
+SMALL = Settings(pretraining_steps=4, pretraining_batch=4, steps=2, groups=2, completions=4, completion_bytes=8)
+
+
+@pytest.fixture(scope="module")
+def start():
+    data = text.as_bytes(text.python_documentation())
+    model, losses = pretrained(data, SMALL)
+    assert losses[-1] < losses[0]
+    return model, data
+
+
+def test_the_reward_is_what_its_docstring_says():
+    words = text.words_of("the cat and the cat, the dog; and the dog. The dog and a cat")
+    assert words == {"the", "and", "cat", "dog"}
+    assert text.reward("the cat xyz ", words) == 8 / 12
+    assert text.reward("the the the ", words) == 4 / 12
+    assert text.reward("the do", words) == 4 / 6  # the last word may be cut off in the middle
+    assert text.reward("\xff\xfe", words) == 0.0
+
+
+def test_the_cached_steps_draw_from_what_the_whole_pass_gives(start):
+    model, data = start
+    prompts = text.prompts(data, 3, 10, torch.Generator().manual_seed(0))
+    assert (prompts[:, -1] == ord(" ")).all()
+    cache, seen = None, []
+    for position in range(10):
+        logits, cache = model._run(prompts[:, position : position + 1], cache)
+        seen.append(logits)
+    torch.testing.assert_close(torch.cat(seen, 1), model(prompts), rtol=1e-4, atol=1e-4)
+    again = [model.complete(prompts, 5, torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*again) and torch.equal(again[0][:, :10], prompts)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name.split(",")[0].split(":")[0])
+def test_each_way_trains_and_only_the_historical_one_shows_what_cannot_be(start, way):
+    model, data = start
+    before = [parameter.clone() for parameter in model.parameters()]
+    curve = reinforced(model, way, data, text.words_of(text.python_documentation()), SMALL)
+    assert all(map(torch.equal, model.parameters(), before))  # each way trains a copy
+    assert len(curve.reward) == len(curve.log_prob) == SMALL.steps
+    if way is WAYS[2]:
+        assert min(curve.log_prob) > 0 and max(curve.first_ratio) > 1e3
+    else:
+        assert max(curve.log_prob) < 0 and max(curve.apart) < 1e-5
+        assert curve.first_ratio == [1.0] * SMALL.steps
+
+
+def test_the_right_ways_agree_as_long_as_they_draw_the_same_bytes(start):
+    model, data = start
+    ours, plain = (reinforced(model, way, data, frozenset({"the"}), SMALL) for way in WAYS[:2])
+    assert ours.reward[0] == plain.reward[0]
+    assert ours.log_prob[0] == pytest.approx(plain.log_prob[0], abs=1e-5)
+
+
+def test_the_program_writes_results_and_a_page_that_needs_nothing_from_elsewhere(tmp_path, monkeypatch, capsys):
+    small = {name: getattr(SMALL, name) for name in ("pretraining_batch", "groups", "completions", "completion_bytes")}
+    monkeypatch.setattr(program, "Settings", lambda: Settings(**small))
+    files = {"--json": tmp_path / "r.json", "--html": tmp_path / "r.html"}
+    options = [str(part) for pair in files.items() for part in pair]
+    program.main(["--steps", "1", "--pretraining-steps", "2", *options])
+    results = json.loads(files["--json"].read_text(), parse_constant=pytest.fail)
+    assert [curve["way"] for curve in results["curves"]] == [way.name for way in WAYS]
+    assert results["machine"]["cpu_threads"] and results["settings"]["steps"] == 1
+    page = files["--html"].read_text()
+    assert "mixed signs" in page and "<script src=" not in page
+    assert "written: " in capsys.readouterr().out
+
+
+def test_the_committed_results_are_of_the_defaults_and_show_what_the_pages_say():
+    results = json.loads(RESULTS.read_text(), parse_constant=pytest.fail)
+    assert results["settings"] == vars(Settings())
+    ours, plain, mixed = results["curves"]
+    assert [curve["way"] for curve in results["curves"]] == [way.name for way in WAYS]
+    assert results["seconds"]["all"] < 300
+    assert ours["reward"][:15] == pytest.approx(plain["reward"][:15], abs=1e-6)
+    assert min(ours["reward"][-5:] + plain["reward"][-5:]) > 4 * ours["reward"][0]
+    assert max(ours["apart"]) < 2e-6 and set(ours["first_ratio"] + plain["first_ratio"]) == {1.0}
+    assert max(mixed["reward"][2:]) == 0 and min(mixed["log_prob"]) > 0 and min(mixed["first_ratio"]) > 1e5
+
+
+def test_the_logits_of_the_run_are_taken_as_a_view(start):
+    model, data = start
+    tokens = text.windows(data, 2, 20, torch.Generator().manual_seed(0))
+    logits = model(tokens)[:, 7:-1]
+    assert not logits.is_contiguous()
+    expected = torch.log_softmax(logits, -1).gather(-1, tokens[:, 8:, None]).squeeze(-1)
+    torch.testing.assert_close(log_probs_from_logits(logits, tokens[:, 8:]), expected, rtol=1e-4, atol=1e-5)
+    assert isinstance(model, ByteModel)
