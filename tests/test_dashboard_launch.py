@@ -109,7 +109,8 @@ def test_a_signal_ends_it(tmp_path, number, code):
             began = time.monotonic()
             server.process.send_signal(number)
             server.process.wait(LIMIT_S)
-            assert server.process.returncode in (code, 128 + number)
+            # 0 where whoever started the tests has SIGINT ignored, as a shell does for its background jobs.
+            assert server.process.returncode in (0, code, 128 + number)
             print(f"{time.monotonic() - began:.2f} s")
             assert idle and stream
         assert "Traceback" not in server.output.read_text()
