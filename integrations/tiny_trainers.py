@@ -4,9 +4,11 @@ What each step computes is recorded: loss, gradient, and what computing them too
 weights throughout, float64 too, where newer models go through float32 in places.
 """
 
+import contextlib
 import ctypes
 import gc
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+
+from compiled_logprobs.compat import conventions
 
 VOCAB = 16384
 STEPS = 4
@@ -36,6 +40,8 @@ class Steps:
     """That loss and gradient took."""
     peak_bytes: list[int] = field(default_factory=list)
     """Resident memory at its peak meanwhile, over what there was before."""
+    calls: list[int] = field(default_factory=list)
+    """How often the loss of each step called this library."""
 
     @property
     def all_gradients(self) -> Tensor:
@@ -157,8 +163,10 @@ def _recording(base: type, steps: Steps) -> type:
         def compute_loss(self, *arguments, **named):
             self.before = _resident("VmRSS:")
             _reset_peak()
+            steps.calls.append(0)
             self.start = time.perf_counter()
-            return super().compute_loss(*arguments, **named)
+            with _counting(steps.calls):
+                return super().compute_loss(*arguments, **named)
 
         def training_step(self, trained, *arguments, **named):
             gc.collect()
@@ -171,6 +179,22 @@ def _recording(base: type, steps: Steps) -> type:
             return loss
 
     return Recording
+
+
+@contextlib.contextmanager
+def _counting(calls: list[int]) -> Iterator[None]:
+    """Add the calls of `compat`'s adapters meanwhile to the last of `calls`."""
+    public = conventions.log_probs_from_logits
+
+    def counting(*arguments, **options):
+        calls[-1] += 1
+        return public(*arguments, **options)
+
+    conventions.log_probs_from_logits = counting
+    try:
+        yield
+    finally:
+        conventions.log_probs_from_logits = public
 
 
 def _resident(field_name: str) -> int:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import compat_originals as originals
@@ -120,6 +121,26 @@ def test_trl_returns_float32_where_trl_has_a_kernel(monkeypatch, device, dtype):
         trl.selective_log_softmax_and_entropy(logits, LABELS)
         trl.entropy_from_logits(logits)
     assert asked == [dtype] * 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "mask"),
+    [
+        ((2, 3), LABELS.unsqueeze(-1).expand(2, 3, 4), None),
+        ((2, 3), LABELS, torch.ones(2, 3)),
+        ((2, 3), LABELS.to(torch.int16), None),
+        ((1, 2, 3), LABELS.unsqueeze(0), None),
+    ],
+    ids=["K labels", "mask of floats", "int16", "4 dimensions"],
+)
+def test_trl_returns_the_dtype_of_the_logits_where_its_kernel_does_not_run(monkeypatch, rows, labels, mask):
+    asked = []
+    monkeypatch.setattr(trl, "_log_probs", lambda logits, labels, *, out_dtype, **_: asked.append(out_dtype))
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        logits = torch.empty(*rows, 5, dtype=torch.bfloat16, device="cuda")
+        monkeypatch.setattr(trl, "_where_it_counts", lambda index, row_mask: index)  # which would mix devices here
+        trl.selective_log_softmax(logits, labels, row_mask=mask)
+    assert asked == [torch.bfloat16]
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0])
@@ -292,3 +313,16 @@ def test_importing_brings_no_framework_and_takes_milliseconds():
     assert {name for _, names in runs for name in names if not name.startswith("compiled_logprobs.compat")} == set()
     # The best of three, of all modules together. Measured: 0.02 s, and 0.08 s where no bytecode is cached.
     assert min(seconds for seconds, _ in runs) < 0.01 * len(FRAMEWORKS)
+
+
+@pytest.mark.parametrize(
+    ("backend", "ranks", "refused"), [("spmd_types", 2, True), ("spmd_types", 1, False), ("dtensor", 2, False)]
+)
+def test_torchtitan_refuses_a_plain_part_of_the_vocabulary(monkeypatch, backend, ranks, refused):
+    """The part looks like any tensor, and normalising over it would give plausible wrong numbers."""
+    distributed = "torchtitan.distributed"
+    monkeypatch.setitem(sys.modules, f"{distributed}.utils", SimpleNamespace(get_spmd_backend=lambda: backend))
+    sizes = {"tp": ranks}
+    monkeypatch.setitem(sys.modules, f"{distributed}.spmd_types", SimpleNamespace(spmd_mesh_size=sizes.__getitem__))
+    with pytest.raises(InputError, match="spmd_types") if refused else nullcontext():
+        torchtitan.compute_logprobs(X, LABELS)

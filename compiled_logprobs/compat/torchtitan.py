@@ -3,10 +3,11 @@
 Kept: float32 results; a label of -100 counts 0, but its row has an entropy; the entropy carries no gradient. Of a DTensor the
 local part is taken, which the original ends up with as well.
 
-Not kept: a DTensor whose vocabulary is split over ranks is refused, and nothing is gathered for the "spmd_types" backend. A
-token of probability 0 counts 0 in the entropy, where the original gives NaN.
+Not kept: logits whose vocabulary is split over ranks are refused, as a DTensor or as the plain part of it that the "spmd_types"
+backend has. A token of probability 0 counts 0 in the entropy, where the original gives NaN.
 """
 
+import sys
 from typing import Any
 
 from torch import Tensor
@@ -20,18 +21,20 @@ IGNORE_INDEX = -100
 
 
 def compute_logprobs(logits: Tensor, labels: Tensor, *, return_entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each label, [T] float32, and, where asked for, the entropy of each row, [T] float32.
+    """Log-probability of each label, [...] float32, and, where asked for, the entropy of each row, [...] float32.
 
     Args:
-        logits: [T, V], already divided by the temperature. Not modified.
-        labels: [T]; -100 counts 0.
+        logits: [..., V], already divided by the temperature. Not modified.
+        labels: [...]; -100 counts 0.
         return_entropy: also return the entropy, without a gradient.
 
     Raises:
-        InputError: the logits are a DTensor whose vocabulary is split over ranks.
+        InputError: the vocabulary of the logits is split over ranks.
     """
     if hasattr(logits, "placements"):
         logits = _local(logits)
+    else:
+        _require_whole_rows()
     if not return_entropy:
         return _log_probs(logits, labels, ignore_index=IGNORE_INDEX)
     # Without an ignored label in sight, for its row to have an entropy from the same pass.
@@ -52,3 +55,17 @@ def _local(logits: Any) -> Tensor:
             )
     local: Tensor = logits.to_local()
     return local
+
+
+def _require_whole_rows() -> None:
+    """Raise InputError where torchtitan hands out plain tensors that are a rank's part of the vocabulary: nothing else shows it."""
+    backend = sys.modules.get("torchtitan.distributed.utils")
+    mesh = sys.modules.get("torchtitan.distributed.spmd_types")
+    if backend is None or mesh is None or backend.get_spmd_backend() != "spmd_types":
+        return
+    ranks = mesh.spmd_mesh_size("tp")
+    if ranks > 1:
+        raise InputError(
+            f"got logits under torchtitan's spmd_types backend with {ranks} tensor-parallel ranks, each of which has a part of the "
+            "vocabulary; one rank is valid. Keep torchtitan's own function (unpatch it), or gather the logits first."
+        )

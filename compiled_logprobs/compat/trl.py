@@ -1,7 +1,7 @@
 """TRL's `trl.trainer.utils`, with the arguments of 1.14 and later: those of 1.13 and before are the first two of them.
 
-Kept: one label a row or K of them, `row_mask`, the dtype of the logits for results on the CPU, and float32 on CUDA and XPU,
-where TRL has kernels since 1.14 (up to 1.13 it returned the dtype of the logits there, too). The logits are not modified.
+Kept: one label a row or K of them, `row_mask`, the dtype of the logits for results, and float32 where TRL since 1.14 has a
+kernel: on CUDA and XPU, for at most three dimensions and one label a row (up to 1.13 it had none). The logits are not modified.
 
 Not kept: 16-bit logits are summed in float32 and rounded once at the end, and divided by the temperature in float32. TRL's
 plain torch rounds on the way, so that many of its results differ in the last bits, and its gradients are coarser: those here
@@ -16,6 +16,8 @@ from compiled_logprobs.compat.conventions import NO_LABEL
 from compiled_logprobs.compat.conventions import entropy as _entropy
 from compiled_logprobs.compat.conventions import log_probs as _log_probs
 from compiled_logprobs.compat.conventions import log_probs_and_entropy as _both
+
+INTEGERS = (torch.int32, torch.int64)
 
 
 def selective_log_softmax(
@@ -37,7 +39,7 @@ def selective_log_softmax(
         _where_it_counts(index, row_mask),
         temperature=temperature,
         ignore_index=NO_LABEL,
-        out_dtype=_result_dtype(logits),
+        out_dtype=_result_dtype(logits, index, row_mask),
     )
 
 
@@ -65,7 +67,7 @@ def selective_log_softmax_and_entropy(
         _where_it_counts(index, row_mask),
         temperature=temperature,
         ignore_index=NO_LABEL,
-        out_dtype=_result_dtype(logits),
+        out_dtype=_result_dtype(logits, index, row_mask),
     )
     return log_probs, entropy if entropy_requires_grad else entropy.detach()
 
@@ -79,6 +81,9 @@ def _where_it_counts(index: Tensor, row_mask: Tensor | None) -> Tensor:
     return index if row_mask is None else index.long().masked_fill(row_mask == 0, NO_LABEL)
 
 
-def _result_dtype(logits: Tensor) -> torch.dtype:
-    has_kernel = logits.device.type in ("cuda", "xpu") and logits.dtype != torch.float64
-    return torch.float32 if has_kernel else logits.dtype
+def _result_dtype(logits: Tensor, index: Tensor | None = None, row_mask: Tensor | None = None) -> torch.dtype:
+    """float32 where TRL runs its kernel, else that of the logits."""
+    has_kernel = logits.device.type in ("cuda", "xpu") and logits.dtype != torch.float64 and logits.ndim <= 3
+    for rows, dtypes in ((index, INTEGERS), (row_mask, (torch.bool, *INTEGERS))):
+        has_kernel &= rows is None or (rows.shape == logits.shape[:-1] and rows.dtype in dtypes)
+    return torch.float32 if has_kernel and logits.stride(-1) == 1 else logits.dtype
