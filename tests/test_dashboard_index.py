@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from compiled_logprobs.dashboard import facts, index
@@ -281,6 +282,22 @@ def test_facts_that_are_none_count_as_missing(wrong):
     plain = facts.plain_facts(wrong)
     assert set(plain) == {field.name for field in dataclasses.fields(stores.H100)} and not any(plain.values())
     assert facts.device_name(plain) == "unknown device"
+
+
+def test_half_a_surrogate_pair_in_a_fact_becomes_text(scenario, look):
+    where = scenario("no profile")
+    odd = dataclasses.replace(stores.here(), gpu_name="half \ud800 a pair")  # which is in no fingerprint
+    where.publish(odd, stores.good().problem, stores.good().record())
+    tables, _ = look()
+    assert tables.environments["gpu_name"].tolist() == ["half ? a pair"]
+    assert pa.Table.from_pandas(tables.environments).num_rows == 1
+
+
+def test_a_file_whose_name_is_no_text_is_passed_over(scenario, look):
+    where = scenario("one")
+    (folder,) = where.root.glob("v1/*/decisions")
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.json")).write_text("{}")
+    assert len(look()[0].decisions) == 1 and look()[1] == []  # and the index could be written
 
 
 def test_devices_are_told_apart():

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from compiled_logprobs.dashboard import jobs
+from compiled_logprobs.dashboard import following, jobs
 from compiled_logprobs.dashboard.following import NEARLY, Following, Loss, Seen, outlook
 from compiled_logprobs.dashboard.jobs import Request, RunRefused
 from compiled_logprobs.errors import InputError
@@ -290,6 +290,38 @@ def test_events_are_read_as_they_come_also_in_parts(tmp_path):
         for _ in range(3):
             file.write(line("step", step="time", candidate="eager") + line("round", seconds={"eager": 1.0, "cpp": 2.0}))
     assert reader.seen().doing == "timing eager, cpp: round 3"
+
+
+def test_events_of_a_long_run_are_read_to_the_end_at_once(tmp_path):
+    many = [line("of a later release", text="x" * 1000)] * (2 * following.CHUNK_BYTES // 1000)
+    end = line("end", done=2, total=2, seconds=1.0, interrupted=False)
+    assert Following(job_with(tmp_path, START, *many, end)).status() == "finished"
+
+
+def test_a_tab_looks_at_a_copy(tmp_path):
+    job = job_with(tmp_path, START, FIRST)
+    reader = Following(job)
+    seen = reader.seen()
+    before = list(seen.log)
+    with job.events.open("ab") as file:
+        file.write(line("failed", reason="nothing got through"))
+    assert reader.seen().losses and not seen.losses and list(seen.log) == before
+
+
+def test_a_run_that_cannot_be_noted_down_is_ended(tmp_path, monkeypatch):
+    started = []
+    real = jobs.subprocess.Popen
+    monkeypatch.setattr(jobs.subprocess, "Popen", lambda *a, **k: started.append(real(*a, **k)) or started[-1])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jobs.os, "replace", full)
+    with pytest.raises((OSError, RunRefused)):
+        jobs.start(TINY, tmp_path)
+    (process,) = started
+    wait_until(lambda: process.poll() is not None)
+    assert jobs.latest(tmp_path) is None
 
 
 def test_what_failed_is_told_for_each_problem(tmp_path):

@@ -58,7 +58,7 @@ def _local(logits: Any) -> Tensor:
 
 
 def _require_whole_rows() -> None:
-    """Raise InputError where torchtitan hands out plain tensors that are a rank's part of the vocabulary: nothing else shows it."""
+    """Raise InputError where torchtitan's plain tensors are a rank's part of the vocabulary, which the tensors do not show."""
     backend = sys.modules.get("torchtitan.distributed.utils")
     mesh = sys.modules.get("torchtitan.distributed.spmd_types")
     if backend is None or mesh is None or backend.get_spmd_backend() != "spmd_types":
@@ -66,6 +66,6 @@ def _require_whole_rows() -> None:
     ranks = mesh.spmd_mesh_size("tp")
     if ranks > 1:
         raise InputError(
-            f"got logits under torchtitan's spmd_types backend with {ranks} tensor-parallel ranks, each of which has a part of the "
-            "vocabulary; one rank is valid. Keep torchtitan's own function (unpatch it), or gather the logits first."
+            f"got logits under torchtitan's spmd_types backend with {ranks} tensor-parallel ranks, each of which has a part of "
+            "the vocabulary; one rank is valid. Keep torchtitan's own function (unpatch it), or gather the logits first."
         )

@@ -31,7 +31,9 @@ def plain_facts(facts: object) -> dict[str, Any]:
         right = (
             isinstance(value, int) and not isinstance(value, bool) if int in _parts(kind) else isinstance(value, str)
         )
-        plain[one.name] = (value[:LONGEST] if isinstance(value, str) else value) if right else None
+        if isinstance(value, str):  # half of a surrogate pair is valid in JSON, and in no table
+            value = value[:LONGEST].encode("utf-8", "replace").decode()
+        plain[one.name] = value if right else None
     return plain
 
 

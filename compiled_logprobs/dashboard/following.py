@@ -1,10 +1,11 @@
 """What a run has done so far, from the events that it writes: problems, decisions, failures, and how long the rest may take."""
 
+import contextlib
 import json
 import statistics
 import threading
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compiled_logprobs.dashboard.jobs import Job, Status, is_running
@@ -134,21 +135,22 @@ class Following:
         self._lock = threading.Lock()
 
     def seen(self) -> Seen:
-        """What is known now; what the last line lacks of its end is left for the next time."""
+        """What is known now, as a copy; what the last line lacks of its end is left for the next time."""
         with self._lock:
-            try:
-                with self.job.events.open("rb") as file:
-                    file.seek(self._offset)
-                    chunk = file.read(CHUNK_BYTES)
-            except OSError:
-                return self._seen
-            whole = chunk.rfind(b"\n") + 1
-            if not whole and len(chunk) == CHUNK_BYTES:  # no event is that long
-                whole = len(chunk)
-            self._offset += whole
-            for line in chunk[:whole].splitlines():
-                self._hear(line)
-            return self._seen
+            with contextlib.suppress(OSError), self.job.events.open("rb") as file:
+                file.seek(self._offset)
+                while chunk := file.read(CHUNK_BYTES):
+                    whole = chunk.rfind(b"\n") + 1
+                    if not whole and len(chunk) == CHUNK_BYTES:  # no event is that long
+                        whole = len(chunk)
+                    self._offset = file.seek(self._offset + whole)
+                    for line in chunk[:whole].splitlines():
+                        self._hear(line)
+                    if not whole:
+                        break
+            return replace(
+                self._seen, decisions=self._seen.decisions[:], losses=self._seen.losses[:], log=self._seen.log.copy()
+            )
 
     def _hear(self, line: bytes) -> None:
         try:

@@ -122,7 +122,7 @@ _NOTHING = _Read({}, {}, DECISIONS.empty_table(), CANDIDATES.empty_table())
 def _of_source(
     source: Source, cache: Path, progress: Progress | None, here: Sequence[Environment], start: int
 ) -> Tables:
-    place = cache / f"{hashlib.sha256(os.path.realpath(source.root).encode()).hexdigest()[:16]}.index"
+    place = cache / f"{hashlib.sha256(os.fsencode(os.path.realpath(source.root))).hexdigest()[:16]}.index"
     known = _kept(place)
     stamps = _scan(source.root)
     changed = [file for file, stamp in stamps.items() if known.stamps.get(file) != stamp]
@@ -146,12 +146,12 @@ def _written(path: Path) -> int:
 
 
 def _scan(root: Path) -> dict[str, _Stamp]:
-    """The decision files under `root`."""
+    """The decision files under `root`, but for those whose names are no text: no store writes such, and no table holds them."""
     found = {}
     for folder in _folders(root):
         with suppress(OSError), os.scandir(folder / "decisions") as entries:
             for entry in entries:
-                if entry.name.endswith(".json") and entry.name.count(".") == 1:
+                if entry.name.endswith(".json") and entry.name.count(".") == 1 and entry.name.isascii():
                     with suppress(OSError):  # removed meanwhile
                         info = entry.stat()
                         found[f"{folder.name}/{entry.name}"] = _Stamp(info.st_mtime_ns, info.st_size, info.st_ino)

@@ -258,8 +258,12 @@ def _start(request: Request, folder: Path, lock: int) -> Job:
     fields: dict[str, Any] = asdict(job)
     del fields["folder"]
     new = folder / f"{LATEST}.{secrets.token_hex(4)}.tmp"
-    new.write_text(json.dumps(fields), encoding="utf-8")
-    os.replace(new, folder / LATEST)
+    try:
+        new.write_text(json.dumps(fields), encoding="utf-8")
+        os.replace(new, folder / LATEST)
+    except BaseException:  # nobody could find the run, or end it
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     return job
 
 

@@ -34,11 +34,9 @@ HEADINGS = {
 
 
 @st.cache_resource(max_entries=4)
-def following(folder: str, name: str) -> Following:
-    """One for all tabs."""
-    job = jobs.latest()
-    assert job is not None
-    return Following(job)
+def following(_job: jobs.Job, folder: str, name: str) -> Following:
+    """One for all tabs, by folder and name: Streamlit does not look at what begins with an underscore."""
+    return Following(_job)
 
 
 def in_words(seconds: float) -> str:
@@ -172,7 +170,7 @@ def form(running: bool) -> None:
 
 def show_job(job: jobs.Job) -> None:
     """How a run stands, and what it found."""
-    reader = following(str(job.folder), job.id)
+    reader = following(job, str(job.folder), job.id)
     status, seen = reader.status(), reader.seen()
     st.subheader(HEADINGS[status])
     st.caption(plain(job.request.command_line(), 1000))
