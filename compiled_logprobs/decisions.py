@@ -157,22 +157,24 @@ def remember_decision(decision: Decision, source: Source = "tuned here") -> None
     """Let `decision`, just measured or agreed upon, stand before every stored one, in this process."""
     _decided[decision.problem] = Served(decision.chosen, source, decision)
     forget(decision.problem)
+    if source == "ranks":
+        kind = _key(decision.problem, Policy(row_invariant=True))[0]
+        for key in [key for key in list(_served) if key[2] and key[0] == kind]:
+            _served.pop(key, None)
 
 
 def forget(problem: Problem) -> None:
     """Look for what serves `problem` and its bucket anew at the next call, and all N of it that have no decision of their own.
 
     Those served by a guess might be served by another one now; and on ranks, which come to them in different order, they
-    would be served by different ones for good.
+    would be served by different ones for good. What serves all N, since rows have to be invariant, stays: old and new
+    log-probabilities are to come from one backend.
     """
-    top, of_all_rows = bucket(problem), _key(problem, Policy(row_invariant=True))[0]
+    top = bucket(problem)
     for key, answer in list(_served.items()):  # a list, since other threads may add to it meanwhile
         there, _, invariant = key
-        if invariant:
-            concerned = there == of_all_rows
-        else:
-            concerned = there == top or (answer.source in GUESSED and there._replace(rows=top.rows) == top)
-        if concerned:
+        guessed = answer.source in GUESSED and there._replace(rows=top.rows) == top
+        if not invariant and (there == top or guessed):
             _served.pop(key, None)
     _hot.clear()
 
@@ -204,15 +206,25 @@ def failures(problem: Problem) -> dict[str, str]:
 
 
 def stored(problem: Problem, device: torch.device, policy: Policy) -> Served | None:
-    """The decision for exactly the bucket of `problem`, by this process or a profile, if it can be used here."""
-    top = bucket(problem)
-    if top in _decided:
-        decided = _decided[top]
-        if (here := usable(decided, policy)) or (here := _in_place_of(decided)):
+    """The decision for exactly the bucket of `problem`, by this process or a profile, if it can be used here.
+
+    Where rows have to be invariant, that for the largest N that has one: what serves all N must not depend on which comes first,
+    for other ranks may begin with another.
+    """
+    top, environment = bucket(problem), fingerprint_of(device)
+    tops = [top]
+    if policy.row_invariant:
+        near = (other for store in view(environment).values() for other in store.near(environment, top))
+        same = (other for other in list(_decided) if other._replace(rows=top.rows) == top)
+        tops = sorted({top, *near, *same}, key=lambda other: -other.rows)
+    for other in tops:
+        decided = _decided.get(other)
+        if decided and ((here := usable(decided, policy)) or (here := _in_place_of(decided))):
             return here
-    for answer in _exact(top, fingerprint_of(device)):
-        if here := usable(answer, policy):
-            return here
+    for other in tops:
+        for answer in _exact(other, environment):
+            if here := usable(answer, policy):
+                return here
     return None
 
 

@@ -597,6 +597,29 @@ def test_with_invariant_rows_one_backend_serves_all_n_with_and_without_gradient(
     assert {answer.name for answer in decisions._served.values()} == {"cpp"}
 
 
+@pytest.mark.parametrize("order", [(64, 1024, 4096), (4096, 1024, 64)])
+def test_with_invariant_rows_the_answer_does_not_depend_on_which_n_comes_first(order, mode, gate, elsewhere):
+    """On ranks that have the same profiles, and begin with other N."""
+    mode("lookup")
+    for rows, chosen in ((64, "compiled"), (1024, "cpp"), (2048, "eager")):
+        publish(decided(LARGE._replace(rows=rows, needs_grad=True), chosen=chosen))
+    with clp.autotune(row_invariant=True):
+        assert [serve(LARGE._replace(rows=rows)) for rows in order] == ["eager"] * 3
+        assert source() == "user store"
+
+
+def test_with_invariant_rows_what_is_tuned_later_changes_nothing(mode, gate, elsewhere):
+    mode("lookup")
+    larger = LARGE._replace(rows=4096, needs_grad=True)
+    publish(decided(LARGE._replace(needs_grad=True), chosen="cpp"))
+    with clp.autotune(row_invariant=True):
+        assert serve() == "cpp"
+        decisions.remember_decision(decided(larger, chosen="eager"))
+        assert serve() == "cpp" == serve(larger)
+        decisions.remember_decision(decided(larger, chosen="eager"), "ranks")  # but what ranks agree upon holds
+        assert serve() == "eager" == serve(LARGE._replace(rows=8))
+
+
 def test_with_invariant_rows_what_the_one_backend_cannot_run_is_told(mode, gate, elsewhere, monkeypatch):
     mode("off")
     with clp.autotune(row_invariant=True):

@@ -22,7 +22,7 @@ from compiled_logprobs.policy import BUDGET_VARIABLE, PROBLEMS_A_PROCESS, Policy
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import Decision
 from compiled_logprobs.store import Store, user_store
-from compiled_logprobs.tuning.gate import check_backend
+from compiled_logprobs.tuning.gate import INVARIANCE_ELEMENTS, check_backend
 from compiled_logprobs.tuning.isolation import Event
 from compiled_logprobs.tuning.renewal import decide
 from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on
@@ -39,8 +39,8 @@ class _Short(NamedTuple):
     row_invariant: bool | None
 
 
-_short_checks: dict[tuple[str, Problem], _Short] = {}
-"""What the short check found, for problems of any N: its inputs have few rows."""
+_short_checks: dict[tuple[str, Problem, bool], _Short] = {}
+"""What the short check found, for problems of any N, and whether rows had to be invariant."""
 _lock = threading.RLock()
 _forked = False
 _spent_s = 0.0
@@ -293,7 +293,7 @@ def _default_rule(problem: Problem, device: torch.device, under: Policy) -> Serv
                 return Served(EAGER, "default rule")
             if why_not(name, problem) is not None:
                 continue
-            found = _short_check(name, problem, device)
+            found = _short_check(name, problem, device, under)
             if found.passed and (found.row_invariant or not under.row_invariant):
                 return Served(name, "default rule")
     except Exception as error:
@@ -306,10 +306,12 @@ def _default_rule(problem: Problem, device: torch.device, under: Policy) -> Serv
     )
 
 
-def _short_check(name: str, problem: Problem, device: torch.device) -> _Short:
-    key = name, problem._replace(rows=0)
+def _short_check(name: str, problem: Problem, device: torch.device, under: Policy) -> _Short:
+    """Where one answer is to stand for all N: with all rows that the check can take, whatever N comes first."""
+    key = name, problem._replace(rows=0), under.row_invariant
     if key not in _short_checks:
-        report = check_backend(name, problem, short=True, device=str(device))
+        rows = max(1, INVARIANCE_ELEMENTS // problem.vocab) if under.row_invariant else problem.rows
+        report = check_backend(name, problem._replace(rows=rows), short=True, device=str(device))
         _short_checks[key] = _Short(report.passed, report.row_invariant)
     return _short_checks[key]
 
