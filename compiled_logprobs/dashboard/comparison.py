@@ -109,12 +109,18 @@ def _with_times(tables: Tables, source: str, environment: str, backend: str) -> 
     )
     noise = width.where(timed["speedup_low"] != timed["speedup_high"]).groupby(timed["key"]).max()
     taken = timed[timed["chosen"]] if backend == WINNER else timed[timed["backend"] == backend]
-    taken = taken.set_index("key")
+    taken = _measured_with(found, taken).set_index("key")
     found = found[[*PROBLEM, "key", "problem", "mode", "chosen", "measured_rows"]].copy()
     found["backend"] = found["key"].map(taken["backend"])
     found["per_row"] = found["key"].map(taken["seconds"]) / found["measured_rows"]
     found["noise"] = found["key"].map(noise)
     return found.drop_duplicates(list(PROBLEM))
+
+
+def _measured_with(decisions: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
+    """Those of `candidates` that were measured with their decision: how many rows an earlier one timed is not stored."""
+    moments = candidates["key"].map(decisions.set_index("key")["measured_at"])
+    return candidates[candidates["measured_at"] == moments]
 
 
 def in_words(found: Matched) -> str:
@@ -147,6 +153,7 @@ def history(tables: Tables, problem: Problem, device: str) -> pd.DataFrame:
     found = same_but_rows(found, problem)
     found = found[found["rows"] == problem.rows]
     timed = tables.candidates[tables.candidates["key"].isin(found["key"]) & tables.candidates["outcome"].isin(MEASURED)]
+    timed = _measured_with(found, timed)
     facts = tables.environments[["source", "environment", "torch", "triton"]]
     table = timed[
         ["key", "source", "environment", "backend", "chosen", "seconds", "speedup_low", "speedup_high", "measured_at"]

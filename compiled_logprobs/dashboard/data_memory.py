@@ -65,6 +65,11 @@ def memory(tables: Tables, source: str, environment: str, shape: data.Shape) -> 
         timed = decision.problem._replace(rows=decision.measured_rows)
         logits, least = logits_bytes(timed), least_bytes(timed)
         for name, one in decision.candidates.items():
+            if one.measured_at is not None and decision.measured_rows != decision.problem.rows:
+                left_out.append(
+                    f"{plain_line(name, 40)} at N {decision.problem.rows}: measured earlier, with unknown rows"
+                )
+                continue
             if one.extra_bytes is None or one.extra_multiple is None:
                 if one.measured:
                     left_out.append(f"{plain_line(name, 40)} at N {decision.problem.rows}: its memory was not measured")

@@ -47,6 +47,7 @@ def decided(found: Sequence[Decision]) -> pd.DataFrame:
         {
             "rows": one.problem.rows,
             "vocabulary": one.problem.vocab,
+            "timed rows": one.measured_rows,
             "dtype": short_name(one.problem.dtype),
             "mode": mode_name(one.problem),
             "winner": plain_line(one.chosen),

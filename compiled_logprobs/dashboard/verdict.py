@@ -70,19 +70,20 @@ class Figure(NamedTuple):
 def figures(decision: Decision) -> list[Figure]:
     """Time, memory, bandwidth and checks of the chosen backend."""
     winner, baseline = decision.winner, decision.candidates[decision.baseline]
-    at = "" if decision.measured_rows == decision.problem.rows else f" Timed with {decision.measured_rows} rows."
+    rows = decision.measured_rows
+    at = "" if rows == decision.problem.rows else f" Timed with {rows} rows."
     is_baseline = decision.chosen == decision.baseline
     grad = ", forward and backward" if decision.problem.needs_grad else ""
     name = plain_line(decision.baseline, 40)
     return [
         Figure(
-            "A call",
+            f"A call of N {rows}",
             duration(winner.seconds),
             "the baseline" if is_baseline else f"{name}: {duration(baseline.seconds)}",
             f"Median of the timed calls{grad}.{at}",
         ),
         Figure(
-            "Extra memory",
+            f"Extra memory at N {rows}",
             size(winner.extra_bytes),
             "" if winner.extra_multiple is None else f"{winner.extra_multiple:.2f} x logits",
             f"Peak beyond the logits, results and their gradient included.{at}",
@@ -133,7 +134,13 @@ def leaderboard(decision: Decision) -> pd.DataFrame:
 
 
 def _rank(decision: Decision, name: str, one: Candidate) -> tuple[bool, float, str]:
-    return name != decision.chosen, math.inf if one.seconds is None else one.seconds, name
+    """The chosen one first, then by speed-up: seconds that an earlier decision measured are of another run."""
+    return name != decision.chosen, -speed(one), name
+
+
+def speed(one: Candidate) -> float:
+    """The speed-up over the baseline; 0 where it was not timed."""
+    return 0.0 if one.speedup is None else one.speedup.median
 
 
 def why_lost(decision: Decision) -> pd.DataFrame:
@@ -174,7 +181,7 @@ def under_cap(decision: Decision, cap_bytes: float, rows: int) -> WhatIf:
     if not fit:
         least = min(need.values(), default=None)
         return WhatIf(None, f"none fits; the least that one takes is {size(least)}.{note}")
-    fastest = min(fit, key=lambda name: decision.candidates[name].seconds or math.inf)
+    fastest = max(fit, key=lambda name: speed(decision.candidates[name]))
     lost = need.get(decision.chosen)
     why = f"{plain_line(decision.chosen, 40)} takes {size(lost)}" if lost is not None else "the chosen one may not fit"
     return WhatIf(fastest, f"{why}; of those that fit it is the fastest, with {size(fit[fastest])}.{note}")

@@ -35,9 +35,9 @@ def winners(tables: Tables, source: str, environment: str, mode: str, dtype: str
     """One row for each pair of an N and a V that occur.
 
     Returns:
-        rows, vocab; state: "won", "tie" (another is as fast), "alone" (nothing else got through) or "unmeasured"; backend, which
-        serves; margin, the runner-up's time over its own; opacity, from that; runner_up; speedup over the baseline with low and
-        high; key of the decision; stale. What is unmeasured has no more than rows and vocab.
+        rows, vocab; state: "won", "tie" (another cannot be told from it), "alone" (nothing else got through) or "unmeasured";
+        backend, which serves; margin, its speed-up over the runner-up's; opacity, from that; runner_up; speedup over the baseline
+        with low and high; key of the decision; stale. What is unmeasured has no more than rows and vocab.
     """
     found = in_profile(tables, source, environment)
     found = found[(found["mode"] == mode) & (found["dtype"] == dtype)]
@@ -48,15 +48,17 @@ def winners(tables: Tables, source: str, environment: str, mode: str, dtype: str
     timed = tables.candidates[tables.candidates["key"].isin(found["key"])]
     timed = timed[timed["outcome"].isin(MEASURED)]
     chosen = timed[timed["chosen"]].set_index("key")
-    others = timed[~timed["chosen"]].sort_values("seconds", kind="stable")
+    # By the speed-up, a ratio within rounds: seconds of a candidate that an earlier decision measured are of another run.
+    others = timed[~timed["chosen"]].assign(parted=timed["outcome"] != "tie")
+    others = others.sort_values(["parted", "speedup"], ascending=[True, False], kind="stable")
     second = others.drop_duplicates("key").set_index("key")
-    ties = set(others.loc[others["outcome"] == "tie", "key"])
+    ties = set(others.loc[~others["parted"], "key"])
 
     table = found[["rows", "vocab", "key", "chosen", "stale"]].rename(columns={"chosen": "backend"})
     for column, name in (("speedup", "speedup"), ("speedup_low", "low"), ("speedup_high", "high")):
         table[name] = table["key"].map(chosen[column])
     table["runner_up"] = table["key"].map(second["backend"])
-    table["margin"] = table["key"].map(second["seconds"]) / table["key"].map(chosen["seconds"])
+    table["margin"] = table["speedup"] / table["key"].map(second["speedup"])
     tied, alone = table["key"].isin(ties), table["runner_up"].isna()
     table["state"] = np.select([tied, alone], ["tie", "alone"], default="won")
     table["opacity"] = opacity(table["margin"])
