@@ -174,6 +174,8 @@ def telemetry(device: torch.device | str) -> Provider:
 class Gpu:
     """A GPU as NVML shows it, or a slice of one. None where it does not tell."""
 
+    number: int
+    """NVML's, of the whole GPU; it stays where another GPU is lost."""
     name: str | None
     uuid: str | None
     driver: str | None
@@ -197,12 +199,12 @@ def gpus() -> list[Gpu] | NoTelemetry:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
         except nvml.NVMLError:  # one that this user may not see, or that is lost
             continue
-        whole = _gpu(nvml, handle, handle)
+        whole = _gpu(nvml, index, handle, handle)
         slices = (
             _slice(nvml, handle, place)
             for place in range(whole.provider._ask("nvmlDeviceGetMaxMigDeviceCount", handle) or 0)
         )
-        found += [whole, *(_gpu(nvml, one, handle) for one in slices if one is not None)]
+        found += [whole, *(_gpu(nvml, index, one, handle) for one in slices if one is not None)]
     return found or NoTelemetry("NVML starts, and shows no GPU")
 
 
@@ -291,9 +293,10 @@ def _nvml() -> Any:
     return pynvml
 
 
-def _gpu(nvml: Any, handle: Any, whole: Any) -> Gpu:
+def _gpu(nvml: Any, number: int, handle: Any, whole: Any) -> Gpu:
     provider = Nvml(nvml, handle, whole)
     return Gpu(
+        number=number,
         name=provider._ask("nvmlDeviceGetName", handle),
         uuid=provider._ask("nvmlDeviceGetUUID", handle),
         driver=provider._ask("nvmlSystemGetDriverVersion"),

@@ -56,8 +56,8 @@ def test_nothing_is_said_of_a_bandwidth_that_was_not_measured():
 def test_the_four_figures_are_those_of_the_record():
     found = {one.label: (one.value, one.beside) for one in verdict.figures(stores.good())}
     assert found == {
-        "A call of N 512": ("30 ms", "eager: 200 ms"),
-        "Extra memory at N 512": ("148 MiB", "1.00 x logits"),
+        "A call, N 512": ("30 ms", "eager: 200 ms"),
+        "Extra memory": ("148 MiB", "1.00 x logits"),
         "Bandwidth": ("40 %", "of what was measured on this device"),
         "Checks passed": ("2 of 2", "worst error 10% of its limit"),
     }
@@ -190,6 +190,17 @@ def test_what_an_earlier_decision_measured_is_compared_by_its_speed_up(scenario,
     assert (square["backend"], square["runner_up"]) == ("cpp", "compiled")
     assert square["margin"] == pytest.approx(6.67 / 2.67)
     assert verdict.leaderboard(decision)["backend"].tolist() == ["cpp", "compiled", "eager", "flash_attn"]
+
+
+def test_many_decisions_of_their_own_shapes_make_no_millions_of_squares(scenario, tmp_path, monkeypatch):
+    monkeypatch.setattr(winners, "MOST_SQUARES", 3)
+    where = scenario("no profile")
+    for number in (4, 8):
+        stores.publish(where, stores.good(stores.problem(number, 1000 * number)))
+    tables = index.load(index.sources(), tmp_path / "index")
+    environment = tables.environments["environment"].iloc[0]
+    table = winners.winners(tables, "yours", environment, "backward", "bfloat16")
+    assert sorted(table["rows"]) == [4, 8] and "unmeasured" not in set(table["state"])
 
 
 def test_the_winner_map_has_a_square_for_every_pair(scenario, squares, tmp_path):

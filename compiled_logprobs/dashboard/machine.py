@@ -55,6 +55,8 @@ class GpuLook:
     snapshot: Snapshot
     trouble: str | None
     """What the driver says in place of any answer."""
+    is_slice: bool = False
+    """Memory and processes are then the slice's, all else is the whole GPU's."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Machine:
     def _take(self) -> None:
         labels = [label(gpu, self.gpus) for gpu in self.gpus]
         found = tuple(
-            GpuLook(name, gpu.provider.snapshot(), gpu.provider.trouble())
+            GpuLook(name, gpu.provider.snapshot(), gpu.provider.trouble(), gpu.slice_of is not None)
             for name, gpu in zip(labels, self.gpus, strict=True)
         )
         ticks = _cpu_ticks()
@@ -130,14 +132,11 @@ class Machine:
 
 
 def label(gpu: Gpu, among: list[Gpu]) -> str:
-    """What tells `gpu` from the others, for people: a number in NVML's order, and its name."""
+    """What tells `gpu` from the others, for people: NVML's number, and its name."""
     if gpu.slice_of is None:
-        whole = [one for one in among if one.slice_of is None]
-        return f"{whole.index(gpu)}: {gpu.name or NOT_TOLD}"
+        return f"{gpu.number}: {gpu.name or NOT_TOLD}"
     slices = [one for one in among if one.slice_of == gpu.slice_of]
-    parent = next((one for one in among if one.slice_of is None and one.uuid == gpu.slice_of), None)
-    number = "?" if parent is None else [one for one in among if one.slice_of is None].index(parent)
-    return f"{number}, slice {slices.index(gpu)}: {gpu.name or NOT_TOLD}"
+    return f"{gpu.number}, slice {slices.index(gpu)}: {gpu.name or NOT_TOLD}"
 
 
 HISTORY = [

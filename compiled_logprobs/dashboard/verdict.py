@@ -77,13 +77,13 @@ def figures(decision: Decision) -> list[Figure]:
     name = plain_line(decision.baseline, 40)
     return [
         Figure(
-            f"A call of N {rows}",
+            f"A call, N {rows}",
             duration(winner.seconds),
             "the baseline" if is_baseline else f"{name}: {duration(baseline.seconds)}",
             f"Median of the timed calls{grad}.{at}",
         ),
         Figure(
-            f"Extra memory at N {rows}",
+            "Extra memory",
             size(winner.extra_bytes),
             "" if winner.extra_multiple is None else f"{winner.extra_multiple:.2f} x logits",
             f"Peak beyond the logits, results and their gradient included.{at}",

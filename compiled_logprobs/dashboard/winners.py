@@ -12,6 +12,7 @@ from compiled_logprobs.records import MEASURED
 
 FAINTEST, FULL_AT = 0.35, 2.0
 """Opacity of a margin of none; the margin, as a ratio of times, from which a square is drawn in full."""
+MOST_SQUARES = 100_000
 MOST_ROWS, MOST_VOCABS = 40, 24
 """Squares a side that can still be told apart and hit; what is farthest from the selected shape is left out."""
 
@@ -37,7 +38,8 @@ def winners(tables: Tables, source: str, environment: str, mode: str, dtype: str
     Returns:
         rows, vocab; state: "won", "tie" (another cannot be told from it), "alone" (nothing else got through) or "unmeasured";
         backend, which serves; margin, its speed-up over the runner-up's; opacity, from that; runner_up; speedup over the baseline
-        with low and high; key of the decision; stale. What is unmeasured has no more than rows and vocab.
+        with low and high; key of the decision; stale. What is unmeasured has no more than rows and vocab, and is left out where
+        there would be more than `MOST_SQUARES`: a few thousand decisions, each of an N and a V of its own, make millions.
     """
     found = in_profile(tables, source, environment)
     found = found[(found["mode"] == mode) & (found["dtype"] == dtype)]
@@ -62,6 +64,8 @@ def winners(tables: Tables, source: str, environment: str, mode: str, dtype: str
     tied, alone = table["key"].isin(ties), table["runner_up"].isna()
     table["state"] = np.select([tied, alone], ["tie", "alone"], default="won")
     table["opacity"] = opacity(table["margin"])
+    if table["rows"].nunique() * table["vocab"].nunique() > MOST_SQUARES:
+        return table[COLUMNS].reset_index(drop=True)
     everywhere = pd.MultiIndex.from_tuples(
         itertools.product(sorted(table["rows"].unique()), sorted(table["vocab"].unique())), names=["rows", "vocab"]
     )

@@ -16,9 +16,7 @@ BUSY = (
 MEMORY_BUSY = (
     "The share of the last moments in which the GPU's memory was read or written. It is no share of the bandwidth."
 )
-MEMORY = (
-    "All that is in use on the device, by every process, the driver's own use included: more than torch has allocated."
-)
+MEMORY = "What processes use on the device: more than torch has allocated. What the driver reserves comes on top."
 LINES = [
     ("memory_used_bytes", "memory in use", "GiB"),
     ("busy_percent", "time busy", "%"),
@@ -42,6 +40,8 @@ def show_gpu(look: GpuLook) -> None:
             f"The driver does not answer for this GPU: {plain(look.trouble)}. What it told before is in the charts."
         )
         return
+    if look.is_slice:
+        st.caption("Memory and processes are the slice's; all else is the whole GPU's.")
     columns = st.columns(5)
     columns[0].metric("Memory in use", size(seen.memory_used_bytes), help=MEMORY)
     columns[0].caption(f"of {size(seen.memory_total_bytes)}")
