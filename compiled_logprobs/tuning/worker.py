@@ -45,7 +45,7 @@ SHARE_FOR_PROOF = 0.25
 """Of all seconds, where none may be added to them, what the rounds leave for calling the winner once with all rows."""
 CHECKED_LOGITS = {"cpu": 2**27}
 """Size of the largest input of the check; an accelerator takes the whole problem."""
-BYTES_OF_A_LOGIT, OF_ONE_THAT_IS_COPIED, OF_ONE_COMPARED = 28, 64, 150
+BYTES_OF_A_LOGIT, OF_ONE_THAT_IS_COPIED, OF_ONE_COMPARED = 28, 64, 200
 """What the check takes for each in float32, as measured and rounded up; where the rows of its view lie apart; and, on top of
 that, for each that is held against float64."""
 ONLY_THERE = (
