@@ -384,10 +384,16 @@ class LeavesADaemon(Harmful):
         LeavesADaemon.done = True
         command = [sys.executable, "-c", f"import time; time.sleep({LONG_S})"]
         leave_pid("daemon", subprocess.Popen(command, start_new_session=True).pid)
-        options = f"env={{}}, start_new_session=True, {QUIET}"
-        starts_it = f"import subprocess, sys; print(subprocess.Popen(sys.argv[1:], {options}).pid)"
-        answer = subprocess.run([sys.executable, "-c", starts_it, *command], capture_output=True, text=True, check=True)
-        leave_pid("orphan", int(answer.stdout))
+        start_an_orphan()
+
+
+def start_an_orphan() -> None:
+    """In a session of its own, without parent and environment."""
+    command = [sys.executable, "-c", f"import time; time.sleep({LONG_S})"]
+    options = f"env={{}}, start_new_session=True, {QUIET}"
+    starts_it = f"import subprocess, sys; print(subprocess.Popen(sys.argv[1:], {options}).pid)"
+    answer = subprocess.run([sys.executable, "-c", starts_it, *command], capture_output=True, text=True, check=True)
+    leave_pid("orphan", int(answer.stdout))
 
 
 # --- those that end the worker program, or hold it up -----------------------------------------------------------------
@@ -402,6 +408,14 @@ class LeavesADaemonAndExits(Harmful):
     def harm(self) -> NoReturn:
         command = [sys.executable, "-c", f"import time; time.sleep({LONG_S})"]
         leave_pid("daemon", subprocess.Popen(command, start_new_session=True).pid)
+        os._exit(8)
+
+
+class LeavesAnOrphanAndExits(Harmful):
+    """So that neither a parent nor the environment tells whose it is."""
+
+    def harm(self) -> NoReturn:
+        start_an_orphan()
         os._exit(8)
 
 

@@ -15,11 +15,12 @@ from typing import Literal, NamedTuple
 from compiled_logprobs.errors import InputError
 
 ALPHA = 0.01
-"""The chance that any of the intervals of one tuning, of all candidates at all looks, misses its true median."""
-LOOKS = (20, 40, 80, 160, 320)
+"""The chance that any interval of one tuning, of a candidate against the baseline at any of the looks, misses its true median."""
+LOOKS = (20, 40, 80, 160, 320, 640, 1280)
 """After how many rounds the times are looked at; each look costs a share of `ALPHA`."""
 MARGIN = 0.03
-"""How much faster than the baseline a candidate has to be: what is less is not worth another backend."""
+"""How much faster than the baseline a candidate has to be: what is less is not worth another backend. And how much less memory
+one of two has to take, for it to be the one that takes less."""
 
 Outcome = Literal["chosen", "slower", "tie"]
 Code = Literal[
@@ -29,6 +30,7 @@ Code = Literal[
     "INCUMBENT_IN_DOUBT",
     "TIE_SIMPLEST",
     "TIE_LEAST_MEMORY",
+    "TIE_BY_NAME",
     "BASELINE_NO_CLEAR_GAIN",
     "AMBIGUOUS_AT_BUDGET",
 ]
@@ -95,14 +97,15 @@ def look(
 
     A candidate may replace the baseline if its whole interval is faster by the margin. Of those that may, the one of the
     smallest median leads; those whose interval against the leader does not exclude the margin tie with it, and of these the
-    incumbent is chosen, else the simplest, then the one of the least memory. An incumbent that the rounds do not tell from the
-    baseline, but that is the faster of the two by its median, counts as one that may.
+    incumbent is chosen, else the simplest, of equally simple ones that of the least memory, and of those that take as much,
+    within the margin, the first by name. An incumbent that the rounds do not tell from the baseline, but that is the faster of
+    the two by its median, counts as one that may.
 
     Args:
         times: seconds, by candidate and round; the same rounds for all. Only of candidates that ran in every round.
         baseline: the candidate that is kept in doubt.
         incumbent: the candidate that has served so far, which only a clear win replaces.
-        simplicity: the lower, the simpler; candidates that are not named come last.
+        simplicity: the lower, the simpler; candidates that are not named come last, all equally simple.
         extra_bytes: peak memory; what is unknown counts as the most.
         looks: the numbers of rounds at which this is asked, planned beforehand.
         final: no further round will come; this takes the place of the looks that are left.
@@ -115,21 +118,18 @@ def look(
         return None
     final = final or rounds >= looks[-1]
     bench = _Bench(times, baseline, _confidence(len(times), looks))
+    ties = _Ties(incumbent, simplicity or {}, extra_bytes or {})
     clear = [name for name in times if name != baseline and bench.is_faster(name, than=baseline)]
     if incumbent is not None and incumbent in times and bench.is_in_doubt(incumbent, baseline):
         if not final:
             return None
         clear.append(incumbent)
 
-    def preference(name: str) -> tuple[bool, float, float, str]:
-        size = (extra_bytes or {}).get(name)
-        return name != incumbent, (simplicity or {}).get(name, math.inf), math.inf if size is None else size, name
-
     chosen, tied = baseline, [baseline]
     if clear:
         leader = min(clear, key=lambda name: bench.compare(name, baseline).median)
         tied = [name for name in clear if name == leader or not bench.is_faster(leader, than=name)]
-        chosen = min(tied, key=preference)
+        chosen = ties.preferred(tied)
 
     # What is still open matters only where it could change the choice: a candidate that may be faster than the chosen one
     # by the margin, or one that would be preferred to it if it proves to be faster than the baseline.
@@ -141,7 +141,7 @@ def look(
             bench.may_be_faster(name, than=chosen)
             or (
                 name not in (*tied, baseline)
-                and preference(name) < preference(chosen)
+                and ties.preferred([name, chosen]) == name
                 and bench.may_be_faster(name, than=baseline)
                 and not bench.is_faster(chosen, than=name)
             )
@@ -149,7 +149,7 @@ def look(
     ]
     if open_ and not final:
         return None
-    code, reason = _why(chosen, baseline, incumbent, tied, open_, simplicity or {}, rounds)
+    code, reason = _why(chosen, baseline, ties, tied, open_, rounds)
     if chosen == incumbent and chosen != baseline and bench.is_in_doubt(chosen, baseline):
         code = "INCUMBENT_IN_DOUBT"
         reason = (
@@ -193,6 +193,41 @@ class _Bench:
         return may_be and self.compare(name, baseline).median < 0.0
 
 
+class _Ties:
+    """Which of candidates that tie to choose, and by what it stands out."""
+
+    def __init__(
+        self, incumbent: str | None, simplicity: Mapping[str, int], extra_bytes: Mapping[str, int | None]
+    ) -> None:
+        self._incumbent, self._simplicity, self._extra_bytes = incumbent, simplicity, extra_bytes
+
+    def preferred(self, names: Sequence[str]) -> str:
+        if self._incumbent is not None and self._incumbent in names:
+            return self._incumbent
+        least = min(map(self._rank, names))
+        simplest = [name for name in names if self._rank(name) == least]
+        room = (1.0 + MARGIN) * min(map(self._bytes, simplest))
+        return min(name for name in simplest if self._bytes(name) <= room)
+
+    def code(self, chosen: str, others: Sequence[str]) -> tuple[Code, str]:
+        """Why `chosen` is preferred to `others`, in one word and in a few."""
+        if chosen == self._incumbent:
+            return "TIE_INCUMBENT", "served so far"
+        as_simple = [name for name in others if self._rank(name) == self._rank(chosen)]
+        if not as_simple:
+            return "TIE_SIMPLEST", "simpler"
+        if all(self._bytes(name) > (1.0 + MARGIN) * self._bytes(chosen) for name in as_simple):
+            return "TIE_LEAST_MEMORY", "of those that are as simple it takes the least memory"
+        return "TIE_BY_NAME", "none of them is known to be simpler or to take less memory, and it comes first by name"
+
+    def _rank(self, name: str) -> float:
+        return self._simplicity.get(name, math.inf)
+
+    def _bytes(self, name: str) -> float:
+        size = self._extra_bytes.get(name)
+        return math.inf if size is None else size
+
+
 def _rounds(times: Mapping[str, Sequence[float]], baseline: str) -> int:
     if baseline not in times:
         raise InputError(
@@ -230,14 +265,13 @@ def _rank(count: int, miss: float) -> int:
 def _why(
     chosen: str,
     baseline: str,
-    incumbent: str | None,
+    ties: _Ties,
     tied: list[str],
     open_: list[str],
-    simplicity: Mapping[str, int],
     rounds: int,
 ) -> tuple[Code, str]:
     tied = [name for name in tied if name not in open_]  # of the others nothing is known
-    others = ", ".join(name for name in tied if name != chosen)
+    others = [name for name in tied if name != chosen]
     if chosen == baseline and open_:
         return (
             "AMBIGUOUS_AT_BUDGET",
@@ -248,18 +282,8 @@ def _why(
     if not others:
         best = "" if open_ else ", and the fastest of all"
         return "FASTER_CLEAR", f"clearly faster than {baseline}, by more than {MARGIN:.0%}{best}"
-    if chosen == incumbent:
-        return (
-            "TIE_INCUMBENT",
-            f"clearly faster than {baseline}; as fast as {others} within {MARGIN:.0%}, and served so far",
-        )
-    ranks = [simplicity.get(name, math.inf) for name in tied]
-    if ranks.count(min(ranks)) == 1:
-        return "TIE_SIMPLEST", f"clearly faster than {baseline}; as fast as {others} within {MARGIN:.0%}, and simpler"
-    return (
-        "TIE_LEAST_MEMORY",
-        f"clearly faster than {baseline}; as fast as {others} within {MARGIN:.0%}, as simple, and takes no more memory",
-    )
+    code, why = ties.code(chosen, others)
+    return code, f"clearly faster than {baseline}; as fast as {', '.join(others)} within {MARGIN:.0%}, and {why}"
 
 
 def _verdict(name: str, chosen: str, baseline: str, bench: _Bench, is_open: bool, reason: str) -> Verdict:
