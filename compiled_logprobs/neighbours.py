@@ -98,6 +98,7 @@ def _why_unusable(one: Neighbour, decision: Decision, environment: str, under: P
         return "no backend there has rows whose bits do not depend on N, which row_invariant=True asks for"
     if name in decisions.failures(one.problem):
         return f"backend {name!r}, which it chose, failed in this process and is set aside"
-    if view(environment)[one.store].read(environment, one.problem) is None:
+    seen = view(environment).get(one.store)  # a folder of profiles may have come later, too
+    if seen is None or seen.read(environment, one.problem) is None:
         return "it was stored after this rank's first look at the profiles"
     return None

@@ -84,6 +84,15 @@ def test_what_was_stored_after_the_first_look_of_a_rank_is_told(monkeypatch):
     assert near()[0].unusable == "it was stored after this rank's first look at the profiles"
 
 
+def test_a_folder_that_came_after_the_first_look_of_a_rank_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    view.view(decisions.fingerprint_of(CPU))
+    later = Store(tmp_path / "later")
+    monkeypatch.setattr(neighbours, "stores", lambda: {"project profiles": later})
+    later.publish(environment_of("cpu"), LARGE, decided().record())
+    assert near()[0].unusable == "it was stored after this rank's first look at the profiles"
+
+
 def test_nothing_stored_is_near_nothing():
     assert near() == []
 
