@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from backends_for_tuning import FLOOD_BYTES, FOLDER_VARIABLE, has_ended, is_running, pids, registered
+from test_serving import a_full_disk
 
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.clock import MIB, extra_peak_bytes, why_no_peak
 from compiled_logprobs.problem import Problem
-from compiled_logprobs.store import problem_to_dict
+from compiled_logprobs.store import ROOT_VARIABLE, problem_to_dict
 from compiled_logprobs.tuning import tuner as tuning
 from compiled_logprobs.tuning import worker as program
 from compiled_logprobs.tuning.gate import check_backend
@@ -141,7 +142,9 @@ def test_what_candidates_print_and_read_stays_out_of_the_protocol(folder):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell who started whom")
-@pytest.mark.parametrize(("target", "left"), [("LeavesADaemon", 2), ("LeavesADaemonAndExits", 1)])
+@pytest.mark.parametrize(
+    ("target", "left"), [("LeavesADaemon", 2), ("LeavesADaemonAndExits", 1), ("LeavesAnOrphanAndExits", 1)]
+)
 def test_a_child_in_a_session_of_its_own_is_not_left(folder, target, left):
     with registered(leaves=target), Tuner(CPU, short=True) as tuner:
         decision, _ = tuner.decide(PROBLEM, 0.0, names=["leaves"])
@@ -264,6 +267,59 @@ def test_a_check_that_runs_out_of_memory_is_tried_with_fewer_rows():
     words = f"; checked with {found['needs']['rows']} rows, for which there was memory"
     assert (words in decision.reason) is (decision.chosen == "needs")
     assert decision.checked_rows == found[decision.chosen]["rows"]
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
+
+CALL = """
+import json, warnings
+import torch
+import compiled_logprobs as clp
+
+logits, labels = torch.randn(1024, 1031, requires_grad=True), torch.randint(1031, (1024,))
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    out = clp.log_probs_from_logits(logits, labels)
+    out.sum().backward()
+true = logits.detach().double().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+assert (out.detach() - true).abs().max() < 1e-5 and logits.grad.isfinite().all()
+found = clp.explain(logits, labels)
+outcomes = {name: (one.outcome, one.reason) for name, one in found.decision.candidates.items()}
+print(json.dumps([found.backend, found.source, outcomes, [str(one.message) for one in told]]))
+"""
+
+
+@pytest.fixture
+def full(tmp_path):
+    """The environment of a process that finds no room on its disk, wherever it keeps something."""
+    place = a_full_disk(tmp_path)
+    names = ("TMPDIR", "XDG_CACHE_HOME", "XDG_DATA_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", ROOT_VARIABLE)
+    yield {**os.environ, **dict.fromkeys(names, str(place))}
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_costs_the_candidates_that_need_room_and_nobody_else(full, monkeypatch):
+    for name, value in full.items():
+        monkeypatch.setenv(name, value)
+    with registered(right="Right"), Tuner(CPU, short=True) as tuner:
+        decision, evidence = tuner.decide(PROBLEM, SECONDS, names=["cpp", "compiled", "right"])
+        assert is_running(pid_of(tuner._worker))
+    assert set(evidence.seconds) == {"eager", "right"} and decision.chosen in evidence.seconds
+    for name in ("cpp", "compiled"):
+        outcome, reason = outcomes(decision)[name]
+        assert outcome in ("unavailable", "failed") and "No space left on device" in reason, (name, outcome, reason)
+
+
+def test_a_call_is_served_where_the_disk_is_full(full):
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {**full, "PYTHONPATH": path, "COMPILED_LOGPROBS_MODE": "tune", "COMPILED_LOGPROBS_BUDGET_S": "60"}
+    called = subprocess.run([sys.executable, "-c", CALL], env=environment, capture_output=True, text=True, timeout=300)
+    assert called.returncode == 0, called.stderr
+    backend, source, found, told = json.loads(called.stdout)
+    assert (backend, source) == ("eager", "tuned here") and found["eager"][0] == "chosen"
+    for name in ("cpp", "compiled"):
+        assert found[name][0] in ("unavailable", "failed") and "No space left on device" in found[name][1], found
+    assert [one for one in told if "cannot be written: the disk is full" in one], told
 
 
 # --- the life of the program ------------------------------------------------------------------------------------------

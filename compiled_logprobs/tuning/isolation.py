@@ -6,6 +6,7 @@ Whatever happens in there, nothing worse than `WorkerLost` happens here.
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -31,7 +32,8 @@ TAIL_LINES, TAIL_CHARACTERS = 20, 2000
 """What is kept of standard error, for the reason of a crash."""
 PROCESSES = Path("/proc")
 MARK = "COMPILED_LOGPROBS_WORKER"
-"""A variable of the environment that all have inherited that the program started, in whatever session they are."""
+"""A variable of the environment that all have inherited that the program started, in whatever session they are; but for those
+that were given another environment, which `_mark_by_limit` is for."""
 SWEEPS = 10
 """How often what is left is looked for, at most: it may start others while it is ended."""
 LONGEST_LINE = 2**22
@@ -76,6 +78,7 @@ class Worker:
             )
         except OSError as error:
             raise WorkerLost("crashed", f"the worker program cannot be started: {error}") from error
+        self._limit = _mark_by_limit(self._process.pid)
         self._lines: Queue[str] = Queue(maxsize=1000)
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._over = False
@@ -126,7 +129,7 @@ class Worker:
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         for _ in range(SWEEPS):
-            left |= _marked(self._mark)
+            left |= _marked(self._mark, self._limit)
             if not left:
                 break
             while left:
@@ -186,8 +189,7 @@ def _descendants(ancestor: int) -> set[int]:
     children: dict[int, list[int]] = {}
     for pid in _pids():
         with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended
-            after_name = (PROCESSES / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
-            children.setdefault(int(after_name[1]), []).append(pid)
+            children.setdefault(int(_status(pid)[1]), []).append(pid)
     found: set[int] = set()
     due = [ancestor]
     while due:
@@ -197,15 +199,43 @@ def _descendants(ancestor: int) -> set[int]:
     return found
 
 
-def _marked(mark: str) -> set[int]:
-    """The processes that live with this mark in their environment; on Linux, else none."""
-    line = f"{MARK}={mark}".encode()
+def _mark_by_limit(pid: int) -> int | None:
+    """Give the process `pid` a limit that no other has, and that all inherit which it starts, in whatever environment; on Linux.
+
+    It is on the time that a process under real-time scheduling may compute without a pause: some ten thousand years and more.
+    """
+    if sys.platform != "linux":
+        return None
+    import resource
+
+    limit = 2**59 + secrets.randbits(59)
+    with contextlib.suppress(OSError, ValueError):  # it has ended, or a lower limit is set, or it may not be
+        _, most = resource.getrlimit(resource.RLIMIT_RTTIME)
+        resource.prlimit(pid, resource.RLIMIT_RTTIME, (limit, most))
+        return limit
+    return None
+
+
+def _marked(mark: str, limit: int | None) -> set[int]:
+    """The processes that live with this mark in their environment, or with this limit; on Linux, else none."""
+    marks = {"environ": (f"{MARK}={mark}".encode(), b"\0"), "limits": (str(limit).encode(), None)}
     found = set()
     for pid in _pids():
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if line in (PROCESSES / str(pid) / "environ").read_bytes().split(b"\0"):
-                found.add(pid)
+        for file, (word, separator) in marks.items():
+            with contextlib.suppress(OSError, IndexError):  # it has ended, or is another user's
+                if word in (PROCESSES / str(pid) / file).read_bytes().split(separator) and not _is_over(pid):
+                    found.add(pid)
     return found
+
+
+def _is_over(pid: int) -> bool:
+    """Whether it has ended, and only waits for its parent to ask how; its environment is gone by then, its limits are not."""
+    return _status(pid)[0] in (b"Z", b"X")
+
+
+def _status(pid: int) -> list[bytes]:
+    """What follows the name of a process in its status: state, parent, group, session, ..."""
+    return (PROCESSES / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
 
 
 def _pids() -> list[int]:
