@@ -200,7 +200,8 @@ def tune(
 ) -> list[Decision]:
     """Measure which backend is fastest, now, and store it in the user's profiles; later calls and processes use it.
 
-    Where it cannot be stored, a warning says so, and this process uses it.
+    Where it cannot be stored, a warning says so, and this process uses it. Inside `autotune(row_invariant=True)` it measures what
+    serves there: the same problems with the gradient, not in place, and with flat rows.
 
     Args:
         problems_or_logits: problems; or logits, whose shape, layout and options count, not their values. A problem with flat
@@ -234,7 +235,7 @@ def tune(
         problem = _problem_posed(
             problems_or_logits, labels, temperature, return_entropy, masked_logits, inplace_backward, out_dtype
         )
-        return [problem], problems_or_logits.device
+        return [decisions.posed(problem, policy())], problems_or_logits.device
 
     if group is not None:
         from compiled_logprobs.distributed import tune_together
@@ -310,7 +311,8 @@ def _problems_on_one_device(
         raise InputError(
             f"got problems and devices of types {', '.join(sorted(types))}; one is valid. Tune them apart."
         )
-    return [as_it_lies(problem) for problem in problems], where or torch.device(next(iter(types), "cpu"))
+    posed = [decisions.posed(as_it_lies(problem), policy()) for problem in problems]
+    return posed, where or torch.device(next(iter(types), "cpu"))
 
 
 def _run(
@@ -361,6 +363,11 @@ def _chosen_automatically(problem: Problem, logits: Tensor) -> ForwardBackward:
     if _is_capturing(problem):
         known = decisions.served(problem, under)
         backend = eager if known is None else get_backend(known.name)
+        if under.row_invariant and (known is None or not backend.is_warm(problem)):
+            raise BackendUnavailable(
+                f"no backend has served {problem} with row_invariant=True yet, and none can be checked or compiled while a CUDA "
+                "graph is captured. Call the function once before the capture, or set row_invariant=False."
+            )
         return backend if backend.is_warm(problem) else eager
     name = decisions.known(problem, under) or serving.serve(problem, logits.device, under)
     return eager if name == decisions.EAGER else _WithFallback(name, problem)

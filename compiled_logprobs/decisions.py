@@ -127,8 +127,13 @@ def _start_anew_in_a_group() -> None:
 
 def _key(problem: Problem, policy: Policy) -> tuple[Problem, str, bool]:
     """What shares an answer: a bucket of N; or, where rows have to be invariant, all N, with the gradient and without."""
-    shared = posed(problem, policy)._replace(rows=0) if policy.row_invariant else bucket(problem)
+    shared = _kind(problem) if policy.row_invariant else bucket(problem)
     return shared, policy.mode, policy.row_invariant
+
+
+def _kind(problem: Problem) -> Problem:
+    """What one backend serves all of, where rows have to be invariant."""
+    return posed(problem, Policy(row_invariant=True))._replace(rows=0)
 
 
 def posed(problem: Problem, policy: Policy) -> Problem:
@@ -158,7 +163,7 @@ def remember_decision(decision: Decision, source: Source = "tuned here") -> None
     _decided[decision.problem] = Served(decision.chosen, source, decision)
     forget(decision.problem)
     if source == "ranks":
-        kind = _key(decision.problem, Policy(row_invariant=True))[0]
+        kind = _kind(decision.problem)
         for key in [key for key in list(_served) if key[2] and key[0] == kind]:
             _served.pop(key, None)
 
@@ -209,11 +214,14 @@ def stored(problem: Problem, device: torch.device, policy: Policy) -> Served | N
     """The decision for exactly the bucket of `problem`, by this process or a profile, if it can be used here.
 
     Where rows have to be invariant, that for the largest N that has one: what serves all N must not depend on which comes first,
-    for other ranks may begin with another.
+    for other ranks may begin with another. And where ranks have agreed upon anything of that kind, it is that, since what each
+    finds beside it is its own.
     """
     top, environment = bucket(problem), fingerprint_of(device)
     tops = [top]
     if policy.row_invariant:
+        if (agreed := _agreed_for_all_rows(top)) is not None:
+            return usable(agreed, policy) or _in_place_of(agreed)
         near = (other for store in view(environment).values() for other in store.near(environment, top))
         same = (other for other in list(_decided) if other._replace(rows=top.rows) == top)
         tops = sorted({top, *near, *same}, key=lambda other: -other.rows)
@@ -226,6 +234,24 @@ def stored(problem: Problem, device: torch.device, policy: Policy) -> Served | N
             if here := usable(answer, policy):
                 return here
     return None
+
+
+def _agreed_for_all_rows(problem: Problem) -> Served | None:
+    """What ranks agreed upon that has to serve all N of such problems, with the gradient and without: that of this very kind
+    before others, such as one without the gradient alone, and of the same kind that of the largest N.
+    """
+    kind = _kind(problem)
+    agreed = [other for other, one in list(_decided.items()) if one.source == "ranks" and _kind(other) == kind]
+    first = min(agreed, key=lambda other: (other._replace(rows=0) != kind, -other.rows, other), default=None)
+    return None if first is None else _decided.get(first)
+
+
+def tells_of_rows(answer: Served, problem: Problem) -> bool:
+    """Whether `answer` rests on a check, of problems like this one, that found the rows of its backend to be invariant."""
+    if answer.decision is None or answer.decision.problem._replace(rows=problem.rows) != problem:
+        return False
+    found = answer.decision.candidates.get(answer.name)
+    return found is not None and found.measured and found.row_invariant is True
 
 
 def nearest(problem: Problem, device: torch.device, policy: Policy) -> Served | None:

@@ -115,7 +115,7 @@ def _known(problem: Problem, device: torch.device, under: Policy) -> tuple[Serve
     known = None if under.mode == "off" else decisions.stored(problem, device, under)
     no_tuning = why_no_tuning(problem, device, under)
     if known is not None and (known.stale is None or no_tuning is not None):
-        return known, ""
+        return known, _what_is_checked(known, problem, under)
     if under.require_hit and not decisions.is_small(problem):
         return None, f"the next call raises ProfileError: {why_no_hit(problem, under)}"
     if no_tuning is None:
@@ -125,8 +125,19 @@ def _known(problem: Problem, device: torch.device, under: Policy) -> tuple[Serve
         return Served(decisions.EAGER, "small"), ""
     known = None if under.mode == "off" else decisions.nearest(problem, device, under)
     if known is not None:
-        return known, ""
+        return known, _what_is_checked(known, problem, under)
     return None, f"the next call takes the default rule; it does not measure, because {no_tuning}"
+
+
+def _what_is_checked(known: Served, problem: Problem, under: Policy) -> str:
+    """What the next call does before it takes `known`; empty where it does nothing."""
+    if not under.row_invariant or decisions.tells_of_rows(known, problem):
+        return ""
+    names = " and ".join(dict.fromkeys((known.name, decisions.EAGER)))
+    return (
+        f"the next call checks whether the rows of {names} depend on N, which nothing that was measured tells, and takes the "
+        "first whose do not"
+    )
 
 
 def _measured_rows(problem: Problem, device: torch.device) -> tuple[int, ...]:

@@ -380,6 +380,20 @@ def frozen() -> dict:
     return {**found, "early": call(early), "late": call(late), "nearby": call(nearby)}
 
 
+def invariant_rows() -> dict:
+    """Tuned together without the gradient alone; the stores of the ranks hold different decisions with it, or none."""
+    ours.Tuner = Made
+    with_gradient, without = problem_of(28), problem_of(28)._replace(needs_grad=False)
+    store = store_at(f"store of rank {RANK}")
+    if RANK > 0:
+        candidates = {"eager": measured("eager"), "right": measured("right")}
+        publish(decided(with_gradient, ["eager", "right"][RANK % 2], candidates=candidates), store)
+    found = tune([without])
+    with clp.autotune(row_invariant=True):
+        old, new = call(without), call(with_gradient)
+    return {**found, **old, "new": new}
+
+
 def posed(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     logits = torch.empty(problem.rows, problem.vocab, requires_grad=problem.needs_grad)
     return logits, torch.zeros(problem.rows, dtype=torch.int64)

@@ -8,9 +8,11 @@ from torch import distributed
 import compiled_logprobs as clp
 from compiled_logprobs import InputError, Problem, decisions, meeting
 from compiled_logprobs import distributed as ours
-from compiled_logprobs.policy import Policy
+from compiled_logprobs.backends import get_backend
+from compiled_logprobs.backends.eager import Eager
+from compiled_logprobs.policy import Policy, policy
 from compiled_logprobs.store import user_store
-from compiled_logprobs.tuning import tuner
+from compiled_logprobs.tuning import serving, tuner
 from compiled_logprobs.tuning.isolation import WorkerLost
 
 
@@ -178,3 +180,86 @@ def test_what_a_process_tuned_by_itself_is_gone_when_it_joins_a_group(mode):
     finally:
         distributed.destroy_process_group()
     assert call(1024) == ("eager", "tuned here")
+
+
+# Where rows have to be invariant
+
+OLD, NEW = LARGE, LARGE._replace(needs_grad=True)
+"""What old log-probabilities are computed with, and new ones."""
+
+
+def eager_whose_rows_depend_on_n(monkeypatch) -> None:
+    """By their last bit, as where kernels change with N."""
+    forward = Eager.forward
+
+    def otherwise_from_65_rows_on(self, logits, labels, temperature, *, entropy):
+        log_probs, *others = forward(self, logits, labels, temperature, entropy=entropy)
+        return log_probs * (1.0 if len(labels) < 65 else 1.0 + 2**-23), *others
+
+    monkeypatch.setattr(Eager, "forward", otherwise_from_65_rows_on)
+
+
+@pytest.mark.parametrize("agreed", [OLD, NEW], ids=["without gradient", "with gradient"])
+def test_what_all_hold_without_having_measured_it_is_checked_for_invariant_rows(agreed, rank, mode, monkeypatch):
+    mode("lookup")
+    decisions.remember_decision(ours._baseline(agreed, "rank 1: OSError", CPU), "ranks")
+    logits, labels = torch.randn(1024, 1031), torch.zeros(1024, dtype=torch.int64)
+    with clp.autotune(row_invariant=True):
+        found = clp.explain(logits, labels)
+        assert found.backend is None and found.why.startswith("the next call checks whether the rows of eager depend")
+        assert [serving.serve(problem, CPU, policy()) for problem in (OLD, NEW)] == ["eager", "eager"]
+        assert clp.explain(logits, labels).source == "ranks"
+        [(name, _, _)] = serving._short_checks
+        assert name == "eager"
+
+        serving._short_checks.clear()
+        decisions._served.clear()
+        decisions._hot.clear()
+        eager_whose_rows_depend_on_n(monkeypatch)
+        for _ in range(2):
+            with pytest.raises(clp.BackendUnavailable, match="has rows whose bits do not depend on N.*Tried: eager"):
+                clp.log_probs_from_logits(logits, labels)
+    assert serving.serve(agreed, CPU, policy()) == "eager"  # where nobody asks for it
+
+
+def test_what_was_set_aside_leaves_no_baseline_whose_rows_are_not_known(rank, mode, monkeypatch):
+    mode("lookup")
+    candidates = {"eager": measured("eager", row_invariant=None), "cpp": measured("cpp")}
+    decisions.remember_decision(decided(NEW, "cpp", candidates=candidates), "ranks")
+    eager_whose_rows_depend_on_n(monkeypatch)
+    logits, labels = torch.randn(1024, 1031), torch.zeros(1024, dtype=torch.int64)
+    with clp.autotune(row_invariant=True), monkeypatch.context() as broken:
+        broken.setattr(get_backend("cpp"), "forward", None)
+        with pytest.warns(RuntimeWarning, match="'cpp' failed on"):
+            clp.log_probs_from_logits(logits, labels)  # this very call is served, and told of
+        with pytest.raises(clp.BackendUnavailable, match="Tried: eager"):
+            clp.log_probs_from_logits(logits, labels)
+
+
+def test_where_rows_have_to_be_invariant_no_rank_goes_by_its_store_if_anything_of_the_kind_was_agreed(rank, mode):
+    """Here ranks tuned together what needs no gradient; the store of this one has more, and with the gradient."""
+    mode("lookup")
+    publish(decided(NEW, "compiled"))
+    publish(decided(NEW._replace(rows=4096), "compiled"))
+    with clp.autotune(row_invariant=True):
+        assert serving.serve(OLD, CPU, policy()) == "compiled"
+        decisions.remember_decision(decided(OLD, "eager"), "ranks")
+        decisions.remember_decision(decided(OLD._replace(rows=2048), "cpp"), "ranks")
+        alone = decided(NEW._replace(rows=8192), "compiled")  # such as by tune(), on this rank
+        decisions.remember_decision(alone)
+        for problem in (OLD, NEW, NEW._replace(rows=4096), OLD._replace(layout="rows")):
+            assert serving.serve(problem, CPU, policy()) == "cpp"
+        assert [name for name, _, _ in serving._short_checks] == ["cpp"]  # nothing was known of its gradient
+        decisions.remember_decision(decided(NEW._replace(rows=64), "eager"), "ranks")  # of the very kind that serves
+        assert {serving.serve(problem, CPU, policy()) for problem in (OLD, NEW)} == {"eager"}
+    assert serving.serve(OLD, CPU, policy()) == "eager"
+
+
+def test_an_agreed_backend_that_cannot_be_had_with_the_gradient_leaves_the_baseline(rank, mode, monkeypatch):
+    mode("lookup")
+    publish(decided(NEW, "compiled"))
+    decisions.remember_decision(decided(OLD, "cpp"), "ranks")
+    no_backward = lambda problem: "has no backward" if problem.needs_grad else None  # noqa: E731
+    monkeypatch.setattr(get_backend("cpp"), "why_not", no_backward)
+    with clp.autotune(row_invariant=True):
+        assert [serving.serve(problem, CPU, policy()) for problem in (OLD, NEW)] == ["eager", "eager"]

@@ -78,6 +78,11 @@ def test_a_capture_neither_tunes_nor_takes_what_is_not_warm(monkeypatch):
         clp.BackendUnavailable, match="cannot compile while a CUDA graph is captured. Call the function once"
     ):
         clp.log_probs_from_logits(logits, labels, backend="compiled")
+    with (
+        clp.autotune(row_invariant=True),  # of whose backend nothing is known then
+        pytest.raises(clp.BackendUnavailable, match="no backend has served .* with row_invariant=True yet"),
+    ):
+        clp.log_probs_from_logits(logits, labels)
 
 
 def test_a_named_backend_is_not_replaced_under_a_counter_of_operations():

@@ -94,6 +94,7 @@ HARMLESS = [
     "out_of_memory",
     "interrupted",
     "frozen",
+    "invariant_rows",
 ]
 """After which all ranks are there."""
 FATAL = ["comes_late", "hangs", "is_stopped", "exits", "without_it"]
@@ -262,6 +263,12 @@ def test_what_is_stored_while_ranks_run_is_not_there_for_them(four):
         assert one["late"] == {"backend": "eager", "source": "default rule"}
         assert one["nearby"] == {"backend": "right", "source": "nearest"}
     assert len(list(Store(folder / "shared store").records())) == 3
+
+
+def test_invariant_rows_come_from_one_backend_on_all_ranks(four):
+    _, found = four
+    assert the_same(found["invariant_rows"])["chosen"] == "right"
+    assert all(one["new"] == {"backend": "right", "source": "ranks"} for one in found["invariant_rows"])
 
 
 def test_two_ranks(tmp_path):

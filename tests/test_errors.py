@@ -155,6 +155,9 @@ def test_a_short_check_that_runs_out_of_memory_speaks_against_nobody(winner, mod
             patch.setattr(get_backend(name), "forward", lambda *_, **__: torch.empty(PETABYTE, dtype=torch.uint8))
         clp.log_probs_from_logits(LOGITS, LABELS)
         assert not serving._short_checks and not decisions._served
+        # What would serve now is another one than later, and the bits of rows would differ.
+        with clp.autotune(row_invariant=True), pytest.raises(RuntimeError, match="allocate memory"):
+            clp.log_probs_from_logits(LOGITS, LABELS)
     clp.log_probs_from_logits(LOGITS, LABELS)
     assert clp.explain(LOGITS, LABELS).backend == "cpp"
 

@@ -620,6 +620,16 @@ def test_with_invariant_rows_what_is_tuned_later_changes_nothing(mode, gate, els
         assert serve() == "eager" == serve(LARGE._replace(rows=8))
 
 
+@pytest.mark.parametrize("asked", [LARGE, LOGITS], ids=["a problem", "logits"])
+def test_with_invariant_rows_tune_measures_what_serves_then(asked, fake, elsewhere):
+    arguments = (asked, LABELS) if asked is LOGITS else (asked,)
+    fake.answer = lambda problem: decided(problem, "cpp")
+    with clp.autotune(row_invariant=True):
+        [decision] = clp.tune(*arguments)
+        assert decision.problem == LARGE._replace(needs_grad=True)
+        assert (serve(), source()) == ("cpp", "tuned here") and len(fake.asked) == 1
+
+
 def test_with_invariant_rows_what_the_one_backend_cannot_run_is_told(mode, gate, elsewhere, monkeypatch):
     mode("off")
     with clp.autotune(row_invariant=True):

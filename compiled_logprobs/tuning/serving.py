@@ -62,15 +62,18 @@ def serve(problem: Problem, device: torch.device, under: Policy) -> str:
     Raises:
         ProfileError: a profile has to decide, and none does.
         BackendUnavailable: rows have to be invariant, and no backend's are, or the one whose are cannot run this call.
+        And out of memory, as it is, where that has to be found out.
     """
     answer = decisions.served(problem, under)
-    if answer is None:
+    if answer is None or (under.row_invariant and answer.source == "set aside"):
         with _lock:
-            answer = decisions.served(problem, under)  # another thread may have been quicker
+            known = decisions.served(problem, under)  # another thread may have been quicker
+            answer = known or _find_out(decisions.posed(problem, under), device, under)
             if answer is None:
-                answer = _find_out(decisions.posed(problem, under), device, under)
-                if answer is None:
-                    return EAGER  # there is no room for the check now; there may be at the next call
+                return EAGER  # there is no room for the check now; there may be at the next call
+            if under.row_invariant:
+                answer = _with_invariant_rows(answer, decisions.posed(problem, under), device, under)
+            if answer != known:
                 decisions.remember(problem, under, answer)
     name = answer.name
     reason = None if name == EAGER else why_not(name, problem)  # of this very N, where the decision is for a bucket
@@ -282,8 +285,30 @@ def _tune_by_itself(problem: Problem, device: torch.device, under: Policy, stand
     return decisions.stored(problem, device, under)
 
 
+def _with_invariant_rows(answer: Served, problem: Problem, device: torch.device, under: Policy) -> Served:
+    """`answer`, or eager in its place; where no profile tells it of such problems, the short check has to find their rows
+    invariant: as where eager stands in for another, or ranks have agreed upon a problem without the gradient.
+    """
+    for name in dict.fromkeys((answer.name, EAGER)):
+        one = answer._replace(name=name)
+        if decisions.tells_of_rows(one, problem):
+            return one
+        if why_not(name, problem) is None:
+            found = _short_check(name, problem, device, under)
+            if found.passed and found.row_invariant:
+                return one
+    raise _none_is_invariant(problem, list(dict.fromkeys((answer.name, EAGER))))
+
+
+def _none_is_invariant(problem: Problem, tried: Sequence[str]) -> BackendUnavailable:
+    return BackendUnavailable(
+        f"no backend that can run {problem}{_options(problem)} has rows whose bits do not depend on N, which "
+        f"row_invariant=True asks for. Tried: {', '.join(tried)}. Set row_invariant=False, or keep N the same."
+    )
+
+
 def _default_rule(problem: Problem, device: torch.device, under: Policy) -> Served | None:
-    """None if there is no memory to find out."""
+    """None if there is no memory to find out; where rows have to be invariant, that is raised, since nothing can serve."""
     names = decisions.candidates(problem)
     if decisions.is_small(problem) and not under.row_invariant:  # whose first answer stands for large ones, too
         names.sort(key=lambda name: name != EAGER)
@@ -297,13 +322,10 @@ def _default_rule(problem: Problem, device: torch.device, under: Policy) -> Serv
             if found.passed and (found.row_invariant or not under.row_invariant):
                 return Served(name, "default rule")
     except Exception as error:
-        if not is_out_of_memory(error):
+        if under.row_invariant or not is_out_of_memory(error):
             raise
         return None
-    raise BackendUnavailable(
-        f"no backend that can run {problem}{_options(problem)} has rows whose bits do not depend on N, which "
-        f"row_invariant=True asks for. Tried: {', '.join(names)}. Set row_invariant=False, or keep N the same."
-    )
+    raise _none_is_invariant(problem, names)
 
 
 def _short_check(name: str, problem: Problem, device: torch.device, under: Policy) -> _Short:
