@@ -11,6 +11,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INTEGRATIONS := .venv-integrations
+# Together eight minutes, which is what CI has for them. In the foreground, so that Ctrl-C ends them as well.
+INTEGRATIONS_LIMIT := 5m
+INTEGRATIONS_LIMIT_1.13 := 3m
+define within
+timeout --foreground $(1) $(2) || { code=$$?; [ $$code -ne 124 ] || \
+	echo "The integration tests took longer than $(1): see above which one it was at, and make it smaller." >&2; exit $$code; }
+endef
 # Without the constraints, pip would take the newest torch, which is larger and not the one that was tested.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
@@ -23,8 +30,9 @@ test: .venv/.installed-flash-attn
 
 test-integrations: export OMP_WAIT_POLICY := PASSIVE
 test-integrations: $(INTEGRATIONS)/.installed
-	$(INTEGRATIONS)/bin/python -m pytest integrations
-	PYTHONPATH=$(INTEGRATIONS)/trl-1.13.0 $(INTEGRATIONS)/bin/python -m pytest integrations/test_trl.py
+	$(call within,$(INTEGRATIONS_LIMIT),$(INTEGRATIONS)/bin/python -m pytest -v integrations)
+	PYTHONPATH=$(INTEGRATIONS)/trl-1.13.0 \
+	$(call within,$(INTEGRATIONS_LIMIT_1.13),$(INTEGRATIONS)/bin/python -m pytest -v integrations/test_trl.py)
 
 profile: .venv/.installed-flash-attn
 	$(BIN)/compiled-logprobs profile

@@ -5,8 +5,10 @@ Run with the last version whose trainers call them, and with one of the older ar
 
 import contextlib
 import functools
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +69,16 @@ def test_patching_reaches_both_trainers(report):
     assert all(site.lines for site in patched.sites if site.module.endswith(("grpo_trainer", "dpo_trainer")))
     assert grpo_trainer.selective_log_softmax is dpo_trainer.selective_log_softmax is before
     report(str(patched))
+
+
+def test_the_page_about_frameworks_runs():
+    """The block that tests/test_docs.py cannot execute."""
+    page = (Path(__file__).parent.parent / "docs/frameworks.md").read_text()
+    (block,) = re.findall(r"<!-- not executed: it needs TRL.*?-->\n```python\n(.*?)```", page, re.S)
+    before, names = grpo_trainer.selective_log_softmax, {}
+    exec(block, names)
+    assert ("trl.trainer.utils", "selective_log_softmax") in {site[:2] for site in names["report"].sites}
+    assert grpo_trainer.selective_log_softmax is before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -119,11 +119,8 @@ def trl_entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
 
 
 def openrlhf_log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """But for the division, which the original does in place."""
-    x = logits if temperature == 1 else logits / temperature
-    if logits.dtype in (torch.float32, torch.float64):
-        return _log_probs_or_zero(x, labels)
-    return _at(x.log_softmax(-1), labels)
+    """But for the division, which the original does in place, and for -100 in 16 bits, which is an error there."""
+    return _log_probs_or_zero(logits if temperature == 1 else logits / temperature, labels)
 
 
 openrlhf_compute_entropy = _entropy_by_logsumexp

@@ -74,6 +74,23 @@ def test_a_function_of_torch_whose_signature_python_cannot_read_is_called_as_it_
     assert report.passed, report.causes
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ImportError, NameError])
+def test_a_signature_that_raises_is_said_to(error):
+    """As lazily imported placeholders do, and annotations that Python evaluates late."""
+
+    class Lazy:
+        @property
+        def __signature__(self):
+            raise error("libcudart.so.12")
+
+        def __call__(self, logits, labels):
+            return functions_to_check.right(logits, labels)
+
+    with pytest.raises(clp.InputError, match=rf"cannot be read \({error.__name__}: libcudart.so.12\).*--signature"):
+        clp.check_backend(Lazy())
+    assert clp.check_backend(Lazy(), SMALL, signature="logits, labels").passed
+
+
 def test_the_options_in_a_signature_are_tried_and_no_others():
     seen = []
 
@@ -149,6 +166,27 @@ def test_the_likely_cause_is_named_first(check, name, cause):
     assert result.exit_code == 1, result.output
     assert causes(result)[0].startswith(cause)
     assert f"{name}: wrong: " in result.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "right"),
+    [
+        ("right", "labels, logits", "logits, labels"),
+        ("labels_first", "logits, labels", "labels, logits"),
+        ("of_batches", "labels[None], logits[None]", "logits[None], labels[None]"),
+        (
+            "of_other_names",
+            "labels, targets=logits, temp=temperature, reduction='none'",
+            "logits, targets=labels, temp=temperature, reduction='none'",
+        ),
+    ],
+)
+def test_arguments_in_the_wrong_order_are_said_to_be(check, name, given, right):
+    returns = ("--returns", "loss" if name == "of_other_names" else "log_prob")
+    result = check(name, "--signature", given, *returns)
+    assert result.exit_code == 1, result.output
+    assert causes(result)[0] == f'takes ({right}), the other way round: say --signature "{right}"'
+    assert check(name, "--signature", right, *returns).exit_code == 0
 
 
 def test_what_fails_on_no_rows_is_checked_on_the_others_all_the_same():

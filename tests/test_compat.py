@@ -216,7 +216,7 @@ CASES = [
     Case(
         openrlhf.log_probs_from_logits,
         originals.openrlhf_log_probs_from_logits,
-        labelled(temperature=True),
+        labelled(ignored=-100, temperature=True),
     ),
     Case(openrlhf.compute_entropy, originals.openrlhf_compute_entropy, unlabelled()),
     Case(areal.gather_logprobs, originals.areal_gather_logprobs, labelled(temperature=True, chunk_size=CHUNKS)),
@@ -248,7 +248,7 @@ CASES = [
     Case(
         torchtitan.compute_logprobs,
         originals.torchtitan_compute_logprobs,
-        labelled(1, ignored=-100, return_entropy=st.booleans()),
+        labelled(ignored=-100, return_entropy=st.booleans()),
     ),
     Case(roll.log_probs_from_logits, originals.roll_log_probs_from_logits, labelled()),
     Case(roll.entropy_from_logits, originals.roll_entropy_from_logits, unlabelled()),

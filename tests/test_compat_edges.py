@@ -72,6 +72,30 @@ def test_openrlhf_leaves_the_logits_undivided():
     assert torch.equal(logits, X)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_openrlhf_counts_minus_100_as_0_in_every_dtype(dtype):
+    """Beside the formula, row by row, in Python's own numbers."""
+    temperature, labels = 0.5, torch.tensor([[0, -100, 2], [-100, 4, 0]])
+    logits = X.to(dtype, copy=True).requires_grad_()
+    log_probs = openrlhf.log_probs_from_logits(logits, labels, temperature)
+    log_probs.sum().backward()
+    assert log_probs.dtype == dtype
+    for row, label, log_prob, gradient in zip(
+        X.to(dtype).view(-1, 5).tolist(),
+        labels.flatten().tolist(),
+        log_probs.flatten(),
+        logits.grad.view(-1, 5),
+        strict=True,
+    ):
+        if label == -100:
+            assert log_prob == 0 and (gradient == 0).all()
+            continue
+        exps = [math.exp(x / temperature) for x in row]
+        assert log_prob.item() == pytest.approx(math.log(exps[label] / sum(exps)), rel=torch.finfo(dtype).eps)
+        expected = [((i == label) - one / sum(exps)) / temperature for i, one in enumerate(exps)]
+        assert gradient.tolist() == pytest.approx(expected, rel=torch.finfo(dtype).eps, abs=1e-6)
+
+
 def test_slime_has_a_column_of_log_probs_beside_a_row_of_entropies():
     log_probs, entropy = slime.calculate_log_probs_and_entropy(X[0], LABELS[0], None, True)
     assert log_probs.shape == (3, 1) and entropy.shape == (3,)
@@ -86,6 +110,38 @@ def test_slime_keeps_the_label_and_the_whole_entropy_under_a_mask():
     log_probs, entropy = slime.calculate_log_probs_and_entropy(X[0], LABELS[0], None, True, log_prob_keep_mask=nothing)
     assert torch.equal(log_probs, torch.zeros(3, 1))  # the label alone is left
     torch.testing.assert_close(entropy, slime.calculate_log_probs_and_entropy(X[0], LABELS[0], None, True)[1])
+
+
+@pytest.mark.parametrize("keep", [None, torch.ones(3, 5, dtype=torch.bool)], ids=["no mask", "mask"])
+@pytest.mark.parametrize("bad", [-100, -1, 5, 2**40])
+def test_slime_refuses_a_token_outside_the_vocabulary(keep, bad):
+    tokens = torch.tensor([1, bad, 2])
+    with pytest.raises(InputError, match=rf"labels\[1\] = {bad}"):
+        slime.calculate_log_probs_and_entropy(X[0], tokens, None, True, log_prob_keep_mask=keep)
+    # Where no value can be looked at, as on an accelerator, it is NaN, and the other rows are as they are without it.
+    logits = X[0].clone().requires_grad_()
+    traced = torch.compile(slime.calculate_log_probs_and_entropy, fullgraph=True, backend="aot_eager")
+    log_probs, entropy = traced(logits, tokens, None, False, log_prob_keep_mask=keep)
+    log_probs.sum().backward()
+    good, _ = slime.calculate_log_probs_and_entropy(X[0], tokens.clamp(0, 4), None, log_prob_keep_mask=keep)
+    assert entropy is None and log_probs[1].isnan().all() and logits.grad[1].isnan().all()
+    torch.testing.assert_close(log_probs[[0, 2]], good[[0, 2]])
+    assert logits.grad[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keep", "message"),
+    [
+        (torch.tensor([1, 2]), torch.ones(3, 5, dtype=torch.bool), r"labels of shape \[2\]"),
+        (torch.tensor([1.0, 2.0, 3.0]), torch.ones(3, 5, dtype=torch.bool), "labels of dtype float32"),
+        (torch.tensor([1, 2, 3]), torch.ones(3, 4, dtype=torch.bool), r"log_prob_keep_mask of shape \[3, 4\]"),
+        (torch.tensor([1, 2, 3]), torch.ones(3, 5), "torch.float32 for logits .* torch.bool are valid"),
+    ],
+    ids=["too few tokens", "tokens of floats", "mask of another shape", "mask of floats"],
+)
+def test_slime_says_what_does_not_fit_beside_a_mask(tokens, keep, message):
+    with pytest.raises(InputError, match=message):
+        slime.calculate_log_probs_and_entropy(X[0], tokens, None, log_prob_keep_mask=keep)
 
 
 def test_trl_has_a_label_a_row_or_k_of_them():
@@ -174,6 +230,21 @@ def test_torchtitan_gives_ignored_rows_an_entropy():
     labels = torch.tensor([1, -100, 2])
     log_probs, entropy = torchtitan.compute_logprobs(X[0].clone().requires_grad_(), labels, return_entropy=True)
     assert log_probs[1] == 0 and (entropy > 0).all() and not entropy.requires_grad and log_probs.requires_grad
+
+
+@pytest.mark.parametrize("return_entropy", [False, True])
+def test_torchtitan_takes_a_batch_as_its_rows(return_entropy):
+    """The original has logits [T, V] alone; [B, S, V] are B times S of them."""
+    labels = torch.tensor([[0, -100, 2], [3, 4, -100]])
+    batch, rows = X.clone().requires_grad_(), X.view(6, 5).clone().requires_grad_()
+    ours = torchtitan.compute_logprobs(batch, labels, return_entropy=return_entropy)
+    theirs = originals.torchtitan_compute_logprobs(rows, labels.view(6), return_entropy=return_entropy)
+    for one, other in zip(*((it if return_entropy else (it,)) for it in (ours, theirs)), strict=True):
+        assert one.shape == (2, 3)
+        torch.testing.assert_close(one, other.view(2, 3))
+    for one in (ours, theirs):
+        (one[0] if return_entropy else one).sum().backward()
+    torch.testing.assert_close(batch.grad.view(6, 5), rows.grad)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from typer.main import get_command
 
 from compiled_logprobs.cli import app
+from compiled_logprobs.compat import FRAMEWORKS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -123,8 +124,28 @@ def test_the_migration_tables_name_functions_that_exist():
             if name[0] != "_" and callable(one) and getattr(one, "__module__", None) == found.__name__
         }
         assert set(re.findall(r"`(\w+)`", names)) == public, module
-    readme = (ROOT / "README.md").read_text()
+    readme, reference = ((ROOT / page).read_text() for page in ("README.md", "docs/reference.md"))
     assert all(f"compat.{module}" in readme for module, _ in rows)
+    assert re.findall(r"^::: compiled_logprobs\.compat\.([a-z_0-9]+)$", reference, re.M)[2:] == list(FRAMEWORKS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="`timeout` is Linux's; CI runs there")
+def test_the_integration_tests_end_with_a_word_when_they_take_too_long(tmp_path):
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    python.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    done = subprocess.run(
+        ["make", "test-integrations", f"INTEGRATIONS={tmp_path}", "INTEGRATIONS_LIMIT=1s"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 2 and "integration tests took longer than 1s: see above which" in done.stderr, done.stderr
+    limits = re.findall(r"^INTEGRATIONS_LIMIT.* := (\d+)m$", (ROOT / "Makefile").read_text(), re.M)
+    assert len(limits) == 2 and sum(map(int, limits)) <= 8
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -139,5 +160,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     reference = (tmp_path / "site/reference.html").read_text()
     assert "Log-probability of each label under softmax" in reference
+    for framework, known in FRAMEWORKS.items():
+        for one in known.originals:
+            assert f'id="compiled_logprobs.compat.{framework}.{one.name}"' in reference
     outside = re.findall(r'(?:src|<link[^>]*href)="(https?://[^"]+)"', reference)
     assert not outside, outside

@@ -1,6 +1,8 @@
 """The worked run in small: it learns from words, the historical signs show themselves, and what is committed is its output."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,29 @@ def test_the_committed_results_are_of_the_defaults_and_show_what_the_pages_say()
     assert min(ours["reward"][-5:] + plain["reward"][-5:]) > 4 * ours["reward"][0]
     assert max(ours["apart"]) < 2e-6 and set(ours["first_ratio"] + plain["first_ratio"]) == {1.0}
     assert max(mixed["reward"][2:]) == 0 and min(mixed["log_prob"]) > 0 and min(mixed["first_ratio"]) > 1e5
+
+
+def test_the_table_of_the_page_is_that_of_the_committed_results():
+    results = json.loads(RESULTS.read_text())
+    page = (RESULTS.parents[2] / "docs/example.md").read_text()
+    names = [f"compiled_logprobs (`{results['backend']}`)", "plain torch, float32", "mixed signs"]
+
+    def short(number: float) -> str:
+        return re.sub(r"e\+?(-?)0*", r"e\1", f"{number:.2g}")
+
+    table = [
+        f"| {name} | {curve['reward'][0]:.2f} → {curve['reward'][-1]:.2f} | {curve['log_prob'][-1]:+.2f} "
+        f"| {short(max(curve['first_ratio']))} | {short(max(curve['apart']))}{' nats' if max(curve['apart']) else ''} |"
+        for name, curve in zip(names, results["curves"], strict=True)
+    ]
+    assert re.findall(r"^\| (?:compiled|plain|mixed).*$", page, re.M) == table
+    ours, plain, mixed = (curve["reward"] for curve in results["curves"])
+    alike = [a == b for a, b in zip(ours, plain, strict=True)].index(False)
+    assert f"for {alike} steps" in page and f"| of {len(ours)} steps |" in page
+    assert f"in {results['seconds']['all']:.0f} s for all" in page
+    low, high = (math.log10(end(results["curves"][2]["first_ratio"])) for end in (min, max))
+    assert f"between 10^{math.floor(low)} and 10^{math.ceil(high)}" in page
+    assert "gone after two steps" in page and max(mixed[2:]) == 0 < mixed[1]
 
 
 def test_the_logits_of_the_run_are_taken_as_a_view(start):

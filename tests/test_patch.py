@@ -142,6 +142,59 @@ def test_what_is_imported_later_gets_ours_and_then_its_own_back(package):
     assert grpo.f(X, LABELS) == "original"
 
 
+def test_callers_through_a_module_are_served_and_named(package):
+    """As EasyR1's actor is: `VF.log_probs_from_logits`, which it compiles."""
+    write_trl(package)
+    package(
+        "my_project.losses",
+        "import functools\n\nimport trl.trainer.utils\nfrom trl.trainer import utils as U\n\n\n"
+        "def f(x, y):\n    return U.selective_log_softmax(x, y)\n\n\n"
+        "class Actor:\n    def __init__(self):\n"
+        "        self.log_probs = functools.partial(trl.trainer.utils.selective_log_softmax)\n\n"
+        "    def twice(self, x, y):\n        return [U.selective_log_softmax(x, y) for _ in 'ab']\n",
+    )
+    package(
+        "my_project.metrics",  # which holds the module, too, and uses something else of that name
+        "from trl.trainer import utils\n\n\nat_import = utils.selective_log_softmax(1, 2)\n\n\n"
+        "def f(outputs):\n    return outputs.selective_log_softmax\n",
+    )
+    package(
+        "trl.trainer.grpo_trainer",
+        "def f(x, y):\n    from . import utils\n\n    return utils.selective_log_softmax(x, y)\n\n\n"
+        "def g(x, y):\n    from .utils import selective_log_softmax as log_probs\n\n    return log_probs(x, y)\n",
+    )
+    losses, grpo = map(importlib.import_module, ("my_project.losses", "trl.trainer.grpo_trainer"))
+    importlib.import_module("my_project.metrics")
+    with patch("trl") as patched:
+        for call in (losses.f, losses.Actor().log_probs, grpo.f, grpo.g):
+            assert call(X, LABELS).shape == (2, 3)
+    assert [site.module for site in patched.sites] == ["trl.trainer.utils"]
+    assert {(site.module, site.name): site.lines for site in patched.through} == {
+        ("my_project.losses", "U.selective_log_softmax"): (8, 16),
+        ("my_project.losses", "trl.trainer.utils.selective_log_softmax"): (13,),
+        ("trl.trainer.grpo_trainer", "utils.selective_log_softmax"): (4,),
+        ("trl.trainer.grpo_trainer", "log_probs"): (10,),
+    }
+    assert patched.silent == ()
+    report = str(patched).splitlines()
+    at = report.index("reached by functions when they run, and so replaced as well:")
+    assert "  my_project.losses.U.selective_log_softmax, used on lines 8, 16" in report[at + 1 :]
+
+
+def test_the_lines_of_a_name_are_those_that_use_it(package):
+    """Taken, as by torch.compile, or called; not an attribute of something else that has the same name."""
+    write_trl(package)
+    package(
+        "trl.trainer.dpo_trainer",
+        "from .utils import selective_log_softmax as log_probs\n\n\n"
+        "def f(self, x, y):\n    self.log_probs = log_probs\n    return self.log_probs(x, y)\n",
+    )
+    importlib.import_module("trl.trainer.dpo_trainer")
+    with patch("trl") as patched:
+        assert [site.lines for site in patched.sites if site.name == "log_probs"] == [(5,)]
+        assert patched.through == patched.silent == ()
+
+
 def test_whoever_imported_ours_on_purpose_keeps_it(package):
     write_trl(package)
     package("my_losses", "from compiled_logprobs.compat.trl import selective_log_softmax\n")
@@ -205,7 +258,10 @@ def test_annotations_and_decorators_are_no_change(package):
 
 
 def test_what_is_missing_is_named(package):
-    with pytest.raises(LogProbsError, match=r"importing slime.utils.ppo_utils failed \(No module named 'slime'\)"):
+    failed = (
+        r"importing slime.utils.ppo_utils failed \(ModuleNotFoundError: No module named 'slime'\).*Install slime, or"
+    )
+    with pytest.raises(LogProbsError, match=failed):
         patch("slime")
     package("verl.utils.torch_functional", "")
     with pytest.raises(
@@ -215,6 +271,41 @@ def test_what_is_missing_is_named(package):
     for function in (patch, unpatch):
         with pytest.raises(InputError, match="got the framework 'unsloth'; easyr1, verl, .* are valid"):
             function("unsloth")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("raise RuntimeError('the driver is too old')", "RuntimeError: the driver is too old"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("import a_package_that_is_missing", "ModuleNotFoundError: No module named 'a_package_that_is_missing'"),
+        ("def __getattr__(name):\n    raise OSError('no libcudart.so.12')", "OSError: no libcudart.so.12"),
+    ],
+)
+def test_a_framework_that_does_not_import_is_named_with_what_it_raised(package, source, said):
+    package("trl.trainer.utils", source)
+    with pytest.raises(LogProbsError) as raised:
+        patch("trl")
+    assert str(raised.value) == (
+        f"trl cannot be patched: importing trl.trainer.utils failed ({said}). Nothing was replaced. "
+        "See that `import trl.trainer.utils` works by itself, or import compiled_logprobs.compat.trl in its place."
+    )
+
+
+def test_what_only_some_installations_have_may_fail_to_import(package):
+    """ROLL's part for Megatron: nothing that runs here can call it."""
+    package("roll.utils.functionals", "def log_probs_from_logits(logits, labels):\n    return 'original'\n")
+    package("mcore_adapter.parallel_functions.vocab_parallel", "raise RuntimeError('no CUDA')")
+    with patch("roll") as patched:
+        assert [site.name for site in patched.sites] == ["log_probs_from_logits"]
+
+
+def test_what_is_no_function_any_more_is_refused(package):
+    package("trl.trainer.utils", "selective_log_softmax = 7\n")
+    with pytest.raises(
+        LogProbsError, match=r"trl.trainer.utils.selective_log_softmax cannot be read \(TypeError: 7 is not"
+    ):
+        patch("trl")
 
 
 def test_trainers_that_do_not_call_it_are_named(package):
@@ -249,9 +340,9 @@ def test_the_report_can_be_read(package, monkeypatch):
     assert str(patched).splitlines() == [
         "trl 1.14.2: replaced 2 names",
         "  trl.trainer.utils.selective_log_softmax",
-        "  trl.trainer.dpo_trainer.selective_log_softmax, called on lines 4, 5",
+        "  trl.trainer.dpo_trainer.selective_log_softmax, used on lines 4, 5",
         "not imported yet, and replaced when they are:",
-        "  trl.trainer.kto_trainer.selective_log_softmax, called on line 2",
+        "  trl.trainer.kto_trainer.selective_log_softmax, used on line 2",
         "trl.trainer.grpo_trainer of trl 1.14.2 calls none of selective_log_softmax, selective_log_softmax_and_entropy, "
         "entropy_from_logits: patching changes nothing there. Since TRL 1.15 these trainers compute log-probabilities from "
         "hidden states (add_fused_lm_head), which patching does not change; 1.14 is the last version whose trainers call the "

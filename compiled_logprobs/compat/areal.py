@@ -4,7 +4,7 @@ Kept: float32 results of logits of any dtype, divided by the temperature in floa
 
 Not kept: a `tp_group` of more than one rank is refused. Empty input gives an empty result, where the original stops with an
 assertion. A token of probability 0 counts 0 in the entropy, where the original gives NaN. The gradient needs one tensor of the
-size of the logits, in their dtype; under the original's loop autograd keeps float32 copies of every chunk.
+size of the logits, in their dtype, whatever `chunk_size` is; the original leaves to torch.compile what is kept of each chunk.
 """
 
 from typing import Any

@@ -1,6 +1,7 @@
 """OpenRLHF's `openrlhf.models.utils`.
 
-Kept: results in the dtype of the logits; a label of -100 counts 0, as with flash-attn.
+Kept: results in the dtype of the logits; a label of -100 counts 0 in every dtype, as in the original in float32 with flash-attn
+(otherwise it is an error there).
 
 Not kept: the original divides `logits` by the temperature in place, and hands what is left to its caller as the model's
 output; here they are not modified. Whoever counted on the division has to do it. 16-bit logits are divided and summed in

@@ -2,8 +2,9 @@
 
 A module that did `from trl.trainer.utils import selective_log_softmax` holds the function itself, and changing that module of
 TRL alone would not reach it. So all loaded modules are searched for the very object. Modules that are imported later get what
-the framework's module has by then. What keeps the function elsewhere (an attribute of an object, a `functools.partial`, the
-result of `torch.compile`) keeps the original: patch before such things are made.
+the framework's module has by then, and so do functions that reach it through a module (`utils.selective_log_softmax`), which
+the report names. What keeps the function elsewhere (an attribute of an object, a `functools.partial`, the result of
+`torch.compile`) keeps the original: patch before such things are made.
 """
 
 import ast
@@ -11,8 +12,9 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
+from importlib.util import resolve_name
 from pathlib import Path
 from types import FunctionType, ModuleType, TracebackType
 from typing import Any, NamedTuple
@@ -27,10 +29,10 @@ class Site(NamedTuple):
     module: str
     name: str
     lines: tuple[int, ...]
-    """Lines of the module's source that call it."""
+    """Lines of the module's source that use it."""
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.name}{_called_on(self.lines)}"
+        return f"{self.module}.{self.name}{_used_on(self.lines)}"
 
 
 class Patch:
@@ -41,6 +43,9 @@ class Patch:
     """Of the installed package; "of an unknown version" where nothing says."""
     sites: tuple[Site, ...]
     """Where functions were replaced."""
+    through: tuple[Site, ...]
+    """Where functions of loaded modules reach them through a module, as in `utils.selective_log_softmax`, or import them only
+    when they run. Looked for in the framework, in the main program, and in what holds the framework's modules."""
     later: tuple[Site, ...]
     """The trainers that are not imported yet, and will get these functions when they are."""
     silent: tuple[str, ...]
@@ -49,12 +54,13 @@ class Patch:
     def __init__(self, framework: str, swaps: "tuple[_Swap, ...]", owner: bool = True) -> None:
         known = FRAMEWORKS[framework]
         self.framework, self.version = framework, _version(known)
-        self.sites = tuple(
-            Site(module.__name__, name, _calls(_source(module), name))
-            for swap in swaps
-            for module, name in _holding(swap.ours)
-        )
-        self.later, self.silent = _of_callers(known, tuple(swap.name for swap in swaps))
+        held = [(module, name) for swap in swaps for module, name in _holding(swap.ours)]
+        uses = _uses(known, held, {id(swap.ours) for swap in swaps})
+        self.sites = tuple(Site(module.__name__, name, uses.get((module.__name__, name), ())) for module, name in held)
+        named = {(site.module, site.name) for site in self.sites}
+        self.through = tuple(Site(*place, lines) for place, lines in uses.items() if place not in named)
+        using = {module for module, _ in uses}
+        self.later, self.silent = _of_callers(known, tuple(swap.name for swap in swaps), using)
         self._owner = owner
 
     def __enter__(self) -> "Patch":
@@ -69,6 +75,9 @@ class Patch:
     def __str__(self) -> str:
         lines = [f"{self.framework} {self.version}: replaced {_count(len(self.sites), 'name')}"]
         lines += [f"  {site}" for site in self.sites]
+        if self.through:
+            lines += ["reached by functions when they run, and so replaced as well:"]
+            lines += [f"  {site}" for site in self.through]
         if self.later:
             lines += ["not imported yet, and replaced when they are:", *(f"  {site}" for site in self.later)]
         if self.silent:
@@ -106,7 +115,7 @@ def patch(framework: str) -> Patch:
         framework: a name in `FRAMEWORKS`, such as "trl". Its package is imported.
 
     Returns:
-        A `Patch`: the names replaced, with the lines that call them, and the trainers that do not call them in the
+        A `Patch`: the names replaced, with the lines that use them, and the trainers that do not use them in the
         installed version, of which a warning tells as well.
 
     Raises:
@@ -156,14 +165,16 @@ def _checked(framework: str, known: Framework, one: Original) -> tuple[Any, Call
     ours: Callable[..., Any] = getattr(importlib.import_module(f"compiled_logprobs.compat.{framework}"), one.name)
     try:
         module = importlib.import_module(one.module)
-    except ImportError as error:
-        if not one.required:
+        original = getattr(module, one.name, None)  # in a lazy module, one more import
+    except (Exception, SystemExit) as error:  # a foreign module may do anything when it is imported
+        if not one.required:  # nothing here can call what cannot be imported here
             return None, ours
+        missing = isinstance(error, ModuleNotFoundError) and error.name == one.module.partition(".")[0]
+        remedy = f"Install {framework}" if missing else f"See that `import {one.module}` works by itself"
         raise LogProbsError(
-            f"{framework} cannot be patched: importing {one.module} failed ({error}). Nothing was replaced. "
-            f"Install {framework}, or import compiled_logprobs.compat.{framework} in its place."
+            f"{framework} cannot be patched: importing {one.module} failed ({type(error).__name__}: {error}). "
+            f"Nothing was replaced. {remedy}, or import compiled_logprobs.compat.{framework} in its place."
         ) from error
-    original = getattr(module, one.name, None)
     version = f"{framework} {_version(known)}"
     if original is None:
         if not one.required:
@@ -172,7 +183,13 @@ def _checked(framework: str, known: Framework, one: Original) -> tuple[Any, Call
             f"{version} cannot be patched: {one.module} has no {one.name}. Nothing was replaced. "
             "Is this another framework, or a newer version? Call the public functions where it calls its own."
         )
-    arguments = _arguments(original)
+    try:
+        arguments = _arguments(original)
+    except Exception as error:  # no function, or one that computes its signature
+        raise LogProbsError(
+            f"{version} cannot be patched: the arguments of {one.module}.{one.name} cannot be read "
+            f"({type(error).__name__}: {error}). Nothing was replaced. Call the public functions where it calls its own."
+        ) from error
     if arguments not in one.signatures:
         raise LogProbsError(
             f"{version} cannot be patched: {one.module}.{one.name} has the arguments {arguments}; known are "
@@ -216,18 +233,96 @@ def _put(value: object, where: object) -> list[str]:
     return [f"{module.__name__}.{name}" for module, name in held]
 
 
-def _of_callers(known: Framework, names: tuple[str, ...]) -> tuple[tuple[Site, ...], tuple[str, ...]]:
-    """What those of the framework's trainers call that are not imported, and which trainers call nothing."""
+def _uses(
+    known: Framework, held: list[tuple[ModuleType, str]], ours: set[int]
+) -> dict[tuple[str, str], tuple[int, ...]]:
+    """What stands for one of `ours`, ids, in functions of loaded modules: a name that is `held`, or one reached through a module.
+
+    By module and the words in its source, with the lines. What runs at import has run, and is left out.
+    """
+    names = {name for _, name in held}
+    found: dict[tuple[str, str], set[int]] = {}
+    for module in _near(known, [module for module, _ in held]):
+        tree = _tree(_source(module), names)
+        nodes = [] if tree is None else list(_within_functions(tree))
+        scopes = [vars(module), _imported_by(nodes, module)]
+        for node in nodes:
+            if any(id(_stands_for(node, scope)) in ours for scope in scopes):
+                found.setdefault((module.__name__, ast.unparse(node)), set()).add(node.lineno)
+    return {place: tuple(sorted(lines)) for place, lines in found.items()}
+
+
+def _near(known: Framework, holders: list[ModuleType]) -> Iterator[ModuleType]:
+    """Loaded modules that may use what `holders` hold: the framework's, the main one, and those that hold one of these."""
+    roots = {one.module.partition(".")[0] for one in known.originals}
+    reached = {id(one) for one in holders}
+    for one in holders:
+        name = one.__name__
+        while name := name.rpartition(".")[0]:
+            if name in sys.modules:
+                reached.add(id(sys.modules[name]))
+    for name, module in list(sys.modules.items()):
+        names = getattr(module, "__dict__", None)
+        if isinstance(names, dict) and (
+            name == "__main__"
+            or name.partition(".")[0] in roots
+            or id(module) in reached
+            or any(id(held) in reached for held in list(names.values()))
+        ):
+            yield module
+
+
+def _within_functions(tree: ast.AST) -> Iterator[Any]:
+    """The nodes of all functions' bodies."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            for part in node.body if isinstance(node.body, list) else [node.body]:
+                yield from ast.walk(part)
+
+
+def _imported_by(nodes: Iterable[ast.AST], module: ModuleType) -> dict[str, object]:
+    """What the import statements among `nodes` bind, as far as it is loaded."""
+    found: dict[str, object] = {}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for one in node.names:
+                name = one.name if one.asname else one.name.partition(".")[0]
+                found[one.asname or name] = sys.modules.get(name)
+        elif isinstance(node, ast.ImportFrom):
+            try:
+                origin = resolve_name("." * node.level + (node.module or ""), module.__package__ or "")
+            except ImportError:  # beyond the top
+                continue
+            names = getattr(sys.modules.get(origin), "__dict__", {})
+            found |= {one.asname or one.name: names.get(one.name) for one in node.names}
+    return found
+
+
+def _stands_for(node: ast.AST, scope: dict[str, object]) -> object:
+    """What a name, or names with dots of which all but the last are modules, stands for; None for everything else."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+        return scope.get(node.id)
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        owner = _stands_for(node.value, scope)
+        return vars(owner).get(node.attr) if issubclass(type(owner), ModuleType) else None
+    return None
+
+
+def _of_callers(known: Framework, names: tuple[str, ...], using: set[str]) -> tuple[tuple[Site, ...], tuple[str, ...]]:
+    """What those of the framework's trainers use that are not imported, and which trainers use nothing.
+
+    `using` are loaded modules of which it is known that they use something, under whatever name.
+    """
     later, silent = [], []
     for caller in known.callers:
         source = _source(sys.modules[caller]) if caller in sys.modules else _source_of_unloaded(caller)
         if source is None:
             continue
-        called = [Site(caller, name, lines) for name in names if (lines := _calls(source, name))]
-        if not called:
+        used = [Site(caller, name, lines) for name in names if (lines := _uses_by_name(source, name))]
+        if not used and caller not in using:
             silent.append(caller)
         elif caller not in sys.modules:
-            later += called
+            later += used
     return tuple(later), tuple(silent)
 
 
@@ -253,24 +348,25 @@ def _read(file: Path) -> str | None:
         return None
 
 
-def _calls(source: str | None, name: str) -> tuple[int, ...]:
-    """Lines of `source` that call `name`, or the attribute `name` of something."""
-    if source is None or name not in source:
-        return ()
+def _tree(source: str | None, names: Iterable[str]) -> ast.AST | None:
+    """`source` parsed, if one of `names` is in it."""
+    if source is None or not any(name in source for name in names):
+        return None
     try:
-        nodes = ast.walk(ast.parse(source))
-    except SyntaxError:
-        return ()
-    called = {
+        return ast.parse(source)
+    except (SyntaxError, ValueError):
+        return None
+
+
+def _uses_by_name(source: str, name: str) -> tuple[int, ...]:
+    """Lines of `source` that use `name`, or the attribute `name` of something."""
+    tree = _tree(source, [name])
+    used = {
         node.lineno
-        for node in nodes
-        if isinstance(node, ast.Call)
-        and (
-            (isinstance(node.func, ast.Name) and node.func.id == name)
-            or (isinstance(node.func, ast.Attribute) and node.func.attr == name)
-        )
+        for node in ([] if tree is None else ast.walk(tree))
+        if (isinstance(node, ast.Name) and node.id == name) or (isinstance(node, ast.Attribute) and node.attr == name)
     }
-    return tuple(sorted(called))
+    return tuple(sorted(used))
 
 
 def _version(known: Framework) -> str:
@@ -280,8 +376,8 @@ def _version(known: Framework) -> str:
         return "of an unknown version"
 
 
-def _called_on(lines: tuple[int, ...]) -> str:
-    return f", called on line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines))}" if lines else ""
+def _used_on(lines: tuple[int, ...]) -> str:
+    return f", used on line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines))}" if lines else ""
 
 
 def _count(number: int, noun: str) -> str:

@@ -5,7 +5,7 @@ Kept: names, order of arguments, dtypes. `logprobs_from_logits` returns float32,
 
 Not kept: 16-bit logits are summed in float32 and rounded once at the end, where the originals without flash-attn round on the
 way. A token of probability 0 counts 0 in an entropy, where the original gives NaN. After an in-place gradient autograd raises
-an error where something else needs the values of the logits; with flash-attn it computes with the gradient instead.
+an error where something else needs the values of the logits; flash-attn's kernel does not tell autograd that it wrote.
 """
 
 from torch import Tensor

@@ -4,10 +4,10 @@ Kept: log-probabilities [T, 1] beside entropies [T], both float32; for T = 0 bot
 entropy is that of all logits, whatever `log_prob_keep_mask` leaves out of the log-probabilities; the mask cannot leave out the
 label itself.
 
-Not kept: a `tp_group` of more than one rank is refused, and None means one rank, where the original takes all ranks of the
-job. A token outside [0, V) is an error (on an accelerator NaN), where the original returns a number that means nothing. The
-graph can be kept for a second backward. The original keeps a float32 softmax of all logits for the gradient; here there is
-none.
+Not kept: a `tp_group` of more than one rank is refused, and None means one rank; with None the original takes all ranks of
+torch.distributed, once that is initialised. A token outside [0, V), -100 too, is an error (on an accelerator NaN), where the
+original returns a number that means nothing. The graph can be kept for a second backward. The original keeps a float32 softmax
+of all logits for the gradient; here there is none.
 """
 
 from typing import Any
@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compiled_logprobs.arguments import check_labels, check_logits
 from compiled_logprobs.compat.conventions import NO_LABEL, wide
 from compiled_logprobs.compat.conventions import entropy as _entropy
 from compiled_logprobs.compat.conventions import log_probs as _log_probs
 from compiled_logprobs.compat.conventions import log_probs_and_entropy as _both
 from compiled_logprobs.compat.ranks import require_one_rank
+from compiled_logprobs.errors import InputError
 
 
 def calculate_log_probs_and_entropy(
@@ -38,7 +40,7 @@ def calculate_log_probs_and_entropy(
         tokens: [T].
         tp_group: None or a process group of one rank.
         with_entropy: whether to return the entropy.
-        chunk_size: changes nothing without a mask: no backend copies all logits.
+        chunk_size: changes nothing: without a mask no backend copies all logits.
         log_prob_keep_mask: [T, V] bool, the vocabulary that each token was sampled from (top-p); costs a copy of the logits.
         with_entropy_grad: whether the entropy carries a gradient.
 
@@ -46,17 +48,26 @@ def calculate_log_probs_and_entropy(
         log_probs [T, 1], and entropy [T] or None.
 
     Raises:
-        InputError: `tp_group` has more ranks.
+        InputError: `tp_group` has more ranks, a token is outside [0, V), or shapes or dtypes do not fit together.
     """
     require_one_rank(tp_group=tp_group)
     entropy = None
     if log_prob_keep_mask is not None:
+        check_logits(logits)
+        check_labels(logits, tokens, NO_LABEL)
+        if log_prob_keep_mask.shape != logits.shape or log_prob_keep_mask.dtype != torch.bool:
+            raise InputError(
+                f"got a log_prob_keep_mask of shape {list(log_prob_keep_mask.shape)} and {log_prob_keep_mask.dtype} for "
+                f"logits of shape {list(logits.shape)}; their shape and torch.bool are valid. Convert it, e.g. with mask.bool()."
+            )
         x = logits
         if with_entropy:
             # With two gradients as float32, as the original, so that they are rounded after their sum.
             x = logits.to(wide(logits)) if with_entropy_grad else logits
             entropy = _entropy(x)
-        keep = log_prob_keep_mask.scatter(-1, tokens.long().unsqueeze(-1), True)
+        # Where no value was looked at, a token may still be outside, and its row becomes NaN.
+        inside = tokens.long().clamp(0, logits.shape[-1] - 1)
+        keep = log_prob_keep_mask.scatter(-1, inside.unsqueeze(-1), True)
         kept = x.masked_fill(~keep, -torch.inf)
         log_probs = _log_probs(kept, tokens, ignore_index=NO_LABEL, masked_logits=True)
     elif with_entropy:

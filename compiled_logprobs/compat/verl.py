@@ -6,7 +6,7 @@ counts 0. `inplace_backward=True`, the default, writes the gradient over `logits
 
 Not kept: 16-bit logits are summed in float32 and rounded once at the end, where the originals without flash-attn round on the
 way. A token of probability 0 counts 0 in an entropy, where the originals give NaN. After an in-place gradient autograd raises
-an error where something else needs the values of the logits; with flash-attn it computes with the gradient instead.
+an error where something else needs the values of the logits; flash-attn's kernel does not tell autograd that it wrote.
 The variable VERL_DISABLE_FLASH_ATTN_CE is not read: `compiled_logprobs.autotune` chooses.
 """
 
@@ -79,7 +79,8 @@ def log_probs_from_logits_response(input_ids: Tensor, logits: Tensor, response_l
 
     Args:
         input_ids: [B, S], of which each token is predicted by the logits one position before.
-        logits: [B, S, V]. Not modified, as in the original, whose flash-attn branch works on a copy of the slice.
+        logits: [B, S, V]. Not modified. In the original's flash-attn branch the gradient goes over a copy of the slice, which
+            is one only where B is more than 1: otherwise it goes over `logits`.
     """
     return logprobs_from_logits(
         logits[:, -response_length - 1 : -1], input_ids[:, -response_length:], inplace_backward=False

@@ -5,7 +5,7 @@ Shapes: N rows, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -156,8 +156,9 @@ def _about_calling(probe: _Probe, failed: Failed, ignore_index: bool) -> Iterato
         return
     raised = probe.raises(probe.logits, probe.labels)
     if raised is not None:
-        if _returns(lambda: probe.function.swapped(probe.logits.clone(), probe.labels.clone()[:, None])):
-            yield 'takes (labels, logits), the other way round: say --signature "labels, logits"'
+        other = probe.function.swapped()
+        if _returns(lambda: replace(probe, function=other).run().result):
+            yield f'takes ({other.signature}), the other way round: say --signature "{other.signature}"'
         return
     ignored = probe.labels.clone()
     ignored[1::3] = IGNORE_INDEX

@@ -4,6 +4,7 @@ Shapes: N rows, V vocabulary.
 """
 
 import ast
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal
@@ -20,6 +21,7 @@ Returns = Literal["log_prob", "loss"]
 OPTIONS = ("temperature", "ignore_index", "return_entropy", "masked_logits", "inplace_backward", "out_dtype")
 """What a signature may name beside logits and labels."""
 
+_SWAPPED = {"logits": "labels", "labels": "logits"}
 _EXAMPLE = "e.g. --signature \"labels, logits, temp=temperature, reduction='none'\" is valid"
 
 
@@ -97,9 +99,16 @@ class Function:
             return result
         return tuple(map(_first, result)) if isinstance(result, tuple) else _first(result)
 
-    def swapped(self, logits: Tensor, labels: Tensor) -> Any:
-        """What it returns for (labels, logits) instead."""
-        return self._function(labels.squeeze(-1), logits)
+    def swapped(self) -> "Function":
+        """The same function, called with logits and labels in each other's place."""
+        other = copy.copy(self)
+        other._arguments = [one.swapped() for one in self._arguments]
+        return other
+
+    @property
+    def signature(self) -> str:
+        """The arguments of a call, as they are given to `--signature`."""
+        return ", ".join(map(str, self._arguments))
 
 
 def _first(part: Any) -> Any:
@@ -111,6 +120,7 @@ class _Argument:
 
     def __init__(self, keyword: str | None, node: ast.expr) -> None:
         self.keyword = keyword
+        self._node = node
         self.batched = _is_batched(node)
         inner = node.value if isinstance(node, ast.Subscript) and self.batched else node
         self.names = {inner.id} if isinstance(inner, ast.Name) else set()
@@ -122,6 +132,17 @@ class _Argument:
         (name,) = self.names
         value = values[name]
         return value[None] if self.batched and isinstance(value, Tensor) else value
+
+    def swapped(self) -> "_Argument":
+        """The same with labels for logits and logits for labels."""
+        name = next((other for one, other in _SWAPPED.items() if one in self.names), None)
+        if name is None:
+            return self
+        return _Argument(self.keyword, ast.parse(f"{name}[None]" if self.batched else name, mode="eval").body)
+
+    def __str__(self) -> str:
+        value = ast.unparse(self._node)
+        return value if self.keyword is None else f"{self.keyword}={value}"
 
 
 def _is_batched(node: ast.expr) -> bool:
@@ -162,9 +183,9 @@ def _own_arguments(function: Callable[..., Any]) -> list[_Argument]:
     """(logits, labels), and the options that the function itself names."""
     try:
         own = inspect.signature(function)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # TypeError and ValueError are Python's own; who computes a signature may raise anything
         raise InputError(
-            f"got {function!r}, whose signature cannot be read ({error}); "
+            f"got {function!r}, whose signature cannot be read ({type(error).__name__}: {error}); "
             f"a function of (logits, labels) is valid. Wrap it in one, or say what it takes: {_EXAMPLE}."
         ) from error
     options = [name for name in OPTIONS if name in own.parameters]
