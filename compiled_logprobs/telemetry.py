@@ -6,7 +6,7 @@ has a reason instead.
 
 import statistics
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -44,6 +44,9 @@ class Snapshot:
     """One look at a GPU. None where it does not tell: that is not 0."""
 
     memory_used_bytes: int | None
+    """By processes."""
+    memory_free_bytes: int | None
+    """Neither used nor kept by the driver for itself."""
     memory_total_bytes: int | None
     busy_percent: int | None
     """Of the last moments, the share in which a kernel ran."""
@@ -113,6 +116,7 @@ class Nvml:
         processes = self._ask("nvmlDeviceGetComputeRunningProcesses_v3", self.handle)
         return Snapshot(
             memory_used_bytes=None if memory is None else memory.used,
+            memory_free_bytes=None if memory is None else memory.free,
             memory_total_bytes=None if memory is None else memory.total,
             busy_percent=None if busy is None else busy.gpu,
             memory_busy_percent=None if busy is None else busy.memory,
@@ -133,10 +137,10 @@ class Nvml:
         """What NVML says in place of any answer, such as that the GPU is lost; None if it answers."""
         try:
             self.nvml.nvmlDeviceGetMemoryInfo(self.handle, self.nvml.nvmlMemory_v2)
-        except self.nvml.NVMLError_NotSupported:
+        except (self.nvml.NVMLError_NotSupported, self.nvml.NVMLError_FunctionNotFound):
             return None
         except self.nvml.NVMLError as error:
-            return str(error)
+            return _explained(self.nvml, error)
         return None
 
     def _ask(self, function: str, *arguments: Any) -> Any:
@@ -146,6 +150,20 @@ class Nvml:
         except (self.nvml.NVMLError, AttributeError):
             return None
         return None if answer in NOT_AVAILABLE else answer
+
+
+@dataclass(frozen=True)
+class Silent:
+    """For an NVIDIA GPU that NVML counts, and lets nobody ask."""
+
+    why: str
+    reason: None = None
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(**dict.fromkeys(field.name for field in fields(Snapshot)))
+
+    def trouble(self) -> str:
+        return self.why
 
 
 def telemetry(device: torch.device | str) -> Provider:
@@ -181,7 +199,7 @@ class Gpu:
     driver: str | None
     slice_of: str | None
     """For a slice, the UUID of the whole GPU."""
-    provider: Nvml
+    provider: Nvml | Silent
 
 
 def gpus() -> list[Gpu] | NoTelemetry:
@@ -197,14 +215,12 @@ def gpus() -> list[Gpu] | NoTelemetry:
     for index in range(count):
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        except nvml.NVMLError:  # one that this user may not see, or that is lost
+        except nvml.NVMLError as error:  # one that this user may not see, or that is lost
+            found.append(Gpu(index, None, None, None, None, Silent(_explained(nvml, error))))
             continue
-        whole = _gpu(nvml, index, handle, handle)
-        slices = (
-            _slice(nvml, handle, place)
-            for place in range(whole.provider._ask("nvmlDeviceGetMaxMigDeviceCount", handle) or 0)
-        )
-        found += [whole, *(_gpu(nvml, index, one, handle) for one in slices if one is not None)]
+        most = Nvml(nvml, handle, handle)._ask("nvmlDeviceGetMaxMigDeviceCount", handle) or 0
+        slices = [one for one in (_slice(nvml, handle, place) for place in range(most)) if one is not None]
+        found += [_gpu(nvml, index, one, handle) for one in (handle, *slices)]
     return found or NoTelemetry("NVML starts, and shows no GPU")
 
 
@@ -311,6 +327,17 @@ def _slice(nvml: Any, whole: Any, place: int) -> Any:
         return nvml.nvmlDeviceGetMigDeviceHandleByIndex(whole, place)
     except nvml.NVMLError:
         return None
+
+
+def _explained(nvml: Any, error: Exception) -> str:
+    """What NVML says, with what it means where its words alone leave one puzzled."""
+    if isinstance(error, nvml.NVMLError_GpuIsLost):
+        return (
+            f"{error}: it has fallen off the bus, or cannot be reached for another reason; a restart may bring it back"
+        )
+    if isinstance(error, nvml.NVMLError_NoPermission):
+        return f"{error}: this user may not look at it"
+    return str(error)
 
 
 def _find(nvml: Any, properties: Any) -> Any:

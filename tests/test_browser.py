@@ -31,6 +31,8 @@ ARGUMENTS = [
     *("--disable-background-networking", "--disable-component-update"),
 ]
 LIMIT_MS = 60_000
+LONGEST = 12_000
+"""Pixels down that a picture shows."""
 STILL = """() => {
     const app = document.querySelector('[data-testid="stApp"]');
     return app && app.getAttribute('data-test-script-state') === 'notRunning' && app.querySelector('h1')
@@ -40,6 +42,7 @@ STILL = """() => {
 DRAWN = "() => [...document.querySelectorAll('.js-plotly-plot')].every(one => one._fullLayout)"
 TOO_WIDE = """() => [document.scrollingElement, document.querySelector('[data-testid="stMain"]')]
     .some(element => element.scrollWidth > element.clientWidth + 1)"""
+HEIGHT = """() => document.querySelector('[data-testid="stMain"]').scrollHeight"""
 CLICK_PLACE = """([rows, vocab]) => {
     for (const chart of document.querySelectorAll('.js-plotly-plot')) {
         for (const trace of chart._fullData) {
@@ -117,6 +120,19 @@ def has(page, text: str):
     return found
 
 
+def picture(page, name: str) -> None:
+    """All of the page, which scrolls inside of a frame as high as the screen, as if the screen were as high as the page."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    screen = page.viewport_size
+    height = page.evaluate(HEIGHT)
+    page.set_viewport_size({**screen, "height": min(LONGEST, max(screen["height"], height))})
+    settle(page)
+    page.wait_for_function(DRAWN)
+    assert height > LONGEST or page.evaluate(HEIGHT) <= page.viewport_size["height"] + 200, "the picture is cut off"
+    page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
+    page.set_viewport_size(screen)
+
+
 def number(page, label: str):
     """The field for a number of that label."""
     return page.get_by_role("spinbutton", name=label)
@@ -125,16 +141,10 @@ def number(page, label: str):
 @pytest.mark.parametrize("look", LOOKS)
 def test_every_page_in_every_look(server, visit, look):
     page = visit(look=look)
-    PICTURES.mkdir(parents=True, exist_ok=True)
     for name in PAGES:
         page.goto(f"{server.url}/{'' if name == 'decide' else name}")
         settle(page)
-        charts = page.locator(".js-plotly-plot")
-        if charts.count():
-            page.wait_for_function(
-                "() => [...document.querySelectorAll('.js-plotly-plot')].every(one => one._fullLayout)"
-            )
-        page.screenshot(path=PICTURES / f"{name}-{look}.png")
+        picture(page, f"{name}-{look}")
         assert page.get_by_test_id("stException").count() == 0, name
         assert page.locator("h1").count() == 1, name
         assert not page.evaluate(TOO_WIDE), f"{name} is wider than the screen"
@@ -253,7 +263,7 @@ def test_a_run_goes_to_its_end_survives_a_reload_and_another_is_cancelled(visit)
     has(page, "3 of 3 problems decided, 3 of them measured by this run.")
     has(page, "Leaderboard")
     has(other, "The last run has finished")
-    page.screenshot(path=PICTURES / "run-finished.png")
+    picture(page, "run-finished")
     other.close()
 
     page.reload()
@@ -269,7 +279,7 @@ def test_a_run_goes_to_its_end_survives_a_reload_and_another_is_cancelled(visit)
     assert 1 <= int(kept.split()[0]) < 12
     settle(page)
     sync_api.expect(page.get_by_text("Log", exact=True)).to_have_count(1)
-    page.screenshot(path=PICTURES / "run-cancelled.png")
+    picture(page, "run-cancelled")
     sync_api.expect(page.get_by_role("button", name="Start")).to_be_enabled()
     page.goto(page.url.replace("/run", "/profiles"))  # where what was kept is listed
     settle(page)

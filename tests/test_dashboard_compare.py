@@ -11,6 +11,7 @@ from compiled_logprobs.dashboard import comparison, index, session
 from compiled_logprobs.dashboard.facts import device_name
 from compiled_logprobs.dashboard.figures import compare as figures
 from compiled_logprobs.records import Speedup
+from compiled_logprobs.store import Store
 from tests import dashboard_stores as stores
 
 APP = str(Path(session.__file__).with_name("app.py"))
@@ -112,6 +113,27 @@ def test_the_history_goes_over_versions_of_one_device(tables):
         "2026-10-20, torch 2.12.0+cpu",
         f"2026-11-20, torch {stores.here().torch}",
     ]
+
+
+def test_each_measurement_has_a_place_of_its_own_in_the_history(scenario, tmp_path):
+    where = scenario("one")
+    for number, cuda in enumerate(("12.8", "13.0")):  # the same device, day and torch
+        stores.publish(where, stores.good(scale=2 + number), dataclasses.replace(stores.here(), cuda=cuda))
+    later = stores.AT.replace("12:00", "13:00")
+    stores.publish(Store(tmp_path / "other"), stores.good(measured_at=later))
+    sources = [*index.sources(), index.Source("project", tmp_path / "other")]
+    tables = index.load(sources, tmp_path / "index")
+    found = comparison.history(tables, stores.problem(), device_name(stores.here().to_dict()))
+    measured = found[found["backend"] == "cpp"]
+    assert len(measured) == 4 and measured["label"].is_unique, measured["label"].tolist()
+    (trace,) = (one for one in figures.history(found).data if "cpp" in one.name)
+    assert len(set(trace.x)) == 4
+
+
+def test_problems_of_the_same_name_have_lines_of_their_own(tables):
+    found = comparison.matched(tables(), profile(stores.here()), profile(stores.an_earlier_torch()))
+    (trace,) = figures.ratios(found.table.assign(problem="x" * 100)).data
+    assert len(set(trace.y)) == 2
 
 
 def test_each_verdict_has_a_symbol_and_a_word_of_its_own(tables):

@@ -11,6 +11,7 @@ from hypothesis import strategies as some
 from compiled_logprobs import decisions
 from compiled_logprobs.dashboard import data, index
 from compiled_logprobs.dashboard.data import Shape
+from compiled_logprobs.dashboard.palette import plain_in_chart
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.policy import Policy
 from compiled_logprobs.problem import Problem
@@ -134,4 +135,7 @@ def test_what_a_figure_draws():
         data.drawn(figure),
         pd.DataFrame({"name": ["<b>a ", "<b>a ", ""], "x": ["1", "2", "0"], "y": ["3", "4", "5"]}),
     )
+    name = plain_in_chart("<b>x</b> & $y$")
+    shown = data.drawn(go.Figure(go.Bar(x=[1], y=[name], name=name)))
+    assert shown["name"].tolist() == shown["y"].tolist() == ["<b>x</b> & \uff04y\uff04"], "escaped for the chart alone"
     assert data.drawn(go.Figure()).empty

@@ -184,6 +184,18 @@ def test_no_file_but_the_shown_one_is_opened_once_the_index_is_there(scenario, m
     assert not at.exception and set(read) == {"environment.json"}
 
 
+def test_time_alone_has_nothing_read_again_and_a_change_in_place_does(scenario, monkeypatch):
+    where = scenario("one")
+    loads, real = [], index.load
+    monkeypatch.setattr(index, "load", lambda *arguments: loads.append(1) or real(*arguments))
+    session._shelf.clear()
+    monkeypatch.setattr(session, "LOOK_AGAIN_S", 0.0)
+    first = session.tables()
+    assert session.tables() is first and session.tables() is first and len(loads) == 1
+    where.path(stores.here().fingerprint(), stores.problem()).write_bytes(b"{")  # so that no folder changes
+    assert len(session.tables().broken) == 1 and len(loads) == 2
+
+
 def test_progress_is_shown_while_much_is_read(scenario, monkeypatch):
     import threading
 

@@ -117,6 +117,9 @@ def test_errors_and_their_charts(found):
     shares = figures.shares(one, "log_prob")
     assert all(list(trace.y) == [100 * share for share in QUANTILES] for trace in shares.data)
     assert "compiled at most 0.5" in figures.in_words(one, "log_prob")
+    assert "<b> at most" in figures.in_words(one.assign(backend="<b>"), "log_prob"), (
+        "a text, which is escaped elsewhere"
+    )
 
 
 def test_an_error_of_zero_can_be_drawn(found):

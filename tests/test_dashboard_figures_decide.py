@@ -1,6 +1,7 @@
 """The landing page's words and charts, from decisions made by hand."""
 
 import dataclasses
+import sys
 from datetime import datetime, timezone
 
 import numpy as np
@@ -127,6 +128,25 @@ def test_the_command_says_what_else_was_so():
     threads = {**stores.here().to_dict(), "cpu_threads": stores.here().cpu_threads + 7}
     other = verdict.command(dataclasses.replace(stores.good(), environment=threads))
     assert other.startswith(f"OMP_NUM_THREADS={threads['cpu_threads']} compiled-logprobs profile")
+
+
+def test_the_command_names_what_others_registered(monkeypatch):
+    candidates = {**stores.good_candidates(), "third": stores.good().winner, "no name": stores.good().winner}
+    decision = stores.good(candidates=candidates)
+    words = "--backend compiled --backend cpp --backend flash_attn --backend third --again"
+    assert verdict.command(decision).endswith(words) and verdict.of_others(decision) == ["third"]
+    monkeypatch.setitem(
+        sys.modules["compiled_logprobs.backends"]._targets, "third", "package.module:Third"
+    )  # this process knows where it comes from
+    words = words.replace("third", "package.module:Third")
+    assert verdict.command(decision).endswith(words) and verdict.of_others(decision) == []
+
+
+def test_the_command_takes_what_is_the_baseline_for_want_of_eager():
+    candidates = {**stores.good_candidates(), "third": stores.good().winner}
+    assert "--backend compiled --backend cpp" in verdict.command(
+        stores.good(candidates=candidates, baseline="compiled")
+    )
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "inplace", "entropy"])

@@ -178,6 +178,34 @@ def test_an_index_that_cannot_be_used_is_made_anew(spoil, scenario, look, tmp_pa
     assert look()[1] == []
 
 
+def test_an_index_that_other_code_made_is_made_anew(scenario, look, monkeypatch):
+    """It may have passed over a file that today's code can read, or name another reason."""
+    scenario("corrupt")
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "_code", lambda: b"\0" * 32)
+        before, opened = look()
+        assert len(opened) == 11 and look()[1] == []
+    after, opened = look()
+    assert len(opened) == 11 and after.broken.equals(before.broken)
+    assert look()[1] == []
+
+
+def test_the_state_changes_with_every_change_also_in_place(scenario):
+    where = scenario("one")
+    path = where.path(stores.here().fingerprint(), stores.problem())
+    seen = {index.state(index.sources())}
+    assert index.load(index.sources(), where.root / "cache").state in seen and index.state(index.sources()) in seen
+    for change in (
+        lambda: path.write_bytes(path.read_bytes() + b" "),
+        lambda: path.parents[1].joinpath("environment.json").write_text("{"),
+        lambda: stores.publish(where, stores.good(stores.problem(64))),
+        path.unlink,
+    ):
+        change()
+        assert index.state(index.sources()) not in seen
+        seen.add(index.state(index.sources()))
+
+
 def test_an_index_with_a_right_digest_and_wrong_content_is_made_anew(scenario, look, tmp_path, monkeypatch):
     scenario("one")
     look()

@@ -3,9 +3,11 @@
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -161,10 +163,11 @@ def test_a_run_that_could_not_begin_says_why(folder, monkeypatch):
 
 def test_many_may_look_at_once(folder, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
-    folder.mkdir()
-    with jobs._lock(folder, 0, look=True) as one, jobs._lock(folder, 0, look=True) as two:
+    path = jobs._lock_path(folder)
+    path.touch()
+    with jobs._lock(path, 0, look=True) as one, jobs._lock(path, 0, look=True) as two:
         assert one is not None and two is not None
-        with jobs._lock(folder, 0) as lock:
+        with jobs._lock(path, 0) as lock:
             assert lock is None
 
 
@@ -205,8 +208,54 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path):
         jobs.start(TINY, tmp_path / "file" / "run")
 
 
+def in_the_way(path, what):
+    if what == "a folder":
+        path.mkdir()
+    elif what == "a link":
+        path.symlink_to(path.with_name("elsewhere"))
+    else:
+        path.write_text("")
+        path.chmod(0o000)
+
+
+@pytest.mark.parametrize("what", ["a folder", "a link", "another user's file"])
+def test_a_lock_that_cannot_be_opened_is_a_reason_and_no_traceback(folder, tmp_path, monkeypatch, what):
+    if what == "another user's file" and os.geteuid() == 0:
+        pytest.skip("root may open any file")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert jobs.why_not(folder) is None
+    lock = jobs._lock_path(folder)
+    in_the_way(lock, what)
+    folder.mkdir()
+    (folder / jobs.LATEST).write_text(json.dumps({**RIGHT, "lock": str(lock)}))
+    assert "Whether a run is going on cannot be told" in jobs.why_not(folder) and str(lock) in jobs.why_not(folder)
+    with pytest.raises(RunRefused, match="set TMPDIR to a folder of your own"):
+        jobs.start(TINY, folder)
+    job = jobs.latest(folder)
+    assert not jobs.is_running(job) and jobs.cancel(job) is None and Following(job).status() == "died"
+
+
+def test_a_dashboard_with_another_temporary_folder_sees_the_run(folder, tmp_path, monkeypatch):
+    places = [tmp_path / "one", tmp_path / "other"]
+    for place in places:
+        place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(places[0]))
+    job = jobs.start(LONG, folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(places[1]))
+    assert jobs.is_running(jobs.latest(folder)) and Following(jobs.latest(folder)).status() == "running"
+    with pytest.raises(RunRefused, match="A run is going on already"):
+        jobs.start(TINY, folder)
+    jobs.cancel(jobs.latest(folder)).join(LIMIT_S)
+    assert not jobs.is_running(job)
+    shutil.rmtree(places[0])
+    assert jobs.why_not(folder) is None
+    second = jobs.start(TINY, folder)
+    wait_until(lambda: not jobs.is_running(second))
+    assert Following(second).status() == "finished"
+
+
 def test_elsewhere_the_command_line_is_pointed_to(folder, monkeypatch):
-    monkeypatch.setattr(jobs, "why_not", lambda: "not here")
+    monkeypatch.setattr(jobs, "why_not", lambda folder: "not here")
     with pytest.raises(RunRefused, match="not here"):
         jobs.start(TINY, folder)
 
@@ -227,6 +276,7 @@ RIGHT = {
     "pid": 4711,
     "host": platform.node(),
     "started_at": 1.0,
+    "lock": "/nowhere/at/all.lock",
     "request": {"device": "cpu", "vocabs": [512]},
 }
 
@@ -243,6 +293,8 @@ def wrong_states():
     yield "every process of this user", json.dumps({**RIGHT, "pid": -1})
     yield "our own group", json.dumps({**RIGHT, "pid": 0})
     yield "a text for a number", json.dumps({**RIGHT, "pid": "4711"})
+    yield "a lock that lies nowhere", json.dumps({**RIGHT, "lock": "run.lock"})
+    yield "no lock", json.dumps({name: value for name, value in RIGHT.items() if name != "lock"})
     yield "another machine", json.dumps({**RIGHT, "host": "elsewhere"})
 
 

@@ -45,6 +45,9 @@ def page(library, monkeypatch):
     return open_page
 
 
+OF_A_GPU = ("A kernel was running", "Power", "Temperature")
+
+
 def metrics(test: AppTest) -> dict[str, str]:
     return {metric.label: metric.value for metric in test.metric}
 
@@ -108,7 +111,22 @@ def test_what_this_user_may_not_see_is_na(page):
 def test_a_gpu_that_does_not_answer_is_said_and_shows_no_figure(page, code, said):
     test = page(RETURN=code)
     assert all(said in one.value for one in test.error) and len(test.error) == 2
-    assert "A kernel was running" not in metrics(test)
+    assert {one.value for one in test.metric if one.label in OF_A_GPU} == {"n/a"}
+
+
+@pytest.mark.parametrize("at", [{"LOST_AT": "handle"}, {}], ids=["handle", "reads"])
+def test_a_lost_gpu_is_shown_and_so_are_the_others(page, at):
+    test = page(LOST="0", **at)
+    assert [one.value.replace("\\", "") for one in test.subheader][:3] == [
+        "0: n/a",
+        "1: NVIDIA Fake 80GB",
+        "1, slice 0: NVIDIA Fake 80GB MIG 1g.10gb",
+    ]
+    (error,) = test.error
+    assert "GPU is lost: it has fallen off the bus" in error.value.replace("\\", "")
+    for label in OF_A_GPU:
+        values = [metric.value for metric in test.metric if metric.label == label]
+        assert values[0] == "n/a" and "n/a" not in values[1:3], label
 
 
 def test_figures_that_are_not_supported_are_na_and_never_0(page):

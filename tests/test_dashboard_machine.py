@@ -70,7 +70,7 @@ def test_a_gpu_that_gets_lost_while_somebody_watches(monkeypatch):
     one = Machine(FAST_S)
     assert one.looks()[-1].gpus[0].trouble is None
     monkeypatch.setenv("FAKE_NVML_RETURN", "15")
-    wait_until(lambda: one.looks()[-1].gpus[0].trouble == "GPU is lost")
+    wait_until(lambda: (one.looks()[-1].gpus[0].trouble or "").startswith("GPU is lost"))
     table = history(one.looks(), FAST_S)
     first = table[table["device"] == "0: NVIDIA Fake 80GB"]
     assert (
@@ -172,6 +172,12 @@ def test_history_has_a_row_a_look_and_a_gap_where_nobody_looked():
     assert set(table["device"]) == {"this machine"} and table["at"].is_monotonic_increasing
     assert table["power_w"].isna().all()
     assert list(history([], 1.0).columns) == ["at", "device", *HISTORY]
+
+
+def test_a_first_look_has_an_axis_of_seconds():
+    table = history([at(1000)], 1.0)
+    low, high = line(table, "busy_percent", "time busy", "%").layout.xaxis.range
+    assert (high - low).total_seconds() == 30 and line(table.iloc[:0], "power_w", "power", "W").data == ()
 
 
 def test_a_line_breaks_where_nothing_is_told_and_shows_no_markup():

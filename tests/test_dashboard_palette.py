@@ -69,6 +69,15 @@ def test_a_backend_looks_the_same_whatever_is_beside_it():
     assert list(palette.looks(["eager", "cpp"])) == ["eager", "cpp"]
 
 
+def test_a_backend_looks_the_same_on_every_page():
+    known = ["mat", "cpp", "mast", "star"]
+    alone, beside = palette.looks(["mat"], known)["mat"], palette.looks(["star", "mast", "mat"], known)["mat"]
+    assert alone == beside != palette.looks(["mat"])["mat"]
+    assert list(palette.looks(["mat"], known)) == ["mat"]
+    for built_in in palette.BACKENDS.values():  # also where it is not drawn
+        assert built_in.letter not in {look.letter for look in palette.looks(["pear", "fig", "cherry", "egg"]).values()}
+
+
 def test_hundreds_of_names_do_not_break_it():
     named = palette.looks([f"backend{number}" for number in range(200)])
     assert len(named) == 200 and all(look.letter for look in named.values())

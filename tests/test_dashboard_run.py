@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ pytest.importorskip("streamlit", reason="the extra `dashboard` is not installed"
 import streamlit as st
 import torch
 from dashboard_stores import SCENARIOS, all_failed, good, problem, scenario
+from nvml_library import build, use
 from streamlit.testing.v1 import AppTest
 
 from compiled_logprobs import clock
@@ -159,7 +161,7 @@ def test_what_is_not_valid_is_said_and_cannot_be_started(scenario):
 
 
 def test_where_runs_cannot_be_started_it_points_to_the_command_line(monkeypatch):
-    monkeypatch.setattr(jobs, "why_not", lambda: "`compiled-logprobs profile` does the same")
+    monkeypatch.setattr(jobs, "why_not", lambda *_: "`compiled-logprobs profile` does the same")
     test = open_page()
     assert "does the same" in texts(test) and not test.button
 
@@ -191,6 +193,15 @@ def test_the_memory_it_needs(monkeypatch):
     assert "fewer rows will be timed" in warning
     monkeypatch.setattr(clock, "free_memory", lambda device: None)
     assert preflight.preflight(request).free_bytes is None
+
+
+def test_memory_that_the_driver_keeps_is_not_free(monkeypatch, tmp_path):
+    use(build(tmp_path), monkeypatch)
+    gpu = SimpleNamespace(uuid="aaaaaaaa-0000-0000-0000-000000000000", pci_domain_id=0, pci_bus_id=10, pci_device_id=0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert preflight._free_bytes(torch.device("cuda:0")) == 1000 - 100 - 50
 
 
 def test_a_busy_machine_is_said(monkeypatch):
@@ -239,4 +250,7 @@ def test_winners_and_losses_are_told_as_they_are():
         "problem": found["problem"].iloc[0], "backend": "third", "outcome": "crashed", "reason": "line line",
     }  # fmt: skip
     assert found.to_dict("records")[1] == {"problem": "", "backend": "all", "outcome": "not decided", "reason": "no"}
+    unchecked = dataclasses.replace(good().winner, checks=())
+    table = decided([good(candidates={**good().candidates, "cpp": unchecked})])
+    assert table["sign check"].tolist() == ["not stored"]
     assert decided([]).empty and losses([]).empty

@@ -140,6 +140,9 @@ def test_lines_and_bands(along):
     assert [trace.name for trace in lines] == ["P cpp", "C compiled", "E eager"] or len(lines) == 3
     assert len(bands) == 3 and all(len(trace.x) == 6 for trace in bands)
     assert figure.layout.xaxis.type == "log" and list(figure.layout.xaxis.ticktext) == ["64", "512", "2048"]
+    assert len({shape.label.textposition for shape in figure.layout.shapes}) == 2, (
+        "as high as one another, and both readable"
+    )
     assert len(figure.layout.shapes) == 2
 
 

@@ -57,6 +57,7 @@ def test_every_field_is_what_nvml_says():
     assert provider.reason is None
     assert provider.snapshot() == Snapshot(
         memory_used_bytes=200,
+        memory_free_bytes=1700,  # the driver keeps 100
         memory_total_bytes=2000,
         busy_percent=0,
         memory_busy_percent=42,
@@ -184,10 +185,25 @@ def test_all_gpus_are_listed_each_followed_by_its_slices():
 def test_a_lost_gpu_stays_listed_and_says_so(monkeypatch):
     (one,) = gpus()[:1]
     monkeypatch.setenv("FAKE_NVML_RETURN", "15")
-    assert one.provider.trouble() == "GPU is lost"
+    assert one.provider.trouble().startswith("GPU is lost: it has fallen off the bus")
     assert [gpu.name for gpu in gpus()] == [None, None]  # which slices there are is not told, either
     monkeypatch.setenv("FAKE_NVML_RETURN", "3")
     assert one.provider.trouble() is None  # not supported is an answer
+
+
+@pytest.mark.usefixtures("nvml")
+@pytest.mark.parametrize("at", ["handle", "reads"])
+def test_one_lost_gpu_of_several_is_listed_with_the_reason_and_without_figures(monkeypatch, at):
+    monkeypatch.setenv("FAKE_NVML_LOST", "0")
+    if at == "handle":
+        monkeypatch.setenv("FAKE_NVML_LOST_AT", at)
+    lost, *others = gpus()
+    assert (lost.number, lost.name, lost.uuid) == (0, None, None)
+    assert lost.provider.reason is None and lost.provider.trouble().startswith("GPU is lost: it has fallen off the bus")
+    assert set(dataclasses.asdict(lost.provider.snapshot()).values()) == {None}
+    assert [(one.number, one.uuid[4:12]) for one in others] == [(1, "bbbbbbbb"), (1, "cccccccc")]
+    assert [one.provider.trouble() for one in others] == [None, None]
+    assert [one.provider.snapshot().memory_used_bytes for one in others] == [200, 300]
 
 
 @pytest.mark.usefixtures("nvml")

@@ -1,5 +1,6 @@
 """Two profiles side by side, where both measured the same problem; and what one problem took over versions and time."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 
 from compiled_logprobs.dashboard.data import profile_facts, same_but_rows
 from compiled_logprobs.dashboard.index import Tables
+from compiled_logprobs.dashboard.palette import plain_line
 from compiled_logprobs.environment import MATCHED
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.records import MEASURED
@@ -166,10 +168,7 @@ def history(tables: Tables, problem: Problem, device: str) -> pd.DataFrame:
     table["low"], table["high"] = table["ms"] * np.exp(-width), table["ms"] * np.exp(width)
     # The same decision may lie in several sources: once is enough.
     table = table.drop_duplicates(["environment", "backend", "measured_at", "ms"])
-    table["label"] = [
-        f"{at[:10]}, torch {torch}" + (f" ({environment[:4]})" if torch is None else "")
-        for at, torch, environment in zip(table["measured_at"], table["torch"], table["environment"], strict=True)
-    ]
+    table["label"] = _labels(table)
     columns = [
         "measured_at",
         "torch",
@@ -184,3 +183,15 @@ def history(tables: Tables, problem: Problem, device: str) -> pd.DataFrame:
         "label",
     ]
     return table.sort_values(["measured_at", "backend"], kind="stable", ignore_index=True)[columns]
+
+
+def _labels(table: pd.DataFrame) -> list[str]:
+    """A place on an axis for each row: its day and torch, and as much more as tells its measurement from the others."""
+    kept = table[["measured_at", "torch", "environment", "source"]].itertuples(index=False, name=None)
+    rows = [(at, plain_line(torch, 20) if isinstance(torch, str) else "not known", *rest) for at, torch, *rest in kept]
+    labels: dict[tuple[str, ...], str] = {}
+    for form in ("{0:.10}, torch {1}", "{0:.10}, torch {1} ({2:.4})", "{0:.19}, torch {1} ({2}, {3})"):
+        texts = {one: form.format(*one) for one in rows if one not in labels}
+        counts = Counter(texts.values())
+        labels |= {one: text for one, text in texts.items() if counts[text] == 1}
+    return [labels.get(one) or texts[one] for one in rows]

@@ -1,5 +1,7 @@
 """What the pages ask of the tables: which profiles and shapes there are, what serves a shape, and the record behind a row."""
 
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +21,8 @@ from compiled_logprobs.store import SCHEMA, Record, Store, problem_from_dict, re
 
 MOST = 2**31 - 1
 """Rows or vocabulary, as the command line takes them."""
+MOST_BACKENDS = 20
+"""That one table or chart shows: more cannot be told apart. Whoever leaves some out says how many."""
 _OPTIONS = (
     *("device_type", "dtype", "out_dtype", "labels_per_row", "needs_grad", "entropy", "temperature", "masked_logits"),
     *("inplace_backward", "layout", "aligned"),
@@ -172,6 +176,37 @@ def decision(tables: Tables, key: int) -> Decision:
     return Decision.from_record(problem_from_dict(content["problem"]), content["record"])
 
 
+def foremost(decision: Decision, *, failures_first: bool = False) -> tuple[Decision, int]:
+    """`decision` with at most `MOST_BACKENDS` candidates, and how many that leaves out.
+
+    The chosen one, the baseline, then by speed; with `failures_first`, what has failed a check or broke down comes before these.
+    """
+
+    def rank(name: str) -> tuple[bool, bool, float, str]:
+        one = decision.candidates[name]
+        failed = failures_first and not one.measured and one.outcome not in ("unavailable", "unsupported")
+        return (
+            name not in (decision.chosen, decision.baseline),
+            not failed,
+            0.0 if one.speedup is None else -one.speedup.median,
+            name,
+        )
+
+    names = set(sorted(decision.candidates, key=rank)[:MOST_BACKENDS])
+    part = {name: one for name, one in decision.candidates.items() if name in names}
+    return replace(decision, candidates=part), len(decision.candidates) - len(part)
+
+
+def foremost_in(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """The rows of `table` of at most `MOST_BACKENDS` backends, and how many others it has.
+
+    Those that were chosen most often, then those with the most rows.
+    """
+    by = table.groupby("backend", sort=True)["chosen"].agg(["sum", "size"])
+    names = by.sort_values(["sum", "size"], ascending=False, kind="stable").index[:MOST_BACKENDS]
+    return table[table["backend"].isin(names)], len(by) - len(names)
+
+
 def evidence(tables: Tables, key: int) -> Record | None:
     """What the decision behind a row rests on, as it is stored beside it; None where it is not, or is another's."""
     found = row(tables, key)
@@ -214,10 +249,15 @@ def drawn(figure: go.Figure) -> pd.DataFrame:
         parts.append(
             pd.DataFrame(
                 {
-                    "name": [plain_line(trace.name or "")] * length,
-                    "x": [str(one) for one in (x or range(length))[:length]],
-                    "y": [str(one) for one in (y or range(length))[:length]],
+                    "name": [_as_text(trace.name or "")] * length,
+                    "x": [_as_text(one) for one in (x or range(length))[:length]],
+                    "y": [_as_text(one) for one in (y or range(length))[:length]],
                 }
             )
         )
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["name", "x", "y"])
+
+
+def _as_text(drawn: object) -> str:
+    """What a chart shows for a text that `plain_in_chart` made fit for it: a table takes none for markup."""
+    return plain_line(unescape(str(drawn)))

@@ -89,7 +89,9 @@ def memory(tables: Tables, source: str, environment: str, shape: data.Shape) -> 
                     "logits_bytes": float(logits),
                 }
             )
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS), left_out
+    points, others = data.foremost_in(pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS))
+    left_out += [f"{others} backends more than the {data.MOST_BACKENDS} that are shown"] if others else []
+    return points, left_out
 
 
 def capacity(tables: Tables, source: str, environment: str) -> Capacity:

@@ -20,6 +20,8 @@ from compiled_logprobs.tuning.findings import MEANING
 
 ALL = "all inputs"
 """Stands for the worst over all kinds of input."""
+MOST_DOWN, MOST_ACROSS = 300, 60
+"""Rows and verdicts of a row that a matrix shows: a foreign file may have any number of checks and inputs."""
 CHECKS = ["backend", "dtype", "input", "check", "verdict", "figure", "limit", "detail"]
 QUANTILE = [f"q{round(share * 100)}" for share in stored.QUANTILES]
 ERRORS = ["backend", "dtype", "input", "what", "count", "limit", *QUANTILE]
@@ -39,6 +41,8 @@ class Checked(NamedTuple):
     """Whether it is for the N that was asked for, and not the nearest."""
     missing: str
     """Why there are no details; empty where there are."""
+    left_out: int = 0
+    """How many candidates more the decision has than are shown."""
 
 
 def gather(tables: Tables, source: str, environment: str, shape: data.Shape) -> tuple[list[Checked], list[str]]:
@@ -55,7 +59,10 @@ def gather(tables: Tables, source: str, environment: str, shape: data.Shape) -> 
             broken.append(f"{dtype}: {plain_line(error)}")
             continue
         evidence, missing = _evidence(tables, answer.key)
-        found.append(Checked(dtype, decision, evidence, answer.kind == "exact", missing))
+        decision, left_out = data.foremost(decision, failures_first=True)
+        cases = {name: one for name, one in evidence.cases.items() if name in decision.candidates}
+        evidence = stored.Evidence(evidence.seconds, cases)
+        found.append(Checked(dtype, decision, evidence, answer.kind == "exact", missing, left_out))
     return found, broken
 
 
@@ -167,6 +174,8 @@ class Matrix(NamedTuple):
     """What the rows of `shown` are of: backend, dtype, and check where the columns are inputs."""
     across: dict[str, str]
     """The check or input that a column of `shown` stands for."""
+    left_out: str
+    """How much more there is than is shown, in words; empty where there is not."""
 
 
 def matrix(table: pd.DataFrame, rows: list[str], column: str) -> Matrix:
@@ -175,6 +184,9 @@ def matrix(table: pd.DataFrame, rows: list[str], column: str) -> Matrix:
     wide = shown.pivot_table(index=rows, columns=column, values="verdict", aggfunc="first", sort=False)
     values = list(dict.fromkeys(table[column]))
     wide = wide.reindex(columns=_in_order(values) if column == "check" else values).fillna("")
+    more = {"rows": len(wide) - MOST_DOWN, f"{column}s": len(wide.columns) - MOST_ACROSS}
+    left_out = " and ".join(f"{number} {what} more" for what, number in more.items() if number > 0)
+    wide = wide.iloc[:MOST_DOWN, :MOST_ACROSS]
     keys = wide.index.to_frame(index=False)
     across: dict[str, str] = {}
     for value in wide.columns:
@@ -184,7 +196,7 @@ def matrix(table: pd.DataFrame, rows: list[str], column: str) -> Matrix:
         across[name] = value
     heads = keys.map(lambda one: plain_line(one, 60)).rename(columns=_HEADS)
     body = wide.set_axis(list(across), axis=1).reset_index(drop=True)
-    return Matrix(pd.concat([heads, body], axis=1), keys, across)
+    return Matrix(pd.concat([heads, body], axis=1), keys, across, left_out)
 
 
 _HEADS = {"backend": "backend", "dtype": "logits", "check": "check"}

@@ -2,16 +2,19 @@
 
 A root's index is one file in the user's cache folder, named after the root's path. It holds a row for each decision and when its
 file was last written; only files that were added or written since are read. It can always be rebuilt: what cannot be read of
-it, or was written by another release, counts as nothing. Like a decision, it is complete before it gets its name, so that several
-processes may read and write it at once.
+it, or was made by other code than today's, counts as nothing. Like a decision, it is complete before it gets its name, so that
+several processes may read and write it at once.
 """
 
 import hashlib
 import os
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache as once
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +23,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from compiled_logprobs import printing, problem, profiling, records, store
+from compiled_logprobs.dashboard import rows as row_schemas
 from compiled_logprobs.dashboard.facts import device_name, environment_rows, is_fingerprint, plain_facts, staleness
-from compiled_logprobs.dashboard.rows import CANDIDATES, DECISIONS, LAYOUT, candidate_rows, decision_row, table_of
+from compiled_logprobs.dashboard.rows import CANDIDATES, DECISIONS, candidate_rows, decision_row, table_of
 from compiled_logprobs.environment import Environment, environments
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.records import Decision
@@ -59,6 +64,13 @@ class Tables:
     broken: pd.DataFrame
     """One row a file that could not be read: source, environment, path (below the root), reason."""
     sources: tuple[Source, ...] = ()
+    state: int = 0
+    """What `state` said of the sources when their files were read."""
+
+    @cached_property
+    def backends(self) -> tuple[str, ...]:
+        """The names of all candidates, sorted: how each is drawn follows from all of them, and so is the same on all pages."""
+        return tuple(sorted(self.candidates["backend"].unique()))
 
 
 def sources() -> list[Source]:
@@ -69,16 +81,18 @@ def sources() -> list[Source]:
 def load(found: Sequence[Source], cache: Path, progress: Progress | None = None) -> Tables:
     """The tables of `found`. Files that have not changed since the index in the folder `cache` was written are not opened."""
     here = environments()
+    scans = [_scan(source.root) for source in found]
     parts: list[Tables] = []
-    for source in found:
-        parts.append(_of_source(source, cache, progress, here, sum(len(part.decisions) for part in parts)))
+    for source, scan in zip(found, scans, strict=True):
+        start = sum(len(part.decisions) for part in parts)
+        parts.append(_of_source(source, scan.decisions, cache, progress, here, start))
     parts = parts or [_tables(Source("yours", Path()), _NOTHING, {}, {}, here, 0)]
     # Columns without any value would decide the type of the whole, so that empty tables are left out.
     whole = {
         name: pd.concat([part for part in of_one if len(part)] or of_one[:1], ignore_index=True)
         for name, of_one in ((name, [getattr(part, name) for part in parts]) for name in _TABLES)
     }
-    return Tables(**whole, sources=tuple(found))
+    return Tables(**whole, sources=tuple(found), state=_state(scans))
 
 
 _TABLES = ("decisions", "candidates", "environments", "broken")
@@ -93,6 +107,11 @@ def signature(found: Sequence[Source]) -> tuple[tuple[str, int], ...]:
     return tuple((str(path), _written(path)) for folder in folders for path in (folder, folder / "decisions"))
 
 
+def state(found: Sequence[Source]) -> int:
+    """Changes with every change of a file that `load` reads, however it was written; costs a look at each of them."""
+    return _state([_scan(source.root) for source in found])
+
+
 # Reading files
 
 
@@ -102,6 +121,17 @@ class _Stamp(NamedTuple):
     mtime_ns: int
     size: int
     inode: int
+
+
+class _Scan(NamedTuple):
+    """The files under a root. Paths are below the version's folder, as environment/name."""
+
+    decisions: dict[str, _Stamp]
+    facts: dict[str, _Stamp]
+
+
+def _state(scans: Sequence[_Scan]) -> int:
+    return hash(tuple(tuple(files.items()) for scan in scans for files in scan))
 
 
 @dataclass
@@ -120,11 +150,15 @@ _NOTHING = _Read({}, {}, DECISIONS.empty_table(), CANDIDATES.empty_table())
 
 
 def _of_source(
-    source: Source, cache: Path, progress: Progress | None, here: Sequence[Environment], start: int
+    source: Source,
+    stamps: dict[str, _Stamp],
+    cache: Path,
+    progress: Progress | None,
+    here: Sequence[Environment],
+    start: int,
 ) -> Tables:
     place = cache / f"{hashlib.sha256(os.fsencode(os.path.realpath(source.root))).hexdigest()[:16]}.index"
     known = _kept(place)
-    stamps = _scan(source.root)
     changed = [file for file, stamp in stamps.items() if known.stamps.get(file) != stamp]
     if changed or len(known.stamps) > len(stamps):
         known = _renewed(source.root, known, stamps, changed, progress)
@@ -145,17 +179,22 @@ def _written(path: Path) -> int:
     return -1
 
 
-def _scan(root: Path) -> dict[str, _Stamp]:
-    """The decision files under `root`, but for those whose names are no text: no store writes such, and no table holds them."""
-    found = {}
+def _scan(root: Path) -> _Scan:
+    """The files under `root`, but for decisions whose names are no text: no store writes such, and no table holds them."""
+    found, facts = {}, {}
     for folder in _folders(root):
+        with suppress(OSError):
+            facts[f"{folder.name}/{FACTS}"] = _stamp((folder / FACTS).stat())
         with suppress(OSError), os.scandir(folder / "decisions") as entries:
             for entry in entries:
                 if entry.name.endswith(".json") and entry.name.count(".") == 1 and entry.name.isascii():
                     with suppress(OSError):  # removed meanwhile
-                        info = entry.stat()
-                        found[f"{folder.name}/{entry.name}"] = _Stamp(info.st_mtime_ns, info.st_size, info.st_ino)
-    return dict(sorted(found.items()))
+                        found[f"{folder.name}/{entry.name}"] = _stamp(entry.stat())
+    return _Scan(dict(sorted(found.items())), facts)
+
+
+def _stamp(info: os.stat_result) -> _Stamp:
+    return _Stamp(info.st_mtime_ns, info.st_size, info.st_ino)
 
 
 def _path(root: Path, file: str) -> Path:
@@ -207,11 +246,18 @@ def _renewed(
 # The index
 
 
+@once
+def _code() -> bytes:
+    """A digest of the code that makes rows of files, and says why one cannot be read."""
+    modules = (problem, printing, profiling, records, store, row_schemas, sys.modules[__name__])
+    return hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).digest()
+
+
 def _kept(place: Path) -> _Read:
-    """What the index at `place` holds; nothing where it is not there, not whole, or of another release."""
+    """What the index at `place` holds; nothing where it is not there, not whole, or of other code."""
     try:
         with place.open("rb") as file:
-            if file.read(len(MAGIC)) != MAGIC or int.from_bytes(file.read(4), "big") != LAYOUT:
+            if file.read(len(MAGIC)) != MAGIC or file.read(32) != _code():
                 return _NOTHING
             digest, data = file.read(32), file.read()
         if hashlib.sha256(data).digest() != digest:
@@ -259,7 +305,7 @@ def _keep(place: Path, read: _Read) -> None:
     with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(MAGIC + LAYOUT.to_bytes(4, "big") + hashlib.sha256(data).digest() + data)
+            temporary.write_bytes(MAGIC + _code() + hashlib.sha256(data).digest() + data)
             os.replace(temporary, place)
         finally:
             temporary.unlink(missing_ok=True)

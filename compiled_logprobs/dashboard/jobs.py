@@ -7,6 +7,7 @@
 
 The run holds a lock from its first to its last moment, however it ends: the lock is taken here, and the process inherits it.
 So whoever cannot take the lock knows that a run is going on, and no number of a process can be mistaken for that of another.
+The lock lies in the temporary folder of whoever started the run, and latest.json says where, for another's may be another.
 """
 
 import contextlib
@@ -109,6 +110,8 @@ class Job:
     started_at: float
     """Seconds since 1970."""
     request: Request
+    lock: str
+    """The file that the run holds a lock of."""
 
     @property
     def events(self) -> Path:
@@ -141,10 +144,24 @@ class Job:
             return ""
 
 
-def why_not() -> str | None:
-    """Why no run can be started from here; None if one can."""
+def why_not(folder: Path | None = None) -> str | None:
+    """Why no run can be started from here, or followed; None if one can."""
     if os.name != "posix":
         return "Runs are started from here on Linux and macOS only; `compiled-logprobs profile` does the same anywhere."
+    folder = state_folder() if folder is None else folder
+    job = latest(folder)
+    for path in {_lock_path(folder), *([] if job is None else [Path(job.lock)])}:
+        try:
+            with _lock(path, 0, look=True):
+                pass
+        except FileNotFoundError:
+            continue  # nobody has ever held it, or its temporary folder is gone, and the run with it
+        except OSError as error:
+            return (
+                f"Whether a run is going on cannot be told, since {path} cannot be opened: {error.strerror or error}. If it is "
+                "another user's, or no file, have it removed, or set TMPDIR to a folder of your own. `compiled-logprobs profile` "
+                "measures without it."
+            )
     return None
 
 
@@ -162,14 +179,15 @@ def start(request: Request, folder: Path | None = None) -> Job:
         InputError: what is asked for is not valid.
         RunRefused: another run is going on, or this one's state cannot be written.
     """
-    if reason := why_not():
+    folder = state_folder() if folder is None else folder
+    if reason := why_not(folder):
         raise RunRefused(reason)
     request.problems()
-    folder = state_folder() if folder is None else folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder, PATIENCE_S) as lock:
-            if lock is None:
+        with _lock(_lock_path(folder), PATIENCE_S) as lock:
+            before = latest(folder)
+            if lock is None or (before is not None and _is_held(before.lock, but=lock)):
                 raise RunRefused(
                     "A run is going on already; one at a time can measure. Wait for its end, or cancel it."
                 )
@@ -177,7 +195,7 @@ def start(request: Request, folder: Path | None = None) -> Job:
             return _start(request, folder, lock)
     except OSError as error:
         raise RunRefused(
-            f"The run's state cannot be kept in {folder}: {error.strerror or error}. Mend that."
+            f"The run's state cannot be kept in {error.filename or folder}: {error.strerror or error}. Mend that."
         ) from error
 
 
@@ -192,18 +210,19 @@ def latest(folder: Path | None = None) -> Job | None:
         request.problems()
         job = Job(folder=folder, request=request, **fields)
         right = _ID.fullmatch(job.id) and job.pid > 1 and job.started_at > 0 and request.budget_s > 0
+        right = right and os.path.isabs(job.lock) and "\0" not in job.lock
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, LogProbsError):
         return None
     return job if right and job.host == platform.node() else None  # a home may be shared by machines
 
 
 def is_running(job: Job) -> bool:
-    """Whether it has not ended. Only the latest run can be told about; an earlier one has."""
-    if why_not() is not None:
+    """Whether it has not ended. Only the latest run can be told about; an earlier one has.
+
+    Where its lock cannot be opened, nothing is known of it, which `why_not` says.
+    """
+    if os.name != "posix" or not _is_held(job.lock):
         return False
-    with _lock(job.folder, 0, look=True) as lock:
-        if lock is not None:
-            return False
     newest = latest(job.folder)
     return newest is not None and newest.id == job.id
 
@@ -253,7 +272,7 @@ def _start(request: Request, folder: Path, lock: int) -> Job:
             pass_fds=[lock],
             start_new_session=True,  # Ctrl-C in the dashboard's terminal is not for the run
         )
-    job = Job(folder, name, process.pid, platform.node(), time.time(), request)
+    job = Job(folder, name, process.pid, platform.node(), time.time(), request, str(_lock_path(folder)))
     threading.Thread(target=_see_off, args=(process, folder / f"{name}.exit"), name="run", daemon=True).start()
     fields: dict[str, Any] = asdict(job)
     del fields["folder"]
@@ -282,18 +301,36 @@ def _remove_old(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
+def _lock_path(folder: Path) -> Path:
+    """The file whose lock a run of that folder holds.
+
+    It lies beside other temporary files, for a home can be on a network file system, where locks are not inherited.
+    """
+    name = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]
+    return Path(tempfile.gettempdir(), f"compiled-logprobs-run-{name}.lock").absolute()
+
+
+def _is_held(path: str, *, but: int | None = None) -> bool:
+    """Whether a run holds that lock; not if it is the one that was taken here, as the descriptor `but`."""
+    try:
+        if but is not None and os.path.samestat(os.stat(path), os.fstat(but)):
+            return False
+        with _lock(Path(path), 0, look=True) as lock:
+            return lock is None
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
-def _lock(folder: Path, within: float, *, look: bool = False) -> Iterator[int | None]:
-    """Hold the lock of runs of that folder; its descriptor, or None if a run holds it for longer than `within` s.
+def _lock(path: Path, within: float, *, look: bool = False) -> Iterator[int | None]:
+    """Hold that lock; its descriptor, or None if a run holds it for longer than `within` s. Raises OSError if it is no such file.
 
     Those who only look whether they could have it do not disturb one another.
-    It lies beside other temporary files, for a home can be on a network file system, where locks are not inherited.
     """
     import fcntl
 
-    name = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]
-    path = Path(tempfile.gettempdir(), f"compiled-logprobs-run-{name}.lock")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if look else os.O_CREAT)
+    descriptor = os.open(path, flags, 0o600)
     try:
         until = time.monotonic() + within
         while True:

@@ -54,7 +54,9 @@ def decided(found: Sequence[Decision]) -> pd.DataFrame:
             "speed-up over the baseline": "" if one.winner.speedup is None else str(one.winner.speedup),
             "a call, ms": None if one.winner.seconds is None else 1e3 * one.winner.seconds,
             "extra memory, MiB": None if one.winner.extra_bytes is None else one.winner.extra_bytes / 2**20,
-            "sign check": f"{one.winner.checks_passed} of {len(one.winner.checks)}",
+            "sign check": f"{one.winner.checks_passed} of {len(one.winner.checks)}"
+            if one.winner.checks
+            else "not stored",
         }
         for one in reversed(found)
     )

@@ -7,6 +7,7 @@ near-black. None carries a meaning alone.
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -61,18 +62,28 @@ VERDICTS = {
 """Glyph and word of what a check came to."""
 
 
-def looks(backends: Iterable[str]) -> dict[str, Look]:
-    """How each of `backends` is drawn; those that come with the package always alike, others by the order of their names."""
-    found: dict[str, Look] = {}
+def looks(backends: Iterable[str], among: Iterable[str] = ()) -> dict[str, Look]:
+    """How each of `backends` is drawn: those that come with the package always alike, others by the order of all names.
+
+    Args:
+        backends: what is to be drawn.
+        among: all that there are, so that one which is drawn beside others elsewhere has the same letter and colour there.
+    """
     names = list(dict.fromkeys(backends))
-    taken = {BACKENDS[name].letter for name in names if name in BACKENDS}
-    others = sorted(name for name in names if name not in BACKENDS)
-    for number, name in enumerate(others):
+    others = _of_others(tuple(sorted({*names, *among} - BACKENDS.keys())))
+    return {name: BACKENDS.get(name) or others[name] for name in names}
+
+
+@lru_cache(maxsize=8)
+def _of_others(names: tuple[str, ...]) -> dict[str, Look]:
+    found: dict[str, Look] = {}
+    taken = {look.letter for look in BACKENDS.values()}
+    for number, name in enumerate(names):
         wanted = [letter for letter in name.upper() if letter.isascii() and letter.isalnum()]
         letter = next((letter for letter in (*wanted, *"ABDGHIJKLMNOQRSTUVWXYZ0123456789") if letter not in taken), "?")
         taken.add(letter)
         found[name] = _OTHERS[number % len(_OTHERS)]._replace(letter=letter)
-    return {name: BACKENDS.get(name) or found[name] for name in names}
+    return found
 
 
 def outcome(name: str) -> str:

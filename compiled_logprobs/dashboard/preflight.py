@@ -110,9 +110,7 @@ def _free_bytes(device: torch.device) -> int | None:
         return clock.free_memory(device)
     # Through the driver's library: torch would take some of the GPU's memory to answer, for as long as the dashboard lives.
     seen = telemetry(device).snapshot()
-    if seen is None or seen.memory_total_bytes is None or seen.memory_used_bytes is None:
-        return None
-    return seen.memory_total_bytes - seen.memory_used_bytes
+    return None if seen is None else seen.memory_free_bytes  # the total holds what the driver keeps for itself
 
 
 def _busy(device: torch.device) -> list[str]:

@@ -79,7 +79,7 @@ def _maps(tables: Tables, source: str, environment: str, found: pd.DataFrame) ->
         table = winners.winners(tables, source, environment, mode, dtype)
         last = table.dropna(subset=["key"]).iloc[-1]
         table = winners.around(table, int(last["rows"]), int(last["vocab"]))
-        figure = winner_map(table)
+        figure = winner_map(table, among=tables.backends)
         figure.update_layout(template="plotly_white", paper_bgcolor="white", plot_bgcolor="white")
         chart = plotly.io.to_html(figure, full_html=False, include_plotlyjs=library, config=CONFIG)
         library = False
@@ -107,6 +107,7 @@ def _decisions(tables: Tables, found: pd.DataFrame) -> str:
                 one.dtype,
                 one.rows,
                 one.vocab,
+                one.measured_rows,
                 one.chosen,
                 "baseline" if one.chosen == one.baseline else _number(best["speedup"], ".2f", "x") + band,
                 _number(best["seconds"] * 1e3, ".3g", " ms"),
@@ -118,7 +119,19 @@ def _decisions(tables: Tables, found: pd.DataFrame) -> str:
                 one.stale if isinstance(one.stale, str) else "",
             ]
         )
-    head = ["mode", "dtype", "N", "V", "winner", "speed-up", "a call", "extra memory", "checks passed", "bandwidth"]
+    head = [
+        "mode",
+        "dtype",
+        "N",
+        "V",
+        "timed N",
+        "winner",
+        "speed-up",
+        "a call",
+        "extra memory",
+        "checks passed",
+        "bandwidth",
+    ]
     note = "" if len(found) <= MOST_ROWS else f"<p>The first {MOST_ROWS} of {len(found)}.</p>"
     return note + _table([*head, "why", "measured", "stale"], rows)
 

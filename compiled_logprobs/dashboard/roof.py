@@ -65,7 +65,9 @@ def throughput(
         more, why = _points(key, decision, times, cache_bytes)
         rows += more
         left_out += why
-    return Throughput(pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS), left_out)
+    points, others = data.foremost_in(pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS))
+    left_out += [f"{others} backends more than the {data.MOST_BACKENDS} that are shown"] if others else []
+    return Throughput(points, left_out)
 
 
 def keys_along(tables: Tables, source: str, environment: str, shape: data.Shape, along: Axis) -> tuple[list[int], int]:

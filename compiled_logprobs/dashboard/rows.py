@@ -12,9 +12,6 @@ from compiled_logprobs.problem import short_name
 from compiled_logprobs.profiling import mode_name
 from compiled_logprobs.records import Decision
 
-LAYOUT = 1
-"""Of what is kept; raise it with every change of the two schemas, so that what an older release kept is read anew."""
-
 _TEXT, _FLAG, _COUNT, _FIGURE = pa.string(), pa.bool_(), pa.int64(), pa.float64()
 
 DECISIONS = pa.schema(

@@ -1,6 +1,8 @@
 """The program that `launch` becomes: Streamlit's server on 127.0.0.1, with our guard in front, until a signal ends it."""
 
 import argparse
+import importlib
+import logging
 import os
 import signal
 import sys
@@ -67,9 +69,19 @@ async def _alive(app: App, *, browser: bool) -> AsyncIterator[None]:
     url = f"http://{ADDRESS}:{config.get_option('server.port')}"
     sys.stdout.write(f"The dashboard is at {url}\nPress Ctrl-C to end it.\n")
     sys.stdout.flush()
+    # It warns, with a stack, of widgets that have a default and a value from a link; ours are meant to have both.
+    logging.getLogger("streamlit.elements.lib.policies").setLevel(logging.ERROR)
+    threading.Thread(target=_prepare, daemon=True).start()
     if browser and _has_screen():
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
     yield
+
+
+def _prepare() -> None:
+    """Have ready what the first page needs while the browser is on its way: packages and profiles take seconds."""
+    for name in ("verdict", "winners", "figures.decide"):
+        importlib.import_module(f"compiled_logprobs.dashboard.{name}")
+    importlib.import_module("compiled_logprobs.dashboard.session").read_ahead()
 
 
 def _end(orderly: Any, number: int, frame: FrameType | None) -> None:

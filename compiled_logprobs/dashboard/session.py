@@ -23,7 +23,7 @@ PROFILE, MODE, DTYPE, ROWS, VOCAB, MODEL = "profile", "mode", "dtype", "rows", "
 """Keys of the widgets; all but the last are parameters of the URL."""
 OTHER = "another"
 LOOK_AGAIN_S = 60.0
-"""After which files that somebody may have written over in place are looked at, too."""
+"""After which it is also asked whether somebody has written over a file in place, which no folder tells."""
 CONFIG = {
     "displaylogo": False,
     "showSendToCloud": False,
@@ -75,13 +75,20 @@ class _Shelf:
             found = index.sources()
             key = found, index.signature(found)
             under_way = self._reading is not None and self._reading.is_alive()
-            is_old = key != self._key or time.monotonic() - self._at > LOOK_AGAIN_S
-            failed = self._reading is None or self._reading.error is not None
-            if not under_way and (is_old or failed):
+            if not under_way and (key != self._key or self._has_changed(found)):
                 self._key, self._at = key, time.monotonic()
                 self._reading = Reading(found)
             assert self._reading is not None
             return self._reading
+
+    def _has_changed(self, found: list[Source]) -> bool:
+        """Whether what was read last is no more what the files hold, although no folder says so."""
+        if self._reading is None or self._reading.tables is None:
+            return True
+        if time.monotonic() - self._at <= LOOK_AGAIN_S:
+            return False
+        self._at = time.monotonic()
+        return index.state(found) != self._reading.tables.state
 
 
 @st.cache_resource(show_spinner=False)
@@ -92,6 +99,11 @@ def _shelf() -> _Shelf:
 def cache_folder() -> Any:
     """Where the indices are kept."""
     return user_cache_path("compiled-logprobs") / "dashboard"
+
+
+def read_ahead() -> None:
+    """Begin to read the profiles, before anybody looks."""
+    _shelf().reading()
 
 
 def tables() -> Tables:

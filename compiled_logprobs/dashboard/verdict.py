@@ -6,12 +6,14 @@ Every figure is one of `records.Decision`; here they are only put into words and
 import json
 import math
 import shlex
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from compiled_logprobs.backends import BUILT_IN
+from compiled_logprobs.backends import BUILT_IN, backends, target_of
 from compiled_logprobs.dashboard.palette import looks, outcome, plain_line
+from compiled_logprobs.decisions import EAGER
 from compiled_logprobs.environment import environments
 from compiled_logprobs.explanation import candidate_figures
 from compiled_logprobs.problem import Problem, short_name
@@ -105,14 +107,18 @@ def figures(decision: Decision) -> list[Figure]:
     ]
 
 
-def leaderboard(decision: Decision) -> pd.DataFrame:
-    """One row a candidate, the chosen one first, then by speed, then those that were not timed."""
-    look = looks(decision.candidates)
+def leaderboard(decision: Decision, among: Iterable[str] = ()) -> pd.DataFrame:
+    """One row a candidate, the chosen one first, then by speed, then those that were not timed.
+
+    `name` is as it is stored, and `backend` as it can be shown; `among` are all backends that there are, see `palette.looks`.
+    """
+    look = looks(decision.candidates, among)
     rows = []
     for name, one in sorted(decision.candidates.items(), key=lambda item: _rank(decision, *item)):
         speedup = one.speedup
         rows.append(
             {
+                "name": name,
                 "backend": plain_line(name, 60),
                 "letter": look[name].letter,
                 "outcome": outcome(one.outcome),
@@ -129,7 +135,7 @@ def leaderboard(decision: Decision) -> pd.DataFrame:
             }
         )
     found = pd.DataFrame(rows)
-    numbers = [column for column in found if column not in ("backend", "letter", "outcome", "checks")]
+    numbers = [column for column in found if column not in ("name", "backend", "letter", "outcome", "checks")]
     return found.astype(dict.fromkeys(numbers, float))
 
 
@@ -207,13 +213,30 @@ def command(decision: Decision) -> str | None:
         *("compiled-logprobs", "profile", "--device", problem.device_type, "--vocab", str(problem.vocab)),
         *("--rows", str(problem.rows), "--dtype", short_name(problem.dtype), "--mode", mode_name(problem)),
     ]
-    if decision.left_out:
-        names = [name for name in decision.candidates if name in BUILT_IN and name != decision.baseline]
-        words += [word for name in names for word in ("--backend", name)]
+    others = [
+        name for name in decision.candidates if name != EAGER and name.isidentifier()
+    ]  # no other can be registered
+    if decision.left_out or any(name not in BUILT_IN for name in others):
+        words += [word for name in others for word in ("--backend", where_from(name))]
     threads = decision.environment.get("cpu_threads")
     ours = next(one for one in environments() if one.device_type == "cpu").cpu_threads
     start = f"OMP_NUM_THREADS={threads} " if problem.device_type == "cpu" and threads != ours and threads else ""
     return start + shlex.join([*words, "--again"])
+
+
+def where_from(name: str) -> str:
+    """How the command line finds that backend: by its name, or for another's, where this process knows it, by its place."""
+    target = target_of(name) if name not in BUILT_IN and name in backends() else name
+    return target if isinstance(target, str) else name
+
+
+def of_others(decision: Decision) -> list[str]:
+    """Names in `command` of which only the program that registered them knows where they come from."""
+    return [
+        name
+        for name in decision.candidates
+        if name.isidentifier() and name not in BUILT_IN and where_from(name) == name
+    ]
 
 
 def snippet(problem: Problem, name: str | None) -> str:

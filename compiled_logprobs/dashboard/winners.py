@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from compiled_logprobs.dashboard.data import in_profile
+from compiled_logprobs.dashboard.data import MOST_BACKENDS, in_profile
 from compiled_logprobs.dashboard.index import Tables
 from compiled_logprobs.dashboard.palette import plain_line
 from compiled_logprobs.records import MEASURED
@@ -94,8 +94,10 @@ def in_words(table: pd.DataFrame) -> str:
     """How many squares each backend serves, as the map's text."""
     if table.empty:
         return "Nothing was measured in this mode and dtype."
-    counts = table["backend"].dropna().map(plain_line).value_counts()
-    measured = ", ".join(f"{name} {count}" for name, count in counts.items())
+    counts = table["backend"].value_counts()
+    own, rest = counts[:MOST_BACKENDS], counts[MOST_BACKENDS:]
+    measured = ", ".join(f"{plain_line(name)} {count}" for name, count in own.items())
+    measured += f", {len(rest)} others {rest.sum()}" if len(rest) else ""
     ties, missing = (int((table["state"] == state).sum()) for state in ("tie", "unmeasured"))
     hollow = f" Ties, drawn hollow: {ties}." if ties else ""
     grey = f" Not measured, drawn grey: {missing}." if missing else ""

@@ -5,7 +5,7 @@ import streamlit as st
 from compiled_logprobs.dashboard import comparison, data, session
 from compiled_logprobs.dashboard.figures import compare as figures
 from compiled_logprobs.dashboard.index import Tables
-from compiled_logprobs.dashboard.palette import plain
+from compiled_logprobs.dashboard.palette import plain, plain_line
 from compiled_logprobs.decisions import bucket
 
 RATIO = {
@@ -107,12 +107,20 @@ def _history(tables: Tables, this: session.Profile) -> None:
     if found.empty:
         st.info(f"{what}: nothing was measured.")
         return
+    found, left_out = data.foremost_in(found)
+    if left_out:
+        st.caption(f"{left_out} more backends are not shown.")
     times = found["label"].nunique()
-    winners = ", ".join(f"{row.label}: {row.backend}" for row in found[found["chosen"]].itertuples())
+    winners = ", ".join(
+        f"{plain_line(row.label)}: {plain_line(row.backend, 40)}" for row in found[found["chosen"]].itertuples()
+    )
     if times == 1:
         st.caption(f"{what}: measured once. Each other version of torch, or number of threads, adds to this.")
     session.chart(
-        figures.history(found), alt=f"Times over {times} measurements. Winners: {winners}.", key="history", table=found
+        figures.history(found, among=tables.backends),
+        alt=f"Times over {times} measurements. Winners: {winners}.",
+        key="history",
+        table=found,
     )
 
 

@@ -7,7 +7,7 @@ import streamlit as st
 from compiled_logprobs.dashboard import data, session, verdict, winners
 from compiled_logprobs.dashboard.figures import decide as figures
 from compiled_logprobs.dashboard.index import Tables
-from compiled_logprobs.dashboard.palette import plain
+from compiled_logprobs.dashboard.palette import plain, plain_line
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.records import Decision
 
@@ -49,8 +49,9 @@ def show() -> None:
             return
     _headline(tables, profile, shape, answer, decision)
     if decision is not None and answer.key is not None:
-        _ranking(decision)
-        _why(decision)
+        part, left_out = data.foremost(decision)
+        _ranking(tables, part, left_out)
+        _why(part, left_out)
         _what_if(decision, shape)
         _code(decision, answer)
     _map(tables, profile, shape, answer, decision)
@@ -121,20 +122,24 @@ def _badges(tables: Tables, profile: session.Profile, answer: data.Answer, decis
         st.caption(f"Stale: {plain(row['stale'])}. Measuring it again would tell whether it still holds.")
 
 
-def _ranking(decision: Decision) -> None:
+def _ranking(tables: Tables, decision: Decision, left_out: int) -> None:
     st.subheader("Ranking")
-    board = verdict.leaderboard(decision)
+    board = verdict.leaderboard(decision, tables.backends)
     st.dataframe(
-        board,
+        board.drop(columns="name"),
         hide_index=True,
         column_config=COLUMNS,
         key="leaderboard",
         alt="The candidates, the chosen one first",
         placeholder="–",
     )
-    st.caption(f"{plain(decision.code)}: {plain(decision.reason)}. {decision.rounds} rounds.")
+    timed = "" if decision.measured_rows == decision.problem.rows else f", timed with {decision.measured_rows} rows"
+    st.caption(
+        f"{plain(decision.code)}: {plain(decision.reason)}. {decision.rounds} rounds{timed}."
+        + (f" {left_out} more candidates are not shown; the download below has all." if left_out else "")
+    )
     session.chart(
-        figures.ranking(board, decision.baseline),
+        figures.ranking(board, decision.baseline, among=tables.backends),
         alt=figures.ranking_in_words(board, decision.baseline),
         key="ranking",
         table=board[["backend", "outcome", "speedup", "low", "high"]],
@@ -142,7 +147,7 @@ def _ranking(decision: Decision) -> None:
     )
 
 
-def _why(decision: Decision) -> None:
+def _why(decision: Decision, left_out: int) -> None:
     lost = verdict.why_lost(decision)
     st.subheader("Why not the others")
     if lost.empty:
@@ -150,6 +155,8 @@ def _why(decision: Decision) -> None:
     for one in lost.itertuples():
         st.markdown(f"**{plain(one.backend)}**, {plain(one.outcome)}: {plain(one.why, 500)}")
         st.caption(plain(one.figures, 600))
+    if left_out:
+        st.caption(f"{left_out} more candidates are not shown.")
 
 
 def _what_if(decision: Decision, shape: data.Shape) -> None:
@@ -158,10 +165,10 @@ def _what_if(decision: Decision, shape: data.Shape) -> None:
     if not need:
         st.write("The extra memory of none of them was measured.")
         return
-    listed = ", ".join(
-        f"{plain(name, 40)} {verdict.size(need[name])}" for name in sorted(need, key=lambda name: need[name])
-    )
-    st.write(f"For N {shape.rows}, beside the logits: {listed}.")
+    by_need = sorted(need, key=lambda name: need[name])
+    listed = ", ".join(f"{plain(name, 40)} {verdict.size(need[name])}" for name in by_need[: data.MOST_BACKENDS])
+    more = "" if len(need) <= data.MOST_BACKENDS else f", and {len(need) - data.MOST_BACKENDS} that take more"
+    st.write(f"For N {shape.rows}, beside the logits: {listed}{more}.")
     cap = st.number_input(
         "Extra memory that is free, MiB",
         min_value=0.0,
@@ -188,7 +195,12 @@ def _code(decision: Decision, answer: data.Answer) -> None:
         st.caption("No command poses these options; a call of the function itself, with `autotune`, measures them.")
     else:
         st.caption("Measures this row again, and stores it:")
-        st.code(command, language="bash")
+        st.code(command, language="bash", wrap_lines=True)
+        if others := [plain_line(name, 40) for name in verdict.of_others(decision)]:
+            st.caption(
+                f"Where {plain(', '.join(others[: data.MOST_BACKENDS]), 900)} came from is not stored: in its place, write "
+                "`package.module:Class`."
+            )
     st.download_button(
         "Download this decision (JSON)",
         lambda: verdict.as_json(decision),
@@ -215,7 +227,9 @@ def _map(
     )
     shown = None if decision is None else decision.problem
     session.chart(
-        figures.winner_map(part, *((shown.rows, shown.vocab) if shown is not None else (None, None))),
+        figures.winner_map(
+            part, *((shown.rows, shown.vocab) if shown is not None else (None, None)), among=tables.backends
+        ),
         alt=text,
         key=MAP,
         table=part[["rows", "vocab", "state", "backend", "speedup", "low", "high", "runner_up", "margin"]],

@@ -16,7 +16,9 @@ BUSY = (
 MEMORY_BUSY = (
     "The share of the last moments in which the GPU's memory was read or written. It is no share of the bandwidth."
 )
-MEMORY = "What processes use on the device: more than torch has allocated. What the driver reserves comes on top."
+MEMORY = (
+    "What processes use on the device: more than torch has allocated. The driver keeps some of the rest for itself."
+)
 LINES = [
     ("memory_used_bytes", "memory in use", "GiB"),
     ("busy_percent", "time busy", "%"),
@@ -39,12 +41,11 @@ def show_gpu(look: GpuLook) -> None:
         st.error(
             f"The driver does not answer for this GPU: {plain(look.trouble)}. What it told before is in the charts."
         )
-        return
     if look.is_slice:
         st.caption("Memory and processes are the slice's; all else is the whole GPU's.")
     columns = st.columns(5)
     columns[0].metric("Memory in use", size(seen.memory_used_bytes), help=MEMORY)
-    columns[0].caption(f"of {size(seen.memory_total_bytes)}")
+    columns[0].caption(f"of {size(seen.memory_total_bytes)}; free: {size(seen.memory_free_bytes)}")
     columns[1].metric("A kernel was running", percent(seen.busy_percent), help=BUSY)
     columns[1].caption(f"memory was at work: {percent(seen.memory_busy_percent)}", help=MEMORY_BUSY)
     columns[2].metric("Clock", of(seen.sm_clock_mhz, None, "MHz"))

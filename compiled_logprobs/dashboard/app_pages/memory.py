@@ -7,7 +7,7 @@ from compiled_logprobs.dashboard import data, data_memory, session
 from compiled_logprobs.dashboard.data_memory import Capacity
 from compiled_logprobs.dashboard.figures import memory as figures
 from compiled_logprobs.dashboard.index import Tables
-from compiled_logprobs.dashboard.palette import plain
+from compiled_logprobs.dashboard.palette import plain, plain_line
 
 GIB = 2**30
 THREE_NUMBERS = """
@@ -78,7 +78,7 @@ def _one_decision(tables: Tables, profile: session.Profile, shape: data.Shape, p
         "logits."
     )
     session.chart(
-        figures.bars(part),
+        figures.bars(part, among=tables.backends),
         alt=data_memory.in_words(part),
         key="memory-bars",
         table=part[["backend", "extra_bytes", "extra_multiple", "least_bytes", "least_multiple", "logits_bytes"]],
@@ -109,10 +109,10 @@ def _growth(tables: Tables, profile: session.Profile, shape: data.Shape, points:
         ""
         if free is None
         else f" With {free / GIB:.3g} GiB free: "
-        + ", ".join(f"{row.backend} N {row.largest_rows:,.0f}" for row in fits.itertuples())
+        + ", ".join(f"{plain_line(row.backend, 40)} N {row.largest_rows:,.0f}" for row in fits.itertuples())
     )
     session.chart(
-        figures.growth(points, has.bytes, free),
+        figures.growth(points, has.bytes, free, among=tables.backends),
         alt=f"Logits and extra memory by N, at V {shape.vocab}.{told}",
         key="memory-growth",
         table=points.drop(columns=["key", "chosen"]),

@@ -8,6 +8,7 @@ import streamlit as st
 from compiled_logprobs.dashboard import evidence, session
 from compiled_logprobs.dashboard.evidence import ALL, KINDS, UNITS, Checked, Matrix
 from compiled_logprobs.dashboard.figures import sign_check as figures
+from compiled_logprobs.dashboard.index import Tables
 from compiled_logprobs.dashboard.palette import VERDICTS, plain, plain_line
 from compiled_logprobs.tuning.findings import MEANING
 
@@ -47,6 +48,11 @@ def show() -> None:
             st.caption(
                 f"{plain(one.dtype)}: for this N nothing is stored; shown is the nearest, N {one.decision.problem.rows}."
             )
+        if one.left_out:
+            st.caption(
+                f"{plain(one.dtype)}: {one.left_out} more candidates are not shown. The chosen one, the baseline and those that "
+                "failed come first."
+            )
     whole = evidence.overview(found)
     if whole.empty:
         st.info("The decisions are stored without verdicts of the checks, so that it is not known what they came to.")
@@ -59,7 +65,7 @@ def show() -> None:
     if not details.empty:
         _matrix(details, only_failures)
     _one_verdict(whole, details)
-    _errors(found)
+    _errors(tables, found)
     _tokens(found)
     _recorded(found)
 
@@ -127,6 +133,8 @@ def _matrix(details: pd.DataFrame, only_failures: bool) -> None:
 
 def _grid(found: Matrix, key: str, on_select: Callable[[], None], text: str) -> None:
     st.session_state[f"{key}-shown"] = found
+    if found.left_out:
+        st.caption(f"Not shown: {found.left_out}.")
     st.dataframe(
         found.shown.style.map(_tint),
         hide_index=True,
@@ -214,7 +222,7 @@ def _without_details(found: Sequence[Checked]) -> None:
         st.caption(f"{plain(dtype)}: no details by input are stored of {plain(', '.join(names))}.")
 
 
-def _errors(found: Sequence[Checked]) -> None:
+def _errors(tables: Tables, found: Sequence[Checked]) -> None:
     table = evidence.errors(found)
     if table.empty:
         return
@@ -236,13 +244,22 @@ def _errors(found: Sequence[Checked]) -> None:
             else ""
         )
     )
-    session.chart(figures.ranges(part, what), alt=figures.in_words(part, what), key="error-ranges", table=part)
     inputs = list(dict.fromkeys(part["input"]))
+    drawn = part[part["input"].isin(inputs[: evidence.MOST_ACROSS])]
+    if len(inputs) > evidence.MOST_ACROSS:
+        st.caption(f"{len(inputs) - evidence.MOST_ACROSS} more inputs are not drawn; the table has them.")
+    session.chart(
+        figures.ranges(drawn, what, among=tables.backends),
+        alt=figures.in_words(drawn, what),
+        key="error-ranges",
+        table=part,
+    )
     chosen = st.selectbox("Input", inputs, key="errors_input")
     one = part[part["input"] == chosen]
     session.chart(
-        figures.shares(one, what),
-        alt=f"Share of the values by error, for the input {chosen!r}. {figures.in_words(one, what)} Dashed: the limits.",
+        figures.shares(one, what, among=tables.backends),
+        alt=f"Share of the values by error, for the input {plain_line(chosen, 40)!r}. "
+        f"{figures.in_words(one, what)} Dashed: the limits.",
         key="error-shares",
         table=one,
     )

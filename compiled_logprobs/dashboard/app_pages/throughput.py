@@ -9,7 +9,7 @@ from compiled_logprobs.clock import cache_bytes
 from compiled_logprobs.dashboard import data, roof, session
 from compiled_logprobs.dashboard.figures import throughput as figures
 from compiled_logprobs.dashboard.index import Tables
-from compiled_logprobs.dashboard.palette import plain
+from compiled_logprobs.dashboard.palette import plain, plain_line
 
 ALONG: dict[str, roof.Axis] = {"N, rows": "rows", "V, vocabulary": "vocab"}
 COLUMNS = {
@@ -74,7 +74,7 @@ def _rates(tables: Tables, points: pd.DataFrame, along: roof.Axis) -> None:
             )
         roofs = roof.roofs(tables, points["key"].unique().tolist()) if column == "gbps" else None
         session.chart(
-            figures.rate(points, along, column, roofs),
+            figures.rate(points, along, column, roofs, among=tables.backends),
             alt=roof.in_words(points, along, column, unit),
             key=f"rate-{column}",
             table=_shown(points),
@@ -92,7 +92,7 @@ def _roof(tables: Tables, points: pd.DataFrame, along: roof.Axis, cache: float |
         "the time of a call: forward at the bandwidth of reading, backward at that of copying. Hollow points are above it."
     )
     session.chart(
-        figures.share(points, along),
+        figures.share(points, along, among=tables.backends),
         alt=roof.in_words(points, along, "percent", "% of the measured roof"),
         key="share",
         table=_shown(points),
@@ -121,11 +121,11 @@ def _first_calls(tables: Tables, profile: session.Profile, shape: data.Shape, po
         "calls it has paid against the baseline. What has no such number is no faster than the baseline, or is the baseline."
     )
     told = ", ".join(
-        f"{row.backend} {row.first_call_seconds:.2g} s"
+        f"{plain_line(row.backend, 40)} {row.first_call_seconds:.2g} s"
         for row in part.dropna(subset=["first_call_seconds"]).itertuples()
     )
     session.chart(
-        figures.first_calls(part),
+        figures.first_calls(part, among=tables.backends),
         alt=f"Seconds of the first call for {at}: {told}.",
         key="first-calls",
         table=part[["backend", "first_call_seconds", "pays_after"]],

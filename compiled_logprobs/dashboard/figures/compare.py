@@ -1,5 +1,7 @@
 """The charts of the page Compare: ratios of two profiles with their noise, and a shape's times over versions."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -21,7 +23,12 @@ def ratios(table: pd.DataFrame) -> go.Figure:
     """`comparison.matched`: that profile's seconds over this one's, with the noise band, one row a problem."""
     shown = table.iloc[np.log(table["ratio"]).abs().sort_values(ascending=False, kind="stable").index[:MOST]]
     shown = shown.sort_values("ratio", kind="stable")
-    labels = {number: plain_in_chart(name, 60) for number, name in shown["problem"].items()}
+    labels: dict[int, str] = {}
+    for number, name in shown["problem"].items():
+        label = plain_in_chart(name, 60)
+        while label in labels.values():  # cut off, or called the same by a foreign file: each has a line of its own
+            label += " ·"
+        labels[number] = label
     figure = go.Figure()
     for verdict, (name, colour, symbol) in VERDICTS.items():
         part = shown[shown["verdict"] == verdict]
@@ -66,15 +73,15 @@ def ratios(table: pd.DataFrame) -> go.Figure:
     return figure
 
 
-def history(table: pd.DataFrame) -> go.Figure:
+def history(table: pd.DataFrame, *, among: Iterable[str] = ()) -> go.Figure:
     """`comparison.history`: milliseconds of each backend, in the order in which they were measured, with the noise band."""
     figure = go.Figure()
-    order = [plain_in_chart(one, 60) for one in dict.fromkeys(table["label"])]
-    for name, look in looks(table["backend"]).items():
+    order = [plain_in_chart(one, 90) for one in dict.fromkeys(table["label"])]
+    for name, look in looks(table["backend"], among).items():
         part = table[table["backend"] == name]
         figure.add_trace(
             go.Scatter(
-                x=[plain_in_chart(one, 60) for one in part["label"]],
+                x=[plain_in_chart(one, 90) for one in part["label"]],
                 y=part["ms"],
                 mode="lines+markers",
                 name=f"{look.letter} {plain_in_chart(name, 30)}",

@@ -1,20 +1,28 @@
 """The landing page's charts: the winner map, and the ranking with intervals."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
+from compiled_logprobs.dashboard.data import MOST_BACKENDS
 from compiled_logprobs.dashboard.palette import NEUTRAL, Look, looks, plain_in_chart
 
 CLEAR = "rgba(0,0,0,0)"
+OTHERS = Look(NEUTRAL, "…", "square", "solid")
+"""Of the backends that win the fewest squares, where they are too many to be told apart."""
 SQUARE = 48
 """Pixels a side; smaller where there are many."""
+NEAR_ONE = 0.2
+"""Of a speed-up, whose figure would then be crossed by the line of the baseline."""
 STRONG = 0.65
 """Opacity from which a letter has to stand out against the square's colour rather than the page's."""
 
 
-def winner_map(table: pd.DataFrame, rows: int | None = None, vocab: int | None = None) -> go.Figure:
+def winner_map(
+    table: pd.DataFrame, rows: int | None = None, vocab: int | None = None, *, among: Iterable[str] = ()
+) -> go.Figure:
     """`winners.winners` as squares over N and V: colour and letter the backend, opacity its margin, ties hollow.
 
     Squares are points, since only points can be clicked; each carries [N, V] as `customdata`.
@@ -23,16 +31,20 @@ def winner_map(table: pd.DataFrame, rows: int | None = None, vocab: int | None =
         table: one row a square.
         rows: N of the decision that is shown, whose square gets a frame.
         vocab: V of the same.
+        among: all backends that there are, see `palette.looks`.
     """
     figure = go.Figure()
     across = [str(one) for one in sorted(table["rows"].unique())]
     up = [str(one) for one in sorted(table["vocab"].unique())]
     side = max(10, min(SQUARE, 900 // max(1, len(across)), 620 // max(1, len(up)) + 6))
-    named = looks(table["backend"].dropna())
-    for name in sorted(named, key=list(named).index):
-        look, shown = named[name], plain_in_chart(name, 30)
+    counts = table["backend"].value_counts()  # most first; what is not measured has none
+    own, rest = list(counts.index[:MOST_BACKENDS]), list(counts.index[MOST_BACKENDS:])
+    drawn = [(look, [name], plain_in_chart(name, 30)) for name, look in looks(own, among).items()]
+    if rest:
+        drawn.append((OTHERS, rest, f"{len(rest)} others"))
+    for look, names, shown in drawn:
         for state, title in (("won", shown), ("tie", f"{shown}, tie"), ("alone", f"{shown}, nothing else ran")):
-            part = table[(table["backend"] == name) & (table["state"] == state)]
+            part = table[table["backend"].isin(names) & (table["state"] == state)]
             strong = part["opacity"] >= STRONG
             for number, group in enumerate(group for group in (part[strong], part[~strong]) if len(group)):
                 trace = _squares(group, look, side, hollow=state == "tie")
@@ -125,14 +137,14 @@ def _hover(one: dict[str, Any]) -> str:
     return "<br>".join(lines)
 
 
-def ranking(board: pd.DataFrame, baseline: str) -> go.Figure:
+def ranking(board: pd.DataFrame, baseline: str, *, among: Iterable[str] = ()) -> go.Figure:
     """`verdict.leaderboard`: each timed candidate's speed-up over the baseline, with its interval."""
     timed = board[board["speedup"].notna()]
-    named = looks(board["backend"])
+    named = looks(board["name"], among)
     figure = go.Figure()
     labels = []
     for row in timed.itertuples():
-        look, name = named[row.backend], plain_in_chart(row.backend, 30)
+        look, name = named[row.name], plain_in_chart(row.backend, 30)
         label = f"{look.letter}  {name}"
         labels.append(label)
         known = pd.notna(row.low) and pd.notna(row.high)
@@ -143,7 +155,7 @@ def ranking(board: pd.DataFrame, baseline: str) -> go.Figure:
                 mode="markers+text",
                 name=name,
                 text=[f"{row.speedup:.2f}x"],
-                textposition="top center",
+                textposition="top right" if abs(row.speedup - 1) < NEAR_ONE else "top center",  # clear of the line at 1
                 marker={"symbol": look.symbol, "size": 14, "color": look.colour},
                 error_x={
                     "type": "data",

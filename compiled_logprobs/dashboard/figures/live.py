@@ -8,6 +8,8 @@ from compiled_logprobs.dashboard.palette import plain_in_chart
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 DASHES = ("solid", "dash", "dot", "dashdot")
 HEIGHT = 260
+SHORTEST = pd.Timedelta(seconds=30)
+"""Along the axis, so that a first look is not told in parts of milliseconds."""
 
 
 def line(table: pd.DataFrame, column: str, title: str, unit: str, *, top: float | None = None) -> go.Figure:
@@ -41,6 +43,7 @@ def line(table: pd.DataFrame, column: str, title: str, unit: str, *, top: float 
         showlegend=len(figure.data) > 1,
         legend={"orientation": "h", "y": -0.2},
     )
-    figure.update_xaxes(title=None)
+    last = table["at"].max()
+    figure.update_xaxes(title=None, range=[min(table["at"].min(), last - SHORTEST), last] if len(table) else None)
     figure.update_yaxes(title=f"{title}, {unit}", range=[0, top] if top else None, rangemode="tozero")
     return figure

@@ -1,5 +1,7 @@
 """Charts of memory: what each backend takes beside the logits, and how that grows with N up to what the device has."""
 
+from collections.abc import Iterable
+
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -9,10 +11,10 @@ from compiled_logprobs.dashboard.palette import NEUTRAL, looks, plain_in_chart
 MIB, GIB = 2**20, 2**30
 
 
-def bars(points: pd.DataFrame) -> go.Figure:
+def bars(points: pd.DataFrame, *, among: Iterable[str] = ()) -> go.Figure:
     """Extra memory of each backend of one decision, in MiB and multiples of the logits, behind it the least that is possible."""
     part = points.sort_values("extra_bytes")
-    named = looks(points["backend"])
+    named = looks(points["backend"], among)
     labels = [f"{named[name].letter} {plain_in_chart(name, 30)}" for name in part["backend"]]
     figure = go.Figure()
     figure.add_trace(
@@ -23,6 +25,7 @@ def bars(points: pd.DataFrame) -> go.Figure:
             marker={"color": [named[name].colour for name in part["backend"]]},
             text=[f"{row.extra_bytes / MIB:,.0f} MiB, {row.extra_multiple:.2f} x logits" for row in part.itertuples()],
             textposition="auto",
+            insidetextanchor="start",  # the mark of the least possible stands near the end
             hoverinfo="text",
             name="extra memory at its peak, MiB",
         )
@@ -52,13 +55,16 @@ def bars(points: pd.DataFrame) -> go.Figure:
     return figure
 
 
-def growth(points: pd.DataFrame, capacity_bytes: float | None, free_bytes: float | None) -> go.Figure:
+def growth(
+    points: pd.DataFrame, capacity_bytes: float | None, free_bytes: float | None, *, among: Iterable[str] = ()
+) -> go.Figure:
     """Logits and extra memory by N, a line a backend, with the least possible and what the device has.
 
     Args:
         points: `data_memory.memory`.
         capacity_bytes: of the device; None where it is not known, and then no line is drawn.
         free_bytes: what of it is left for this, likewise.
+        among: all backends that there are, see `palette.looks`.
     """
     figure = go.Figure()
     least = points.drop_duplicates("timed_rows").sort_values("timed_rows")
@@ -73,7 +79,7 @@ def growth(points: pd.DataFrame, capacity_bytes: float | None, free_bytes: float
             hovertemplate="N %{x}: %{y:.3g} GiB at least<extra></extra>",
         )
     )
-    for name, look in looks(points["backend"]).items():
+    for name, look in looks(points["backend"], among).items():
         part = points[points["backend"] == name].drop_duplicates("timed_rows").sort_values("timed_rows")
         figure.add_trace(
             go.Scatter(

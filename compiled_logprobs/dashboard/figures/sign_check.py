@@ -1,30 +1,35 @@
 """Charts of the sign check: how the errors spread by kind of input, and as shares of the values of one input."""
 
+from collections.abc import Iterable
+
 import pandas as pd
 import plotly.graph_objects as go
 
 from compiled_logprobs.dashboard.evidence import KINDS, QUANTILE, UNITS
-from compiled_logprobs.dashboard.palette import NEUTRAL, looks, plain_in_chart
+from compiled_logprobs.dashboard.palette import NEUTRAL, looks, plain_in_chart, plain_line
 from compiled_logprobs.evidence import QUANTILES
 
 CLEAR = "rgba(0,0,0,0)"
 LANE = 0.22
 """Between two backends of one input, where inputs lie 1 apart."""
+HIGHEST = 3000
+"""Pixels of all lanes together: with many backends, they lie closer."""
 EXACT = 1e-17
 """Where errors of 0 are drawn, which a logarithmic axis cannot hold."""
 
 
-def ranges(errors: pd.DataFrame, what: str) -> go.Figure:
+def ranges(errors: pd.DataFrame, what: str, *, among: Iterable[str] = ()) -> go.Figure:
     """By kind of input and backend: thin the errors of all values, thick the middle 90 per cent, the median, and the limit.
 
     Args:
         errors: `evidence.errors` of one dtype and kind of result.
         what: which kind that is.
+        among: all backends that there are, see `palette.looks`.
     """
     figure = go.Figure()
     inputs = list(dict.fromkeys(errors["input"]))
     place = {name: number for number, name in enumerate(inputs)}
-    named = looks(errors["backend"])
+    named = looks(errors["backend"], among)
     for lane, (name, look) in enumerate(named.items()):
         part = errors[(errors["backend"] == name) & errors["q100"].notna()]
         if part.empty:
@@ -81,7 +86,7 @@ def ranges(errors: pd.DataFrame, what: str) -> go.Figure:
             )
         )
     figure.update_layout(
-        height=140 + max(30, 16 * len(named)) * max(1, len(inputs)),
+        height=140 + min(max(30, 16 * len(named)), HIGHEST // max(1, len(inputs))) * max(1, len(inputs)),
         margin={"l": 10, "r": 10, "t": 10, "b": 10},
         paper_bgcolor=CLEAR,
         plot_bgcolor=CLEAR,
@@ -100,10 +105,10 @@ def ranges(errors: pd.DataFrame, what: str) -> go.Figure:
     return figure
 
 
-def shares(errors: pd.DataFrame, what: str) -> go.Figure:
+def shares(errors: pd.DataFrame, what: str, *, among: Iterable[str] = ()) -> go.Figure:
     """The share of the values whose error is at most so large, a line a backend, for one dtype, input and kind of result."""
     figure = go.Figure()
-    for name, look in looks(errors["backend"]).items():
+    for name, look in looks(errors["backend"], among).items():
         for row in errors[errors["backend"] == name].dropna(subset=["q100"]).itertuples(index=False):
             figure.add_trace(
                 go.Scatter(
@@ -138,7 +143,9 @@ def in_words(errors: pd.DataFrame, what: str) -> str:
     parts = []
     for name, part in found.groupby("backend", sort=False):
         worst = part.loc[part["q100"].idxmax()]
-        parts.append(f"{plain_in_chart(name, 40)} at most {worst['q100']:.3g}, with the input {worst['input']!r}")
+        parts.append(
+            f"{plain_line(name, 40)} at most {worst['q100']:.3g}, with the input {plain_line(worst['input'], 40)!r}"
+        )
     return f"Absolute errors of the {KINDS[what]} against float64, {UNITS[what]}: {'; '.join(parts)}."
 
 
@@ -149,7 +156,7 @@ def _drawable(values: "pd.Series[float]") -> list[float | None]:
 def _error_axis(what: str) -> dict[str, object]:
     return {
         "type": "log",
-        "title": {"text": f"absolute error of the {KINDS[what]}, {UNITS[what]} (logarithmic; exact at {EXACT:g})"},
+        "title": {"text": f"absolute error of the {KINDS[what]}, {UNITS[what]}<br>(logarithmic; exact at {EXACT:g})"},
         "exponentformat": "power",
         "fixedrange": True,
     }

@@ -1,7 +1,7 @@
 """Charts of throughput: a rate against N or V with its band, the share of the measured roof, and what the first call costs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -16,7 +16,12 @@ MOST_TICKS = 12
 
 
 def rate(
-    points: pd.DataFrame, along: str, column: str, roofs: Mapping[str, tuple[float, float]] | None = None
+    points: pd.DataFrame,
+    along: str,
+    column: str,
+    roofs: Mapping[str, tuple[float, float]] | None = None,
+    *,
+    among: Iterable[str] = (),
 ) -> go.Figure:
     """`roof.throughput` as a line a backend; its band is the middle 60 per cent of the calls.
 
@@ -25,9 +30,10 @@ def rate(
         along: "rows" or "vocab", the axis across.
         column: "gbps" or "tokens".
         roofs: bandwidths to draw as lines, GB/s: lowest and highest that was measured.
+        among: all backends that there are, see `palette.looks`.
     """
     figure = go.Figure()
-    for name, look in looks(points["backend"]).items():
+    for name, look in looks(points["backend"], among).items():
         part = points[(points["backend"] == name) & points[column].notna()].sort_values(along)
         if part.empty:
             continue
@@ -62,19 +68,23 @@ def rate(
                 hoverinfo="text",
             )
         )
-    for kind, (low, high) in (roofs or {}).items():
+    for number, (kind, (low, high)) in enumerate((roofs or {}).items()):
         span = f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
         label = {"text": f"{ROOFS[kind]}, {span} GB/s", "font": {"size": 11}}
-        figure.add_hline(y=high, line={"dash": "dot", "color": NEUTRAL}, label={**label, "textposition": "start"})
+        # They are often as high as one another: one is named at the left, above, and the other at the right, below.
+        place = (
+            {"textposition": "end", "yanchor": "top"} if number % 2 else {"textposition": "start", "yanchor": "bottom"}
+        )
+        figure.add_hline(y=high, line={"dash": "dot", "color": NEUTRAL}, label={**label, **place})
     ends = [points[column].max(), points[f"{column}_high"].max(), *(high for _, high in (roofs or {}).values())]
     _lay_out(figure, points, along, RATES[column], ends)
     return figure
 
 
-def share(points: pd.DataFrame, along: str) -> go.Figure:
+def share(points: pd.DataFrame, along: str, *, among: Iterable[str] = ()) -> go.Figure:
     """Per cent of the roof: the time that the bytes take at the measured bandwidth, of the time of a call. Above 100: hollow."""
     figure = go.Figure()
-    for name, look in looks(points["backend"]).items():
+    for name, look in looks(points["backend"], among).items():
         part = points[(points["backend"] == name) & points["percent"].notna()].sort_values(along)
         if part.empty:
             continue
@@ -99,10 +109,10 @@ def share(points: pd.DataFrame, along: str) -> go.Figure:
     return figure
 
 
-def first_calls(points: pd.DataFrame) -> go.Figure:
+def first_calls(points: pd.DataFrame, *, among: Iterable[str] = ()) -> go.Figure:
     """Seconds of the first call of each backend of one decision, with the calls after which it has paid."""
     part = points[points["first_call_seconds"].notna()].sort_values("first_call_seconds")
-    named = looks(points["backend"])
+    named = looks(points["backend"], among)
     labels = [f"{named[name].letter} {plain_in_chart(name, 30)}" for name in part["backend"]]
     figure = go.Figure(
         go.Bar(
