@@ -384,7 +384,7 @@ def invariant_rows() -> dict:
     """Tuned together without the gradient alone; the stores of the ranks hold different decisions with it, or none."""
     ours.Tuner = Made
     with_gradient, without = problem_of(28), problem_of(28)._replace(needs_grad=False)
-    store = store_at(f"store of rank {RANK}")
+    store = store_at(f"store of rank {RANK} for invariant rows")
     if RANK > 0:
         candidates = {"eager": measured("eager"), "right": measured("right")}
         publish(decided(with_gradient, ["eager", "right"][RANK % 2], candidates=candidates), store)
