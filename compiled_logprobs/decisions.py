@@ -5,7 +5,7 @@
 3. for small problems, where N * V is under 2^20 and a launch costs more than the work: eager;
 4. tuning, where it is possible (`compiled_logprobs.tuning`, a layer above);
 5. a stored decision for the nearest bucket of N of the same problem;
-6. the default rule: the first of `PREFERENCE` that can run the problem and passes a short check on this machine.
+6. the default rule: the first built-in backend that can run the problem and passes a short check on this machine.
 
 A decision is used only while the backend that it chose is registered, can run the problem, and has the code that was measured.
 """
@@ -30,7 +30,6 @@ from compiled_logprobs.store import Store, pass_over
 from compiled_logprobs.view import view
 
 EAGER = "eager"
-PREFERENCE = ("cpp", "compiled", "flash_attn", EAGER)
 SMALL = 2**20
 """Logits; below it the default rule says eager."""
 
@@ -186,7 +185,7 @@ def forget(problem: Problem) -> None:
 
 def candidates(problem: Problem) -> list[str]:
     """The default rule's backends for `problem`, best first, without those that failed on it."""
-    return [name for name in PREFERENCE if (name, bucket(problem)) not in _set_aside]
+    return [name for name in BUILT_IN if (name, bucket(problem)) not in _set_aside]
 
 
 def set_aside(name: str, problem: Problem, error: BaseException) -> bool:

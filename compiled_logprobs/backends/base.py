@@ -1,6 +1,5 @@
 """What a backend is."""
 
-import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from compiled_logprobs import formula
+from compiled_logprobs.backends.fingerprint import digest_of
 from compiled_logprobs.problem import Problem
 
 
@@ -63,6 +63,5 @@ class Backend(ABC):
         return True
 
     def fingerprint(self) -> str:
-        """Changes whenever the results or the speed may: a digest of this backend's source and of the formula."""
-        sources = (Path(inspect.getfile(type(self))), Path(formula.__file__))
-        return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+        """Changes whenever the results or the speed may: a digest of what this backend's source and the formula mean."""
+        return digest_of(Path(inspect.getfile(type(self))), Path(formula.__file__))

@@ -4,7 +4,6 @@ Shapes: N rows, V vocabulary, K labels a row.
 """
 
 import ctypes
-import hashlib
 import inspect
 import sys
 from functools import cache, lru_cache
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.backends.fingerprint import digest_of
 from compiled_logprobs.environment import cpp_compiler
 from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.problem import Problem
@@ -83,8 +83,7 @@ class Cpp(Backend):
         return gradient
 
     def fingerprint(self) -> str:
-        sources = (Path(__file__), SOURCE, Path(inspect.getfile(shared_library)))
-        return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+        return digest_of(Path(__file__), SOURCE, Path(inspect.getfile(shared_library)))
 
     def _loaded(self) -> ctypes.CDLL:
         if self._broken is not None:

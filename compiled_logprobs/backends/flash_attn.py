@@ -8,7 +8,6 @@ take several launches, and their gradients would have to be copied together.
 Shapes: ... leading dimensions, N the last of these and so the rows of one launch, V vocabulary.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -22,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compiled_logprobs import formula
 from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.backends.fingerprint import digest_of
 from compiled_logprobs.problem import Layout, Problem, layout_of
 
 FORWARD_BLOCK = 16 * 1024
@@ -131,8 +132,7 @@ class FlashAttn(Backend):
         return gradient
 
     def fingerprint(self) -> str:
-        rows_source = Path(__file__).with_name("flash_attn_rows.py").read_bytes()
-        digest = hashlib.sha256(super().fingerprint().encode() + rows_source).hexdigest()[:16]
+        digest = digest_of(Path(__file__), Path(__file__).with_name("flash_attn_rows.py"), Path(formula.__file__))
         return f"{digest}, flash-attn {_flash_attn_version()}, triton {_triton_version()}"
 
     def _remember(self, direction: str, logits: Tensor) -> None:
