@@ -22,11 +22,11 @@ from compiled_logprobs import backends
 from compiled_logprobs.backends import get_backend, why_not
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.backends.eager import Eager
+from compiled_logprobs.choose.serving import tune_all
 from compiled_logprobs.problem import Problem, as_it_lies
-from compiled_logprobs.store import Store
-from compiled_logprobs.tuning.measure import Measurement
-from compiled_logprobs.tuning.select import LOOKS, Selection, look
-from compiled_logprobs.tuning.serving import tune_all
+from compiled_logprobs.store.files import Store
+from compiled_logprobs.tuning.rounds import Measurement
+from compiled_logprobs.tuning.statistics import LOOKS, Selection, look
 from compiled_logprobs.tuning.tuner import TuningFailed
 
 CPU = torch.device("cpu")

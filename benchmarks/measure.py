@@ -17,11 +17,11 @@ from torch import Tensor
 from benchmarks.candidates import READ, Candidate
 from benchmarks.idioms import Idiom
 from benchmarks.results import Cell, Result
-from compiled_logprobs import clock
 from compiled_logprobs.errors import is_out_of_memory
+from compiled_logprobs.machine import clock
+from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem
-from compiled_logprobs.reference import reference
-from compiled_logprobs.tuning.measure import LONGEST_REASON
+from compiled_logprobs.tuning.rounds import LONGEST_REASON
 
 CHECKED_ROWS = 64
 """How many rows are held against float64: spread evenly, the first and the last among them."""

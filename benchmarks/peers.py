@@ -22,13 +22,15 @@ from benchmarks.candidates import AUTO, Candidate, candidates
 from benchmarks.measure import measure
 from benchmarks.results import COLUMNS, Cell
 from benchmarks.targets import targets
-from compiled_logprobs import autotune, clock, profiling, tune
-from compiled_logprobs.environment import environment_of
+from compiled_logprobs import autotune, problem, tune
+from compiled_logprobs.choose.explain import explain_problem
+from compiled_logprobs.cli.output import print_environment, print_json
 from compiled_logprobs.errors import InputError, LogProbsError
-from compiled_logprobs.explanation import explain_problem
+from compiled_logprobs.machine import clock
+from compiled_logprobs.machine.environment import environment_of
 from compiled_logprobs.policy import policy
-from compiled_logprobs.printing import print_environment, print_json
 from compiled_logprobs.problem import Problem, as_it_lies
+from compiled_logprobs.tuning import presets as profiling
 
 DONE, WRONG, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 SHAPES = ("2048x32000", "512x151936", "256x151936", "256x262144", "4096x32", "1x151936")
@@ -88,7 +90,7 @@ def peers(
     with _reported_errors():
         where = _device(device)
         problems = [
-            (as_it_lies(Problem(where.type, *_shape(text), profiling.dtype_of(name), **profiling.MODES[kind])), kind)
+            (as_it_lies(Problem(where.type, *_shape(text), profiling.dtype_of(name), **problem.MODES[kind])), kind)
             for text, name, kind in itertools.product(
                 _split(shape) or SHAPES, _split(dtype) or DTYPES, map(profiling.mode_of, _split(mode) or MODES)
             )

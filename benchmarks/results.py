@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from benchmarks.candidates import READ
 from compiled_logprobs.problem import Problem, short_name
-from compiled_logprobs.tuning.select import Interval, interval
+from compiled_logprobs.tuning.statistics import Interval, interval
 
 CONFIDENCE = 0.95
 """Of the interval around one ratio."""

@@ -10,9 +10,9 @@ from rich.text import Text
 from benchmarks.candidates import READ
 from benchmarks.results import COLUMNS, Cell, Result
 from benchmarks.targets import Target
-from compiled_logprobs.printing import console, new_table, print_line
+from compiled_logprobs.cli.output import console, new_table, print_line
 from compiled_logprobs.problem import short_name
-from compiled_logprobs.tuning.select import Interval
+from compiled_logprobs.tuning.statistics import Interval
 
 TITLES = {
     "ms": "ms",

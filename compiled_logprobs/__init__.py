@@ -1,6 +1,6 @@
 """Log-probabilities of labels from logits: always right, and as fast as this machine allows."""
 
-from compiled_logprobs.api import (
+from compiled_logprobs.api.functions import (
     LogProbs,
     cross_entropy_from_logits,
     entropy_from_logits,
@@ -9,17 +9,12 @@ from compiled_logprobs.api import (
     tune,
 )
 from compiled_logprobs.backends import backends, register_backend
-from compiled_logprobs.errors import (
-    BackendUnavailable,
-    InputError,
-    LogProbsError,
-    ProfileError,
-)
-from compiled_logprobs.explanation import Explanation
+from compiled_logprobs.check.run import CheckReport, check_backend
+from compiled_logprobs.choose.explain import Explanation
+from compiled_logprobs.decision import Decision
+from compiled_logprobs.errors import BackendUnavailable, InputError, LogProbsError, ProfileError
 from compiled_logprobs.policy import autotune
 from compiled_logprobs.problem import Problem
-from compiled_logprobs.records import Decision
-from compiled_logprobs.tuning.gate import CheckReport, check_backend
 
 __all__ = [
     "BackendUnavailable",

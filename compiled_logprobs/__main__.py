@@ -1,5 +1,5 @@
 """`python -m compiled_logprobs` is `compiled-logprobs`."""
 
-from compiled_logprobs.cli import main
+from compiled_logprobs.cli.main import main
 
 main()

@@ -12,8 +12,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from compiled_logprobs.errors import InputError
-from compiled_logprobs.formula import accumulation_dtype
-from compiled_logprobs.problem import DTYPES, short_name
+from compiled_logprobs.problem import DTYPES, accumulation_dtype, short_name
 
 _FLOAT32 = torch.finfo(torch.float32)
 

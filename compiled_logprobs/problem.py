@@ -1,13 +1,20 @@
 """What is to be computed: everything that may decide which backend is fastest, and nothing else."""
 
-from typing import Literal, NamedTuple
+import math
+import re
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
+from compiled_logprobs.errors import ProfileError
+
 Temperature = Literal["none", "number", "per_token"]
 Layout = Literal["flat", "rows", "other"]
 
+SMALL = 2**20
+"""Logits; below it the default rule says eager."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -111,3 +118,133 @@ def overlaps(logits: Tensor) -> bool:
                 return True
             reach = stride * (size - 1) + reach
     return False
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "forward": {},
+    "backward": {"needs_grad": True},
+    "inplace": {"needs_grad": True, "inplace_backward": True},
+    "entropy": {"entropy": True},
+}
+"""What is asked for: forward alone; with the gradient; with the gradient written over the logits; with the entropy."""
+
+
+def mode_name(problem: Problem) -> str:
+    """The mode that `problem` has, or its options in words if it has others."""
+    for name, options in MODES.items():
+        if problem == as_it_lies(Problem(*problem[:4], **options)):
+            return name
+    return problem.details()
+
+
+def bucket(problem: Problem) -> Problem:
+    """`problem` with N rounded up to half an octave (1, 2, 3, 4, 6, 8, 12, ...), so that nearby N share a decision."""
+    rows = problem.rows
+    octave = 1 << max(0, rows.bit_length() - 1)
+    top = octave if octave >= rows else octave * 3 // 2 if octave * 3 // 2 >= rows else octave * 2
+    return problem._replace(rows=top)
+
+
+def is_small(problem: Problem) -> bool:
+    """Whether `problem` is for eager unless a profile says otherwise."""
+    return problem.rows * problem.vocab < SMALL
+
+
+def nearest_first(top: Problem, others: Iterable[Problem]) -> list[Problem]:
+    """Those of `others` that differ from `top` in N only: first that of the smallest ratio of both N, of two the smaller."""
+    found = [other for other in others if other != top and other._replace(rows=top.rows) == top]
+    return sorted(found, key=lambda other: (abs(math.log(max(1, other.rows) / top.rows)), other.rows))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64 logits."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_DTYPES = {short_name(dtype): dtype for dtype in DTYPES}
+_KINDS: dict[str, Any] = get_type_hints(Problem)
+
+
+def problem_to_dict(problem: Problem) -> dict[str, Any]:
+    """Every field of `problem`, as plain values."""
+    fields = problem._asdict()
+    return {name: short_name(value) if _KINDS[name] is torch.dtype else value for name, value in fields.items()}
+
+
+def problem_from_dict(fields: object) -> Problem:
+    """What `problem_to_dict` was given. Raises ProfileError for anything that it does not return."""
+    if not isinstance(fields, dict) or fields.keys() != _KINDS.keys():
+        got = ", ".join(map(str, fields)) if isinstance(fields, dict) else f"a {type(fields).__name__}"
+        raise ProfileError(f"a problem is {got:.200}; valid is an object of {', '.join(_KINDS)}")
+    for name, value in fields.items():
+        right, valid = _judged(_KINDS[name], value)
+        if not right:
+            raise ProfileError(f"the problem's {name} is {value!r:.80}; valid is {valid}")
+    values: dict[str, Any] = {
+        name: _DTYPES.get(value) if _KINDS[name] is torch.dtype else value for name, value in fields.items()
+    }
+    return Problem(**values)
+
+
+def _judged(kind: object, value: object) -> tuple[bool, str]:
+    """Whether `value` is a stored field of the type `kind`, and which values are."""
+    if kind is bool:
+        return isinstance(value, bool), "true or false"
+    if kind is int:
+        return type(value) is int and 0 <= value < 10**18, "an integer from 0 to 10^18 - 1"
+    if kind is str:  # the type of device: a third party may add one, so that only its form can be checked
+        right = isinstance(value, str) and re.fullmatch("[a-z][a-z0-9_]{0,31}", value) is not None
+        return right, "a name of at most 32 lower-case letters, digits and underscores"
+    choices = list(_DTYPES) if kind is torch.dtype else get_args(kind)
+    return isinstance(value, str) and value in choices, f"one of {', '.join(choices)}"
+
+
+def problem_name(problem: Problem) -> str:
+    """A file's name that tells `problem` from every other, also where upper and lower case are the same."""
+    problem_from_dict(problem_to_dict(problem))  # so that no name leads out of its folder
+    parts = [
+        problem.device_type,
+        f"n{problem.rows}",
+        f"v{problem.vocab}",
+        short_name(problem.dtype),
+        "" if problem.out_dtype == torch.float32 else f"out_{short_name(problem.out_dtype)}",
+        "" if problem.labels_per_row == 1 else f"k{problem.labels_per_row}",
+        "grad" if problem.needs_grad else "",
+        "entropy" if problem.entropy else "",
+        "" if problem.temperature == "none" else f"t_{problem.temperature}",
+        "masked" if problem.masked_logits else "",
+        "inplace" if problem.inplace_backward else "",
+        "" if problem.layout == "flat" else f"layout_{problem.layout}",
+        "" if problem.aligned else "unaligned",
+    ]
+    return "-".join(part for part in parts if part)
+
+
+_NAME = re.compile(
+    "(?P<device_type>[a-z0-9_]+)-n(?P<rows>[0-9]+)-v(?P<vocab>[0-9]+)-(?P<dtype>[a-z0-9]+)(?:-out_(?P<out_dtype>[a-z0-9]+))?"
+    "(?:-k(?P<labels_per_row>[0-9]+))?(?P<needs_grad>-grad)?(?P<entropy>-entropy)?(?:-t_(?P<temperature>[a-z_]+))?"
+    "(?P<masked_logits>-masked)?(?P<inplace_backward>-inplace)?(?:-layout_(?P<layout>[a-z]+))?(?P<aligned>-unaligned)?"
+)
+
+
+def problem_from_name(name: str) -> Problem | None:
+    """The problem that `problem_name` gave this name; None if it gave it to none."""
+    parts = _NAME.fullmatch(name)
+    if parts is None:
+        return None
+    fields: dict[str, Any] = {}
+    for field, found in parts.groupdict().items():
+        kind = _KINDS[field]
+        if kind is bool:
+            fields[field] = (found is None) == (field == "aligned")
+        elif found is not None:
+            fields[field] = int(found[:19]) if kind is int else found
+        elif field == "out_dtype":
+            fields[field] = short_name(torch.float32)
+        else:
+            fields[field] = Problem._field_defaults[field]
+    try:
+        problem = problem_from_dict(fields)
+    except ProfileError:
+        return None
+    return problem if problem_name(problem) == name else None

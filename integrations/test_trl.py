@@ -18,7 +18,7 @@ from torch import Tensor
 from trl.trainer import dpo_trainer, grpo_trainer
 
 from compiled_logprobs import compat
-from tests import compat_originals
+from tests.helpers import compat_originals
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -2,16 +2,19 @@
 
 import pytest
 
-from compiled_logprobs import decisions, policy, store, view
-from compiled_logprobs.tuning import serving
-from tests.dashboard_stores import scenario  # noqa: F401 - a fixture, for the tests that ask for it
+from compiled_logprobs import policy
+from compiled_logprobs.choose import rule as decisions
+from compiled_logprobs.choose import serving, view
+from compiled_logprobs.store import ROOT_VARIABLE
+from compiled_logprobs.store import files as store
+from tests.helpers.dashboard_stores import scenario  # noqa: F401 - a fixture, for the tests that ask for it
 
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch, tmp_path_factory):
     monkeypatch.setenv(policy.MODE_VARIABLE, "off")
     policy._of_process.cache_clear()
-    monkeypatch.setenv(store.ROOT_VARIABLE, str(tmp_path_factory.mktemp("profiles")))
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path_factory.mktemp("profiles")))
     monkeypatch.setattr(decisions, "_served", {})
     monkeypatch.setattr(decisions, "_decided", {})
     monkeypatch.setattr(decisions, "_hot", {})

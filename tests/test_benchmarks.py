@@ -15,10 +15,10 @@ from benchmarks.candidates import AUTO, COMPILE, Candidate, candidates
 from benchmarks.measure import measure
 from benchmarks.results import COLUMNS, Cell, Result
 from benchmarks.targets import targets
-from compiled_logprobs import clock, profiling
 from compiled_logprobs.errors import LogProbsError
-from compiled_logprobs.problem import Problem, as_it_lies
-from compiled_logprobs.reference import reference
+from compiled_logprobs.machine import clock
+from compiled_logprobs.operation.reference import reference
+from compiled_logprobs.problem import MODES, Problem, as_it_lies
 
 PLAIN = {
     "log_softmax": idioms.log_softmax_gather,
@@ -38,7 +38,7 @@ def quick(monkeypatch):
 
 
 def problem_of(mode, dtype=torch.float32, rows=33, vocab=257):
-    return as_it_lies(Problem("cpu", rows, vocab, dtype, **profiling.MODES[mode]))
+    return as_it_lies(Problem("cpu", rows, vocab, dtype, **MODES[mode]))
 
 
 def run(*arguments):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from compiled_logprobs.cli import app
+from compiled_logprobs.cli.main import app
 from compiled_logprobs.compat import FRAMEWORKS
 
 ROOT = Path(__file__).parent.parent

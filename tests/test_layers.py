@@ -1,141 +1,116 @@
-"""Imports point down the layers, lazy ones included."""
+"""The order of the layers: a folder imports only what stands left of it, lazy imports included."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "compiled_logprobs"
-NAME = PACKAGE.name
+import pytest
 
-# From the bottom up; a module may import those of lower layers only.
-LAYERS = [
-    {"problem", "errors", "formula"},
-    {
-        "policy",
-        "arguments",
-        "environment",
-        "clock",
-        "data_sheets",
-        "telemetry",
-        "autograd",
-        "backends.base",
-        "backends.flash_attn_rows",
-        "reference",
-        "meeting",
-        "evidence",
-    },
-    {"store", "roofline", "shared_library", "generated_code"},
-    {"backends.eager", "backends.cpp", "backends.compiled", "backends.flash_attn"},
-    {"backends", "records", "view"},
-    {"decisions", "inspection"},
-    {"neighbours", "archive", "pruning"},
-    {"tuning"},
-    {"tuning.select"},
-    {"tuning.inputs", "tuning.spot_check"},
-    {"tuning.findings", "tuning.foreign", "tuning.readings"},
-    {"tuning.judge", "tuning.measure", "tuning.causes"},
-    {"tuning.gate"},
-    {"tuning.worker", "tuning.isolation"},
-    {"tuning.tuner"},
-    {"tuning.renewal", "tuning.slowest"},
-    {"tuning.serving"},
-    {"explanation", "profiling", "distributed"},
-    {"verification"},
-    {"api"},
-    {"__init__"},
-    {"compat.conventions", "compat.ranks", "compat.originals"},
-    {
-        "compat.easyr1",
-        "compat.verl",
-        "compat.skyrl",
-        "compat.trl",
-        "compat.openrlhf",
-        "compat.areal",
-        "compat.slime",
-        "compat.prime_rl",
-        "compat.torchtune",
-        "compat.torchforge",
-        "compat.torchtitan",
-        "compat.roll",
-        "compat.rlinf",
-        "compat.nemo_rl",
-        "compat.patching",
-    },
-    {"compat"},
-    {"printing"},
-    {"progress"},
-    {"command"},
-    {"dashboard"},
-    {"dashboard.launch", "dashboard.guard"},
-    {"dashboard.server"},
-    {"dashboard.palette", "dashboard.facts", "dashboard.rows"},
-    {"dashboard.index"},
-    {"dashboard.data"},
-    {"dashboard.session", "dashboard.verdict", "dashboard.winners", "dashboard.comparison", "dashboard.uploads"},
-    {"dashboard.figures"},
-    {"dashboard.figures.decide", "dashboard.figures.compare"},
-    {"dashboard.report"},
-    {"dashboard.app_pages.decide", "dashboard.app_pages.compare", "dashboard.app_pages.profiles"},
-    {"dashboard.roof", "dashboard.evidence"},
-    {"dashboard.data_memory", "dashboard.figures.throughput", "dashboard.figures.sign_check"},
-    {"dashboard.figures.memory"},
-    {"dashboard.app_pages.throughput", "dashboard.app_pages.memory", "dashboard.app_pages.sign_check"},
-    {"dashboard.jobs"},
-    {"dashboard.following"},
-    {"dashboard.leaderboard", "dashboard.preflight", "dashboard.machine", "dashboard.figures.live"},
-    {"dashboard.app_pages.run", "dashboard.app_pages.live_gpu"},
-    {"dashboard.app"},
-    {"cli_profiles", "cli_dashboard"},
-    {"cli"},
-    {"__main__"},
-]
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "compiled_logprobs": ROOT / "compiled_logprobs",
+    "dashboard": ROOT / "dashboard" / "compiled_logprobs_dashboard",
+}
+ORDER = (
+    "errors < policy < problem < decision < arguments < {operation, machine} < {store, backends} < check < tuning < choose < "
+    "api < {cli, compat, testing} < dashboard"
+)
+LEVELS = [set(level.strip(" {}").split(", ")) for level in ORDER.split("<")]
+ANYWHERE = ("__init__", "__main__")
+"""The public names, and the command: they import what they need, and nothing of the package imports them."""
 
 
-def module_name(file: Path) -> str:
-    parts = file.relative_to(PACKAGE).with_suffix("").parts
-    if parts[-1] == "__init__" and len(parts) > 1:
-        parts = parts[:-1]
-    return ".".join(parts)
+def files() -> dict[Path, str]:
+    """Each module of both packages, and the layer that it belongs to."""
+    found = {}
+    for package, root in PACKAGES.items():
+        for path in root.rglob("*.py"):
+            found[path] = package if package == "dashboard" else path.relative_to(root).parts[0].removesuffix(".py")
+    return found
 
 
-def imports(file: Path) -> set[str]:
-    """Modules of this package that `file` imports, anywhere in it."""
-    found = []
-    for node in ast.walk(ast.parse(file.read_text())):
+def imported(path: Path) -> Iterator[str]:
+    """The modules of both packages that the module at `path` imports, wherever in it: full dotted names."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
-            for alias in node.names:  # a module of that name, or a name in the module
-                submodule = f"{node.module}.{alias.name}"
-                found.append(submodule if submodule.removeprefix(f"{NAME}.") in LEVEL else str(node.module))
-    return {name.removeprefix(f"{NAME}.") for name in found if name.startswith(f"{NAME}.")} | (
-        {"__init__"} if NAME in found else set()
-    )
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (
+            name for name in names if name.split(".")[0] in ("compiled_logprobs", "compiled_logprobs_dashboard")
+        )
 
 
-def test_every_module_has_a_layer():
-    assert {module_name(file) for file in PACKAGE.rglob("*.py")} == set(LEVEL)
+def layer_of(module: str) -> str:
+    """Of a name that the package itself gives, `__init__`."""
+    package, *parts = module.split(".")
+    if package == "compiled_logprobs_dashboard":
+        return "dashboard"
+    is_module = parts and any((PACKAGES[package] / parts[0]).with_suffix(suffix).exists() for suffix in ("", ".py"))
+    return parts[0] if is_module else "__init__"
 
 
-def test_imports_point_down():
-    wrong = [
-        f"{module} imports {imported}"
-        for file in PACKAGE.rglob("*.py")
-        if (module := module_name(file))
-        for imported in imports(file)
-        if LEVEL[imported] >= LEVEL[module]
-    ]
-    assert not wrong
+def level_of(layer: str) -> int:
+    return next(number for number, level in enumerate(LEVELS) if layer in level)
+
+
+FILES = files()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_what_stands_left_of_its_layer(path: Path):
+    here = FILES[path]
+    if here in ANYWHERE:
+        return
+    for module in imported(path):
+        there = layer_of(module)
+        if there == "__init__":  # the public interface, for what stands above it
+            assert level_of(here) > level_of("api"), f"{here} imports the public interface from below"
+        elif there != here:
+            assert level_of(there) < level_of(here), f"{here} imports {there}; the order is {ORDER}"
+
+
+@pytest.mark.parametrize("folder", sorted({layer for layer in FILES.values() if layer not in ANYWHERE}))
+def test_a_folder_has_no_circle(folder: str):
+    names = {module_name(path): path for path, layer in FILES.items() if layer == folder}
+    graph = {
+        name: {found for found in map(lambda m: nearest(m, names), imported(path)) if found}
+        for name, path in names.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above[above.index(name) :], name))
+        if name not in done:
+            for other in graph[name] - {name}:
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in names:
+        visit(name, ())
 
 
 def test_backends_do_not_import_each_other():
-    for file in (PACKAGE / "backends").glob("*.py"):
-        if file.stem in ("__init__", "base"):
-            continue
-        others = {name for name in imports(file) if name.startswith("backends.")} - {"backends.base"}
-        assert others <= {f"backends.{file.stem}_rows"}, file
+    backends = {path.stem for path in (PACKAGES["compiled_logprobs"] / "backends").glob("*.py")}
+    shared = {"__init__", "base", "fingerprint"}
+    for path in (PACKAGES["compiled_logprobs"] / "backends").glob("*.py"):
+        others = {name.split(".")[2] for name in imported(path) if name.startswith("compiled_logprobs.backends.")}
+        own = {name for name in backends if name.split("_")[0] == path.stem.split("_")[0]}
+        assert not (others & backends) - shared - own - {path.stem}, path.name
 
 
-def test_the_reference_shares_no_code_with_what_it_judges():
-    assert imports(PACKAGE / "reference.py") == set()
+def module_name(path: Path) -> str:
+    root = next(root for root in PACKAGES.values() if path.is_relative_to(root))
+    parts = [root.name, *path.relative_to(root).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def nearest(module: str, names: dict[str, Path]) -> str | None:
+    """The module of `names` that holds `module`, which may be a name in it."""
+    while module:
+        if module in names:
+            return module
+        module = module.rpartition(".")[0]
+    return None

@@ -15,6 +15,8 @@ BUILT_IN = {
     "eager": "compiled_logprobs.backends.eager:Eager",
 }
 
+EAGER = "eager"
+
 _targets: dict[str, str | Backend] = dict(BUILT_IN)
 _loaded: dict[str, Backend] = {}
 _lock = Lock()
@@ -130,3 +132,11 @@ def require_backend(name: str, problem: Problem) -> Backend:
         f"backend {name!r} cannot run {problem}{f' ({details})' if details else ''}: {reason}.\n"
         f"Backends that can: {', '.join(available(problem)) or 'none'}. Name one of them, or use backend='auto'."
     )
+
+
+def code_of(name: str) -> str | None:
+    """The fingerprint of the backend called `name`; None where there is none, whatever a third party's does when it is asked."""
+    try:
+        return get_backend(name).fingerprint()
+    except Exception:  # noqa: BLE001 - foreign code may raise anything
+        return None

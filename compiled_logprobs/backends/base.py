@@ -6,15 +6,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compiled_logprobs import formula
 from compiled_logprobs.backends.fingerprint import digest_of
+from compiled_logprobs.operation import formula
 from compiled_logprobs.problem import Problem
 
 
 class Backend(ABC):
     """One way to compute the operation: a pair of pure functions, and when they can be used.
 
-    `compiled_logprobs.autograd` wraps the pair. It merges the leading dimensions of the logits as far as their strides
+    `compiled_logprobs.operation.autograd` wraps the pair. It merges the leading dimensions of the logits as far as their strides
     allow, brings the labels into range, keeps the sign, and handles ignored and invalid rows: a backend sees clean input.
 
     Shapes: `logits` [..., V], two dimensions or more, unit last stride, any row strides, at least one row; `labels` [..., K]

@@ -29,10 +29,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_logprobs import formula
 from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.environment import cpp_compiler
 from compiled_logprobs.errors import BackendUnavailable
+from compiled_logprobs.machine.environment import cpp_compiler
+from compiled_logprobs.operation import formula
 from compiled_logprobs.problem import Layout, Problem, layout_of
 
 RECOMPILE_LIMIT = 32

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.backends.cpp_build import TORCH_HEADERS, shared_library
 from compiled_logprobs.backends.fingerprint import digest_of
-from compiled_logprobs.environment import cpp_compiler
 from compiled_logprobs.errors import BackendUnavailable
+from compiled_logprobs.machine.environment import cpp_compiler
 from compiled_logprobs.problem import Problem
-from compiled_logprobs.shared_library import TORCH_HEADERS, shared_library
 
 SOURCE = Path(__file__).with_name("cpp_kernels.cpp")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.formula import accumulation_dtype, finite, per_row
+from compiled_logprobs.operation.formula import finite, per_row
+from compiled_logprobs.problem import accumulation_dtype
 
 CHUNK_ELEMENTS = {"cpu": 2**20}
 """How many logits are upcast at once. On CPU a chunk stays in cache; elsewhere few launches matter more."""

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_logprobs import formula
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.backends.fingerprint import digest_of
+from compiled_logprobs.operation import formula
 from compiled_logprobs.problem import Layout, Problem, layout_of
 
 FORWARD_BLOCK = 16 * 1024

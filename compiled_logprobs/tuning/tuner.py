@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from torch import cuda
 
-from compiled_logprobs import decisions
-from compiled_logprobs.backends import BUILT_IN, backends, target_of
+from compiled_logprobs.backends import BUILT_IN, EAGER, backends, target_of
 from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.decision import Candidate, CheckResult, Decision, Outcome, Speedup
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.evidence import Evidence
-from compiled_logprobs.problem import Problem
-from compiled_logprobs.records import Candidate, CheckResult, Decision, Outcome, Speedup
-from compiled_logprobs.store import problem_to_dict
-from compiled_logprobs.tuning.isolation import Event, Worker, WorkerLost
-from compiled_logprobs.tuning.select import Interval, fewest_rounds, look
+from compiled_logprobs.machine.environment import environment_at, fingerprint_of
+from compiled_logprobs.problem import Problem, bucket, problem_to_dict
+from compiled_logprobs.tuning.process import Event, Worker, WorkerLost
+from compiled_logprobs.tuning.statistics import Interval, fewest_rounds, look
 
 LIMITS_S = {
     "import": 120.0,
@@ -127,9 +126,9 @@ class Tuner:
         """
         began = time.monotonic()
         asked = backends() if names is None else names
-        in_order = [decisions.EAGER, *(name for name in backends() if name in asked and name != decisions.EAGER)]
+        in_order = [EAGER, *(name for name in backends() if name in asked and name != EAGER)]
         ends = began + seconds if strict else math.inf
-        work = _Work(decisions.bucket(problem), in_order, incumbent, ends)
+        work = _Work(bucket(problem), in_order, incumbent, ends)
         while True:
             try:
                 self._run(work, seconds)
@@ -203,7 +202,7 @@ class Tuner:
         Args:
             age: how many seconds it has to be in there.
         """
-        alone = _Work(work.problem, list(dict.fromkeys((decisions.EAGER, name))), None, work.ends)
+        alone = _Work(work.problem, list(dict.fromkeys((EAGER, name))), None, work.ends)
         is_through = False
         try:
             self._run(alone, seconds)
@@ -260,7 +259,7 @@ class Tuner:
                 work.found[name].fields["first_call_seconds"] = seconds_then
             if event["event"] != "evidence":
                 self._on_event(event)
-            if event["event"] == "started" and event["environment"] != decisions.fingerprint_of(self._device):
+            if event["event"] == "started" and event["environment"] != fingerprint_of(self._device):
                 raise TuningFailed("the worker program finds itself in another environment than this process")
             if event["event"] == "done":
                 return
@@ -326,7 +325,7 @@ class Tuner:
             proven_rows=work.proven_rows,
             checked_rows=chosen.checked_rows,
             short_check=self.short,
-            environment=decisions.environment_at(self._device).to_dict(),
+            environment=environment_at(self._device).to_dict(),
             seed=work.seed,
             measured_at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             tuning_seconds=seconds,
@@ -342,7 +341,7 @@ class _Work:
         self.found = {name: _Found() for name in names}
         self.seed = random.SystemRandom().randrange(2**31)
         self.measured_rows = self.proven_rows = 0
-        self.trusted = {decisions.EAGER}
+        self.trusted = {EAGER}
         """Those that have lasted in a program of their own."""
         self.circumstances: dict[str, Any] = {"bandwidth": {}, "telemetry": None, "telemetry_reason": _NOT_REACHED}
         self.candidate: str | None = None
@@ -424,7 +423,7 @@ def simplicity() -> dict[str, int]:
     """Plain torch first, then the others that come with the package, as they are listed. Of third parties' nothing is known:
     they are not named, so that all of them count as equally simple, in whatever order they were registered.
     """
-    return {name: rank for rank, name in enumerate(sorted(BUILT_IN, key=lambda name: name != decisions.EAGER))}
+    return {name: rank for rank, name in enumerate(sorted(BUILT_IN, key=lambda name: name != EAGER))}
 
 
 def speedup_of(found: Interval) -> Speedup:

@@ -22,18 +22,17 @@ import torch
 
 from compiled_logprobs.backends import BUILT_IN, get_backend, register_backend
 from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.clock import MIB, free_memory, measurable
-from compiled_logprobs.environment import environment_of, without_paths
+from compiled_logprobs.check.cases import cases
+from compiled_logprobs.check.run import CheckReport, check_backend
+from compiled_logprobs.check.verdicts import CHECKED_ELEMENTS, SAMPLED_ROWS, YARDSTICK_ELEMENTS
 from compiled_logprobs.errors import BackendUnavailable, is_out_of_memory, nothing_can_serve_after
-from compiled_logprobs.problem import Problem
-from compiled_logprobs.roofline import measured_bandwidth, percent_of_bandwidth
-from compiled_logprobs.store import problem_from_dict
-from compiled_logprobs.telemetry import Watch, telemetry
-from compiled_logprobs.tuning.gate import CheckReport, check_backend
-from compiled_logprobs.tuning.inputs import cases
-from compiled_logprobs.tuning.judge import CHECKED_ELEMENTS, SAMPLED_ROWS, YARDSTICK_ELEMENTS
-from compiled_logprobs.tuning.measure import BUFFERS, LONGEST_REASON, Measurement
-from compiled_logprobs.tuning.select import LOOKS, Selection, fewest_rounds, look
+from compiled_logprobs.machine.bandwidth import measured_bandwidth, percent_of_bandwidth
+from compiled_logprobs.machine.clock import MIB, free_memory, measurable
+from compiled_logprobs.machine.environment import environment_of, without_paths
+from compiled_logprobs.machine.nvml import Watch, telemetry
+from compiled_logprobs.problem import Problem, problem_from_dict
+from compiled_logprobs.tuning.rounds import BUFFERS, LONGEST_REASON, Measurement
+from compiled_logprobs.tuning.statistics import LOOKS, Selection, fewest_rounds, look
 
 PILOT_LOGITS = 2**22
 """Size of the first calls, which compile, and tell how long a round would take."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from compiled_logprobs import autotune, explain
-from compiled_logprobs.environment import environment_of
+from compiled_logprobs.machine.environment import environment_of
 from examples.reinforce import text
 from examples.reinforce.chart import figure, write_html, write_png
 from examples.reinforce.model import VOCAB

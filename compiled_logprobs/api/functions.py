@@ -1,0 +1,460 @@
+"""The public functions: check the arguments, choose a backend, call it."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+
+from compiled_logprobs.arguments import (
+    check_labels,
+    check_logits,
+    check_not_leaf,
+    checked_out_dtype,
+    checked_temperature,
+    is_traced,
+)
+from compiled_logprobs.backends import EAGER, backends, get_backend, require_backend
+from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.choose import rule as decisions
+from compiled_logprobs.choose import serving
+from compiled_logprobs.choose.explain import Explanation, explain_problem
+from compiled_logprobs.decision import Decision
+from compiled_logprobs.errors import BackendUnavailable, InputError, nothing_can_serve_after
+from compiled_logprobs.operation.autograd import ForwardBackward, PlainFormula, compute
+from compiled_logprobs.policy import policy
+from compiled_logprobs.problem import Layout, Problem, Temperature, as_it_lies, collapse, layout_of
+
+_PLAIN = PlainFormula()
+
+
+class LogProbs(NamedTuple):
+    """What `log_probs_from_logits(..., return_entropy=True)` returns."""
+
+    log_probs: Tensor
+    """[...] or [..., K], in nats, never positive."""
+    entropy: Tensor
+    """[...], in nats, never negative."""
+
+
+def log_probs_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    masked_logits: bool = False,
+    inplace_backward: bool = False,
+    out_dtype: torch.dtype | None = torch.float32,
+    backend: str = "auto",
+) -> Tensor | LogProbs:
+    """Log-probability of each label under softmax(logits / temperature).
+
+    With x = logits / temperature:  out[...] = x[..., label] - logsumexp(x[..., :]), accumulated in float32.
+
+    Args:
+        logits: [..., V] unnormalised scores; float32, bfloat16 or float16 (float64 through eager). Not modified, and not
+            copied as long as the last stride is 1: slices such as `logits[:, :-1]` are taken as they are.
+        labels: [...] or [..., K], int64 or int32, in [0, V) or `ignore_index`, on the device of `logits`.
+        temperature: dimensionless, > 0; a number, or a tensor broadcastable to [...] (one a token) that needs no gradient.
+        ignore_index: a label that counts 0: result 0, gradient 0 (entropy 0 too where all K labels of a row are ignored).
+        return_entropy: also return the entropy of each row, from the same pass.
+        masked_logits: whole regions of the vocabulary are -inf, as top-k and top-p filtering leave them.
+        inplace_backward: write the gradient over `logits`, which saves its memory. Nothing else may need their values by
+            then: whoever saved them for its own backward gets autograd's error (a second slice of the same tensor too), but
+            a plain read afterwards finds the gradient and cannot be detected. Not for leaf tensors. Where memory overlaps
+            (an expanded tensor), where the last stride is not 1, and inside torch.compile the gradient gets memory of its
+            own.
+        out_dtype: dtype of the results; None is the dtype of `logits`.
+        backend: "auto", or the name of one of `backends()`, which then runs or raises. Inside torch.compile,
+            torch.export and under a fake-tensor mode the plain formula runs, whatever is named, for the compiler to fuse.
+            Under other dispatch modes (such as a counter of operations) "auto" is eager.
+
+    Returns:
+        [...] (or [..., K]) log-probabilities in nats, never positive, differentiable in `logits` once; with
+        `return_entropy` a `LogProbs`, whose entropy [...] is never negative and differentiable too. Rows that are all -inf,
+        or hold NaN or +inf, are NaN. On an accelerator, and while tracing, no value is looked at: a label outside
+        [0, V) or a temperature that is not > 0 makes its row NaN.
+
+    Raises:
+        InputError: shapes, dtypes, devices, labels or temperature do not fit together.
+        BackendUnavailable: the named backend is unknown or cannot run this problem.
+    """
+    check_logits(logits)
+    check_labels(logits, labels, ignore_index)
+    temperature = checked_temperature(logits, temperature)
+    out_dtype = checked_out_dtype(logits, out_dtype)
+    if inplace_backward and not is_traced(logits):
+        check_not_leaf(logits)
+    many = labels.ndim == logits.ndim
+    log_probs, entropy = _run(
+        logits,
+        labels if many else labels.unsqueeze(-1),
+        temperature,
+        ignore_index=int(ignore_index),
+        entropy=return_entropy,
+        masked_logits=masked_logits,
+        inplace_backward=inplace_backward,
+        out_dtype=out_dtype,
+        name=backend,
+    )
+    log_probs = (log_probs if many else log_probs.squeeze(-1)).to(out_dtype)
+    return log_probs if entropy is None else LogProbs(log_probs, entropy.to(out_dtype))
+
+
+def cross_entropy_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    masked_logits: bool = False,
+    inplace_backward: bool = False,
+    out_dtype: torch.dtype | None = torch.float32,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross entropy of each label: minus `log_probs_from_logits`, whose arguments and errors it shares.
+
+    Args:
+        reduction: "none" returns [...] (or [..., K]); "sum" and "mean" a scalar. The mean is over the labels that are not
+            ignored, and NaN where all are, as in torch.nn.functional.cross_entropy.
+
+    Returns:
+        Nats, never negative.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise InputError(f"got reduction={reduction!r}; 'mean', 'sum' or 'none' is valid.")
+    log_probs = log_probs_from_logits(
+        logits,
+        labels,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        masked_logits=masked_logits,
+        inplace_backward=inplace_backward,
+        out_dtype=out_dtype if reduction == "none" else None if logits.dtype == torch.float64 else torch.float32,
+        backend=backend,
+    )
+    losses = 0.0 - cast(Tensor, log_probs)  # not a negation, which would turn the 0 of an ignored label into -0
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    if reduction == "mean":
+        total = total / (labels != ignore_index).sum()
+    return total.to(logits.dtype if out_dtype is None else out_dtype)
+
+
+def entropy_from_logits(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    masked_logits: bool = False,
+    inplace_backward: bool = False,
+    out_dtype: torch.dtype | None = torch.float32,
+    backend: str = "auto",
+) -> Tensor:
+    """Entropy of softmax(logits / temperature): [...] nats, never negative, differentiable in `logits`.
+
+    Arguments and errors are those of `log_probs_from_logits`. A token of probability 0 counts 0.
+    """
+    check_logits(logits)
+    _, entropy = cast(
+        LogProbs,
+        log_probs_from_logits(
+            logits,
+            torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device),
+            temperature=temperature,
+            return_entropy=True,
+            masked_logits=masked_logits,
+            inplace_backward=inplace_backward,
+            out_dtype=out_dtype,
+            backend=backend,
+        ),
+    )
+    return entropy
+
+
+def tune(
+    problems_or_logits: Problem | Iterable[Problem] | Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    return_entropy: bool = False,
+    masked_logits: bool = False,
+    inplace_backward: bool = False,
+    out_dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str | None = None,
+    budget_s: float | None = None,
+    again: bool = False,
+    group: Any = None,
+) -> list[Decision]:
+    """Measure which backend is fastest, now, and store it in the user's profiles; later calls and processes use it.
+
+    Where it cannot be stored, a warning says so, and this process uses it. Inside `autotune(row_invariant=True)` it measures what
+    serves there: the same problems with the gradient, not in place, and with flat rows.
+
+    Args:
+        problems_or_logits: problems; or logits, whose shape, layout and options count, not their values. A problem with flat
+            rows of an odd V is taken as not aligned, whatever it says.
+        labels: with logits: as for `log_probs_from_logits`, whose options the next five are.
+        device: with problems: where to measure; by default the current device of their type.
+        budget_s: seconds for each problem, by default 20; N shrinks where the rounds would take longer.
+        again: measure also what the user's profiles hold already.
+        group: a process group of torch.distributed, whose ranks all call this with the same problems: the first rank on each
+            device measures, the times of the slowest count, the first of all stores, and all hold the same decision
+            afterwards. Where something fails on any rank, or it says nothing for four minutes, all hold `eager`, and a
+            warning says why; then nothing is stored.
+
+    Returns:
+        The decision for each bucket of N among the problems, in their order.
+
+    Raises:
+        InputError: the arguments do not fit together, here or on another rank of `group`, or are not the same on all.
+        LogProbsError: nothing could be decided for some of them; what was decided before is stored. With `group`: the store
+            that the group was made with does not answer any more.
+    """
+
+    def asked() -> tuple[list[Problem], torch.device]:
+        if not isinstance(problems_or_logits, Tensor):
+            return _problems_on_one_device(problems_or_logits, labels, device)
+        if labels is None or device is not None:
+            raise InputError(
+                f"got logits {'without labels' if labels is None else f'and device={device!r}'}; logits and labels on the "
+                "device to measure, or problems, are valid. Pass tune(logits, labels)."
+            )
+        problem = _problem_posed(
+            problems_or_logits, labels, temperature, return_entropy, masked_logits, inplace_backward, out_dtype
+        )
+        return [decisions.posed(problem, policy())], problems_or_logits.device
+
+    if group is not None:
+        from compiled_logprobs.choose.group import tune_together
+
+        return tune_together(asked, group, budget_s=budget_s, again=again)
+    problems, where = asked()
+    return serving.tuned(problems, where, budget_s=budget_s, again=again)
+
+
+def explain(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    masked_logits: bool = False,
+    inplace_backward: bool = False,
+    out_dtype: torch.dtype | None = torch.float32,
+) -> Explanation:
+    """Which backend `log_probs_from_logits` takes for these arguments with `backend="auto"`, and why.
+
+    Nothing is computed, checked or measured. The arguments and their errors are those of `log_probs_from_logits`; whether
+    `logits` requires a gradient counts.
+
+    Returns:
+        An `Explanation`: `str()` for people, `.to_dict()` for programs.
+    """
+    problem = _problem_posed(
+        logits, labels, temperature, return_entropy, masked_logits, inplace_backward, out_dtype, ignore_index
+    )
+    return explain_problem(problem, logits.device, policy())
+
+
+def _problem_posed(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    return_entropy: bool,
+    masked_logits: bool,
+    inplace_backward: bool,
+    out_dtype: torch.dtype | None,
+    ignore_index: int = -100,
+) -> Problem:
+    check_logits(logits)
+    check_labels(logits, labels, ignore_index)
+    return problem_of(
+        logits,
+        labels if labels.ndim == logits.ndim else labels.unsqueeze(-1),
+        checked_temperature(logits, temperature),
+        return_entropy,
+        masked_logits,
+        inplace_backward,
+        checked_out_dtype(logits, out_dtype),
+    )
+
+
+def _problems_on_one_device(
+    given: object, labels: object, device: torch.device | str | None
+) -> tuple[list[Problem], torch.device]:
+    listed: list[Any] = [given] if isinstance(given, Problem) or not isinstance(given, Iterable) else list(given)
+    problems = [one for one in listed if isinstance(one, Problem)]
+    wrong = next((type(one).__name__ for one in listed if not isinstance(one, Problem)), None)
+    if labels is not None or wrong is not None:
+        got = "labels beside problems" if wrong is None else f"a {wrong} among the problems"
+        raise InputError(f"got {got}; problems, or logits and labels, are valid. Pass one or the other.")
+    try:
+        where = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"got device={device!r}; e.g. 'cpu' or 'cuda:0' is valid. Name one of them.") from error
+    types = {problem.device_type for problem in problems} | (set() if where is None else {where.type})
+    if len(types) > 1:
+        raise InputError(
+            f"got problems and devices of types {', '.join(sorted(types))}; one is valid. Tune them apart."
+        )
+    posed = [decisions.posed(as_it_lies(problem), policy()) for problem in problems]
+    return posed, where or torch.device(next(iter(types), "cpu"))
+
+
+def _run(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    *,
+    ignore_index: int,
+    entropy: bool,
+    masked_logits: bool,
+    inplace_backward: bool,
+    out_dtype: torch.dtype,
+    name: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Choose a backend for `labels` [..., K] and call it."""
+    if name != "auto" and (not isinstance(name, str) or name not in backends()):
+        get_backend(name)  # raises
+    if is_traced(logits):
+        return compute(_PLAIN, logits, labels, temperature, ignore_index=ignore_index, entropy=entropy)
+    problem = problem_of(logits, labels, temperature, entropy, masked_logits, inplace_backward, out_dtype)
+    backend: ForwardBackward = _chosen_automatically(problem, logits) if name == "auto" else _named(name, problem)
+    return compute(
+        backend,
+        logits,
+        labels,
+        temperature,
+        ignore_index=ignore_index,
+        entropy=entropy,
+        inplace_backward=inplace_backward,
+    )
+
+
+def _named(name: str, problem: Problem) -> Backend:
+    backend = require_backend(name, problem)
+    if _is_capturing(problem) and not backend.is_warm(problem):
+        raise BackendUnavailable(
+            f"backend {name!r} has not run {problem} yet, and cannot compile while a CUDA graph is captured. "
+            "Call the function once before the capture, as torch.cuda.graphs asks of every function."
+        )
+    return backend
+
+
+def _chosen_automatically(problem: Problem, logits: Tensor) -> ForwardBackward:
+    eager = get_backend(EAGER)
+    if problem.rows == 0 or _is_observed(logits):
+        return eager
+    under = policy()
+    if _is_capturing(problem):
+        known = decisions.served(problem, under)
+        backend = eager if known is None else get_backend(known.name)
+        if under.row_invariant and (known is None or not backend.is_warm(problem)):
+            raise BackendUnavailable(
+                f"no backend has served {problem} with row_invariant=True yet, and none can be checked or compiled while a CUDA "
+                "graph is captured. Call the function once before the capture, or set row_invariant=False."
+            )
+        return backend if backend.is_warm(problem) else eager
+    name = decisions.known(problem, under) or serving.serve(problem, logits.device, under)
+    return eager if name == EAGER else _WithFallback(name, problem)
+
+
+class _WithFallback:
+    """A backend that was chosen automatically: should it raise, eager serves the call, and it is not chosen again."""
+
+    def __init__(self, name: str, problem: Problem) -> None:
+        self._name, self._problem = name, problem
+        self._backend = get_backend(name)
+
+    def forward(
+        self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        try:
+            return self._backend.forward(logits, labels, temperature, entropy=entropy)
+        except Exception as error:
+            if nothing_can_serve_after(error):
+                raise
+            is_first, why = decisions.set_aside(self._name, self._problem, error), str(error)
+        self._backend = get_backend(EAGER)
+        served = self._backend.forward(logits, labels, temperature, entropy=entropy)
+        if is_first:
+            _warn(
+                f"backend {self._name!r} failed on {self._problem} and is set aside for such problems in this process: "
+                f"{why}\neager serves the call. To see the whole error, name the backend."
+            )
+        return served
+
+    def backward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        temperature: float | Tensor,
+        residuals: tuple[Tensor, ...],
+        ignored: Tensor,
+        grad_log_probs: Tensor,
+        grad_entropy: Tensor | None,
+        *,
+        inplace: bool,
+    ) -> Tensor:
+        return self._backend.backward(
+            logits, labels, temperature, residuals, ignored, grad_log_probs, grad_entropy, inplace=inplace
+        )
+
+
+def _warn(text: str) -> None:
+    """Where warnings are errors, too, the call is served."""
+    try:
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    except RuntimeWarning:
+        serving.say(text)
+
+
+def problem_of(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    entropy: bool = False,
+    masked_logits: bool = False,
+    inplace_backward: bool = False,
+    out_dtype: torch.dtype = torch.float32,
+) -> Problem:
+    """The problem that a call with `labels` [..., K] poses."""
+    vocab = logits.shape[-1]
+    copied = logits.stride(-1) != 1 and vocab > 1
+    layout: Layout = "flat"
+    aligned = True
+    if not copied and logits.numel() > 0:
+        layout, aligned = layout_of(collapse(logits.detach()))
+    kind: Temperature = "per_token" if isinstance(temperature, Tensor) else "none" if temperature == 1.0 else "number"
+    needs_grad = logits.requires_grad and torch.is_grad_enabled()
+    return Problem(
+        logits.device.type,
+        logits.numel() // vocab,
+        vocab,
+        logits.dtype,
+        out_dtype,
+        labels.shape[-1],
+        needs_grad,
+        entropy,
+        kind,
+        masked_logits,
+        inplace_backward and needs_grad,
+        layout,
+        aligned,
+    )
+
+
+def _is_observed(logits: Tensor) -> bool:
+    """Whether something else than torch itself sees each operation: a profiler of operations, or a tensor subclass."""
+    return bool(_len_torch_dispatch_stack()) or type(logits) not in (Tensor, torch.nn.Parameter)
+
+
+def _is_capturing(problem: Problem) -> bool:
+    return problem.device_type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,219 @@
+"""Inputs that find mistakes: fresh at random each time, in memory whose surroundings are watched.
+
+Shapes: N rows, V vocabulary, K labels a row; R the leading dimensions, one or two, whose product is N.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compiled_logprobs.problem import Problem, bucket
+
+BLOCK_EDGES = (16, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+"""Block sizes of vectorised and Triton kernels; the columns at both sides of their edges are labels in every case."""
+IGNORE_INDEX = -100
+PADDING = 16
+"""Elements of memory before and after the logits, and between strided rows."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of input."""
+
+    name: str
+    rows: int
+    fill: Callable[[Tensor, torch.Generator], None]
+    """Changes [N, V] float32 logits, which come as normal deviates of scale 3, in place."""
+    strided: bool = False
+    """Row stride and offset that no alignment holds for, whatever the problem's layout."""
+    special: bool = False
+    """Holds NaN or infinities."""
+    ignored: float = 0.2
+    """The share of rows whose labels are all ignored."""
+    through_entropy: bool = True
+    """Whether, where there is an entropy, a gradient comes through it."""
+    first_column_is_a_label: bool = False
+    """Of every second row: the column that `fill` does something special to."""
+
+
+def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
+    """The inputs that a backend has to get right before it may serve `problem`.
+
+    Args:
+        problem: gives V, the bucket of N, and whether regions are -inf.
+        short: only the inputs that find most mistakes, with few rows.
+        foreign: for somebody's function. It gets strided rows as well, which for a backend are another problem. It is not asked
+            about +inf, where a label's logit minus logsumexp is -inf and log_softmax NaN; nor about ignored rows that hold NaN,
+            to which plain torch gives a gradient of 0 * NaN.
+    """
+    top = bucket(problem).rows
+    few = min(7, top)
+    bottom = max(1, next(n for n in range(top, 0, -1) if n == 1 or bucket(problem._replace(rows=n - 1)).rows < top))
+    found = [
+        Case("normal", few, fill_nothing),
+        Case("shifted up by 1e4", few, _shift_up, through_entropy=False),
+        Case("one dominant logit", few, _dominate, ignored=0.0, first_column_is_a_label=True),
+        Case("-inf and NaN", few, _special, special=True, ignored=0.0, first_column_is_a_label=True),
+    ]
+    if not foreign:
+        found.append(Case("+inf", few, _infinite, special=True, ignored=0.0))
+        found.append(Case("ignored rows of NaN", few, _special, special=True, ignored=1.0))
+    if problem.masked_logits:
+        found.append(Case("regions of -inf", few, _mask_regions, special=True, ignored=0.0))
+    if short:
+        return found
+    return [
+        Case("no rows", 0, fill_nothing),
+        Case("one row", 1, fill_nothing, ignored=0.0, through_entropy=False),
+        *found,
+        Case("shifted down by 1e4", few, _shift_down),
+        Case("all equal", few, _equalise, through_entropy=False),
+        Case("wide", few, _widen),
+        *([Case("strided and misaligned", few, fill_nothing, strided=True)] if foreign else []),
+        *(
+            Case(f"{n} rows", n, fill_nothing, through_entropy=n == top)
+            for n in dict.fromkeys((bottom, top))
+            if n not in (1, few)
+        ),
+    ]
+
+
+def fill_nothing(x_NV: Tensor, generator: torch.Generator) -> None:
+    pass
+
+
+def _shift_up(x_NV: Tensor, generator: torch.Generator) -> None:
+    x_NV += 1e4
+
+
+def _shift_down(x_NV: Tensor, generator: torch.Generator) -> None:
+    x_NV -= 1e4
+
+
+def _widen(x_NV: Tensor, generator: torch.Generator) -> None:
+    x_NV *= 20.0
+
+
+def _equalise(x_NV: Tensor, generator: torch.Generator) -> None:
+    x_NV[:] = x_NV[:, :1].clone()
+
+
+def _dominate(x_NV: Tensor, generator: torch.Generator) -> None:
+    """One logit far above the rest: the label's in every second row, so that its probability rounds to 1."""
+    device = x_NV.device
+    rows = torch.arange(len(x_NV), device=device)
+    columns = torch.randint(x_NV.shape[1], rows.shape, generator=generator, device=device).masked_fill(rows % 2 == 1, 0)
+    x_NV[rows, columns] += 20.0 + 80.0 * torch.rand(rows.shape, generator=generator, device=device)
+
+
+def _special(x_NV: Tensor, generator: torch.Generator) -> None:
+    """A NaN, all -inf, single -inf (the first column, a label, among them), and rows left as they are."""
+    vocab = x_NV.shape[1]
+    x_NV[0::6, torch.randint(vocab, (), generator=generator, device=x_NV.device)] = torch.nan
+    x_NV[1::6, : vocab // 2 : 3] = -torch.inf
+    x_NV[2::6] = -torch.inf
+    x_NV[3::6, vocab - 1] = -torch.inf
+
+
+def _infinite(x_NV: Tensor, generator: torch.Generator) -> None:
+    """A +inf in every second row: in the last column, which is a label of row 1."""
+    x_NV[1::2, x_NV.shape[1] - 1] = torch.inf
+
+
+def _mask_regions(x_NV: Tensor, generator: torch.Generator) -> None:
+    """Rows of which only the top 20 tokens, one token, the end or the start of the vocabulary are left."""
+    vocab = x_NV.shape[1]
+    kept = x_NV.topk(min(20, vocab), dim=-1).values[:, -1:]
+    x_NV[0::4] = x_NV[0::4].masked_fill(x_NV[0::4] < kept[0::4], -torch.inf)
+    x_NV[1::4, : vocab - 1] = -torch.inf
+    x_NV[2::4, : vocab * 3 // 4] = -torch.inf
+    x_NV[3::4, vocab // 4 + 1 :] = -torch.inf
+
+
+class Arena:
+    """Logits in the middle of memory filled with NaN, all of which is watched."""
+
+    def __init__(self, case: Case, problem: Problem, device: torch.device) -> None:
+        vocab = problem.vocab
+        offset, row_stride = PADDING, vocab
+        if not problem.aligned or case.strided:
+            offset = PADDING + 1
+        if problem.layout == "rows" or case.strided:
+            row_stride = vocab + PADDING + (1 if case.strided else 0)
+        self._shape: tuple[int, ...] = (case.rows, vocab)
+        strides: tuple[int, ...] = (row_stride, 1)
+        skipped = 0
+        if problem.layout == "other" and not case.strided and case.rows >= 4:
+            outer = 2  # sequences, the last position of each left out, as in logits[:, :-1]
+            self._shape = (outer, case.rows // outer, vocab)
+            strides = ((case.rows // outer + 1) * row_stride, row_stride, 1)
+            skipped = outer * row_stride
+        size = offset + case.rows * row_stride + skipped + PADDING
+        self._memory = torch.full((size,), torch.nan, dtype=problem.dtype, device=device)
+        self._strides, self._offset = strides, offset
+        self._bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[self._memory.element_size()]
+        self._before = self._memory.clone()
+        self._case = case
+
+    @property
+    def logits(self) -> Tensor:
+        """[R, V], the same memory each time."""
+        return self._memory.as_strided(self._shape, self._strides, self._offset)
+
+    def refill(self, generator: torch.Generator) -> None:
+        """New values in the same memory."""
+        rows, vocab = math.prod(self._shape[:-1]), self._shape[-1]
+        x_NV = 3.0 * torch.randn(rows, vocab, generator=generator, device=self._memory.device)
+        if rows:
+            self._case.fill(x_NV, generator)
+        self.logits.copy_(x_NV.view(self._shape))
+        self._before = self._memory.clone()
+
+    def restore(self) -> None:
+        """The logits as they were after `refill`."""
+        self._memory.copy_(self._before)
+
+    def logits_changed(self) -> bool:
+        """Whether a bit of the logits is another since `refill`."""
+        before = self._before.as_strided(self._shape, self._strides, self._offset)
+        return not torch.equal(self.logits.contiguous().view(self._bits), before.contiguous().view(self._bits))
+
+    def surroundings_changed(self) -> bool:
+        """Whether a bit of the memory around the logits is another since `refill`."""
+        memory = self._memory.clone()
+        memory.as_strided(self._shape, self._strides, self._offset).copy_(
+            self._before.as_strided(self._shape, self._strides, self._offset)
+        )
+        return not torch.equal(memory.view(self._bits), self._before.view(self._bits))
+
+
+def labels_for(case: Case, rows: tuple[int, ...], problem: Problem, generator: torch.Generator) -> Tensor:
+    """[R, K] labels: the first and last columns and those at block edges first, then random ones; some repeated, some ignored."""
+    device, vocab, count = generator.device, problem.vocab, problem.labels_per_row
+
+    def random(shape: tuple[int, ...]) -> Tensor:
+        return torch.rand(shape, generator=generator, device=device)
+
+    labels = torch.randint(vocab, (*rows, count), generator=generator, device=device)
+    sides = torch.tensor(
+        [edge + side for edge in BLOCK_EDGES for side in (-1, 0) if edge + side < vocab], device=device
+    )
+    sides = sides[torch.randperm(len(sides), generator=generator, device=device)]
+    edges = torch.cat([torch.tensor([0, vocab - 1], device=device), sides.to(torch.int64)])
+    flat = labels.view(-1)
+    used = min(len(edges), (len(flat) + 1) // 2)
+    flat[:used] = edges[:used]
+    if case.first_column_is_a_label:
+        labels.view(-1, count)[1::2] = 0
+    if count > 1:
+        labels[..., 1] = torch.where(random(rows) < 0.3, labels[..., 0], labels[..., 1])
+    ignored = random(rows) < case.ignored
+    if case.ignored < 1.0 and ignored.numel():  # the ends are where mistakes are likely
+        ignored.view(-1)[[0, -1]] = False
+    labels[ignored] = IGNORE_INDEX
+    if 0.0 < case.ignored < 1.0 and len(flat) > 1:  # one at least; anywhere, so that no position goes unchecked
+        flat[torch.randint(len(flat), (), generator=generator, device=device)] = IGNORE_INDEX
+    return labels

@@ -1,0 +1,383 @@
+"""Why a function is wrong: what its numbers would be right for, found by computing that and comparing.
+
+Shapes: N rows, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compiled_logprobs.check.cases import IGNORE_INDEX
+from compiled_logprobs.check.function import Function
+from compiled_logprobs.check.readings import CLOSE, COARSELY, LOSS, TOLERANCES, imprecision, log_probs_of, read, same
+from compiled_logprobs.errors import nothing_can_serve_after
+from compiled_logprobs.problem import Problem, short_name
+
+ROWS = 12
+TEMPERATURE = 1.7
+"""Its square, its inverse and 1 are far from it and from one another."""
+ALWAYS = {
+    "outside_write": "writes beyond what it may: a kernel without a mask at the end of a row, or strided rows taken for "
+    "contiguous ones",
+    "version_counter": "writes the gradient over the logits without telling autograd, so that others who saved them read it "
+    "as logits; bump the version counter",
+    "stale_result": "hands out memory that a later call writes again; return a tensor of its own",
+    "grad_mode_bits": "takes another path where a gradient is needed, so that ratios of new to old probability do not start "
+    "at exactly 1",
+}
+"""What a failed check says by itself."""
+
+Failed = frozenset[str]
+"""Names of checks."""
+VALUES = frozenset({"log_prob_error", "log_prob_rmse"})
+GRADIENT = frozenset({"gradient_flows", "gradient_error", "gradient_rmse", "gradient_sign", "gradient_row_sum"})
+ENTROPY = frozenset({"entropy_sign", "entropy_error", "entropy_rmse"})
+
+
+def likely_causes(
+    function: Function, problem: Problem, failed: Failed, device: torch.device, seed: int, ignore_index: bool = True
+) -> list[str]:
+    """What is probably wrong with a function that failed the checks `failed` on `problem`; the first explains most.
+
+    It is called a few times more, with ordinary inputs. Where nothing is recognised the list is empty.
+    """
+    probe = _Probe(function, problem._replace(masked_logits=False, inplace_backward=False), device, seed)
+    found: list[str] = []
+    try:
+        found += _about_calling(probe, failed, ignore_index)
+        found += _about_kind(probe, failed)
+        overwrites = [*_about_inputs(probe, failed)]
+        remembers = [] if overwrites else [*_about_state(probe, failed)]
+        found += overwrites + remembers
+        if remembers:  # what its numbers are then tells nothing
+            return found
+        found += _about_values(probe, failed)
+        if not overwrites and probe.formula_is_right:  # otherwise what follows would tell only what comes of that
+            found += _about_gradient(probe, failed)
+            found += _about_entropy(probe, failed)
+            found += _about_nan(probe, failed)
+        found += _about_ignored(probe, failed)
+    except _Raised as raised:
+        if "outside_write" not in failed:  # which is where a write that goes nowhere here has been seen
+            found.append(f"raises for an ordinary input: {raised}")
+        return list(dict.fromkeys(found)) + [ALWAYS[name] for name in ALWAYS if name in failed]
+    consequences = {"stale_result", "grad_mode_bits"} if overwrites else set()
+    found += [words for name, words in ALWAYS.items() if name in failed - consequences]
+    return list(dict.fromkeys(found))
+
+
+class _Raised(Exception):
+    """The function raised; says what."""
+
+
+class _Got(NamedTuple):
+    """What came of one call."""
+
+    result: Any
+    logits: Tensor
+    """As they are afterwards."""
+    model: Tensor
+    """What the logits were computed from, and a gradient can be taken in; it keeps its values."""
+    labels: Tensor
+
+    def first(self) -> Tensor | None:
+        """The first tensor among the results."""
+        parts = self.result if isinstance(self.result, (tuple, list)) else (self.result,)
+        return next((part for part in parts if isinstance(part, Tensor)), None)
+
+    def rows(self) -> Tensor | None:
+        """[N] float64, if there is a number a row."""
+        first = self.first()
+        return first.detach().double().reshape(-1) if first is not None and first.numel() == len(self.labels) else None
+
+
+@dataclass
+class _Probe:
+    """A function, and ordinary inputs for it."""
+
+    function: Function
+    problem: Problem
+    device: torch.device
+    seed: int
+    formula_is_right: bool = True
+    """Whether what it returns is the log-probability, but for precision; as far as is known."""
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator(self.device).manual_seed(self.seed)
+        self.sign = -1 if self.function.returns == "loss" else 1
+        self.temperature = 1.0 if self.problem.temperature == "none" else TEMPERATURE
+        self.logits = self.new_logits()
+        vocab = self.problem.vocab
+        # Half of them from the upper half, where an index that is too narrow and a forgotten block show.
+        labels = torch.randint(vocab, (ROWS,), generator=self.generator, device=self.device)
+        self.labels = torch.where(torch.arange(ROWS, device=self.device) % 2 == 0, labels, vocab - 1 - labels // 2)
+
+    def new_logits(self) -> Tensor:
+        shape = ROWS, self.problem.vocab
+        return (3.0 * torch.randn(shape, generator=self.generator, device=self.device)).to(self.problem.dtype)
+
+    def run(self, logits: Tensor | None = None, labels: Tensor | None = None, *, entropy: bool = False) -> _Got:
+        """Call it; raises _Raised."""
+        model = (self.logits if logits is None else logits).clone().requires_grad_()
+        labels = self.labels if labels is None else labels
+        given = model.clone()  # not a leaf, since a function may write into what a model gave it
+        result = self.call(given, labels.clone(), entropy=entropy)
+        return _Got(result, given.detach(), model, labels)
+
+    def call(self, logits: Tensor, labels: Tensor, *, entropy: bool = False) -> Any:
+        """What it returns, as it is; raises _Raised."""
+        problem = self.problem._replace(entropy=entropy)
+        try:
+            return self.function.returned(logits, labels.unsqueeze(-1), self.temperature, problem)
+        except (Exception, SystemExit) as error:  # whatever a function raises is what is looked into here
+            if nothing_can_serve_after(error):
+                raise
+            said = str(error).strip().splitlines()
+            raise _Raised(f"{type(error).__name__}: {said[0] if said else ''}") from error
+
+    def raises(self, logits: Tensor, labels: Tensor) -> str | None:
+        """What it raises for these, if it does."""
+        try:
+            self.run(logits, labels)
+        except _Raised as raised:
+            return str(raised)
+        return None
+
+
+# --- how it is called, and what it returns --------------------------------------------------------------------------
+
+
+def _about_calling(probe: _Probe, failed: Failed, ignore_index: bool) -> Iterator[str]:
+    if "runs" not in failed:
+        return
+    raised = probe.raises(probe.logits, probe.labels)
+    if raised is not None:
+        other = probe.function.swapped()
+        if _returns(lambda: replace(probe, function=other).run().result):
+            yield f'takes ({other.signature}), the other way round: say --signature "{other.signature}"'
+        return
+    ignored = probe.labels.clone()
+    ignored[1::3] = IGNORE_INDEX
+    raised = probe.raises(probe.logits, ignored) if ignore_index else None
+    if raised is not None:
+        yield (
+            f"has no ignored labels, and raises {raised.partition(':')[0]} for those of {IGNORE_INDEX}: mask them first, or "
+            "leave them out of the check with --no-ignore-index"
+        )
+    raised = probe.raises(probe.logits[:0], probe.labels[:0])
+    if raised is not None:
+        yield f"raises for an empty batch ({raised})"
+    raised = probe.raises(probe.logits[:1], probe.labels[:1])
+    if raised is not None:
+        yield f"raises for a batch of one row ({raised})"
+
+
+def _returns(work: Callable[[], Any]) -> bool:
+    try:
+        return isinstance(work(), Tensor)
+    except (Exception, SystemExit):  # noqa: BLE001  whatever a function raises means no
+        return False
+
+
+def _about_kind(probe: _Probe, failed: Failed) -> Iterator[str]:
+    got = probe.run()
+    first = got.first()
+    if first is None:
+        yield f"returns a {type(got.result).__name__}, and no tensor"
+        return
+    if isinstance(got.result, (tuple, list)):
+        kinds = ", ".join(f"{list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in got.result)
+        yield f"returns {len(got.result)} results ({kinds}) where one is expected: wrap it, and return the one that is meant"
+    shape = list(first.shape)
+    if first.ndim == 0:
+        truth = log_probs_of(got.model, got.labels, probe.temperature)
+        for what, total in (("mean", truth.mean()), ("sum", truth.sum())):
+            for of, sign in (("losses", -1), ("log-probabilities", 1)):
+                if same(first.detach().double(), sign * total, COARSELY / 2):
+                    yield f"returns the {what} of the {of} over the batch, where a number a token is expected"
+                    return
+        yield "returns one number for the whole batch, where a number a token is expected"
+    elif shape == [ROWS, 1]:
+        yield "keeps a trailing dimension of 1: squeeze it"
+    elif shape == [ROWS - 1]:
+        shifted = log_probs_of(got.model[:-1], got.labels[1:], probe.temperature)
+        for words, sign in (("", 1), (", and returns the loss", -1)):
+            if same(sign * first.detach().double(), shifted, 4 * COARSELY):
+                yield f"shifts the labels itself, so that logits [N, V] and labels [N] give N - 1 results{words}"
+                return
+        yield "returns one result too few"
+    elif shape != [ROWS]:
+        yield f"returns {shape} for {ROWS} labels"
+    if "dtype" in failed and first.dtype != torch.float32:
+        step = torch.finfo(first.dtype).eps * 8 if first.dtype.is_floating_point else math.nan
+        yield (
+            f"returns {short_name(first.dtype)}"
+            + (f", which has steps of {step:.2g} nats at -10" if first.dtype.itemsize == 2 else "")
+            + ": give float32"
+        )
+
+
+# --- what its numbers are ---------------------------------------------------------------------------------------------
+
+
+def _about_values(probe: _Probe, failed: Failed) -> Iterator[str]:
+    got = probe.run()
+    rows = got.rows()
+    if rows is None:
+        return
+    reading = read(probe.sign * rows, got.model, got.labels, probe.temperature)
+    probe.formula_is_right = reading is not None and not reading.words
+    if reading is None:
+        return
+    for words in reading.words:
+        yield _LOG_PROB if probe.sign < 0 and words == LOSS else words
+    first = got.first()
+    if not reading.words and failed & VALUES and first is not None and first.dtype.itemsize > 2:
+        # A result in half precision says so by its dtype.
+        yield from imprecision(probe.sign * rows, got.model, got.labels, probe.temperature)
+    if not reading.words and "log_prob_sign" in failed:
+        yield "lets rounding carry a log-probability above 0, where a token is certain: clamp it"
+
+
+_LOG_PROB = "returns the log-probability: negative where a loss must be positive. Say --returns log_prob"
+
+
+# --- the rest -------------------------------------------------------------------------------------------------------
+
+
+def _about_state(probe: _Probe, failed: Failed) -> Iterator[str]:
+    if not failed & VALUES:
+        return
+    memory = probe.logits.clone()
+    calls = [_numbers(probe, memory) for _ in range(4)]
+    memory.copy_(probe.new_logits())
+    other = _numbers(probe, memory)
+    if calls[0] is None or other is None:
+        return
+    if any(one is None or not same(one, calls[0], CLOSE) for one in calls):
+        yield "gives other numbers when it is called again with the same input: it remembers something"
+    elif same(other, calls[0], CLOSE):
+        yield "gives the old result for new values in the same memory: it remembers results by address or shape"
+
+
+def _numbers(probe: _Probe, logits: Tensor) -> Tensor | None:
+    with torch.no_grad():
+        rows = _Got(probe.call(logits, probe.labels.clone()), logits, logits, probe.labels).rows()
+    return None if rows is None else rows.clone()
+
+
+def _about_gradient(probe: _Probe, failed: Failed) -> Iterator[str]:
+    if not failed & GRADIENT or failed & (VALUES | {"log_prob_sign"}):
+        return  # where the values are wrong, so is their gradient, and for the same reason
+    got = probe.run()
+    first = got.first()
+    if first is None or first.numel() != ROWS:
+        return
+    if not first.requires_grad:
+        yield "is detached from the logits: no gradient flows (a detach, a no_grad, or a kernel without backward)"
+        return
+    upstream = torch.randn(ROWS, generator=probe.generator, device=probe.device)
+    (gradient,) = torch.autograd.grad(first.reshape(-1), got.model, upstream.to(first.dtype))
+    gradient = probe.sign * gradient.double()
+    t = probe.temperature
+    probabilities = (got.model.detach().double() / t).softmax(-1)
+    at_label = torch.zeros_like(probabilities).scatter(-1, got.labels[:, None], 1.0)
+    true = (at_label - probabilities) / t
+    g = upstream.double()[:, None]
+    readings = {
+        "": true * g,
+        "is of the loss: its sign is the wrong way round": -true * g,
+        "takes the upstream gradient for 1": true,
+        "leaves out the softmax: it is at the label alone": at_label / t * g,
+        "is 0 everywhere": torch.zeros_like(true),
+    }
+    if t != 1.0:
+        readings |= {
+            "lacks the division by the temperature": true * t * g,
+            "divides by the temperature twice": true / t * g,
+        }
+    for tolerance in TOLERANCES:
+        words = next((words for words, one in readings.items() if same(gradient, one, tolerance)), None)
+        if words is not None:
+            if words:
+                yield f"the values are right, and the gradient {words}"
+            return
+
+
+def _about_entropy(probe: _Probe, failed: Failed) -> Iterator[str]:
+    if not probe.problem.entropy or not failed & (ENTROPY | {"gradient_flows"}):
+        return
+    got = probe.run(entropy=True)
+    if not (isinstance(got.result, tuple) and len(got.result) == 2 and isinstance(got.result[1], Tensor)):
+        return
+    entropy, x = got.result[1], got.model.detach().double()
+    if "gradient_flows" in failed and not entropy.requires_grad:
+        yield "the entropy is detached from the logits: no gradient flows through it"
+    log_p = {s: torch.log_softmax(x / s, -1) for s in (1.0, probe.temperature)}
+    true = {s: -(one.exp() * one).sum(-1) for s, one in log_p.items()}
+    values = entropy.detach().double().reshape(-1)
+    if same(values, -true[probe.temperature], COARSELY):
+        yield "returns the sum of p log p as the entropy: negative where an entropy must be positive. Negate it"
+    elif probe.temperature != 1.0 and same(values, true[1.0], COARSELY):
+        yield "the entropy is that of the logits before the temperature divides them"
+
+
+def _about_ignored(probe: _Probe, failed: Failed) -> Iterator[str]:
+    if "ignored_rows" not in failed:
+        return
+    some = slice(1, None, 3)
+    labels = probe.labels.clone()
+    labels[some] = IGNORE_INDEX
+    rows = probe.run(labels=labels).rows()
+    if rows is None:
+        return
+    got, logits = rows[some], probe.logits[some]
+    for words, token in (("token 0", 0), (f"token V - {-IGNORE_INDEX}", probe.problem.vocab + IGNORE_INDEX)):
+        expected = log_probs_of(logits, torch.full((len(logits),), token, device=logits.device), probe.temperature)
+        if same(got.abs(), expected.abs(), 4 * COARSELY):
+            yield f"does not know ignored labels: {IGNORE_INDEX} counts as {words}. Mask them, or check with --no-ignore-index"
+            return
+    if probe.formula_is_right and not bool((got == 0).all()):
+        yield f"does not give 0 for labels of {IGNORE_INDEX}; mask them, or check with --no-ignore-index"
+
+
+def _about_nan(probe: _Probe, failed: Failed) -> Iterator[str]:
+    if "nan_pattern" not in failed:
+        return
+    logits = probe.logits.clone()
+    logits[0, 5] = math.nan
+    logits[1] = -math.inf
+    logits[2, probe.labels[2]] = -math.inf
+    rows = None if probe.raises(logits, probe.labels) else probe.run(logits).rows()
+    if rows is None:
+        return
+    if bool(rows[0].isfinite()):
+        yield "makes a number of a row that holds NaN, which hides where it came from"
+    if bool(rows[1].isfinite()) or bool(rows[2].isfinite()):
+        yield "makes a number of a label at -inf, or of a row that is all -inf: a clamp, or a large number for infinity"
+    elif bool(rows[2].isnan()):
+        yield "gives NaN for a label at -inf, whose log-probability is -inf: 0 times infinity on the way"
+
+
+def _about_inputs(probe: _Probe, failed: Failed) -> Iterator[str]:
+    if "inputs_changed" not in failed:
+        return
+    got = probe.run()
+    before, after = got.model.detach().double(), got.logits.double()
+    first = got.first()
+    if same(after, before, 0.0) and first is not None and first.requires_grad:
+        torch.autograd.grad(first.sum(), got.model, allow_unused=True)
+        if not same(got.logits.double(), before, 0.0):
+            yield "writes the gradient over the logits, unasked: whoever reads them afterwards reads the gradient"
+            return
+    elif same(after, before / probe.temperature, COARSELY):
+        yield "divides the logits by the temperature in place: the next who reads them divides once more"
+        return
+    elif same(after, before - before.amax(-1, keepdim=True), COARSELY):
+        yield "subtracts the maximum from the logits in place"
+        return
+    yield "writes over its arguments: take a copy of what is changed"

@@ -1,0 +1,213 @@
+"""What the gate notes down: of each check the worst that was seen, over all inputs and for each kind of them, and the errors.
+
+Shapes: n rows compared, V vocabulary, C values a row: K labels, or V logits, or one.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from compiled_logprobs.check.cases import Case
+from compiled_logprobs.evidence import QUANTILES, CaseCheck, CaseFindings, Kind, Spread, Token, number
+from compiled_logprobs.problem import Problem
+
+MEANING = {
+    "runs": "every call returns",
+    "result_type": "returns a tensor, or (log_probs, entropy) where the entropy is asked for",
+    "shape": "the results have the shape of the labels, the entropy that of the rows",
+    "dtype": "the results have the dtype that was asked for, the gradient that of the logits",
+    "log_prob_sign": "no log-probability is positive, no cross entropy negative",
+    "log_prob_error": "largest error of a log-probability against float64, in nats",
+    "log_prob_rmse": "root mean square error of the log-probabilities against float64, in nats",
+    "entropy_sign": "no entropy is negative",
+    "entropy_error": "largest error of an entropy against float64, in nats",
+    "entropy_rmse": "root mean square error of the entropies against float64, in nats",
+    "gradient_flows": "the results carry a gradient to the logits",
+    "gradient_error": "largest error of the gradient against float64",
+    "gradient_rmse": "root mean square error of the gradient against float64",
+    "gradient_sign": "a log-probability rises with its own logit and falls with every other",
+    "gradient_row_sum": "the gradient of a row sums to 0",
+    "ignored_rows": "ignored labels give exactly 0, and their rows a gradient of exactly 0",
+    "nan_pattern": "NaN and infinities stand where they stand in float64",
+    "inputs_changed": "logits, labels and temperature keep every bit",
+    "outside_write": "no memory outside the results is written",
+    "version_counter": "a gradient written over the logits is announced to autograd",
+    "stale_result": "a later call leaves the results of an earlier one alone",
+    "grad_mode_bits": "a row has the same bits with and without a gradient",
+}
+"""What each check demands; its keys are the reasons for which a backend is stopped."""
+WORST = 3
+"""How many of the largest errors are kept of each kind of input and result."""
+SAMPLED_ERRORS = 4096
+"""Of so many errors at most, evenly spread, the quantiles are taken: those of a whole gradient cost more than the check."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The verdict of one check on one problem, and the worst figure that was seen."""
+
+    name: str
+    problem: Problem
+    passed: bool
+    figure: float | None = None
+    limit: float | None = None
+    detail: str = ""
+
+    @property
+    def meaning(self) -> str:
+        return MEANING[self.name]
+
+
+class Stop(Exception):
+    """Nothing further can be learned from this case."""
+
+
+@dataclass
+class Errors:
+    """How far the results of one kind were off in one call."""
+
+    what: Kind
+    error: Tensor
+    """[n, C], absolute, in float64; 0 where it is not counted."""
+    counted: Tensor
+    """[n, C] or [n, 1], of bool: whether it is a value of its own, and not an ignored label's."""
+    finite: Tensor
+    """[n, C]: not 0 where the value and its truth are both finite."""
+    elsewhere: Tensor | None
+    """[n, C], of bool: where only one of them is; None if nowhere."""
+    got: Tensor
+    true: Tensor
+    rows: Tensor
+    """[n]: which of N they are."""
+    tokens: Tensor | None
+    """[n, C]: which of V a value belongs to; None where that is its column, or it has none."""
+
+    def sample(self) -> Tensor:
+        """Errors of finite values that count, at most `SAMPLED_ERRORS`, evenly spread."""
+        flat, columns = self.error.reshape(-1), self.error.shape[-1]
+        step = -(-len(flat) // SAMPLED_ERRORS)
+        step += 1 - step % 2 if step > 1 else 0  # odd, so that it does not fall into the step of the columns
+        at = torch.arange(0, len(flat), step, device=flat.device)
+        row, column = at // columns, at % columns
+        counts = self.counted[row, column if self.counted.shape[-1] == columns else 0]
+        return flat[at][counts & (self.finite.reshape(-1)[at] != 0)]
+
+    def worst(self) -> list[Token]:
+        """The largest errors, where there are any."""
+        rank = self.error if self.elsewhere is None else self.error.masked_fill(self.elsewhere, torch.inf)
+        columns = rank.shape[-1]
+        # First the rows, by a pass that finds no places: of a gradient, that is what is fast.
+        rows = rank.amax(-1).topk(min(WORST, len(rank))).indices
+        error, place = rank[rows].flatten().topk(min(WORST, len(rows) * columns))
+        row, column = rows[place // columns], place % columns
+        token = column if self.tokens is None else self.tokens[row, column]
+        # All in one tensor, since each look at a value waits for the device; below 2^53 an integer stays what it is.
+        looked_at = torch.stack(
+            [self.rows[row].double(), token.double(), self.got[row, column].double(), self.true[row, column], error]
+        )
+        return [
+            Token(
+                int(n),
+                None if self.what == "entropy" else int(v),
+                number(got),
+                number(true),
+                off if math.isfinite(off) else None,
+            )
+            for n, v, got, true, off in looked_at.T.tolist()
+            if off > 0.0
+        ]
+
+
+class _Worst:
+    """The worst that was seen of each check."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._found: dict[str, tuple[float, Check]] = {}
+
+    def add(self, rank: float, check: Check) -> None:
+        if check.name not in self._found or rank > self._found[check.name][0]:
+            self._found[check.name] = rank, check
+
+    def checks(self) -> list[Check]:
+        order = list(MEANING)
+        return sorted((check for _, check in self._found.values()), key=lambda check: order.index(check.name))
+
+
+@dataclass
+class _CaseNotes:
+    case: Case
+    checks: _Worst
+    samples: dict[Kind, list[Tensor]] = field(default_factory=dict)
+    worst: dict[Kind, list[Token]] = field(default_factory=dict)
+
+
+class Findings:
+    """The worst that was seen of each check, over all cases and in each of them."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._all = _Worst(problem)
+        self._cases: list[_CaseNotes] = []
+
+    def begin(self, case: Case) -> None:
+        """What is added from now on is about this case."""
+        self._cases.append(_CaseNotes(case, _Worst(self._problem)))
+
+    def add(
+        self, name: str, passed: bool, detail: str = "", figure: float | None = None, limit: float | None = None
+    ) -> None:
+        badness = 1.0 if figure is None or not limit else figure / limit
+        rank = (math.inf if math.isnan(badness) else badness) + (0.0 if passed else 1e300)
+        check = Check(name, self._problem, passed, figure, limit, "" if passed else detail)
+        self._all.add(rank, check)
+        self._cases[-1].checks.add(rank, check)
+
+    def require(self, name: str, passed: bool, detail: str) -> None:
+        """As `add`, and stop the case on a failure."""
+        self.add(name, passed, detail)
+        if not passed:
+            raise Stop
+
+    def add_errors(self, errors: Errors) -> None:
+        """How far off one call was."""
+        notes = self._cases[-1]
+        notes.samples.setdefault(errors.what, []).append(errors.sample())
+        notes.worst.setdefault(errors.what, []).extend(errors.worst())
+
+    def checks(self) -> list[Check]:
+        """The worst over all cases."""
+        return self._all.checks()
+
+    def cases(self) -> list[CaseFindings]:
+        """The same for each case, and its errors."""
+        return [
+            CaseFindings(
+                notes.case.name,
+                notes.case.rows,
+                tuple(
+                    CaseCheck(one.name, one.passed, _finite(one.figure), _finite(one.limit), one.detail)
+                    for one in notes.checks.checks()
+                ),
+                tuple(_spread(what, notes.samples[what], notes.worst[what]) for what in notes.samples),
+            )
+            for notes in self._cases
+        ]
+
+
+def _spread(what: Kind, samples: list[Tensor], worst: list[Token]) -> Spread:
+    # A row has the same bits with and without a gradient, and is one row all the same.
+    each_once = list(dict.fromkeys(worst))
+    largest = sorted(each_once, key=lambda one: math.inf if one.error is None else one.error, reverse=True)[:WORST]
+    errors = torch.cat(samples)
+    if not len(errors):
+        return Spread(what, 0, (), tuple(largest))
+    quantiles = errors.quantile(torch.tensor(QUANTILES, dtype=errors.dtype, device=errors.device)).tolist()
+    seen = max((one.error for one in each_once if one.error is not None), default=0.0)
+    return Spread(what, len(errors), (*quantiles[:-1], max(quantiles[-1], seen)), tuple(largest))
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,176 @@
+"""What the commands share: exit codes, options that mean the same everywhere, how arguments are read and errors are told."""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from compiled_logprobs.backends import backends, register_backend
+from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.cli.progress import Bar, JsonLines, Progress, Silence
+from compiled_logprobs.errors import InputError, LogProbsError, is_out_of_memory
+from compiled_logprobs.store import bundled_store, project_store, user_store
+from compiled_logprobs.store.files import Store
+from compiled_logprobs.tuning import presets as profiling
+
+PASSED, WRONG, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+Vocab = Annotated[
+    list[str] | None,
+    typer.Option(
+        show_default=False,
+        help=f"V: a number or a model ({', '.join(profiling.MODELS)}). Options like this one take several, as often as you "
+        "name them or with commas.",
+    ),
+]
+Rows = Annotated[list[str] | None, typer.Option(show_default=False, help="N: how many positions.")]
+Dtype = Annotated[
+    list[str] | None, typer.Option(show_default=False, help="Of the logits: float32, bfloat16 or float16.")
+]
+Mode = Annotated[
+    list[str] | None,
+    typer.Option(
+        show_default=False,
+        help="forward; backward (forward and backward); inplace (the gradient over the logits); entropy (forward with it).",
+    ),
+]
+Where = Annotated[
+    str | None,
+    typer.Option("--device", show_default=False, help="cpu, cuda, cuda:1, ...; by default the GPU if there is one."),
+]
+
+
+def subject_of(target: str) -> str | Callable[..., Any]:
+    """What `target` names: a registered backend, or something that is imported."""
+    if target in backends():
+        return target
+    module_name, colon, attribute = target.partition(":")
+    if not (module_name and colon and attribute):
+        raise InputError(
+            f"got target {target!r}; a backend's name ({', '.join(backends())}) or package.module:function is valid."
+        )
+    sys.path.insert(0, "")
+    try:
+        with busy(f"importing {module_name}"):
+            found: Any = import_module(module_name)
+        for name in attribute.split("."):
+            found = getattr(found, name)
+    except (Exception, SystemExit) as error:  # a foreign module may do anything when it is imported
+        raise InputError(
+            f"got target {target!r}, which cannot be imported: {type(error).__name__}: {error}. Valid is a module that "
+            "Python finds from the current directory, a colon and the function's name; install what the module needs."
+        ) from error
+    if isinstance(found, Backend) or (isinstance(found, type) and issubclass(found, Backend)):
+        register_backend(found.name, target)
+        return found.name
+    if not callable(found):
+        raise InputError(f"got target {target!r}, which is of type {type(found).__name__}; a function is valid.")
+    return found  # type: ignore[no-any-return]  # narrowed to a callable from Any
+
+
+@contextlib.contextmanager
+def busy(doing: str) -> Iterator[None]:
+    """Say on a terminal what takes so long. What foreign code prints goes to standard error: the other is for results."""
+    with Console(stderr=True).status(doing), contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@contextlib.contextmanager
+def reported_errors() -> Iterator[None]:
+    """Print what went wrong on standard error, and exit; not with Python's code for it, which here means 'wrong'."""
+    try:
+        yield
+    except LogProbsError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        raise typer.Exit(COULD_NOT_RUN) from None
+    except BrokenPipeError:  # whoever read the output has gone, and what is still to be flushed has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:  # noqa: BLE001  memory, or a mistake in this library
+        if is_out_of_memory(error):
+            sys.stderr.write(f"out of memory: {error}\nAsk for fewer rows, or free some memory.\n")
+            raise typer.Exit(COULD_NOT_RUN) from None
+        traceback.print_exc()
+        raise typer.Exit(COULD_NOT_RUN) from None
+
+
+def progress_of(kind: str, as_json: bool) -> Progress:
+    """What --progress asks for."""
+    kinds: dict[str, type[Progress]] = {"bar": Bar, "jsonl": JsonLines, "none": Silence}
+    if kind not in kinds:
+        raise InputError(f"got --progress {kind}; {', '.join(kinds)} are valid. Name one of them.")
+    if kind == "jsonl" and as_json:
+        raise InputError(
+            "got --progress jsonl and --json, which both write to standard output; one is valid. Leave one out."
+        )
+    return kinds[kind]()
+
+
+def split(texts: list[str] | None) -> list[str]:
+    """The values of an option that takes several, with commas or one at a time."""
+    parts = [part.strip() for text in texts or [] for part in text.split(",")]
+    if not all(parts):
+        raise InputError(
+            f"got {', '.join(map(repr, texts or []))}, in which a value is empty; e.g. 64,512 is valid. Fill it in."
+        )
+    return parts
+
+
+def backend_name_of(text: str) -> str:
+    """The name of the backend that `text` means, which is registered if it was not."""
+    subject = subject_of(text)
+    if not isinstance(subject, str):
+        raise InputError(f"got --backend {text}, which is a function; a Backend is valid. `check` takes functions.")
+    return subject
+
+
+def store_of(text: str) -> Store:
+    """The profiles that `text` means: user, project, bundled, or a folder."""
+    if text == "user":
+        return user_store()
+    if text == "bundled":
+        return bundled_store()
+    if text != "project":
+        return Store(Path(text))
+    found = project_store()
+    if found is None:
+        raise InputError(
+            "got 'project'; a current folder that holds profiles is valid. Go to it, or name the profiles."
+        )
+    return found
+
+
+def one_of(text: str, what: str, valid: tuple[str, ...]) -> Any:
+    """`text`, if it is valid."""
+    if text not in valid:
+        raise InputError(f"got {what} {text!r}; {', '.join(valid)} are valid. Name one of them.")
+    return text
+
+
+def device_of(text: str | None) -> torch.device:
+    """The device that was asked for, if it is here; by default the accelerator, else the CPU."""
+    if text is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise InputError(f"got --device {text}; cpu, cuda or cuda:0 is valid. Name one of them.") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise InputError(f"got --device {text}; profiles are measured on cpu and cuda. Name one of them.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
+        raise InputError(
+            f"got --device {text}; torch sees {count} CUDA or ROCm devices here. Use one of them, or --device cpu."
+        )
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

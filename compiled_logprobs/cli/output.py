@@ -1,0 +1,267 @@
+"""How the command line shows what the library returns: tables and lines on standard output."""
+
+import json
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from compiled_logprobs.check.run import CheckReport
+from compiled_logprobs.choose.pruning import Waste
+from compiled_logprobs.choose.verify import Verification
+from compiled_logprobs.decision import Decision
+from compiled_logprobs.machine.environment import Environment
+from compiled_logprobs.problem import Problem, mode_name, short_name
+from compiled_logprobs.store.archive import Exported, Merged
+from tests.gpu_code.inspection import NOT_MEASURED, Direction, Inspection
+
+WIDTH_ELSEWHERE = 160
+
+
+def print_report(report: CheckReport) -> None:
+    """A table for each problem that was checked, and a last line with the verdict."""
+    for problem, checks in groupby(report.checks, key=lambda one: one.problem):
+        details = problem.details()
+        table = new_table(
+            f"{report.subject}: {problem}{f' ({details})' if details else ''}",
+            *("check", "verdict", "worst", "limit", "what it demands"),
+        )
+        for one in checks:
+            verdict = Text("passed", "green") if one.passed else Text("wrong", "bold red")
+            table.add_row(one.name, verdict, _figure(one.figure), _figure(one.limit), one.meaning)
+        console().print(table)
+    repeatable = _recorded("repeatable", report.repeatable)
+    print_line(f"Recorded: {repeatable}, {_recorded('row invariant', report.row_invariant)}; seed {report.seed}")
+    wrong = [one for one in report.checks if not one.passed]
+    for one in wrong:
+        print_line(f"  {one.name} ({short_name(one.problem.dtype)}): {one.detail}")
+    for cause in report.causes:
+        print_line(f"likely cause: {cause}")
+    if wrong:
+        print_line(f"{report.subject}: wrong: {', '.join(report.reasons)}")
+    else:
+        print_line(f"{report.subject}: passed {len(report.checks)} of {len(report.checks)} checks")
+
+
+def print_environment(environment: Environment) -> None:
+    """Its facts, and which of them have to be the same elsewhere for measurements to count there."""
+    table = new_table(f"{environment.device_type}, environment {environment.fingerprint()}", "fact", "found", "matched")
+    matched = environment.matched()
+    for name, value in environment.to_dict().items():
+        if name != "fingerprint" and value is not None:
+            shown = f"{value / 2**30:.1f} GiB" if name == "memory_bytes" else str(value)
+            table.add_row(name.removesuffix("_bytes").replace("_", " "), Text(shown), "yes" if name in matched else "")
+    console().print(table)
+
+
+def print_decisions(title: str, decisions: list[tuple[Decision, str]]) -> None:
+    """A row for each decision, with a last cell for where it comes from unless all of these are empty."""
+    with_source = any(source for _, source in decisions)
+    table = new_table(
+        title,
+        *("rows", "vocabulary", "dtype", "mode", "winner", "speed-up over eager", "a call", "extra memory"),
+        *("sign check", "bandwidth", *(["from"] if with_source else [])),
+    )
+    for column in (0, 1, 6, 9):
+        table.columns[column].justify = "right"
+    for decision, source in decisions:
+        problem, winner = decision.problem, decision.winner
+        table.add_row(
+            str(problem.rows),
+            str(problem.vocab),
+            short_name(problem.dtype),
+            Text(mode_name(problem)),
+            Text(decision.chosen),
+            _speedup(decision),
+            "" if winner.seconds is None else f"{winner.seconds * 1e3:.3g} ms",
+            _memory(winner.extra_bytes, winner.extra_multiple),
+            f"{winner.checks_passed} of {len(winner.checks)}",
+            "" if winner.percent_of_bandwidth is None else f"{winner.percent_of_bandwidth:.0f} %",
+            *([Text(source)] if with_source else []),
+        )
+    console().print(table)
+    lost = [
+        (name, one, decision.problem)
+        for decision, _ in decisions
+        for name, one in decision.candidates.items()
+        if one.outcome in ("wrong", "failed", "oom", "timeout", "crashed")
+    ]
+    for name, candidate, problem in lost:
+        print_line(f"{name}: {candidate.outcome} on {problem}, {mode_name(problem)}: {candidate.reason}")
+    shrunk = sorted({d.measured_rows for d, _ in decisions if d.measured_rows < d.problem.rows})
+    if shrunk:
+        print_line(
+            f"Where time or memory was short, fewer rows were timed ({', '.join(map(str, shrunk))}); --json says where."
+        )
+
+
+def print_inspection(found: Inspection) -> None:
+    """A column for each direction of each backend, and then what the columns cannot hold."""
+    problem, gpu = found.problem, found.gpu
+    columns: dict[str, Direction | None] = {"compiled, forward": found.forward, "compiled, backward": found.backward}
+    if not isinstance(found.flash_attn, str):
+        columns |= {
+            "flash_attn, forward": found.flash_attn.forward,
+            "flash_attn, backward": found.flash_attn.backward,
+        }
+    shown = {name: one for name, one in columns.items() if one is not None}
+    details = f", {problem.details()}" if problem.details() else ""
+    table = new_table(
+        f"{problem.rows} x {problem.vocab} {short_name(problem.dtype)}{details}, for {gpu.arch}: {NOT_MEASURED}",
+        "",
+        *shown,
+    )
+    facts: dict[str, Callable[[Direction], str]] = {
+        "kernels": lambda one: str(one.kernels),
+        "reads of the logits": lambda one: str(one.logits_reads),
+        "writes of the gradient": lambda one: str(one.gradient_writes),
+        "float32 buffers of N x V": lambda one: str(one.nxv_float32_buffers),
+        "registers a thread": lambda one: str(one.registers),
+        "spills, bytes a thread": lambda one: str(one.spills),
+        "shared memory, bytes a program": lambda one: str(one.shared_bytes),
+        "exponentials a logit": lambda one: f"{one.exponentials_per_logit:.4g}",
+        "bytes": lambda one: f"{one.bytes / 1e9:.4g} GB",
+        "of the minimum": lambda one: "" if not one.minimum_bytes else f"{one.bytes / one.minimum_bytes:.4f} x",
+        f"at {gpu.bandwidth / 1e12:.4g} TB/s ({gpu.name})": lambda one: f"{one.seconds_by_bandwidth * 1e6:.4g} us",
+    }
+    for fact, of in facts.items():
+        table.add_row(Text(fact), *(of(one) for one in shown.values()))
+    console().print(table)
+    for name, one in shown.items():
+        for kernel in one.kernel_reports:
+            warps = " or ".join(map(str, kernel.warps))
+            choice = "" if kernel.candidates == 1 else f", the worst of {kernel.candidates} configurations"
+            print_line(
+                f"{name}: {kernel.launches} x {kernel.name}: {kernel.registers} registers, {kernel.spills} bytes spilled, "
+                f"{warps} warps, {kernel.index_bits}-bit indices{choice}"
+            )
+        for operation in one.operations:
+            print_line(f"{name}: torch's own {operation}")
+        for note in one.notes:
+            print_line(f"{name}: {note}")
+    if isinstance(found.flash_attn, str):
+        print_line(f"flash_attn: {found.flash_attn}")
+    print_line(f"Bandwidth of the {gpu.name}: {gpu.source}. All figures {NOT_MEASURED}.")
+
+
+def exported_in_words(done: Exported) -> str:
+    """What an archive holds."""
+    lines = [f"left out, since no import would take it: {why}" for why in done.left_out]
+    what = _count(done.decisions, "decision")
+    return "\n".join([*lines, f"{what} of {_count(len(done.environments), 'environment')}, {done.bytes} bytes"])
+
+
+def print_merged(merged: list[Merged], here: set[str]) -> None:
+    """A row for each decision of an archive, by environment."""
+    for environment in dict.fromkeys(one.entry.environment for one in merged):
+        where = "" if environment in here else ", not this machine"
+        table = new_table(f"Environment {environment}{where}", "decision", "problem", "winner", "measured", "why")
+        for one in merged:
+            if one.entry.environment == environment:
+                record = one.entry.record
+                problem = Text(short(one.entry.problem))
+                table.add_row(one.fate, problem, Text(record["chosen"]), record["measured_at"][:10], Text(one.why))
+        console().print(table)
+
+
+def print_waste(found: list[Waste], root: Path) -> None:
+    """A line for each file that goes."""
+    for waste in found:
+        still = "" if waste.failed is None else f"; it is still there: {waste.failed}"
+        place = waste.path.relative_to(root)
+        print_line(_printable(f"{waste.kind}: {place} ({waste.bytes} bytes): {waste.why}{still}"))
+
+
+def print_verifications(title: str, found: list[Verification]) -> None:
+    """A row for each decision, and a line for each that does not hold."""
+    table = new_table(title, "rows", "vocabulary", "dtype", "mode", "winner", "then", "now", "decision", "from")
+    for one in found:
+        problem, decision = one.decision.problem, one.decision
+        table.add_row(
+            str(problem.rows),
+            str(problem.vocab),
+            short_name(problem.dtype),
+            Text(mode_name(problem)),
+            Text(_printable(decision.chosen)),
+            _speedup(decision),
+            "" if one.speedup is None else str(one.speedup),
+            Text(one.outcome, "bold red" if one.is_failure else ""),
+            Text(one.source),
+        )
+    console().print(table)
+    for one in found:
+        if one.outcome != "holds":
+            print_line(f"{one.outcome}: {verified_in_words(one)}")
+
+
+def verified_in_words(one: Verification) -> str:
+    """The problem, its winner, and what was found out about it."""
+    return _printable(f"{short(one.decision.problem)}: {one.decision.chosen}: {one.why}")
+
+
+def print_line(text: str) -> None:
+    """Unwrapped, so that programs can find it, and without markup, since messages hold brackets."""
+    console().print(Text(text), soft_wrap=True)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result, indent=2, allow_nan=False))
+
+
+def console() -> Console:
+    """As wide as the terminal; where there is none, so wide that tables keep one line a row."""
+    found = Console()
+    return found if found.is_terminal else Console(width=WIDTH_ELSEWHERE)
+
+
+def new_table(title: str, *columns: str) -> Table:
+    return Table(*columns, title=Text(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+
+
+def short(problem: Problem) -> str:
+    """The problem and its mode, on one line."""
+    return f"{problem}, {mode_name(problem)}"
+
+
+def speedup_in_words(decision: Decision) -> str:
+    """Such as 'compiled, 1.80x (1.75 to 1.84) the speed of eager'."""
+    if decision.chosen == decision.baseline:
+        return f"{decision.chosen}: {decision.reason}"
+    return f"{decision.chosen}, {_speedup(decision)} the speed of {decision.baseline}"
+
+
+def _speedup(decision: Decision) -> str:
+    winner = decision.winner
+    if decision.chosen == decision.baseline or winner.speedup is None:
+        return "baseline"
+    return f"{winner.speedup}" + ("" if decision.baseline == "eager" else f" over {decision.baseline}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _printable(text: str) -> str:
+    """It may quote a file that comes from anywhere, and a terminal obeys some characters."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _memory(size: int | None, multiple: float | None) -> str:
+    if size is None:
+        return "not measured"
+    return f"{size / 2**20:.0f} MiB" + ("" if multiple is None else f", {multiple:.2f} x logits")
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value + 0.0:.3g}"  # the sum makes 0 of -0
+
+
+def _recorded(what: str, value: bool | None) -> str:
+    if value is None:
+        return f"{what} not tried"
+    return what if value else f"not {what}"

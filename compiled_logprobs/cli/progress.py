@@ -1,0 +1,162 @@
+"""What a profile run shows while it goes on: a bar for people, lines of JSON for programs, or nothing.
+
+The bar is not drawn while candidates are timed: on a CPU it would take time from them.
+"""
+
+import json
+import sys
+import time
+from abc import ABC, abstractmethod
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichBar
+from rich.text import Text
+
+from compiled_logprobs.choose.verify import Verification
+from compiled_logprobs.cli.output import short, speedup_in_words, verified_in_words
+from compiled_logprobs.decision import Decision
+from compiled_logprobs.errors import LogProbsError
+from compiled_logprobs.problem import Problem, problem_to_dict
+
+Event = dict[str, Any]
+
+
+class Progress(ABC):
+    """Told what happens during a run; a context manager."""
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    @abstractmethod
+    def start(self, problems: list[Problem], device: str, environment: str) -> None:
+        """The run begins."""
+
+    @abstractmethod
+    def event(self, event: Event) -> None:
+        """A problem begins ('problem', with the Problem itself), or an event of the worker program."""
+
+    @abstractmethod
+    def result(self, found: Decision | Verification | LogProbsError) -> None:
+        """A problem ends."""
+
+    @abstractmethod
+    def end(self, done: int, seconds: float, *, interrupted: bool) -> None:
+        """The run ends."""
+
+
+class Silence(Progress):
+    """Nothing."""
+
+    def start(self, problems: list[Problem], device: str, environment: str) -> None:
+        pass
+
+    def event(self, event: Event) -> None:
+        pass
+
+    def result(self, found: Decision | Verification | LogProbsError) -> None:
+        pass
+
+    def end(self, done: int, seconds: float, *, interrupted: bool) -> None:
+        pass
+
+
+class JsonLines(Progress):
+    """One JSON object a line on standard output: start, problem, what the worker program says, decision or the like, end."""
+
+    def start(self, problems: list[Problem], device: str, environment: str) -> None:
+        self._total, self._index = len(problems), 0
+        listed = [problem_to_dict(problem) for problem in problems]
+        self._write({"event": "start", "device": device, "environment": environment, "problems": listed})
+
+    def event(self, event: Event) -> None:
+        if event["event"] == "problem":
+            self._index += 1
+            event = {**event, "problem": problem_to_dict(event["problem"]), "index": self._index, "total": self._total}
+        elif event["event"] in ("started", "done"):  # of the worker program, which runs for each problem
+            return
+        self._write(event)
+
+    def result(self, found: Decision | Verification | LogProbsError) -> None:
+        if isinstance(found, Decision):
+            self._write({"event": "decision", "decision": found.to_dict()})
+        elif isinstance(found, Verification):
+            self._write({"event": "verified", "verification": found.to_dict()})
+        else:
+            self._write({"event": "failed", "reason": str(found)})
+
+    def end(self, done: int, seconds: float, *, interrupted: bool) -> None:
+        self._write(
+            {"event": "end", "done": done, "total": self._total, "seconds": seconds, "interrupted": interrupted}
+        )
+
+    def _write(self, event: Event) -> None:
+        sys.stdout.write(json.dumps(event, allow_nan=False) + "\n")
+        sys.stdout.flush()
+
+
+class Bar(Progress):
+    """A bar with the time that is left, and a line for each problem that is done, on standard error."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bar = RichBar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            speed_estimate_period=3600.0,
+        )
+        self._problem = ""
+        self._drawn = 0.0
+
+    def __enter__(self) -> "Bar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def start(self, problems: list[Problem], device: str, environment: str) -> None:
+        self._task = self._bar.add_task("starting", total=len(problems))
+        self._bar.refresh()
+
+    def event(self, event: Event) -> None:
+        if event["event"] == "problem":
+            self._problem = short(event["problem"])
+            self._draw(self._problem)
+        elif event["event"] == "step" and event["step"] != "time":
+            doing = f"{event['step']} {event['candidate'] or ''}".strip()
+            self._draw(f"{self._problem}: {doing}")
+        elif event["event"] == "memory":  # the last before the rounds
+            self._draw(f"{self._problem}: timing")
+
+    def result(self, found: Decision | Verification | LogProbsError) -> None:
+        if isinstance(found, Decision):
+            text = f"{short(found.problem)}: {speedup_in_words(found)}"
+        elif isinstance(found, Verification):
+            text = f"{found.outcome}: {verified_in_words(found)}"
+        else:
+            text = f"{self._problem}: not decided: {found}"
+        self._console.print(Text(text), soft_wrap=True)
+        self._bar.advance(self._task)
+        self._bar.refresh()
+
+    def end(self, done: int, seconds: float, *, interrupted: bool) -> None:
+        if interrupted:
+            self._console.print(f"interrupted after {done} problems; what is finished is kept")
+
+    def _draw(self, text: str) -> None:
+        self._bar.update(self._task, description=text)
+        if time.monotonic() - self._drawn > 0.2:
+            self._drawn = time.monotonic()
+            self._bar.refresh()

@@ -1,0 +1,285 @@
+"""Timing the candidates of one problem: shuffled rounds on inputs that look real, with a cold cache.
+
+A candidate that raises has an outcome of its own, and the others go on. Nothing is chosen here, and nothing stored.
+
+Shapes: N rows, D of them drawn and the others made of these, V vocabulary, K labels a row; R the leading dimensions of the
+logits, one or two, whose product is N.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.check.spot_check import what_is_wrong
+from compiled_logprobs.errors import is_out_of_memory
+from compiled_logprobs.machine import clock
+from compiled_logprobs.operation.autograd import compute
+from compiled_logprobs.problem import Problem
+
+BUFFERS = 2
+"""How many inputs take turns, so that no candidate can live on having seen one before."""
+DISTINCT_ROWS = 64
+"""Drawing and sorting out every row would take longer than timing them; the others are these, shifted along the vocabulary."""
+LIKELY = 8
+"""Tokens of a row that share most of the probability, as a language model's do."""
+KEPT = 50
+"""Tokens of a row that are not -inf, where the problem masks its logits."""
+ALIGNED = 16
+"""Elements; rows whose stride is a multiple of it start at multiples of 16 bytes in every dtype."""
+LONGEST_REASON = 500
+"""Characters; compilers' errors run to pages."""
+
+Step = Literal["compile", "memory", "time", "full size"]
+
+
+@dataclass
+class Run:
+    """What was measured of one candidate, up to its failure if it had one."""
+
+    name: str
+    outcome: Literal["measured", "wrong", "failed", "oom"] = "measured"
+    reason: str = ""
+    """Why it was not measured further."""
+    first_call_seconds: float | None = None
+    """Compiling included; not among `seconds`."""
+    extra_bytes: int | None = None
+    """Peak memory beyond the logits, results and their gradient included; None where it cannot be measured."""
+    extra_multiple: float | None = None
+    """The same, as a multiple of the logits' size."""
+    seconds: list[float] = field(default_factory=list)
+    """Of the timed calls, one a round, as the clock gave them."""
+
+    @property
+    def alive(self) -> bool:
+        return self.outcome == "measured"
+
+
+class Measurement:
+    """The candidates of one problem on one device.
+
+    Forward alone, or with backward where the problem needs the gradient, through `autograd.compute` as the public functions
+    call it. Ask `rounds()` for rounds, one at a time, and look at `times()` in between.
+
+    Args:
+        problem: what to compute; for a bucket of N, its top.
+        candidates: in the order in which they are first called; the baseline first, so that it has run whatever comes after.
+        device: by default the current one of the problem's type.
+        seed: of the inputs and of the order within rounds; fresh at random by default.
+        on_step: told the candidate and the step before each of its calls, for whoever watches over their duration.
+        look_at_results: whether to hold a few rows of what it returns against float64, which not even candidates that passed the
+            check are sure to get right at this size.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        candidates: Mapping[str, Backend],
+        *,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        on_step: Callable[[str, Step], None] = lambda name, step: None,
+        look_at_results: bool = True,
+    ) -> None:
+        self.problem = problem
+        self.device = clock.measurable(device or problem.device_type)
+        self.seed = random.randrange(2**31) if seed is None else seed
+        self.runs = {name: Run(name) for name in candidates}
+        self._candidates = dict(candidates)
+        self._on_step, self._look_at_results = on_step, look_at_results
+
+    def times(self) -> dict[str, list[float]]:
+        """Seconds by candidate and round, of those that have run in every round."""
+        return {run.name: run.seconds for run in self.runs.values() if run.alive and run.seconds}
+
+    def extra_bytes(self) -> dict[str, int | None]:
+        return {run.name: run.extra_bytes for run in self.runs.values() if run.alive}
+
+    def rounds(self, most: int | None = None) -> Iterator[int]:
+        """Compile, measure memory, then time: yields the number of rounds done, after each.
+
+        Ends after `most` rounds, or when no candidate is left. What making the inputs raises is raised here: it concerns
+        all of them.
+        """
+        inputs = _Inputs(self.problem, self.device, self.seed)
+        for name in self._candidates:
+            self._attempt(name, "compile", inputs)
+        for name in self._candidates:
+            self._attempt(name, "memory", inputs)
+        order = random.Random(self.seed)
+        for done in count(1) if most is None else range(1, most + 1):
+            names = [name for name, run in self.runs.items() if run.alive]
+            if not names:
+                return
+            order.shuffle(names)
+            for name in names:  # all on the same input: they are compared within the round
+                self._attempt(name, "time", inputs, done % BUFFERS)
+            yield done
+
+    def _attempt(self, name: str, step: Step, inputs: "_Inputs", index: int = 0) -> None:
+        run = self.runs[name]
+        if not run.alive:
+            return
+        self._on_step(name, step)
+        before = _global_state()
+        try:
+            call = inputs.call(self._candidates[name], index)
+            if step == "compile":
+                run.first_call_seconds = clock.time_call(call, self.device)
+                for other in range(1, BUFFERS):  # what a second call still does once belongs to no round
+                    results, gradients = inputs.call(self._candidates[name], other)()
+                if self._look_at_results and (found := inputs.what_is_wrong(other, results, gradients)):
+                    run.outcome, run.reason = "wrong", found
+            elif step == "full size":
+                if found := inputs.what_is_wrong(index, *call()):
+                    run.outcome, run.reason = "wrong", found
+            elif step == "memory":
+                run.extra_bytes = clock.extra_peak_bytes(call, self.device)
+                if run.extra_bytes is not None:
+                    run.extra_multiple = run.extra_bytes / inputs.logits_bytes
+            else:
+                clock.flush_cache(self.device)
+                run.seconds.append(_positive(clock.time_call(call, self.device)))
+        except Exception as error:  # noqa: BLE001 - whatever a candidate raises is its outcome
+            run.outcome = "oom" if is_out_of_memory(error) else "failed"
+            run.reason = f"{step}: {type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST_REASON]
+        changed = [name for name, value in _global_state().items() if value != before[name]]
+        if changed:  # the others would run under it, and the caller's whole program
+            _restore(before)
+            run.outcome, run.reason = "failed", f"{step}: it left torch with another {', '.join(changed)}"
+
+    def look_at(self, name: str) -> None:
+        """Call `name` once, and hold a few rows of what it returns against float64, without timing anything."""
+        inputs = _Inputs(self.problem, self.device, self.seed, buffers=1)
+        self._attempt(name, "full size", inputs)
+
+
+class _Inputs:
+    """Logits in `BUFFERS` places, with everything that goes with them."""
+
+    def __init__(self, problem: Problem, device: torch.device, seed: int, buffers: int = BUFFERS) -> None:
+        self._problem = problem
+        # Of the CPU everywhere, so that a seed makes the same inputs on every device.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        overwritten = problem.inplace_backward and problem.needs_grad
+        self._logits = [_empty_logits(problem, device) for _ in range(buffers)]
+        rows = self._logits[0].shape[:-1]
+        self.logits_bytes = self._logits[0].numel() * problem.dtype.itemsize
+        labels = [_fill(logits, problem, generator) for logits in self._logits[: 1 if overwritten else buffers]]
+        # One original serves all buffers: memory is what large problems lack.
+        self._original = self._logits[0].clone() if overwritten else None
+        self._labels = labels * buffers if overwritten else labels
+        self._temperature: float | Tensor = 1.0
+        if problem.temperature == "number":
+            self._temperature = 0.7
+        elif problem.temperature == "per_token":
+            self._temperature = torch.empty(rows).uniform_(0.5, 1.5, generator=generator).to(device)
+        upstream = [torch.randn(labels[0].shape, generator=generator)]
+        if problem.entropy:
+            upstream.append(torch.randn(rows, generator=generator))
+        self._upstream = [gradient.to(device, problem.out_dtype) for gradient in upstream]
+
+    def what_is_wrong(self, index: int, results: list[Tensor], gradients: tuple[Tensor, ...]) -> str | None:
+        """The same of what `call(..., index)` returned, looked at in a few rows; None if nothing is."""
+        logits = self._logits[index] if self._original is None else self._original
+        gradient = gradients[0] if gradients else None
+        return what_is_wrong(
+            self._problem, logits, self._labels[index], self._temperature, self._upstream, results, gradient
+        )
+
+    def call(self, backend: Backend, index: int) -> Callable[[], tuple[list[Tensor], tuple[Tensor, ...]]]:
+        """What is to be timed, on fresh logits: returns all results of `backend`, so that they count as memory in use."""
+        problem, labels = self._problem, self._labels[index]
+        logits = self._logits[index].detach()
+        if self._original is not None:
+            logits.copy_(self._original)
+        logits.requires_grad_(problem.needs_grad)
+
+        def call() -> tuple[list[Tensor], tuple[Tensor, ...]]:
+            with torch.set_grad_enabled(problem.needs_grad):
+                log_probs, entropy = compute(
+                    backend,
+                    logits,
+                    labels,
+                    self._temperature,
+                    entropy=problem.entropy,
+                    inplace_backward=problem.inplace_backward,
+                )
+                results = [part.to(problem.out_dtype) for part in (log_probs, entropy) if part is not None]
+            gradients = torch.autograd.grad(results, [logits], self._upstream) if problem.needs_grad else ()
+            return results, gradients
+
+        return call
+
+
+def _global_state() -> dict[str, Any]:
+    """What a candidate must leave as it was."""
+    return {
+        "number of threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "grad mode": torch.is_grad_enabled(),
+        "deterministic mode": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _restore(state: dict[str, Any]) -> None:
+    torch.set_num_threads(state["number of threads"])
+    torch.set_default_dtype(state["default dtype"])
+    torch.set_grad_enabled(state["grad mode"])
+    torch.use_deterministic_algorithms(state["deterministic mode"])
+
+
+def _empty_logits(problem: Problem, device: torch.device) -> Tensor:
+    """[R, V] memory with the layout and the alignment that the problem has."""
+    rows, vocab = problem.rows, problem.vocab
+    row_stride = vocab
+    if problem.layout == "rows":
+        row_stride = vocab + ALIGNED
+    if problem.layout != "flat" and problem.aligned:
+        row_stride += -row_stride % ALIGNED
+    shape: tuple[int, ...] = (rows, vocab)
+    strides: tuple[int, ...] = (row_stride, 1)
+    if problem.layout == "other" and rows >= 4 and rows % 2 == 0:  # as all tops of buckets from 4 on are
+        outer = 2  # sequences whose last position is left out, as in logits[:, :-1]
+        shape = (outer, rows // outer, vocab)
+        strides = ((rows // outer + 1) * row_stride, row_stride, 1)
+    offset = 0 if problem.aligned else 1
+    size = offset + (rows + 2) * row_stride
+    return torch.zeros(size, dtype=problem.dtype, device=device).as_strided(shape, strides, offset)
+
+
+def _fill(logits: Tensor, problem: Problem, generator: torch.Generator) -> Tensor:
+    """Write logits as a model gives them; returns labels [R, K] drawn from their softmax.
+
+    Real values matter: a chip that computes zeros heats less and clocks higher.
+    """
+    rows, vocab, labels_per_row = problem.rows, problem.vocab, problem.labels_per_row
+    distinct = min(rows, DISTINCT_ROWS)
+    x_DV = 2.0 * torch.randn(distinct, vocab, generator=generator)
+    likely = torch.randint(vocab, (distinct, min(LIKELY, vocab)), generator=generator)
+    x_DV.scatter_add_(-1, likely, 10.0 + 4.0 * torch.rand(likely.shape, generator=generator))
+    if problem.masked_logits:
+        least_kept = x_DV.topk(min(KEPT, vocab), dim=-1).values[:, -1:]
+        x_DV.masked_fill_(x_DV < least_kept, -torch.inf)
+    drawn_DK = torch.multinomial(torch.softmax(x_DV, -1), labels_per_row, replacement=True, generator=generator)
+    shifts_N = torch.randint(vocab, (rows,), generator=generator)
+    source_N = torch.arange(rows) % distinct
+    labels_NK = (drawn_DK[source_N] + shifts_N.unsqueeze(-1)) % vocab
+
+    x_DV = x_DV.to(logits.device, logits.dtype)
+    targets = [row_V for part in (logits if logits.ndim == 3 else [logits]) for row_V in part]
+    for target_V, source, shift in zip(targets, source_N.tolist(), shifts_N.tolist(), strict=True):
+        target_V[shift:] = x_DV[source, : vocab - shift]
+        target_V[:shift] = x_DV[source, vocab - shift :]
+    return labels_NK.view(*logits.shape[:-1], labels_per_row).to(logits.device)
+
+
+def _positive(seconds: float) -> float:
+    if not seconds > 0.0:
+        raise ValueError(f"the clock gave {seconds} s, which no call can take")
+    return seconds

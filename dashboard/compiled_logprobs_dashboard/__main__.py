@@ -1,0 +1,101 @@
+"""The program that `launch` becomes: Streamlit's server on 127.0.0.1, with our guard in front, until a signal ends it."""
+
+import argparse
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+import webbrowser
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from starlette.middleware import Middleware
+from streamlit import config
+from streamlit.starlette import App
+
+from compiled_logprobs_dashboard.guard import HOSTS, Guard
+from compiled_logprobs_dashboard.launch import ADDRESS, PORT
+
+SCRIPT = Path(__file__).with_name("app.py")
+UPLOAD_LIMIT_MB = 8
+PATIENCE_S = 2.0
+"""For pages that are being computed, when a signal has come."""
+SETTINGS: dict[str, Any] = {
+    "browser.gatherUsageStats": False,
+    "browser.serverAddress": ADDRESS,
+    "client.toolbarMode": "minimal",
+    "global.developmentMode": False,
+    "logger.hideWelcomeMessage": True,
+    "server.address": ADDRESS,
+    "server.allowedHosts": list(HOSTS),
+    "server.baseUrlPath": "",
+    "server.corsAllowedOrigins": [],
+    "server.enableAgentApi": False,
+    "server.enableCORS": True,
+    "server.enableStaticServing": False,
+    "server.enableXsrfProtection": True,
+    "server.fileWatcherType": "none",
+    "server.headless": True,  # we open the browser: Streamlit looks up an address outside of this machine first
+    "server.maxUploadSize": UPLOAD_LIMIT_MB,
+    "server.runOnSave": False,
+}
+"""As with flags of `streamlit run`, no file and no environment variable of the user's has a say in these."""
+
+
+def main() -> None:
+    """Serve, as the arguments say."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=PORT)
+    parser.add_argument("--no-browser", dest="browser", action="store_false")
+    asked = parser.parse_args()
+    app = App(SCRIPT, middleware=[Middleware(Guard)], lifespan=partial(_alive, browser=asked.browser))
+    try:
+        app.run(config={**SETTINGS, "server.port": asked.port})
+    except KeyboardInterrupt:  # raised once more when all is put away
+        sys.exit(128 + signal.SIGINT)
+
+
+@asynccontextmanager
+async def _alive(app: App, *, browser: bool) -> AsyncIterator[None]:
+    """Around the server's life."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, partial(_end, signal.getsignal(number)))
+    url = f"http://{ADDRESS}:{config.get_option('server.port')}"
+    sys.stdout.write(f"The dashboard is at {url}\nPress Ctrl-C to end it.\n")
+    sys.stdout.flush()
+    # It warns, with a stack, of widgets that have a default and a value from a link; ours are meant to have both.
+    logging.getLogger("streamlit.elements.lib.policies").setLevel(logging.ERROR)
+    threading.Thread(target=_prepare, daemon=True).start()
+    if browser and _has_screen():
+        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+    yield
+
+
+def _prepare() -> None:
+    """Have ready what the first page needs while the browser is on its way: packages and profiles take seconds."""
+    for name in ("verdict", "winners", "charts.decide"):
+        importlib.import_module(f"compiled_logprobs_dashboard.{name}")
+    importlib.import_module("compiled_logprobs_dashboard.selection").read_ahead()
+
+
+def _end(orderly: Any, number: int, frame: FrameType | None) -> None:
+    """End in order, and without order if that takes long: a page may be in the midst of a computation."""
+    orderly(number, frame)
+    last = threading.Timer(PATIENCE_S, os._exit, [128 + number])
+    last.daemon = True
+    last.start()
+
+
+def _has_screen() -> bool:
+    """Elsewhere a browser in the terminal would be started, if one is installed."""
+    return sys.platform != "linux" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
+if __name__ == "__main__":
+    main()

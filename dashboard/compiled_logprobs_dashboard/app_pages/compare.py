@@ -1,0 +1,129 @@
+"""Compare: two profiles where both measured the same problem, what differs between them first; and a shape's history."""
+
+import streamlit as st
+from compiled_logprobs_dashboard import data
+from compiled_logprobs_dashboard import selection as session
+from compiled_logprobs_dashboard.charts import compare as figures
+from compiled_logprobs_dashboard.index import Tables
+from compiled_logprobs_dashboard.looks import plain, plain_line
+from compiled_logprobs_dashboard.tables import compare as comparison
+
+from compiled_logprobs.problem import bucket
+
+RATIO = {
+    "ratio": st.column_config.NumberColumn("ratio", format="%.2fx", help="Above 1, this profile is faster."),
+    "low": st.column_config.NumberColumn("from", format="%.2fx"),
+    "high": st.column_config.NumberColumn("to", format="%.2fx"),
+    "seconds_this": st.column_config.NumberColumn("this, s", format="%.3g"),
+    "seconds_that": st.column_config.NumberColumn("that, s", format="%.3g"),
+}
+
+
+def show() -> None:
+    """The page."""
+    st.title("Compare")
+    tables = session.tables()
+    this = session.choose_profile(tables)
+    if this is None:
+        return
+    if len(tables.environments) < 2:
+        st.info(
+            "There is one profile, and two or more can be compared. Measure another device or version of torch, or take a "
+            "profile from elsewhere on the page **Profiles**.",
+            title="Nothing to compare with",
+        )
+    else:
+        that = session.choose_profile(tables, key="against", label="Against", place=st, other_than=this)
+        if that is not None:
+            _guard(tables, this, that)
+            _ratios(tables, this, that)
+    _history(tables, this)
+
+
+def _guard(tables: Tables, this: session.Profile, that: session.Profile) -> None:
+    if this == that:
+        st.warning("Both are the same profile: every ratio is 1.")
+        return
+    found = comparison.differences(tables, this, that)
+    if found.empty:
+        st.success("Device and versions are the same in both.", title="What differs")
+        return
+    deciding = [plain(name.replace("_", " ")) for name in found.loc[found["decides"], "fact"]]
+    if deciding:
+        st.warning(
+            f"{', '.join(deciding)}: what differs below comes from these as much as from the backends.",
+            title="What differs",
+        )
+    else:
+        st.info("Nothing that decides how fast a backend is.", title="What differs")
+    st.dataframe(
+        found,
+        hide_index=True,
+        key="differences",
+        alt="Facts that differ between the two profiles",
+        column_config={
+            "decides": st.column_config.CheckboxColumn("decides", help="Whether it makes another environment.")
+        },
+    )
+
+
+def _ratios(tables: Tables, this: session.Profile, that: session.Profile) -> None:
+    names = comparison.backends_of(tables, this, that)
+    backend = st.selectbox("Times of", [comparison.WINNER, *names], key="backend", bind="query-params")
+    found = comparison.matched(tables, this, that, backend or comparison.WINNER)
+    text = comparison.in_words(found)
+    st.write(plain(text))
+    left = [
+        f"{count} {what}"
+        for count, what in (
+            (found.only_this, "only in this"),
+            (found.only_that, "only in that"),
+            (found.untimed, "not timed in one of them"),
+        )
+        if count
+    ]
+    if left:
+        st.caption(f"Left out of all figures: {', '.join(left)}.")
+    if found.table.empty:
+        return
+    session.chart(
+        figures.ratios(found.table),
+        alt=text,
+        key="ratios",
+        table=found.table,
+        columns=RATIO,
+    )
+    st.caption(
+        "Times are scaled to N where fewer rows were timed. The band is the width of the widest interval of each decision, both "
+        "together: what varies within a run. From day to day, clocks and load can change more than that."
+    )
+
+
+def _history(tables: Tables, this: session.Profile) -> None:
+    st.subheader("History of a shape")
+    shape = session.choose_shape(tables, this)
+    problem = bucket(data.problem_of(tables, *this, shape))
+    device = data.profile_facts(tables, *this)["device"]
+    found = comparison.history(tables, problem, device)
+    what = f"N {problem.rows}, V {problem.vocab}, {plain(shape.dtype)}, {plain(shape.mode)}, on {plain(device)}"
+    if found.empty:
+        st.info(f"{what}: nothing was measured.")
+        return
+    found, left_out = data.foremost_in(found)
+    if left_out:
+        st.caption(f"{left_out} more backends are not shown.")
+    times = found["label"].nunique()
+    winners = ", ".join(
+        f"{plain_line(row.label)}: {plain_line(row.backend, 40)}" for row in found[found["chosen"]].itertuples()
+    )
+    if times == 1:
+        st.caption(f"{what}: measured once. Each other version of torch, or number of threads, adds to this.")
+    session.chart(
+        figures.history(found, among=tables.backends),
+        alt=f"Times over {times} measurements. Winners: {winners}.",
+        key="history",
+        table=found,
+    )
+
+
+show()

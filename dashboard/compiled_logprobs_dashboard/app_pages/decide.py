@@ -1,0 +1,247 @@
+"""Decide, the landing page: which backend to use for a shape, how fast and how right it is, what it takes; and the winner map."""
+
+from datetime import datetime, timezone
+
+import streamlit as st
+from compiled_logprobs_dashboard import data
+from compiled_logprobs_dashboard import selection as session
+from compiled_logprobs_dashboard.charts import decide as figures
+from compiled_logprobs_dashboard.index import Tables
+from compiled_logprobs_dashboard.looks import plain, plain_line
+from compiled_logprobs_dashboard.tables import decide as verdict
+from compiled_logprobs_dashboard.tables import decide_map as winners
+
+from compiled_logprobs.decision import Decision
+from compiled_logprobs.errors import ProfileError
+
+MAP = "winner_map"
+COLUMNS = {
+    "backend": st.column_config.TextColumn("backend", pinned=True),
+    "letter": st.column_config.TextColumn("", help="As in the charts.", width="small"),
+    "outcome": st.column_config.TextColumn("outcome"),
+    "ms": st.column_config.NumberColumn("a call", format="%.3g ms"),
+    "speedup": st.column_config.NumberColumn("speed-up", format="%.2fx", help="The baseline's time over its own."),
+    "low": st.column_config.NumberColumn("from", format="%.2fx", help="End of the confidence interval."),
+    "high": st.column_config.NumberColumn("to", format="%.2fx", help="End of the confidence interval."),
+    "extra_mib": st.column_config.NumberColumn("extra memory", format="%.0f MiB"),
+    "extra_multiple": st.column_config.NumberColumn("x logits", format="%.2f"),
+    "percent_of_bandwidth": st.column_config.NumberColumn("bandwidth", format="%.0f %%"),
+    "checks": st.column_config.TextColumn("checks passed"),
+    "first_call_s": st.column_config.NumberColumn("first call", format="%.2g s"),
+    "pays_after": st.column_config.NumberColumn(
+        "paid after", format="%.0f calls", help="Calls after which the first call, compiling included, has paid."
+    ),
+}
+
+
+def show() -> None:
+    """The page."""
+    st.title("Which backend?")
+    tables = session.tables()
+    profile = session.choose_profile(tables)
+    if profile is None:
+        return
+    shape = session.choose_shape(tables, profile)
+    answer = data.answer(tables, *profile, shape)
+    decision = None
+    if answer.key is not None:
+        try:
+            decision = data.decision(tables, answer.key)
+        except ProfileError as error:
+            st.error(plain(error), title="The decision cannot be read")
+            return
+    _headline(tables, profile, shape, answer, decision)
+    if decision is not None and answer.key is not None:
+        part, left_out = data.foremost(decision)
+        _ranking(tables, part, left_out)
+        _why(part, left_out)
+        _what_if(decision, shape)
+        _code(decision, answer)
+    _map(tables, profile, shape, answer, decision)
+
+
+def _headline(
+    tables: Tables, profile: session.Profile, shape: data.Shape, answer: data.Answer, decision: Decision | None
+) -> None:
+    asked = f"N {shape.rows}, V {shape.vocab}, {plain(shape.dtype)}, {plain(shape.mode)}"
+    if decision is None or answer.key is None:
+        if answer.kind == "rule":
+            st.subheader("Use eager, by rule")
+            st.badge("by rule", icon=":material/rule:", color="gray")
+            st.write(
+                f"{asked} has fewer than 2^20 logits, and no profile decides it: a launch costs more than the work."
+            )
+        else:
+            st.subheader("Not measured")
+            st.badge("no profile for this shape", icon=":material/help:", color="gray")
+            st.write(
+                f"{asked} was not measured in this profile, nor was another N of it. The map below shows what was."
+            )
+        return
+    st.subheader(plain(verdict.sentence(decision)))
+    _badges(tables, profile, answer, decision)
+    with st.container(horizontal=True):
+        for one in verdict.figures(decision):
+            st.metric(
+                one.label,
+                one.value,
+                plain(one.beside) or None,
+                delta_color="off",
+                delta_arrow="off",
+                help=one.meaning,
+                border=True,
+                width="stretch",
+            )
+
+
+def _badges(tables: Tables, profile: session.Profile, answer: data.Answer, decision: Decision) -> None:
+    row, facts = data.row(tables, answer.key or 0), data.profile_facts(tables, *profile)
+    rows = decision.problem.rows
+    when = verdict.age(decision.measured_at, datetime.now(timezone.utc))
+    with st.container(horizontal=True):
+        if answer.kind == "exact":
+            st.badge(
+                "exact",
+                icon=":material/check:",
+                color="green",
+                help=f"Decided for N up to {rows}, the bucket of this one.",
+            )
+        else:
+            st.badge(
+                f"nearest: N {rows}",
+                icon=":material/near_me:",
+                color="orange",
+                help="No decision for this N is stored.",
+            )
+        if isinstance(row["stale"], str):
+            st.badge("stale", icon=":material/history:", color="red", help=plain(row["stale"]))
+        if not facts.get("here"):
+            st.badge(
+                "another device", icon=":material/devices_other:", color="violet", help="Not used on this machine."
+            )
+        if when:
+            st.badge(when, icon=":material/schedule:", color="gray", help=f"Measured {plain(decision.measured_at)}.")
+    if isinstance(row["stale"], str):
+        st.caption(f"Stale: {plain(row['stale'])}. Measuring it again would tell whether it still holds.")
+
+
+def _ranking(tables: Tables, decision: Decision, left_out: int) -> None:
+    st.subheader("Ranking")
+    board = verdict.leaderboard(decision, tables.backends)
+    st.dataframe(
+        board.drop(columns="name"),
+        hide_index=True,
+        column_config=COLUMNS,
+        key="leaderboard",
+        alt="The candidates, the chosen one first",
+        placeholder="–",
+    )
+    timed = "" if decision.measured_rows == decision.problem.rows else f", timed with {decision.measured_rows} rows"
+    st.caption(
+        f"{plain(decision.code)}: {plain(decision.reason)}. {decision.rounds} rounds{timed}."
+        + (f" {left_out} more candidates are not shown; the download below has all." if left_out else "")
+    )
+    session.chart(
+        figures.ranking(board, decision.baseline, among=tables.backends),
+        alt=figures.ranking_in_words(board, decision.baseline),
+        key="ranking",
+        table=board[["backend", "outcome", "speedup", "low", "high"]],
+        columns=COLUMNS,
+    )
+
+
+def _why(decision: Decision, left_out: int) -> None:
+    lost = verdict.why_lost(decision)
+    st.subheader("Why not the others")
+    if lost.empty:
+        st.write("There were no others.")
+    for one in lost.itertuples():
+        st.markdown(f"**{plain(one.backend)}**, {plain(one.outcome)}: {plain(one.why, 500)}")
+        st.caption(plain(one.figures, 600))
+    if left_out:
+        st.caption(f"{left_out} more candidates are not shown.")
+
+
+def _what_if(decision: Decision, shape: data.Shape) -> None:
+    st.subheader("What if memory is short?")
+    need = verdict.needed(decision, shape.rows)
+    if not need:
+        st.write("The extra memory of none of them was measured.")
+        return
+    by_need = sorted(need, key=lambda name: need[name])
+    listed = ", ".join(f"{plain(name, 40)} {verdict.size(need[name])}" for name in by_need[: data.MOST_BACKENDS])
+    more = "" if len(need) <= data.MOST_BACKENDS else f", and {len(need) - data.MOST_BACKENDS} that take more"
+    st.write(f"For N {shape.rows}, beside the logits: {listed}{more}.")
+    cap = st.number_input(
+        "Extra memory that is free, MiB",
+        min_value=0.0,
+        max_value=2.0**40,
+        value=None,
+        placeholder="no cap",
+        key="cap",
+        bind="query-params",
+        help="Beside the logits. Extra memory grows with N: for another N than the one measured, its multiple is taken.",
+    )
+    if cap is None:
+        return
+    found = verdict.under_cap(decision, cap * 2**20, shape.rows)
+    name = "nothing" if found.name is None else f"**{plain(found.name)}**"
+    show = st.success if found.name == decision.chosen else st.warning
+    show(f"Under {cap:,.0f} MiB, for N {shape.rows}: use {name}: {plain(found.why, 600)}")
+
+
+def _code(decision: Decision, answer: data.Answer) -> None:
+    st.subheader("Use it")
+    st.code(verdict.snippet(answer.problem, decision.chosen), language="python")
+    command = verdict.command(decision)
+    if command is None:
+        st.caption("No command poses these options; a call of the function itself, with `autotune`, measures them.")
+    else:
+        st.caption("Measures this row again, and stores it:")
+        st.code(command, language="bash", wrap_lines=True)
+        if others := [plain_line(name, 40) for name in verdict.of_others(decision)]:
+            st.caption(
+                f"Where {plain(', '.join(others[: data.MOST_BACKENDS]), 900)} came from is not stored: in its place, write "
+                "`package.module:Class`."
+            )
+    st.download_button(
+        "Download this decision (JSON)",
+        lambda: verdict.as_json(decision),
+        file_name="decision.json",
+        mime="application/json",
+        icon=":material/download:",
+        on_click="ignore",
+    )
+
+
+def _map(
+    tables: Tables, profile: session.Profile, shape: data.Shape, answer: data.Answer, decision: Decision | None
+) -> None:
+    st.subheader("Winners by N and V")
+    table = winners.winners(tables, *profile, shape.mode, shape.dtype)
+    if table.empty:
+        st.info(f"Nothing was measured in this profile for {plain(shape.mode)} and {plain(shape.dtype)}.")
+        return
+    part = winners.around(table, shape.rows, shape.vocab)
+    text = winners.in_words(part)
+    st.caption(
+        f"A click on a square selects its shape. {plain(text)} The fainter a square, the closer the runner-up."
+        + (f" Of {len(table)} squares, the nearest are shown." if len(part) < len(table) else "")
+    )
+    shown = None if decision is None else decision.problem
+    session.chart(
+        figures.winner_map(
+            part, *((shown.rows, shown.vocab) if shown is not None else (None, None)), among=tables.backends
+        ),
+        alt=text,
+        key=MAP,
+        table=part[["rows", "vocab", "state", "backend", "speedup", "low", "high", "runner_up", "margin"]],
+        on_select=_take_square,
+    )
+
+
+def _take_square() -> None:
+    session.select_square(st.session_state[MAP])
+
+
+show()

@@ -1,0 +1,264 @@
+"""Run: measure which backend is fastest on this machine, from here; see how far it is, and end it."""
+
+import time
+from collections.abc import Callable
+
+import streamlit as st
+import torch
+from compiled_logprobs_dashboard import runs as jobs
+from compiled_logprobs_dashboard import selection as session
+from compiled_logprobs_dashboard.following import Following, Seen, outlook
+from compiled_logprobs_dashboard.looks import plain, plain_line
+from compiled_logprobs_dashboard.preflight import preflight
+from compiled_logprobs_dashboard.tables.run import decided, losses, standings
+
+from compiled_logprobs.backends import backends
+from compiled_logprobs.cli.output import short
+from compiled_logprobs.errors import LogProbsError
+from compiled_logprobs.machine.environment import fingerprint_of
+from compiled_logprobs.problem import MODES, short_name
+from compiled_logprobs.tuning import presets as profiling
+
+REFRESH_S = 1.0
+DTYPES = [short_name(dtype) for dtype in profiling.DTYPES]
+PRESETS = {
+    "quick": "One vocabulary and one N.",
+    "standard": "Two vocabularies, a few N.",
+    "full": "Every vocabulary, dtype and mode, many N: hours.",
+}
+HEADINGS = {
+    "running": "A run is going on",
+    "stopping": "The run is ending",
+    "finished": "The last run has finished",
+    "cancelled": "The last run was cancelled",
+    "died": "The last run ended before it was done",
+}
+
+
+@st.cache_resource(max_entries=4)
+def following(_job: jobs.Job, folder: str, name: str) -> Following:
+    """One for all tabs, by folder and name: Streamlit does not look at what begins with an underscore."""
+    return Following(_job)
+
+
+def in_words(seconds: float) -> str:
+    """A time that is no more exact than an estimate."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def numbers(texts: list[str], convert: Callable[[str], int]) -> tuple[int, ...]:
+    return tuple(convert(text.strip()) for text in texts)
+
+
+def asked() -> jobs.Request | None:
+    """The form; None where something in it is not valid, which is then said."""
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    left, right = st.columns(2)
+    with left:
+        preset = st.segmented_control("Preset", list(PRESETS), default="quick", required=True, key="run_preset")
+        preset = preset or "quick"
+        st.caption(PRESETS[preset])
+        device = st.selectbox("Device", devices, index=len(devices) - 1 if len(devices) > 1 else 0, key="run_device")
+        budget = st.number_input(
+            "Seconds for each problem",
+            min_value=1,
+            max_value=3600,
+            value=60,
+            key="run_budget",
+            help="Fewer rows are timed where it would take longer; the result says so.",
+        )
+        again = st.checkbox("Measure also what is stored already", key="run_again")
+    with right:
+        base = profiling.PRESETS[preset]
+        vocabs = st.multiselect(
+            "Vocabulary",
+            list(profiling.MODELS),
+            accept_new_options=True,
+            key="run_vocab",
+            placeholder="as in the preset",
+            help="V: a model, or type a number.",
+            format_func=lambda text: f"{text} ({profiling.MODELS[text]})" if text in profiling.MODELS else text,
+        )
+        rows = st.multiselect(
+            "Rows",
+            [str(n) for n in base.rows(device.partition(":")[0])],
+            accept_new_options=True,
+            key="run_rows",
+            placeholder="as in the preset",
+            help="N: how many positions; type a number.",
+        )
+        dtypes = st.multiselect("Dtype", DTYPES, key="run_dtype", placeholder="as in the preset")
+        modes = st.multiselect("Mode", list(MODES), key="run_mode", placeholder="as in the preset")
+        names = st.multiselect(
+            "Backends", backends(), key="run_backends", placeholder="all", help="eager is always measured beside them."
+        )
+    try:
+        return jobs.Request(
+            device=device,
+            preset=preset,
+            vocabs=numbers(vocabs, profiling.vocab_of),
+            rows=numbers(rows, profiling.rows_of),
+            dtypes=tuple(dtypes),
+            modes=tuple(modes),
+            backends=tuple(names),
+            budget_s=float(budget),
+            again=again,
+        )
+    except LogProbsError as error:
+        st.error(plain(error))
+        return None
+
+
+def seconds_before(device: str) -> list[float]:
+    """What problems took in this environment before."""
+    try:
+        table = session.tables().decisions
+        return list(table.loc[table["environment"] == fingerprint_of(torch.device(device)), "tuning_seconds"].dropna())
+    except (LogProbsError, RuntimeError):
+        return []
+
+
+def form(running: bool) -> None:
+    """What to measure, what that would mean, and the button."""
+    st.subheader("Before you start")
+    request = asked()
+    if request is None:
+        return
+    check = preflight(request, seconds_before=seconds_before(request.device))
+    columns = st.columns(4)
+    columns[0].metric("Problems to measure", check.to_measure)
+    columns[0].caption(f"{len(check.problems)} in all, {check.stored} stored already")
+    columns[1].metric("At most about", in_words(check.most_seconds))
+    columns[1].caption(
+        "nothing was measured here before"
+        if check.likely_seconds is None
+        else f"as before: about {in_words(check.likely_seconds)}"
+    )
+    columns[2].metric("Largest logits", f"{check.logits_bytes / 2**30:.2f} GiB")
+    columns[2].caption(
+        "" if check.largest is None else f"{plain(short(check.largest))}; needs {check.needed_bytes / 2**30:.2f} GiB"
+    )
+    columns[3].metric("Free memory", "n/a" if check.free_bytes is None else f"{check.free_bytes / 2**30:.1f} GiB")
+    columns[3].caption(f"on {plain(request.device)}")
+    for sentence in check.warnings:
+        st.warning(plain(sentence, 1000))
+    for sentence in check.obstacles:
+        st.error(plain(sentence, 1000))
+    st.caption("The same in a terminal:")
+    st.code(request.command_line(), language="bash", wrap_lines=True)
+    nothing = check.to_measure == 0
+    if st.button(
+        "Start",
+        type="primary",
+        key="run_start",
+        disabled=running or nothing or bool(check.obstacles),
+        icon=":material/play_arrow:",
+    ):
+        try:
+            jobs.start(request)
+        except LogProbsError as error:
+            st.error(plain(error, 1000))
+        else:
+            st.rerun()
+    if running:
+        st.caption("One run at a time: this one can start when the other is over.")
+    elif nothing:
+        st.caption("All of this is stored already. Tick the box above to measure it again.")
+
+
+def show_job(job: jobs.Job) -> None:
+    """How a run stands, and what it found."""
+    reader = following(job, str(job.folder), job.id)
+    status, seen = reader.status(), reader.seen()
+    st.subheader(HEADINGS[status])
+    st.caption(plain(job.request.command_line(), 1000))
+    if status in ("running", "stopping"):
+        show_progress(job, seen)
+        if st.button("Cancel", key="run_cancel", disabled=status == "stopping", icon=":material/stop:"):
+            jobs.cancel(job)
+            st.rerun(scope="app")
+        st.caption(
+            "What is finished is kept, also if you cancel or close this page."
+            if status == "running"
+            else "It keeps what is finished, and ends."
+        )
+    else:
+        total = len(seen.problems)
+        st.write(f"{len(seen.decisions)} of {total} problems decided, {seen.measured} of them measured by this run.")
+        if status == "died":
+            code = job.exit_code
+            st.error(
+                f"It ended by itself{'' if code is None else f', with exit code {code}'}. What was finished before is kept. "
+                "What it said last is below."
+            )
+    show_results(job, seen)
+
+
+def show_progress(job: jobs.Job, seen: Seen) -> None:
+    elapsed = time.time() - job.started_at
+    view = outlook(seen, job.request.budget_s, elapsed)
+    left = ""
+    if view.seconds_left is not None:
+        left = f", {'about' if view.measured else 'at most about'} {in_words(view.seconds_left)} left"
+    total = len(seen.problems)
+    st.progress(
+        view.share, text=f"{seen.finished} of {total} problems after {in_words(elapsed)}{left}" if total else "starting"
+    )
+    if seen.current is not None:
+        st.write(f"{plain(short(seen.current))}: {plain(seen.doing)}")
+
+
+def show_results(job: jobs.Job, seen: Seen) -> None:
+    if seen.decisions:
+        st.markdown("**Leaderboard**")
+        times = st.column_config.NumberColumn(format="%.2fx")
+        st.dataframe(
+            standings(seen.decisions),
+            hide_index=True,
+            key="run_standings",
+            column_config={"median speed-up over the baseline": times},
+        )
+        st.markdown("**Winners**")
+        figure = st.column_config.NumberColumn(format="%.3f")
+        st.dataframe(
+            decided(seen.decisions),
+            hide_index=True,
+            key="run_winners",
+            column_config={"a call, ms": figure, "extra memory, MiB": figure},
+        )
+    if seen.losses:
+        st.markdown("**What failed**")
+        st.dataframe(losses(seen.losses), hide_index=True, key="run_losses")
+    with st.expander("Log", expanded=False):
+        st.code("\n".join(plain_line(line) for line in seen.log) or "nothing yet", language=None, height=300)
+        said = job.said().strip()
+        if said:
+            st.caption("On standard error:")
+            st.code("\n".join(plain_line(line) for line in said.splitlines()), language=None, height=200)
+
+
+st.title("Run a profile")
+st.write("Measures which backend is right and fastest here, and stores what it finds with your profiles.")
+if (reason := jobs.why_not()) is not None:
+    st.info(reason)
+    st.stop()
+job = jobs.latest()
+running = job is not None and jobs.is_running(job)
+
+
+@st.fragment(run_every=REFRESH_S if running else None)
+def show() -> None:
+    """How the run stands, again and again while it goes on."""
+    latest = jobs.latest()
+    if latest is None:
+        return
+    show_job(latest)
+    if running and not jobs.is_running(latest):
+        st.rerun(scope="app")
+
+
+if job is not None:
+    show()
+form(running)

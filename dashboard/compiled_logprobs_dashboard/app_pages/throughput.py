@@ -1,0 +1,162 @@
+"""Throughput: bytes and tokens a second against N and V, the share of the roof measured here, and what the first call costs."""
+
+from typing import cast
+
+import pandas as pd
+import streamlit as st
+from compiled_logprobs_dashboard import data
+from compiled_logprobs_dashboard import selection as session
+from compiled_logprobs_dashboard.charts import throughput as figures
+from compiled_logprobs_dashboard.index import Tables
+from compiled_logprobs_dashboard.looks import plain, plain_line
+from compiled_logprobs_dashboard.tables import throughput as roof
+
+from compiled_logprobs.machine.clock import cache_bytes
+
+ALONG: dict[str, roof.Axis] = {"N, rows": "rows", "V, vocabulary": "vocab"}
+COLUMNS = {
+    "seconds": st.column_config.NumberColumn("a call, s", format="%.4g"),
+    "gbps": st.column_config.NumberColumn("GB/s", format="%.4g"),
+    "gbps_low": st.column_config.NumberColumn("GB/s, from", format="%.4g", help="The middle 60 % of the calls."),
+    "gbps_high": st.column_config.NumberColumn("GB/s, to", format="%.4g", help="The middle 60 % of the calls."),
+    "tokens": st.column_config.NumberColumn("tokens/s", format="%.4g"),
+    "tokens_low": st.column_config.NumberColumn("tokens/s, from", format="%.4g"),
+    "tokens_high": st.column_config.NumberColumn("tokens/s, to", format="%.4g"),
+    "percent": st.column_config.NumberColumn("% of the roof", format="%.1f"),
+    "first_call_seconds": st.column_config.NumberColumn("first call, s", format="%.3g"),
+    "pays_after": st.column_config.NumberColumn("paid after, calls", format="%.0f"),
+}
+
+
+def show() -> None:
+    """The page."""
+    st.title("Throughput")
+    tables = session.tables()
+    profile = session.choose_profile(tables)
+    if profile is None:
+        return
+    shape = session.choose_shape(tables, profile)
+    cache = _cache_bytes(tables, profile)
+    chosen = st.segmented_control(
+        "Against", list(ALONG), default="N, rows", key="along", bind="query-params", required=True
+    )
+    along = ALONG[chosen if chosen in ALONG else "N, rows"]
+    found = roof.throughput(tables, *profile, shape, along, cache)
+    for why in found.left_out[:10]:
+        st.caption(f"Not drawn: {plain(why, 400)}")
+    if len(found.left_out) > 10:
+        st.caption(f"Not drawn: {len(found.left_out) - 10} more.")
+    points = found.points
+    if points.empty:
+        st.info(
+            f"Nothing was measured in this profile for {plain(shape.mode)}, {plain(shape.dtype)}"
+            + (f" and V {shape.vocab}" if along == "rows" else "")
+            + ". The sidebar selects another shape; the page **Run** measures this one.",
+            title="Not measured",
+        )
+        return
+    other = f"V {shape.vocab}" if along == "rows" else f"N {points['rows'].iloc[0]}"
+    if along == "vocab" and points["rows"].iloc[0] < shape.rows:
+        st.caption(f"For N {shape.rows} nothing is stored; what is shown is the nearest N, {points['rows'].iloc[0]}.")
+    st.caption(f"{other}, {plain(shape.dtype)}, {plain(shape.mode)}.")
+    _rates(tables, points, along)
+    _roof(tables, points, along, cache)
+    _first_calls(tables, profile, shape, points)
+    _bytes_model(tables, profile, shape)
+
+
+def _rates(tables: Tables, points: pd.DataFrame, along: roof.Axis) -> None:
+    for column, title, unit in (("gbps", "Bytes a second", "GB/s"), ("tokens", "Tokens a second", "tokens/s")):
+        st.subheader(title)
+        if points[f"{column}_low"].isna().all():
+            st.caption("The raw times are not stored with these decisions, so that there are no bands: medians alone.")
+        else:
+            st.caption(
+                "Median of the calls, and as a band the middle 60 % of them (from the 20th to the 80th percentile)."
+            )
+        roofs = roof.roofs(tables, points["key"].unique().tolist()) if column == "gbps" else None
+        session.chart(
+            figures.rate(points, along, column, roofs, among=tables.backends),
+            alt=roof.in_words(points, along, column, unit),
+            key=f"rate-{column}",
+            table=_shown(points),
+            columns=COLUMNS,
+        )
+
+
+def _roof(tables: Tables, points: pd.DataFrame, along: roof.Axis, cache: float | None) -> None:
+    st.subheader("How near to the roof")
+    if points["percent"].isna().all():
+        st.info("The bandwidth of the device was not measured with these decisions, so that there is no roof.")
+        return
+    st.caption(
+        "The time that the bytes which must move take at the bandwidth measured on this device in the same run, in per cent of "
+        "the time of a call: forward at the bandwidth of reading, backward at that of copying. Hollow points are above it."
+    )
+    session.chart(
+        figures.share(points, along, among=tables.backends),
+        alt=roof.in_words(points, along, "percent", "% of the measured roof"),
+        key="share",
+        table=_shown(points),
+        columns=COLUMNS,
+    )
+    noted = points[points["note"] != ""].drop_duplicates("note")
+    for one in noted.itertuples():
+        st.caption(f"{plain(one.backend, 40)}, N {one.rows}, V {one.vocab}: {plain(one.note, 400)}.")
+    if cache is None:
+        st.caption("The size of this device's cache is not known here, so that nothing is said of what stays in it.")
+    st.caption("How long a launch takes was not measured, so that no point is marked as bound by it.")
+
+
+def _first_calls(tables: Tables, profile: session.Profile, shape: data.Shape, points: pd.DataFrame) -> None:
+    st.subheader("What the first call costs")
+    answer = data.answer(tables, *profile, shape)
+    part = points[points["key"] == answer.key] if answer.key is not None else points.iloc[:0]
+    if part.empty:
+        part = points[points["key"] == points["key"].iloc[-1]]
+    at = f"N {part['rows'].iloc[0]}, V {part['vocab'].iloc[0]}"
+    if part["first_call_seconds"].isna().all():
+        st.info(f"The first calls for {at} were not timed.")
+        return
+    st.caption(
+        f"For {at}: the first call, compiling included as far as the compiler's cache did not spare it, and after how many "
+        "calls it has paid against the baseline. What has no such number is no faster than the baseline, or is the baseline."
+    )
+    told = ", ".join(
+        f"{plain_line(row.backend, 40)} {row.first_call_seconds:.2g} s"
+        for row in part.dropna(subset=["first_call_seconds"]).itertuples()
+    )
+    session.chart(
+        figures.first_calls(part, among=tables.backends),
+        alt=f"Seconds of the first call for {at}: {told}.",
+        key="first-calls",
+        table=part[["backend", "first_call_seconds", "pays_after"]],
+        columns=COLUMNS,
+    )
+
+
+def _bytes_model(tables: Tables, profile: session.Profile, shape: data.Shape) -> None:
+    with st.expander("Which bytes are counted"):
+        problem = data.problem_of(tables, *profile, shape)
+        st.write(f"For N {shape.rows}, V {shape.vocab}: {plain(roof.bytes_model(problem), 600)}.")
+        st.write(
+            "These are the bytes that every backend has to move. One that moves more, such as eager with its copies, gets no "
+            "credit for them: its GB/s are those of the useful bytes."
+        )
+
+
+def _cache_bytes(tables: Tables, profile: session.Profile) -> float | None:
+    """Of the last cache: from the profile for a GPU, of this machine if the profile is its; else not known."""
+    facts = data.profile_facts(tables, *profile)
+    if facts.get("l2_bytes"):
+        return float(facts["l2_bytes"])
+    if facts.get("here") and facts.get("device_type") == "cpu":
+        return float(cache_bytes("cpu"))
+    return None
+
+
+def _shown(points: pd.DataFrame) -> pd.DataFrame:
+    return cast(pd.DataFrame, points.drop(columns=["key", "chosen"]).assign(backend=points["backend"].astype(str)))
+
+
+show()

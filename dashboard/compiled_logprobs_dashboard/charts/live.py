@@ -1,0 +1,49 @@
+"""Lines of what the machine did in the last minutes."""
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from compiled_logprobs_dashboard.looks import plain_in_chart
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+DASHES = ("solid", "dash", "dot", "dashdot")
+HEIGHT = 260
+SHORTEST = pd.Timedelta(seconds=30)
+"""Along the axis, so that a first look is not told in parts of milliseconds."""
+
+
+def line(table: pd.DataFrame, column: str, title: str, unit: str, *, top: float | None = None) -> go.Figure:
+    """`column` of `machine.history` over time, a line for each device that tells it.
+
+    Args:
+        table: as `machine.history` gives it.
+        column: one of `machine.HISTORY`.
+        title: what it is, for the axis.
+        unit: of the numbers, also shown when the pointer is over a line.
+        top: upper end of the axis; by default as the numbers have it.
+    """
+    figure = go.Figure()
+    for place, (device, rows) in enumerate(table.groupby("device", sort=True)):
+        if rows[column].notna().any():
+            figure.add_scatter(
+                x=rows["at"],
+                y=rows[column],
+                name=plain_in_chart(str(device)),
+                mode="lines+markers",  # so that a single look is seen, too
+                marker={"size": 3},
+                line={"color": COLOURS[place % len(COLOURS)], "dash": DASHES[place % len(DASHES)]},
+                connectgaps=False,
+                hovertemplate="%{y:.4g} " + unit + "<extra>%{fullData.name}</extra>",
+            )
+    figure.update_layout(
+        height=HEIGHT,
+        margin={"l": 10, "r": 10, "t": 10, "b": 10},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        showlegend=len(figure.data) > 1,
+        legend={"orientation": "h", "y": -0.2},
+    )
+    last = table["at"].max()
+    figure.update_xaxes(title=None, range=[min(table["at"].min(), last - SHORTEST), last] if len(table) else None)
+    figure.update_yaxes(title=f"{title}, {unit}", range=[0, top] if top else None, rangemode="tozero")
+    return figure

@@ -1,0 +1,167 @@
+"""A profile as one HTML file that needs no network, no server and no other file: for a ticket, a pull request or a colleague.
+
+The drawing library lies inside it. What comes from profiles is escaped, and the file's own policy forbids every request.
+"""
+
+import math
+from html import escape
+from typing import Any
+
+import pandas as pd
+import plotly.io
+
+from compiled_logprobs_dashboard.charts.decide import winner_map
+from compiled_logprobs_dashboard.data import in_profile, profile_facts
+from compiled_logprobs_dashboard.index import Tables
+from compiled_logprobs_dashboard.looks import outcome, plain_line
+from compiled_logprobs_dashboard.tables import decide_map as winners
+
+MOST_ROWS = 2000
+"""Of decisions in the table, so that a browser can hold it."""
+CONFIG = {"displayModeBar": False, "staticPlot": False, "showSendToCloud": False, "plotlyServerURL": ""}
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
+body { background: #ffffff; color: #1a1d21; }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid #9aa0a6; padding: 0.25rem 0.75rem; text-align: left; white-space: nowrap; }
+td.n { text-align: right; }
+.chart { background: #ffffff; border-radius: 4px; }
+@media (prefers-color-scheme: dark) { body { background: #14171a; color: #e8eaed; } }
+"""
+
+
+def report(tables: Tables, source: str, environment: str, made_at: str) -> str:
+    """The report of one profile.
+
+    Args:
+        tables: where from.
+        source: of the profile.
+        environment: its fingerprint.
+        made_at: when, for people.
+
+    Returns:
+        HTML. The charts need the script that lies in it; everything they show stands in the tables, too.
+    """
+    found = in_profile(tables, source, environment).sort_values(["mode", "dtype", "vocab", "rows"], kind="stable")
+    facts = profile_facts(tables, source, environment)
+    device = str(facts.get("device") or "unknown device")
+    parts = [
+        f"<h1>Which backend on {_text(device)}?</h1>",
+        f"<p>{len(found)} decisions of environment {_text(environment)}, from the {_text(source)} profiles. Made "
+        f"{_text(made_at)} by compiled-logprobs. Speed-ups are over the baseline, with their confidence intervals; a backend was "
+        "timed only after its sign, values and gradient had been held against float64.</p>",
+        "<h2>Device and versions</h2>",
+        _table(
+            ["fact", "value"],
+            [[name.replace("_", " "), _fact(value)] for name, value in facts.items() if _is_fact(name, value)],
+        ),
+        "<h2>Winners by N and V</h2>",
+        *_maps(tables, source, environment, found),
+        "<h2>Decisions</h2>",
+        _decisions(tables, found),
+        "<h2>What did not get through</h2>",
+        _failures(tables, found),
+    ]
+    head = (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{_text(device)}: compiled-logprobs</title><style>{STYLE}</style></head>"
+    )
+    return f"{head}<body><main>{''.join(parts)}</main></body></html>\n"
+
+
+def _maps(tables: Tables, source: str, environment: str, found: pd.DataFrame) -> list[str]:
+    parts, library = [], True
+    for mode, dtype in found[["mode", "dtype"]].drop_duplicates().itertuples(index=False):
+        table = winners.winners(tables, source, environment, mode, dtype)
+        last = table.dropna(subset=["key"]).iloc[-1]
+        table = winners.around(table, int(last["rows"]), int(last["vocab"]))
+        figure = winner_map(table, among=tables.backends)
+        figure.update_layout(template="plotly_white", paper_bgcolor="white", plot_bgcolor="white")
+        chart = plotly.io.to_html(figure, full_html=False, include_plotlyjs=library, config=CONFIG)
+        library = False
+        text = winners.in_words(table)
+        parts.append(
+            f"<h3>{_text(mode)}, {_text(dtype)}</h3><p>{_text(text)} The fainter a square, the closer the runner-up.</p>"
+            f'<div class="chart" role="img" aria-label="{escape(text)}">{chart}</div>'
+        )
+    return parts or ["<p>Nothing was measured.</p>"]
+
+
+def _decisions(tables: Tables, found: pd.DataFrame) -> str:
+    chosen = tables.candidates[tables.candidates["chosen"]].set_index("key")
+    rows = []
+    for one in found.head(MOST_ROWS).itertuples():
+        best: Any = chosen.loc[one.key]
+        band = (
+            ""
+            if math.isnan(best["speedup_low"]) or math.isnan(best["speedup_high"])
+            else (f" ({best['speedup_low']:.2f} to {best['speedup_high']:.2f})")
+        )
+        rows.append(
+            [
+                one.mode,
+                one.dtype,
+                one.rows,
+                one.vocab,
+                one.measured_rows,
+                one.chosen,
+                "baseline" if one.chosen == one.baseline else _number(best["speedup"], ".2f", "x") + band,
+                _number(best["seconds"] * 1e3, ".3g", " ms"),
+                _number(best["extra_bytes"] / 2**20, ".0f", " MiB"),
+                f"{best['checks_passed']} of {best['checks_total']}" if best["checks_total"] else "not stored",
+                _number(best["percent_of_bandwidth"], ".0f", " %"),
+                one.code,
+                one.measured_at,
+                one.stale if isinstance(one.stale, str) else "",
+            ]
+        )
+    head = [
+        "mode",
+        "dtype",
+        "N",
+        "V",
+        "timed N",
+        "winner",
+        "speed-up",
+        "a call",
+        "extra memory",
+        "checks passed",
+        "bandwidth",
+    ]
+    note = "" if len(found) <= MOST_ROWS else f"<p>The first {MOST_ROWS} of {len(found)}.</p>"
+    return note + _table([*head, "why", "measured", "stale"], rows)
+
+
+def _failures(tables: Tables, found: pd.DataFrame) -> str:
+    lost = tables.candidates[tables.candidates["key"].isin(found["key"]) & tables.candidates["seconds"].isna()]
+    counted = lost.groupby(["backend", "outcome", "reason"], sort=True).size().head(MOST_ROWS)
+    rows = [[backend, outcome(what), why, count] for (backend, what, why), count in counted.items()]
+    return _table(["backend", "outcome", "why", "decisions"], rows) if rows else "<p>Everything did.</p>"
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    def cell(value: Any) -> str:
+        return f'<td class="n">{value}</td>' if isinstance(value, int) else f"<td>{_text(value)}</td>"
+
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f"<table><thead><tr>{''.join(f'<th>{_text(one)}</th>' for one in head)}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _text(value: object) -> str:
+    return escape(plain_line(value))
+
+
+def _number(value: float, form: str, unit: str) -> str:
+    return f"{value:{form}}{unit}" if math.isfinite(value) else "not measured"
+
+
+def _is_fact(name: str, value: object) -> bool:
+    return value is not None and name not in ("source", "environment", "here", "decisions", "device", "measured_at")
+
+
+def _fact(value: object) -> str:
+    return f"{value:.0f}" if isinstance(value, float) else str(value)

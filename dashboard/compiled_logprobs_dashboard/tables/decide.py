@@ -1,0 +1,298 @@
+"""What the page Decide says of one decision: the sentence, the ranking, why the others lost, and what a memory cap would change.
+
+Every figure is one of `records.Decision`; here they are only put into words and order.
+"""
+
+import json
+import math
+import shlex
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from compiled_logprobs.backends import BUILT_IN, EAGER, backends, target_of
+from compiled_logprobs.choose.explain import candidate_figures
+from compiled_logprobs.decision import Candidate, Decision
+from compiled_logprobs.machine.environment import environments
+from compiled_logprobs.problem import MODES, Problem, mode_name, short_name
+from compiled_logprobs_dashboard.looks import looks, outcome, plain_line
+
+SAME = 0.05
+"""Multiples of the logits; memory that differs by less is called the same."""
+
+
+def sentence(decision: Decision) -> str:
+    """Which backend to use, how much faster it is, what memory it takes, and whether it is right. Plain text."""
+    winner, name = decision.winner, plain_line(decision.chosen, 40)
+    parts = [_speed(decision), _memory(decision)]
+    if winner.checks:
+        parts.append(f"{winner.checks_passed} of {len(winner.checks)} checks")
+    else:
+        parts.append("checks not stored")
+    if winner.percent_of_bandwidth is not None:
+        parts.append(f"{winner.percent_of_bandwidth:.0f} % of measured bandwidth")
+    return f"Use {name}: {', '.join(part for part in parts if part)}"
+
+
+def _speed(decision: Decision) -> str:
+    baseline, speedup = plain_line(decision.baseline, 40), decision.winner.speedup
+    if decision.chosen == decision.baseline:
+        return plain_line(decision.reason)
+    if speedup is None:
+        return f"its speed against {baseline} is not known"
+    band = "" if speedup.low is None or speedup.high is None else f" ({speedup.low:.2f} to {speedup.high:.2f})"
+    return f"{speedup.median:.2f}x faster than {baseline}{band}"
+
+
+def _memory(decision: Decision) -> str:
+    mine, theirs = decision.winner.extra_multiple, decision.candidates[decision.baseline].extra_multiple
+    if mine is None:
+        return "extra memory not measured"
+    if decision.chosen == decision.baseline or theirs is None:
+        return f"{mine:.2f}x the logits of extra memory"
+    baseline = plain_line(decision.baseline, 40)
+    if abs(theirs - mine) < SAME:
+        return f"as much memory as {baseline}"
+    return f"{abs(theirs - mine):.1f}x the logits {'less' if mine < theirs else 'more'} memory"
+
+
+class Figure(NamedTuple):
+    """One of the four figures under the sentence."""
+
+    label: str
+    value: str
+    beside: str
+    """What it is to be compared with; empty where there is nothing."""
+    meaning: str
+
+
+def figures(decision: Decision) -> list[Figure]:
+    """Time, memory, bandwidth and checks of the chosen backend."""
+    winner, baseline = decision.winner, decision.candidates[decision.baseline]
+    rows = decision.measured_rows
+    at = "" if rows == decision.problem.rows else f" Timed with {rows} rows."
+    is_baseline = decision.chosen == decision.baseline
+    grad = ", forward and backward" if decision.problem.needs_grad else ""
+    name = plain_line(decision.baseline, 40)
+    return [
+        Figure(
+            f"A call, N {rows}",
+            duration(winner.seconds),
+            "the baseline" if is_baseline else f"{name}: {duration(baseline.seconds)}",
+            f"Median of the timed calls{grad}.{at}",
+        ),
+        Figure(
+            "Extra memory",
+            size(winner.extra_bytes),
+            "" if winner.extra_multiple is None else f"{winner.extra_multiple:.2f} x logits",
+            f"Peak beyond the logits, results and their gradient included.{at}",
+        ),
+        Figure(
+            "Bandwidth",
+            "not measured" if winner.percent_of_bandwidth is None else f"{winner.percent_of_bandwidth:.0f} %",
+            "of what was measured on this device" if winner.percent_of_bandwidth is not None else "",
+            "Time that the bytes which must move take at the bandwidth measured on the device, in per cent of that of a call. "
+            "Above 100 where the logits fit into its cache.",
+        ),
+        Figure(
+            "Checks passed",
+            f"{winner.checks_passed} of {len(winner.checks)}" if winner.checks else "not stored",
+            "" if winner.worst_error is None else f"worst error {winner.worst_error:.0%} of its limit",
+            "Sign, values and gradient against float64, before anything was timed."
+            + (" The short check, as where auto measures by itself." if decision.short_check else ""),
+        ),
+    ]
+
+
+def leaderboard(decision: Decision, among: Iterable[str] = ()) -> pd.DataFrame:
+    """One row a candidate, the chosen one first, then by speed, then those that were not timed.
+
+    `name` is as it is stored, and `backend` as it can be shown; `among` are all backends that there are, see `palette.looks`.
+    """
+    look = looks(decision.candidates, among)
+    rows = []
+    for name, one in sorted(decision.candidates.items(), key=lambda item: _rank(decision, *item)):
+        speedup = one.speedup
+        rows.append(
+            {
+                "name": name,
+                "backend": plain_line(name, 60),
+                "letter": look[name].letter,
+                "outcome": outcome(one.outcome),
+                "ms": None if one.seconds is None else one.seconds * 1e3,
+                "speedup": None if speedup is None else speedup.median,
+                "low": None if speedup is None else speedup.low,
+                "high": None if speedup is None else speedup.high,
+                "extra_mib": None if one.extra_bytes is None else one.extra_bytes / 2**20,
+                "extra_multiple": one.extra_multiple,
+                "percent_of_bandwidth": one.percent_of_bandwidth,
+                "checks": f"{one.checks_passed} of {len(one.checks)}" if one.checks else "not run",
+                "first_call_s": one.first_call_seconds,
+                "pays_after": decision.calls_to_pay(name) if one.measured else None,
+            }
+        )
+    found = pd.DataFrame(rows)
+    numbers = [column for column in found if column not in ("name", "backend", "letter", "outcome", "checks")]
+    return found.astype(dict.fromkeys(numbers, float))
+
+
+def _rank(decision: Decision, name: str, one: Candidate) -> tuple[bool, float, str]:
+    """The chosen one first, then by speed-up: seconds that an earlier decision measured are of another run."""
+    return name != decision.chosen, -speed(one), name
+
+
+def speed(one: Candidate) -> float:
+    """The speed-up over the baseline; 0 where it was not timed."""
+    return 0.0 if one.speedup is None else one.speedup.median
+
+
+def why_lost(decision: Decision) -> pd.DataFrame:
+    """One row a candidate that was not chosen: what became of it, why, in the words of the tuner, and its figures."""
+    rows = [
+        {
+            "backend": plain_line(name, 60),
+            "outcome": outcome(one.outcome),
+            "why": plain_line(one.reason, 500),
+            "figures": candidate_figures(decision, name) or "nothing was measured",
+        }
+        for name, one in sorted(decision.candidates.items(), key=lambda item: _rank(decision, *item))
+        if name != decision.chosen
+    ]
+    return pd.DataFrame(rows, columns=["backend", "outcome", "why", "figures"])
+
+
+class WhatIf(NamedTuple):
+    """What a cap on the extra memory changes."""
+
+    name: str | None
+    """Of the backend to take; None where none fits."""
+    why: str
+
+
+def under_cap(decision: Decision, cap_bytes: float, rows: int) -> WhatIf:
+    """The backend to take for `rows` rows where at most `cap_bytes` of extra memory are free.
+
+    The chosen one if it fits, else the fastest of those that passed the check and fit. Extra memory is taken to grow with N: its
+    multiple of the logits stays.
+    """
+    need = needed(decision, rows)
+    fit = {name: size for name, size in need.items() if size <= cap_bytes}
+    unknown = [name for name, one in decision.candidates.items() if one.measured and name not in need]
+    note = f" Of {', '.join(plain_line(name, 40) for name in unknown)} the memory is not known." if unknown else ""
+    if decision.chosen in fit:
+        return WhatIf(decision.chosen, f"it takes {size(fit[decision.chosen])} and fits.{note}")
+    if not fit:
+        least = min(need.values(), default=None)
+        return WhatIf(None, f"none fits; the least that one takes is {size(least)}.{note}")
+    fastest = max(fit, key=lambda name: speed(decision.candidates[name]))
+    lost = need.get(decision.chosen)
+    why = f"{plain_line(decision.chosen, 40)} takes {size(lost)}" if lost is not None else "the chosen one may not fit"
+    return WhatIf(fastest, f"{why}; of those that fit it is the fastest, with {size(fit[fastest])}.{note}")
+
+
+def needed(decision: Decision, rows: int) -> dict[str, float]:
+    """Bytes of extra memory of each candidate that was timed, for `rows` rows."""
+    problem = decision.problem
+    logits = rows * problem.vocab * problem.dtype.itemsize
+    return {
+        name: one.extra_multiple * logits
+        for name, one in decision.candidates.items()
+        if one.measured and one.extra_multiple is not None
+    }
+
+
+def command(decision: Decision) -> str | None:
+    """The command that measures this decision again; None where no command can, since its options are those of a call only."""
+    problem = decision.problem
+    if mode_name(problem) not in MODES:
+        return None
+    words = [
+        *("compiled-logprobs", "profile", "--device", problem.device_type, "--vocab", str(problem.vocab)),
+        *("--rows", str(problem.rows), "--dtype", short_name(problem.dtype), "--mode", mode_name(problem)),
+    ]
+    others = [
+        name for name in decision.candidates if name != EAGER and name.isidentifier()
+    ]  # no other can be registered
+    if decision.left_out or any(name not in BUILT_IN for name in others):
+        words += [word for name in others for word in ("--backend", where_from(name))]
+    threads = decision.environment.get("cpu_threads")
+    ours = next(one for one in environments() if one.device_type == "cpu").cpu_threads
+    start = f"OMP_NUM_THREADS={threads} " if problem.device_type == "cpu" and threads != ours and threads else ""
+    return start + shlex.join([*words, "--again"])
+
+
+def where_from(name: str) -> str:
+    """How the command line finds that backend: by its name, or for another's, where this process knows it, by its place."""
+    target = target_of(name) if name not in BUILT_IN and name in backends() else name
+    return target if isinstance(target, str) else name
+
+
+def of_others(decision: Decision) -> list[str]:
+    """Names in `command` of which only the program that registered them knows where they come from."""
+    return [
+        name
+        for name in decision.candidates
+        if name.isidentifier() and name not in BUILT_IN and where_from(name) == name
+    ]
+
+
+def snippet(problem: Problem, name: str | None) -> str:
+    """How a program calls the library for `problem`."""
+    options = [
+        "temperature=temperature" if problem.temperature != "none" else "",
+        "return_entropy=True" if problem.entropy else "",
+        "masked_logits=True" if problem.masked_logits else "",
+        "inplace_backward=True" if problem.inplace_backward else "",
+        "" if problem.out_dtype.itemsize == 4 else "out_dtype=None",
+    ]
+    arguments = ", ".join(["logits", "labels", *(option for option in options if option)])
+    result = "log_probs, entropy" if problem.entropy else "log_probs"
+    takes = "" if name is None else f"  # takes {plain_line(name, 40)} for this shape"
+    shape = (
+        f"# logits: [{problem.rows}, {problem.vocab}] {short_name(problem.dtype)} on {plain_line(problem.device_type)}"
+    )
+    after = ["(-log_probs.mean()).backward()"] if problem.needs_grad else []
+    return "\n".join(
+        [
+            "from compiled_logprobs import log_probs_from_logits",
+            "",
+            shape,
+            f"{result} = log_probs_from_logits({arguments}){takes}",
+            *after,
+        ]
+    )
+
+
+def age(measured_at: str, now: Any) -> str:
+    """How long ago that was, in words; empty where it is not known."""
+    then = pd.to_datetime(measured_at, format="%Y-%m-%dT%H:%M:%SZ", utc=True, errors="coerce")
+    if pd.isna(then):
+        return ""
+    days = (now - then).days
+    return "today" if days < 1 else f"{days} day{'' if days == 1 else 's'} ago"
+
+
+def duration(seconds: float | None) -> str:
+    """In the unit that suits it."""
+    if seconds is None or not math.isfinite(seconds):
+        return "not measured"
+    for unit, factor in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def size(number: float | None) -> str:
+    """Bytes, in the unit that suits them."""
+    if number is None or not math.isfinite(number):
+        return "not measured"
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(number) >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:.0f} bytes"
+
+
+def as_json(decision: Decision) -> str:
+    """All that is stored of the decision."""
+    return json.dumps(decision.to_dict(), indent=2, allow_nan=False) + "\n"

@@ -1,0 +1,208 @@
+"""Tables of throughput: bytes and tokens a second of each backend, against N and against V, and how near that is to the roof.
+
+The roof is the bandwidth that was measured on the same device, in the same run. Nothing is held against a data sheet.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from compiled_logprobs.decision import Decision
+from compiled_logprobs.errors import ProfileError
+from compiled_logprobs.machine.bandwidth import backward_bytes, forward_bytes, minimum_bytes
+from compiled_logprobs.problem import Problem, bucket
+from compiled_logprobs_dashboard import data
+from compiled_logprobs_dashboard.index import Tables
+from compiled_logprobs_dashboard.looks import plain_line
+
+Axis = Literal["rows", "vocab"]
+MOST = 40
+"""Decisions in a chart; of more, those nearest to the selected shape."""
+LOW, HIGH = 20, 80
+"""Per cents of the calls that took less than the ends of a band: the middle 60 per cent lie in it."""
+COLUMNS = {
+    **dict.fromkeys(("backend", "note"), str),
+    **dict.fromkeys(("key", "rows", "vocab", "timed_rows"), "int64"),
+    "chosen": bool,
+    **dict.fromkeys(("seconds", "gbps", "gbps_low", "gbps_high", "tokens", "tokens_low", "tokens_high"), float),
+    **dict.fromkeys(("percent", "first_call_seconds", "pays_after"), float),
+}
+
+
+class Throughput(NamedTuple):
+    """Of one profile, mode and dtype."""
+
+    points: pd.DataFrame
+    """One row a decision and timed candidate: the columns of `COLUMNS`. Figures that are not known are NaN."""
+    left_out: list[str]
+    """Why a decision or candidate is not among them, in words."""
+
+
+def throughput(
+    tables: Tables, source: str, environment: str, shape: data.Shape, along: Axis, cache_bytes: float | None
+) -> Throughput:
+    """The points along one axis, the other being as in `shape`.
+
+    Args:
+        tables, source, environment: which profile.
+        shape: mode, dtype, and the N and V that stay or are near.
+        along: what changes from point to point.
+        cache_bytes: of the device's last cache; None where it is not known.
+    """
+    keys, dropped = keys_along(tables, source, environment, shape, along)
+    left_out = [f"of {dropped + len(keys)} decisions, the {len(keys)} nearest are shown"] if dropped else []
+    rows: list[dict[str, Any]] = []
+    for key in keys:
+        try:
+            decision, times = data.decision(tables, key), data.times(tables, key)
+        except ProfileError as error:
+            left_out.append(plain_line(error))
+            continue
+        more, why = _points(key, decision, times, cache_bytes)
+        rows += more
+        left_out += why
+    points, others = data.foremost_in(pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS))
+    left_out += [f"{others} backends more than the {data.MOST_BACKENDS} that are shown"] if others else []
+    return Throughput(points, left_out)
+
+
+def keys_along(tables: Tables, source: str, environment: str, shape: data.Shape, along: Axis) -> tuple[list[int], int]:
+    """Keys of the decisions along an axis, by rising N or V, and how many more there are.
+
+    Along V, those for the bucket of N are taken; where none is, those of the nearest N.
+    """
+    found = data.in_profile(tables, source, environment)
+    found = found[(found["mode"] == shape.mode) & (found["dtype"] == shape.dtype)]
+    other: Axis = "vocab" if along == "rows" else "rows"
+    if found.empty:
+        return [], 0
+    if along == "rows":
+        found = found[found["vocab"] == shape.vocab]
+    else:
+        top = bucket(data.problem_of(tables, source, environment, shape)).rows
+        values = found["rows"].unique()
+        nearest = min(values, key=lambda one: (abs(math.log(max(1, one) / top)), one))
+        found = found[found["rows"] == nearest]
+    found = found.drop_duplicates([along, other])
+    wanted = getattr(shape, along)
+    near = found.iloc[np.argsort(np.abs(np.log(found[along].clip(lower=1) / wanted)), kind="stable")[:MOST]]
+    return [int(key) for key in near.sort_values(along)["key"]], len(found) - len(near)
+
+
+def _points(
+    key: int, decision: Decision, times: dict[str, list[float]], cache_bytes: float | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    timed = decision.problem._replace(rows=decision.measured_rows)
+    size = minimum_bytes(timed)
+    points, left_out = [], []
+    for name, one in decision.candidates.items():
+        if not one.measured or one.seconds is None or not one.seconds > 0:
+            continue
+        if one.measured_at is not None and decision.measured_rows != decision.problem.rows:
+            left_out.append(
+                f"{plain_line(name, 40)} at N {decision.problem.rows}: it was timed for an earlier decision, and with how "
+                "many rows is not stored"
+            )
+            continue
+        # Of an earlier decision, the times that lie beside this one are none of its.
+        series = times.get(name, []) if one.measured_at is None else []
+        low, high = np.percentile(series, [LOW, HIGH]) if len(series) else (math.nan, math.nan)
+        percent = math.nan if one.percent_of_bandwidth is None else one.percent_of_bandwidth
+        points.append(
+            {
+                "backend": name,
+                "note": why_above(percent, timed, cache_bytes),
+                "key": key,
+                "rows": decision.problem.rows,
+                "vocab": decision.problem.vocab,
+                "timed_rows": timed.rows,
+                "chosen": name == decision.chosen,
+                "seconds": one.seconds,
+                **_rates("gbps", size / 1e9, one.seconds, low, high),
+                **_rates("tokens", timed.rows, one.seconds, low, high),
+                "percent": percent,
+                "first_call_seconds": _or_nan(one.first_call_seconds),
+                "pays_after": _or_nan(decision.calls_to_pay(name)),
+            }
+        )
+    return points, left_out
+
+
+def _rates(name: str, amount: float, seconds: float, low: float, high: float) -> dict[str, float]:
+    """A slow call is the low end of a rate."""
+    return {name: amount / seconds, f"{name}_low": amount / high, f"{name}_high": amount / low}
+
+
+def why_above(percent: float, timed: Problem, cache_bytes: float | None) -> str:
+    """Why a point is above the roof, or near to what a cache holds; empty where there is nothing to say."""
+    logits = timed.rows * timed.vocab * timed.dtype.itemsize
+    fits = cache_bytes is not None and logits <= cache_bytes
+    if not percent > 100:
+        return f"cache-resident: the logits ({logits / 2**20:.0f} MiB) fit into the last cache" if fits else ""
+    if fits:
+        return (
+            f"above the roof: the logits ({logits / 2**20:.0f} MiB) fit into the last cache, so that not all bytes came from "
+            "memory"
+        )
+    if timed.needs_grad:
+        return (
+            "above the roof: part of what moves did not come from memory, such as logits that forward had left in the cache for "
+            "backward, or the bandwidth was measured at a slower moment"
+        )
+    return (
+        "above the roof: the bandwidth was measured at a slower moment, or part of the logits was in a cache; it is no "
+        "sign that the device can do more than it can"
+    )
+
+
+def roofs(tables: Tables, keys: Sequence[int]) -> dict[str, tuple[float, float]]:
+    """The bandwidths measured with these decisions, in GB/s, lowest and highest; without those that are not known."""
+    found = tables.decisions[tables.decisions["key"].isin(list(keys))]
+    kinds = ["read"]  # and what backward is held against
+    if found["needs_grad"].any():
+        kinds.append("in_place" if found["inplace_backward"].all() else "copy")
+    spans = {}
+    for kind in kinds:
+        values = found[f"bandwidth_{kind}"].dropna()
+        values = values[np.isfinite(values) & (values > 0)]
+        if len(values):
+            spans[kind] = float(values.min()) / 1e9, float(values.max()) / 1e9
+    return spans
+
+
+def bytes_model(problem: Problem) -> str:
+    """How many bytes a call must move, in words and figures: what GB/s counts."""
+    forward, backward = forward_bytes(problem), backward_bytes(problem)
+    logits = problem.rows * problem.vocab * problem.dtype.itemsize
+    parts = [
+        f"N x V x {problem.dtype.itemsize} bytes of logits = {_bytes(logits)}",
+        f"forward reads them once, with labels and results {_bytes(forward)}",
+    ]
+    if backward:
+        parts.append(f"backward reads them again and writes their gradient, {_bytes(backward)}")
+    return "; ".join(parts) + f"; in all {_bytes(forward + backward)} a call of {problem.rows} rows"
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+
+
+def in_words(points: pd.DataFrame, along: Axis, column: str, unit: str) -> str:
+    """What a chart of `column` shows, in a sentence or two."""
+    if points.empty:
+        return "Nothing was measured here."
+    parts = []
+    for name, part in points.dropna(subset=[column]).groupby("backend", sort=False):
+        best = part.loc[part[column].idxmax()]
+        parts.append(f"{plain_line(name, 40)} up to {best[column]:.4g} {unit} at {_LETTER[along]} {best[along]}")
+    return f"By {_LETTER[along]}: {'; '.join(parts)}." if parts else "No figure of it was measured."
+
+
+_LETTER: dict[Axis, str] = {"rows": "N", "vocab": "V"}
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,229 @@
+"""The contract as a property, over whatever hypothesis can think of, against the float64 reference."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import compiled_logprobs as clp
+from compiled_logprobs.backends import get_backend
+from compiled_logprobs.operation.autograd import PlainFormula, compute
+from compiled_logprobs.operation.reference import reference
+
+EPS = torch.finfo(torch.float32).eps
+RELAXED = settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+
+
+@dataclass
+class Call:
+    logits: Tensor
+    labels: Tensor
+    temperature: float | Tensor
+    entropy: bool
+    ignore_index: int
+    grad_log_probs: Tensor
+    grad_entropy: Tensor
+    inplace: bool
+
+
+def logits_with_strides(draw, rows: tuple[int, ...], vocab: int, dtype: torch.dtype) -> Tensor:
+    """Contiguous, sliced in any dimension, expanded, transposed or offset by one element."""
+    kind = draw(
+        st.sampled_from(["contiguous", "sliced rows", "padded columns", "every second", "transposed", "offset"])
+    )
+    if kind == "sliced rows" and rows:
+        return torch.empty(*rows[:-1], rows[-1] + 2, vocab, dtype=dtype)[..., 1:-1, :]
+    if kind == "padded columns":
+        return torch.empty(*rows, vocab + 3, dtype=dtype)[..., 1 : vocab + 1]
+    if kind == "every second":
+        return torch.empty(*rows, 2 * vocab, dtype=dtype)[..., ::2]
+    if kind == "transposed" and len(rows) >= 2:
+        return torch.empty(*rows[:-2], rows[-1], rows[-2], vocab, dtype=dtype).transpose(-2, -3)
+    if kind == "offset":
+        return torch.empty(math.prod(rows) * vocab + 1, dtype=dtype)[1:].view(*rows, vocab)
+    return torch.empty(*rows, vocab, dtype=dtype)
+
+
+@st.composite
+def calls(
+    draw,
+    vocabs=st.integers(1, 70),  # noqa: B008 - strategies are immutable
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    max_dims=3,
+    max_labels=3,
+    temperatures=("number", "per token"),
+    entropies=(False, True),
+):
+    torch.manual_seed(draw(st.integers(0, 2**31 - 1)))
+    dtype = draw(st.sampled_from(dtypes))
+    rows = tuple(draw(st.lists(st.integers(0, 4), max_size=max_dims)))
+    vocab, k = draw(vocabs), draw(st.integers(1, max_labels))
+
+    largest = 3e4 if dtype == torch.float16 else 1e30
+    scale = draw(st.sampled_from([0.0, 1e-3, 1.0, 10.0, 1e4, largest]))
+    values = (torch.randn(*rows, vocab) * scale + draw(st.sampled_from([0.0, 1e4, -1e4]))).clamp(-largest, largest)
+    mask = draw(st.sampled_from(["none", "none", "half", "all but one", "all"]))
+    if mask != "none":
+        values[..., {"half": vocab // 2, "all but one": 1, "all": 0}[mask] :] = -math.inf
+    for value in draw(st.lists(st.sampled_from([math.nan, math.inf, -math.inf]), max_size=3)):
+        values[torch.rand(rows) < 0.3, torch.randint(vocab, ())] = value
+    logits = logits_with_strides(draw, rows, vocab, dtype).copy_(values)
+
+    ignore_index = draw(st.sampled_from([-100, -1, 0, vocab + 5]))
+    labels = torch.randint(vocab, (*rows, k))
+    labels[torch.rand(rows) < draw(st.sampled_from([0.0, 0.3, 1.0]))] = ignore_index
+    labels[torch.rand(*rows, k) < draw(st.sampled_from([0.0, 0.2]))] = ignore_index
+    labels[torch.rand(*rows, k) < draw(st.sampled_from([0.0, 0.0, 0.1]))] = draw(st.sampled_from([-7, vocab, 2**40]))
+
+    temperature: float | Tensor = draw(st.sampled_from([1.0, 0.7, 1e-2, 1e3]))
+    if draw(st.sampled_from(temperatures)) == "per token":
+        temperature = torch.rand(rows) * 2 + 0.1
+        bad = draw(st.sampled_from([0.0, -1.0, math.nan, math.inf, 1.0]))
+        temperature = torch.where(torch.rand(rows) < 0.1, bad, temperature)
+    upstream = draw(st.sampled_from([0.0, 1.0, 10.0]))
+    return Call(
+        logits,
+        labels,
+        temperature,
+        draw(st.sampled_from(entropies)),
+        ignore_index,
+        torch.randn(*rows, k) * upstream,
+        torch.randn(rows) * draw(st.sampled_from([0.0, 1.0, 10.0])),
+        draw(st.booleans()),
+    )
+
+
+def bits(x: Tensor) -> Tensor:
+    """All of them, but of a NaN only that it is one."""
+    return (
+        x.detach()
+        .masked_fill(x.isnan(), math.nan)
+        .contiguous()
+        .view({2: torch.int16, 4: torch.int32}[x.element_size()])
+    )
+
+
+def assert_close(got: Tensor, true: Tensor, tolerance: Tensor) -> None:
+    """NaN and infinities where they are in float64, everything else within `tolerance`, which has one entry a row."""
+    rounded = true.to(got.dtype)
+    assert torch.equal(got.isnan(), rounded.isnan()), (got, true)
+    assert torch.equal(got.isinf(), rounded.isinf()) and torch.equal(
+        got.sign() * got.isinf(), rounded.sign() * got.isinf()
+    )
+    finite = rounded.isfinite()
+    error = torch.where(finite, (got.double() - true).abs(), 0.0)
+    assert (error <= tolerance.expand_as(error))[finite].all(), (error.max(), tolerance)
+
+
+def hold_against_the_reference(backend, call: Call) -> None:
+    logits = call.logits.detach().requires_grad_()
+    before = bits(logits)
+    log_probs, entropy = compute(
+        backend,
+        logits,
+        call.labels,
+        call.temperature,
+        ignore_index=call.ignore_index,
+        entropy=call.entropy,
+        inplace_backward=call.inplace,
+    )
+    assert torch.equal(bits(logits), before)
+    h = call.grad_entropy if call.entropy else None
+    outputs = [log_probs] if h is None else [log_probs, entropy]
+    (gradient,) = torch.autograd.grad(outputs, logits, [call.grad_log_probs] if h is None else [call.grad_log_probs, h])
+    original = before.view(logits.dtype).view(logits.shape)
+    if call.inplace:
+        gradient = gradient.clone()  # which lies in the memory of the logits
+        with torch.no_grad():
+            logits.copy_(original)
+    assert torch.equal(bits(logits), before)
+    with torch.no_grad():
+        again, _ = compute(
+            backend, logits, call.labels, call.temperature, ignore_index=call.ignore_index, entropy=call.entropy
+        )
+    assert torch.equal(bits(again), bits(log_probs))  # with and without gradient
+
+    true = reference(
+        original,
+        call.labels,
+        call.temperature,
+        ignore_index=call.ignore_index,
+        grad_log_probs=call.grad_log_probs,
+        grad_entropy=h,
+    )
+    assert not (log_probs > 0).any() and (log_probs[call.labels == call.ignore_index] == 0).all()
+    t = torch.as_tensor(call.temperature, dtype=torch.float64).expand(logits.shape[:-1]).unsqueeze(-1)
+    t = torch.where((t > 0) & t.isfinite(), t, 1.0)
+    x_scale = (original.double().nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True) / t).clamp(min=1.0)
+    assert_close(log_probs, true.log_probs, 8 * EPS * x_scale)
+    if entropy is not None:
+        assert not (entropy < 0).any()
+        assert_close(entropy.unsqueeze(-1), true.entropy.unsqueeze(-1), 8 * EPS * x_scale)
+    size = call.grad_log_probs.abs().sum(-1, keepdim=True).double()
+    if h is not None:
+        size = size + 6 * h.abs().unsqueeze(
+            -1
+        )  # an entropy, and so log p + entropy where p counts, is under 6 nats here
+    info = torch.finfo(gradient.dtype)
+    rounding = info.eps * true.gradient.nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True) + info.tiny * info.eps
+    assert_close(gradient, true.gradient, rounding + 16 * EPS * x_scale * size / t)
+
+
+@RELAXED
+@given(calls())
+def test_eager_keeps_the_contract(call):
+    hold_against_the_reference(get_backend("eager"), call)
+
+
+@RELAXED
+@given(calls())
+def test_cpp_keeps_the_contract(call):
+    hold_against_the_reference(get_backend("cpp"), call)
+
+
+@RELAXED
+@given(calls())
+def test_the_formula_keeps_the_contract(call):
+    """What `compiled` compiles and a user's graph inlines, run operation by operation."""
+    hold_against_the_reference(PlainFormula(), Call(**{**vars(call), "inplace": False}))
+
+
+@settings(RELAXED, max_examples=200)
+@given(
+    calls(
+        vocabs=st.just(67),
+        dtypes=(torch.float32, torch.bfloat16),
+        max_dims=2,
+        max_labels=1,
+        temperatures=("per token",),
+        entropies=(True,),
+    )
+)
+def test_compiled_keeps_the_contract(call):
+    """One vocabulary and few options, since each combination is compiled; N, strides and values are free."""
+    hold_against_the_reference(get_backend("compiled"), call)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp", "auto"])
+@pytest.mark.parametrize("labels_per_row", [None, 3])
+def test_results_can_be_written_into_as_trainers_do(backend, labels_per_row):
+    """As in `log_probs[mask == 0] = 0`: autograd refuses that for a view which a custom function returns."""
+    leaf = torch.randn(4, 5, 50, requires_grad=True)
+    labels = torch.randint(50, (4, 5) if labels_per_row is None else (4, 5, labels_per_row))
+    log_probs, entropy = clp.log_probs_from_logits(leaf * 1, labels, return_entropy=True, backend=backend)
+    log_probs[0] = 0.0
+    entropy[1] = 0.0
+    (log_probs.mul_(2).sum() + entropy.mul_(3).sum()).backward()
+
+    plain = leaf.detach().requires_grad_()
+    log_p = torch.log_softmax(plain, -1)
+    taken = log_p.gather(-1, labels if labels_per_row else labels.unsqueeze(-1))
+    entropies = -(log_p.exp() * log_p).sum(-1)
+    (2 * taken[1:].sum() + 3 * (entropies.sum() - entropies[1].sum())).backward()
+    torch.testing.assert_close(leaf.grad, plain.grad, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,216 @@
+"""Which errors are no backend's own: out of memory, a real one above all, and faults of the device. They set nothing aside."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+
+import compiled_logprobs as clp
+from compiled_logprobs.backends import BUILT_IN, get_backend
+from compiled_logprobs.choose import rule as decisions
+from compiled_logprobs.choose import serving
+from compiled_logprobs.errors import is_out_of_memory, nothing_can_serve_after
+from tests.helpers.stored_decisions import LARGE, decided, measured, publish
+
+LOGITS, LABELS = torch.randn(LARGE.rows, LARGE.vocab), torch.zeros(LARGE.rows, dtype=torch.int64)
+PETABYTE = 2**50
+
+
+def raised(function):
+    with pytest.raises(RuntimeError, match="memory") as caught:
+        function()
+    return caught.value
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def compiler_failed(inner: Exception) -> Exception:
+    failed = BackendCompilerFailed.__new__(BackendCompilerFailed)  # whose arguments change from one torch to the next
+    failed.inner_exception = inner
+    return failed
+
+
+class UnprintableError(RuntimeError):
+    def __str__(self):
+        raise ValueError("no words for it")
+
+
+OUT_OF_MEMORY = {
+    "of the CPU, for real": raised(lambda: torch.empty(PETABYTE, dtype=torch.uint8)),
+    "of Python": MemoryError(),
+    "of CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "of Triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "as the cause": caused(ValueError("it did not work"), MemoryError()),
+    "in the compiler": compiler_failed(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")),
+    "in the compiler's cause": compiler_failed(caused(ValueError("no"), torch.OutOfMemoryError("no"))),
+}
+FAULTS = {
+    "of torch": torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    "of Triton": RuntimeError("Triton Error [CUDA]: misaligned address"),
+    "of ROCm": RuntimeError("HIP error: an illegal memory access was encountered"),
+    "in the compiler": compiler_failed(RuntimeError("CUDA error: device-side assert triggered")),
+}
+OWN = {
+    "plain": RuntimeError("it broke"),
+    "of another kind": ValueError("out of memory is what this sentence is about, and CUDA error: too"),
+    "unprintable": UnprintableError(),
+    "going round": caused(caused(ValueError("a"), KeyError("b")), ValueError("c")),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_MEMORY)
+def test_out_of_memory_is_known_wherever_it_comes_from(name):
+    assert is_out_of_memory(OUT_OF_MEMORY[name]) and nothing_can_serve_after(OUT_OF_MEMORY[name])
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_the_device_is_known_and_is_not_out_of_memory(name):
+    assert nothing_can_serve_after(FAULTS[name]) and not is_out_of_memory(FAULTS[name])
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_is_left_is_the_backends_own(name):
+    assert not nothing_can_serve_after(OWN[name])
+
+
+def test_causes_that_go_round_end():
+    one, other = ValueError("one"), ValueError("other")
+    one.__cause__, other.__cause__ = other, one
+    assert not nothing_can_serve_after(one)
+
+
+# --- at run time ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def winner(mode, monkeypatch):
+    """A backend that a profile has chosen, to be broken."""
+    mode("lookup")
+    publish(decided(chosen="cpp", candidates={"eager": measured("eager"), "cpp": measured("cpp")}))
+    publish(decided(LARGE._replace(needs_grad=True), "cpp"))
+    backend = get_backend("cpp")
+
+    def breaks(step: str, error: Exception) -> None:
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr(backend, step, fail)
+
+    return breaks
+
+
+@pytest.mark.parametrize("error", [*OUT_OF_MEMORY.values(), *FAULTS.values()], ids=[*OUT_OF_MEMORY, *FAULTS])
+def test_what_is_no_backends_own_is_raised_as_it_is_and_sets_nothing_aside(winner, error):
+    winner("forward", error)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(type(error)) as caught:
+            clp.log_probs_from_logits(LOGITS, LABELS)
+    assert caught.value is error and not decisions.failures(LARGE)
+    assert clp.explain(LOGITS, LABELS).backend == "cpp"
+
+
+def test_what_backward_raises_is_raised_as_it_is_and_sets_nothing_aside(winner):
+    error = RuntimeError("the gradient is in pieces")
+    winner("backward", error)
+    logits = LOGITS.clone().requires_grad_()
+    result = clp.log_probs_from_logits(logits, LABELS)
+    with pytest.raises(RuntimeError, match="the gradient is in pieces") as caught:
+        result.sum().backward()
+    assert caught.value is error and logits.grad is None
+    assert not decisions._set_aside
+    assert clp.explain(logits, LABELS).backend == "cpp"
+
+
+def test_where_warnings_are_errors_the_call_is_served_all_the_same(winner, capsys):
+    winner("forward", RuntimeError("the driver is gone"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        served = clp.log_probs_from_logits(LOGITS, LABELS)
+    assert torch.equal(served, clp.log_probs_from_logits(LOGITS, LABELS, backend="eager"))
+    assert "the driver is gone\neager serves the call" in capsys.readouterr().err
+    assert clp.explain(LOGITS, LABELS).backend == "eager"
+
+
+def test_the_warning_is_of_the_line_that_called(winner):
+    winner("forward", RuntimeError("the driver is gone"))
+    with pytest.warns(RuntimeWarning, match="the driver is gone") as told:
+        clp.log_probs_from_logits(LOGITS, LABELS)
+    assert len(told) == 1
+
+
+def test_a_short_check_that_runs_out_of_memory_speaks_against_nobody(winner, mode):
+    """For a moment memory is short; what would serve by the default rule then still does so later."""
+    mode("off")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in BUILT_IN.keys() - {"eager"}:
+            patch.setattr(get_backend(name), "forward", lambda *_, **__: torch.empty(PETABYTE, dtype=torch.uint8))
+        clp.log_probs_from_logits(LOGITS, LABELS)
+        assert not serving._short_checks and not decisions._served
+        # What would serve now is another one than later, and the bits of rows would differ.
+        with clp.autotune(row_invariant=True), pytest.raises(RuntimeError, match="allocate memory"):
+            clp.log_probs_from_logits(LOGITS, LABELS)
+    clp.log_probs_from_logits(LOGITS, LABELS)
+    assert clp.explain(LOGITS, LABELS).backend == "cpp"
+
+
+LIMITED = """
+import json, resource, sys, warnings
+from pathlib import Path
+import torch
+from stored_decisions import LARGE, decided, measured, publish
+import compiled_logprobs as clp
+from compiled_logprobs import decisions
+from compiled_logprobs.backends import register_backend
+from compiled_logprobs.backends.eager import Eager
+
+class Hungry(Eager):
+    def forward(self, *arguments, entropy):
+        torch.ones(2**30, dtype=torch.uint8)
+        return super().forward(*arguments, entropy=entropy)
+
+register_backend("hungry", Hungry())
+publish(decided(LARGE, "hungry", candidates={"eager": measured("eager"), "hungry": measured("hungry")}))
+logits, labels = torch.randn(LARGE.rows, LARGE.vocab), torch.zeros(LARGE.rows, dtype=torch.int64)
+said = {"raised": []}
+with clp.autotune("lookup"), warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    said["chosen"] = clp.explain(logits, labels).backend
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, before[1]))
+    for _ in range(2):
+        try:
+            clp.log_probs_from_logits(logits, labels)
+        except RuntimeError as error:
+            said["raised"].append([type(error).__name__, str(error)])
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    said["then"] = clp.explain(logits, labels).backend
+    said["served"] = torch.equal(
+        clp.log_probs_from_logits(logits, labels), clp.log_probs_from_logits(logits, labels, backend="eager")
+    )
+said["told"], said["aside"] = [str(one.message) for one in told], decisions.failures(LARGE)
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is set by what Linux tells of a process")
+def test_a_winner_that_runs_out_of_memory_under_a_limit_is_not_set_aside(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(LIMITED)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    said = json.loads(ran.stdout)
+    assert said["chosen"] == said["then"] == "hungry" and said["served"]
+    assert [kind for kind, _ in said["raised"]] == ["RuntimeError"] * 2
+    assert all("can't allocate memory" in message for _, message in said["raised"])
+    assert said["told"] == [] and said["aside"] == {}

@@ -1,0 +1,154 @@
+"""Inside other people's graphs: torch.compile, torch.export, fake tensors, autocast, checkpoints, functional calls."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import compiled_logprobs as clp
+from compiled_logprobs.operation.reference import reference
+
+VOCAB = 257
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def inputs(*rows: int):
+    return torch.randn(*rows, VOCAB, requires_grad=True), torch.randint(VOCAB, rows)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_users_graph_takes_it_whole_forward_and_backward(per_token):
+    logits, labels = inputs(2, 5)
+    labels[0, 1] = -100
+    temperature = torch.rand(2, 5) + 0.5 if per_token else 0.7
+
+    @torch.compile(fullgraph=True)
+    def loss(logits, labels, temperature):
+        scaled = logits * 2.0
+        out = clp.log_probs_from_logits(scaled, labels, temperature=temperature, return_entropy=True)
+        return out.log_probs, out.entropy
+
+    log_probs, entropy = loss(logits, labels, temperature)
+    g, h = torch.randn(2, 5), torch.randn(2, 5)
+    (gradient,) = torch.autograd.grad([log_probs, entropy], logits, [g, h])
+    true = reference(logits.detach() * 2, labels[..., None], temperature, grad_log_probs=g[..., None], grad_entropy=h)
+    torch.testing.assert_close(log_probs.double(), true.log_probs[..., 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy.double(), true.entropy, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradient.double(), 2 * true.gradient, atol=1e-5, rtol=0)
+    assert (log_probs <= 0).all()
+
+
+def test_a_new_temperature_compiles_a_users_graph_at_most_once_more():
+    counter = CompileCounterWithBackend("inductor")
+    loss = torch.compile(
+        lambda x, y, t: clp.log_probs_from_logits(x, y, temperature=t).sum(), fullgraph=True, backend=counter
+    )
+    logits, labels = inputs(4)
+    for temperature in (0.5, 0.7, 0.9, 1.1, 2.0):
+        loss(logits, labels, temperature)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 0.0, float("inf"), float("nan")])
+def test_a_bad_temperature_is_nan_in_a_graph(temperature):
+    logits, labels = inputs(3)
+    out = torch.compile(lambda x, y, t: clp.log_probs_from_logits(x, y, temperature=t), fullgraph=True)(
+        logits, labels, temperature
+    )
+    (gradient,) = torch.autograd.grad(out.sum(), logits)
+    assert out.isnan().all() and gradient.isnan().all()
+
+
+def test_in_place_is_a_permission_that_a_graph_does_not_use():
+    logits, labels = inputs(3)
+    out = torch.compile(lambda x, y: clp.log_probs_from_logits(x * 2, y, inplace_backward=True), fullgraph=True)(
+        logits, labels
+    )
+    (gradient,) = torch.autograd.grad(out.sum(), logits)
+    true = reference(logits.detach() * 2, labels[:, None], grad_log_probs=torch.ones(3, 1))
+    torch.testing.assert_close(gradient.double(), 2 * true.gradient, atol=1e-5, rtol=0)
+
+
+def test_an_invalid_label_makes_its_row_nan_in_a_graph():
+    logits, labels = inputs(3)
+    labels[1] = VOCAB
+    loss = torch.compile(clp.log_probs_from_logits, fullgraph=True)
+    out = loss(logits, labels)
+    (gradient,) = torch.autograd.grad(out.sum(), logits)
+    assert out.isnan().tolist() == [False, True, False]
+    assert gradient.isnan().all(-1).tolist() == [False, True, False]
+
+
+def test_export():
+    class Model(torch.nn.Module):
+        def forward(self, logits, labels):
+            return clp.log_probs_from_logits(logits, labels, temperature=0.7)
+
+    logits, labels = inputs(4)
+    logits = logits.detach()
+    exported = torch.export.export(Model(), (logits, labels)).module()
+    torch.testing.assert_close(exported(logits, labels), Model()(logits, labels))
+
+
+def test_fake_tensors_run_the_plain_formula():
+    # A warm compiled function called under a fake mode has crashed the interpreter.
+    real_logits, real_labels = inputs(4)
+    clp.log_probs_from_logits(real_logits, real_labels, backend="compiled")
+    with FakeTensorMode() as mode:
+        logits, labels = mode.from_tensor(real_logits), mode.from_tensor(real_labels)
+        for backend in ("auto", "compiled"):
+            out, entropy = clp.log_probs_from_logits(logits, labels, return_entropy=True, backend=backend)
+            assert out.shape == (4,) and entropy.shape == (4,) and out.dtype == torch.float32
+    assert clp.log_probs_from_logits(logits, labels).shape == (4,)  # fake tensors outside of their mode
+
+
+def test_an_unknown_backend_raises_in_a_graph_too():
+    with FakeTensorMode(), pytest.raises(clp.BackendUnavailable):
+        clp.log_probs_from_logits(torch.randn(2, 7), torch.zeros(2, dtype=torch.int64), backend="fastest")
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp", "compiled"])
+def test_autocast_changes_no_bit(backend):
+    logits, labels = inputs(4)
+    plain = clp.log_probs_from_logits(logits, labels, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = clp.log_probs_from_logits(logits, labels, backend=backend)
+    assert torch.equal(plain, cast)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp", "compiled"])
+def test_inference_mode_and_no_grad_give_the_same_bits(backend):
+    logits, labels = inputs(4)
+    plain = clp.log_probs_from_logits(logits, labels, backend=backend)
+    with torch.no_grad():
+        assert torch.equal(plain, clp.log_probs_from_logits(logits, labels, backend=backend))
+    with torch.inference_mode():
+        assert torch.equal(plain, clp.log_probs_from_logits(logits * 1.0, labels, backend=backend))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "cpp", "compiled"])
+def test_activation_checkpointing(backend, reentrant):
+    logits, labels = inputs(4)
+
+    def loss(logits):
+        return clp.log_probs_from_logits(logits * 2.0, labels, backend=backend).sum()
+
+    expected = torch.autograd.grad(loss(logits), logits)[0]
+    torch.utils.checkpoint.checkpoint(loss, logits, use_reentrant=reentrant).backward()
+    assert torch.equal(logits.grad, expected)
+
+
+def test_functional_call():
+    model = torch.nn.Linear(8, VOCAB)
+    hidden, labels = torch.randn(4, 8), torch.randint(VOCAB, (4,))
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    logits = torch.func.functional_call(model, weights, (hidden,))
+    clp.log_probs_from_logits(logits, labels).sum().backward()
+    assert weights["weight"].grad.shape == (VOCAB, 8)

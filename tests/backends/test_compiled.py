@@ -1,0 +1,212 @@
+"""What torch.compile is asked for: few compilations, and no copy of the logits."""
+
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import compiled_logprobs as clp
+from compiled_logprobs.backends import compiled as compiled_module
+from compiled_logprobs.backends import get_backend
+from compiled_logprobs.backends.compiled import _why_no_cpp_compiler
+from compiled_logprobs.operation import formula
+from compiled_logprobs.operation.autograd import compute
+from compiled_logprobs.problem import Problem
+
+ROWS = [0, 1, 2, 3, 5, 7, 8, 16, 17, 31, 64, 100, 128, 255, 512, 1000, 1024, 2048, 4095, 4096]
+TEMPERATURES = [1.0, 0.5, 0.7, 1.3, 2.0]
+
+
+def compilations(function) -> int:
+    before = counters["stats"]["unique_graphs"]
+    function()
+    return counters["stats"]["unique_graphs"] - before
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[::-1]], ids=["rising", "falling"])
+def test_any_number_of_rows_and_any_temperature_take_one_compilation_a_direction(rows):
+    """The limit is two; the order in which N comes decides what the compiler takes for constant."""
+    backend = get_backend("compiled")
+    vocab = 61 if rows is ROWS else 59
+    forward = backward = 0
+    for n in rows:
+        for temperature in TEMPERATURES:
+            logits = torch.randn(n, vocab, requires_grad=True)
+            labels = torch.randint(vocab, (n, 1))
+            forward += compilations(lambda: compute(backend, logits, labels, temperature))  # noqa: B023 - called at once
+            log_probs, _ = compute(backend, logits, labels, temperature)
+            backward += compilations(lambda: log_probs.sum().backward())  # noqa: B023 - called at once
+    assert (forward, backward) == (1, 1)
+
+
+def test_the_form_for_gpus_takes_one_compilation_whatever_number_of_rows_comes_first(monkeypatch):
+    """Compiled for a CPU here, with the sizes that Inductor is told of on a GPU: they must not become guards."""
+    monkeypatch.setattr(compiled_module, "reads_blocks", lambda device_type, vocab: True)
+    backend, count = get_backend("compiled"), 0
+    for n in (3000, 1, 2, 7, 342, 4096, 64):
+        logits, labels = torch.randn(n, 2999), torch.randint(2999, (n, 1))
+        count += compilations(lambda: backend.forward(logits, labels, 0.7, entropy=True))  # noqa: B023 - called at once
+        log_probs, entropy, residuals = backend.forward(logits, labels, 0.7, entropy=True)
+        truth = (logits / 0.7).log_softmax(-1)
+        torch.testing.assert_close(log_probs, truth.gather(-1, labels), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(entropy, -(truth.exp() * truth).sum(-1), rtol=1e-5, atol=1e-5)
+        assert len(residuals[0]) == n
+    assert count == 1
+
+
+def test_what_forward_was_told_of_sizes_does_not_reach_backward(monkeypatch):
+    monkeypatch.setattr(compiled_module, "reads_blocks", lambda device_type, vocab: True)
+    for n in (500, 3):
+        leaf, labels = torch.randn(n, 2600, requires_grad=True), torch.randint(2600, (n, 1))
+        temperature = torch.rand(n) + 0.5
+        log_probs, entropy = compute(get_backend("compiled"), leaf, labels, temperature, entropy=True)
+        (mine,) = torch.autograd.grad(log_probs.sum() + entropy.sum(), leaf)
+        truth = (leaf / temperature.unsqueeze(-1)).log_softmax(-1)
+        (true,) = torch.autograd.grad(truth.gather(-1, labels).sum() - (truth.exp() * truth).sum(), leaf)
+        torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-5)
+
+
+def test_any_batch_and_length_take_one_compilation_a_direction():
+    """Whole [B, T, V] logits are those of [B * T, V]; a slice of the positions has two strides, and a compilation of its own."""
+    whole = sliced = 0
+    for batch, length in ((2, 5), (3, 5), (4, 7), (3, 9), (8, 3), (5, 4)):
+        leaf, labels = torch.randn(batch, length, 53, requires_grad=True), torch.randint(53, (batch, length))
+
+        def run(logits, labels):
+            clp.log_probs_from_logits(logits, labels, backend="compiled").sum().backward()
+
+        whole += compilations(lambda: run(leaf * 1.0, labels))  # noqa: B023 - called at once
+        sliced += compilations(lambda: run((leaf * 1.0)[:, :-1], labels[:, :-1]))  # noqa: B023 - called at once
+    assert (whole, sliced) == (2, 2)  # forward and backward
+
+
+def test_a_vocabulary_is_a_constant_of_its_kernel():
+    """torch.compile takes a size that has changed for dynamic; the vocabulary of another function must not count."""
+    backend = get_backend("compiled")
+    found = []
+
+    def spy(self, *arguments, **options):
+        size = create_symbol(self, *arguments, **options)
+        found.append(str(size))
+        return size
+
+    create_symbol = ShapeEnv.create_symbol
+    for vocab in (47, 43, 41):
+        logits, labels = torch.randn(6, vocab, requires_grad=True), torch.randint(vocab, (6, 1))
+        found.clear()
+        with mock.patch.object(ShapeEnv, "create_symbol", spy):
+            log_probs, _ = compute(backend, logits, labels)
+            log_probs.sum().backward()
+        assert str(vocab) in found  # and not a symbol
+        assert any(size.startswith("s") for size in found)  # but N is
+
+
+def test_many_vocabularies_do_not_exhaust_a_recompilation_limit():
+    backend = get_backend("compiled")
+    for vocab in range(11, 23):  # torch's default limit is 8 for one function
+        logits = torch.randn(4, vocab)
+        log_probs, _ = compute(backend, logits, torch.zeros(4, 1, dtype=torch.int64))
+        torch.testing.assert_close(log_probs[:, 0], logits.log_softmax(-1)[:, 0])
+
+
+def test_without_a_compiler_the_backend_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    _why_no_cpp_compiler.cache_clear()
+    try:
+        reason = get_backend("compiled").why_not(Problem("cpu", 8, 100, torch.float32))
+        assert reason == (
+            "torch.compile needs a C++ compiler on CPU, and there is none on the PATH: install one, or name it in CXX"
+        )
+    finally:
+        _why_no_cpp_compiler.cache_clear()
+
+
+def rows_of_every_kind(vocab: int, leading: tuple[int, ...]) -> torch.Tensor:
+    logits = 5 * torch.randn(*leading, vocab) + 100
+    logits[..., 0, :] = -torch.inf
+    logits[..., 1, : min(vocab - 1, 2 * formula.BLOCK)] = -torch.inf  # whole blocks of it
+    logits[..., 2, vocab - 1] = torch.nan
+    logits[..., 3, 0] = torch.inf
+    logits[..., 4, :] = 1.0
+    logits[..., 5, 1:] = -torch.inf
+    return logits
+
+
+@pytest.mark.parametrize("vocab", [5, formula.BLOCK, formula.BLOCK + 1, 3 * formula.BLOCK, 5000])
+@pytest.mark.parametrize("leading", [(7,), (2, 6)], ids=["rows", "batch and length"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["one temperature", "one a token"])
+def test_the_forms_for_gpus_agree_with_the_others_in_float64(vocab, leading, per_token):
+    logits, labels = rows_of_every_kind(vocab, leading), torch.randint(vocab, (*leading, 2))
+    temperature = torch.rand(leading) + 0.5 if per_token else 0.7
+    exact = temperature.double() if per_token else temperature
+    for entropy in (False, True):
+        got = formula.forward_in_blocks(logits, labels, temperature, entropy=entropy)
+        truth = formula.forward(logits.double(), labels, exact, entropy=entropy)
+        for mine, true in zip((*got[:2], *got[2]), (*truth[:2], *truth[2]), strict=True):
+            if true is not None:
+                torch.testing.assert_close(mine.double(), true, rtol=3e-6, atol=3e-5, equal_nan=True)
+
+    labels, residuals = labels[..., :1], formula.forward(logits.double(), labels, exact, entropy=True)[2]
+    ignored, upstream, through_entropy = torch.rand(leading) < 0.3, torch.randn(*leading, 1), torch.randn(leading)
+    for grad_entropy in (None, through_entropy):
+        mine = formula.gradient(
+            logits, labels, temperature, tuple(r.float() for r in residuals), ignored, upstream, grad_entropy
+        )
+        true, at_labels = formula.backward(
+            logits.double(), labels, exact, residuals, ignored, upstream.double(), grad_entropy
+        )
+        formula.write_label_columns(true, labels, at_labels)
+        torch.testing.assert_close(mine.double(), true, rtol=3e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "shape", [(9, 5000), (4, 7, 5000), (3, 4000, 5000)], ids=["rows", "batches", "each batch too large"]
+)
+def test_rows_beyond_32_bit_indices_are_computed_in_parts(shape, monkeypatch):
+    """On a GPU, since the number of blocks that Inductor is told of makes it index with 32 bits."""
+    limit = 6 * 5120 if len(shape) == 2 else 2 * 7 * 5120 if shape[0] == 4 else 1100 * 5120
+    monkeypatch.setattr(compiled_module, "INT32_MAX", limit)
+    monkeypatch.setattr(compiled_module, "reads_blocks", lambda device_type, vocab: True)
+    seen = []
+
+    def run(function, logits, labels, temperature, *, hints):
+        seen.append(logits.shape)
+        assert compiled_module.rows_within_int32(logits) >= len(logits)
+        assert max(hints[0] * 5 * (hints[1] if len(hints) > 1 else 1), 1024) < 64 * 108
+        return formula.forward_in_blocks(logits, labels, temperature, entropy=True)
+
+    monkeypatch.setattr(compiled_module, "_run", run)
+    logits, labels = torch.randn(1, *shape[1:]).expand(shape), torch.randint(5000, (*shape[:-1], 1))
+    got = get_backend("compiled").forward(logits, labels, torch.rand(shape[:-1]) + 0.5, entropy=True)
+    assert len(seen) > 1
+    assert [one.shape for one in (got[0], got[1], *got[2])] == [labels.shape, shape[:-1], *[(*shape[:-1], 1)] * 3]
+
+
+BROKEN_COMPILER = """
+import torch, compiled_logprobs as clp
+logits, labels = torch.randn(1100, 1000), torch.randint(1000, (1100,))
+print(clp.log_probs_from_logits(logits, labels).shape)
+try:
+    clp.log_probs_from_logits(logits, labels, backend="compiled")
+except clp.BackendUnavailable as error:
+    print(error)
+"""
+
+
+def test_a_compiler_that_fails_is_a_reason_and_auto_serves_all_the_same(tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'no space left' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    environment = {**os.environ, "CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    ran = subprocess.run(
+        [sys.executable, "-c", BROKEN_COMPILER], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("torch.Size([1100])\nbackend 'compiled' could not be compiled here: ")
+    assert "use backend='eager' or backend='auto'" in ran.stdout

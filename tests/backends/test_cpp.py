@@ -1,0 +1,224 @@
+"""The C++ kernels: what their tiles, samples and threads could get wrong; every vector width; accuracy."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import compiled_logprobs as clp
+from compiled_logprobs.backends import cpp, get_backend
+from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.errors import BackendUnavailable
+from compiled_logprobs.operation.reference import reference
+from compiled_logprobs.problem import Problem
+
+TILE, SAMPLE = 4096, 512
+VOCAB = 3 * TILE + 77
+PROBLEM = Problem("cpu", 24, VOCAB, torch.float32)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def both(logits, labels, **options):
+    """Log-probabilities, entropy and gradient, by the kernels and in float64."""
+    x = logits.detach().clone().requires_grad_()
+    out = clp.log_probs_from_logits(x, labels, return_entropy=True, backend="cpp", **options)
+    g, h = torch.randn_like(out.log_probs), torch.randn_like(out.entropy)
+    (gradient,) = torch.autograd.grad(list(out), x, [g, h])
+    true = reference(logits.detach(), labels.unsqueeze(-1), grad_log_probs=g.unsqueeze(-1), grad_entropy=h, **options)
+    return (out.log_probs, out.entropy, gradient), (true.log_probs.squeeze(-1), true.entropy, true.gradient)
+
+
+def assert_all_close(found, true, atol=2e-5):
+    for a, b in zip(found, true, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=atol, rtol=0, equal_nan=True)
+
+
+def test_the_constants_of_this_file_are_the_kernels():
+    source = cpp.SOURCE.read_text()
+    assert f"TILE = {TILE};" in source and f"SAMPLE = {SAMPLE};" in source
+
+
+@pytest.mark.parametrize("peak", [0, SAMPLE - 1, SAMPLE, TILE - 1, TILE, 2 * TILE + SAMPLE, VOCAB - 1])
+@pytest.mark.parametrize("height", [3.0, 5.5, 6.0, 40.0, 1e4, 3e38])
+def test_a_logit_above_what_its_tile_was_sampled_at(peak, height):
+    logits = torch.randn(3, VOCAB)
+    logits[1, peak] = height
+    for temperature in (1.0, 0.1):
+        found, true = both(logits, torch.tensor([peak, peak, 5]), temperature=temperature)
+        assert_all_close(found, true, 2e-5 / temperature)
+    assert found[0].max() <= 0 and found[1].min() >= 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_masked_samples_tiles_and_rows(dtype):
+    logits = torch.randn(6, VOCAB).to(dtype)
+    logits[0, :SAMPLE] = -torch.inf  # a sample
+    logits[1, : TILE + 1] = -torch.inf  # a tile
+    logits[2, :-1] = -torch.inf  # all but the last column
+    logits[3, 1:] = -torch.inf  # all but the first
+    logits[4] = -torch.inf
+    logits[5, ::2] = -torch.inf
+    labels = torch.tensor([0, 5000, VOCAB - 1, 0, 3, 1])
+    found, true = both(logits, labels)
+    assert_all_close(found, true, 2e-5 if dtype == torch.float32 else 4e-2)
+    assert (found[2][2, :-1] == 0).all() and found[1][2] == 0  # and not next to nothing
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("around", ["ordinary", "masked"])
+@pytest.mark.parametrize("where", [0, 17, SAMPLE, TILE + 3, VOCAB - 1])
+def test_a_nan_or_an_infinity_anywhere_makes_its_row_nan(where, around, dtype):
+    logits = (torch.randn(5, VOCAB) if around == "ordinary" else torch.full((5, VOCAB), -torch.inf)).to(dtype)
+    payload = {torch.float32: 0x7FFFFFFF, torch.bfloat16: 0x7FFF, torch.float16: 0x7FFF}[dtype]
+    integers = logits.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    logits[1, where] = torch.nan
+    integers[2, where] = payload  # a NaN whose bits are all set
+    integers[3, where] = payload - 2 ** (31 if dtype == torch.float32 else 15)  # and one with a sign
+    logits[4, where] = torch.inf
+    logits[0] = 0.0
+    found, _ = both(logits, torch.full((5,), 100))
+    for values in found:
+        nan = values.isnan().reshape(5, -1)
+        assert not nan[0].any() and nan[1:].all()
+
+
+def test_bits_depend_neither_on_threads_nor_on_other_rows_nor_on_strides():
+    before = torch.get_num_threads()
+    padded = torch.randn(5, 9, VOCAB + 3)
+    logits, labels = padded[:, 1:, 1 : VOCAB + 1], torch.randint(VOCAB, (5, 8))
+    whole, _ = both(logits, labels)
+    torch.manual_seed(0)
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            x = logits[3:4, 2].clone()
+            out = clp.log_probs_from_logits(x, labels[3:4, 2], return_entropy=True, backend="cpp")
+            assert torch.equal(out.log_probs[0], whole[0][3, 2]) and torch.equal(out.entropy[0], whole[1][3, 2])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_more_leading_dimensions_than_two_strides_describe():
+    base = torch.randn(3, 4, 3, 5, 67)
+    logits, labels = base[:, 1:, :2, 1:], torch.randint(67, (3, 3, 2, 4))
+    assert logits.is_contiguous() is False
+    assert_all_close(*both(logits, labels))
+
+
+def test_many_labels_a_row_some_of_them_the_same():
+    logits, labels = torch.randn(4, VOCAB, requires_grad=True), torch.randint(VOCAB, (4, 300))
+    labels[:, 150:200] = labels[:, :50]
+    labels[1] = 7
+    out = clp.log_probs_from_logits(logits, labels, backend="cpp")
+    g = torch.randn(4, 300)
+    for inplace in (False, True):
+        x = (logits * 1.0) if inplace else logits
+        again = clp.log_probs_from_logits(x, labels, backend="cpp", inplace_backward=inplace)
+        assert torch.equal(again, out)
+        (gradient,) = torch.autograd.grad(again, x, g)
+        true = reference(logits.detach(), labels, grad_log_probs=g).gradient
+        torch.testing.assert_close(gradient.double(), true, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_at_most_twice_the_error_of_eager(dtype, scale):
+    """Root mean square against float64."""
+    logits, labels = (torch.randn(64, 32003) * scale).to(dtype), torch.randint(32003, (64, 16))
+    true = reference(logits, labels)
+
+    def error(backend):
+        out = clp.log_probs_from_logits(logits, labels, return_entropy=True, backend=backend)
+        pairs = ((out.log_probs, true.log_probs), (out.entropy, true.entropy))
+        return [(a - b).square().mean().sqrt().item() for a, b in pairs]
+
+    for mine, eagers in zip(error("cpp"), error("eager"), strict=True):
+        assert mine <= 2 * eagers
+
+
+ANOTHER_WIDTH = """
+import torch, compiled_logprobs as clp
+from compiled_logprobs.problem import Problem
+print(torch.backends.cpu.get_cpu_capability())
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for options in ({}, {"entropy": True, "needs_grad": True, "labels_per_row": 3, "masked_logits": True}):
+        report = clp.check_backend("cpp", Problem("cpu", 24, 1031, dtype, **options))
+        assert report.passed, report
+print("passed")
+"""
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_narrower_vectors(capability):
+    """On processors that have them, torch uses the width that this variable names."""
+    ran = subprocess.run(
+        [sys.executable, "-c", ANOTHER_WIDTH],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "passed"
+
+
+def test_what_it_cannot_run():
+    backend = get_backend("cpp")
+    assert backend.why_not(PROBLEM) is None
+    assert backend.why_not(PROBLEM._replace(device_type="cuda")) == "is for CPUs"
+    assert backend.why_not(PROBLEM._replace(dtype=torch.float64)).endswith("float64 logits are for eager")
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        ("cpp_compiler", "needs a C++ compiler, and there is none on the PATH: install one, or name it in CXX"),
+        ("TORCH_HEADERS", "needs torch's C++ headers, and this torch came without them"),
+        ("sys", "is tested on Linux only, and this is darwin"),
+    ],
+)
+def test_a_machine_without_what_it_needs(missing, reason, monkeypatch, tmp_path):
+    stand_in = {"cpp_compiler": lambda: None, "TORCH_HEADERS": tmp_path, "sys": type("sys", (), {"platform": "darwin"})}
+    monkeypatch.setattr(cpp, missing, stand_in[missing])
+    cpp._why_not_here.cache_clear()
+    try:
+        assert cpp.Cpp().why_not(PROBLEM) == reason
+    finally:
+        cpp._why_not_here.cache_clear()
+
+
+def test_a_compiler_that_failed_is_not_asked_again(monkeypatch):
+    asked = []
+
+    def fails():
+        asked.append(1)
+        raise BackendUnavailable("cpp_kernels.cpp cannot be compiled and loaded here: no space left.")
+
+    monkeypatch.setattr(cpp, "_library", fails)
+    backend = cpp.Cpp()
+    assert isinstance(backend, Backend)
+    logits, labels = torch.randn(4, 7), torch.zeros(4, 1, dtype=torch.int64)
+    for _ in range(2):
+        with pytest.raises(BackendUnavailable, match="no space left"):
+            backend.forward(logits, labels, 1.0, entropy=False)
+    assert len(asked) == 1 and "no space left" in backend.why_not(PROBLEM)
+
+
+def test_the_polynomial_is_as_exact_as_it_says():
+    """Through the whole function: the log-probability of the second of two logits is -log(1 + exp(x))."""
+    x = torch.linspace(-87, 87, 20001)
+    logits = torch.stack([x, torch.zeros_like(x)], -1)
+    out = clp.log_probs_from_logits(logits, torch.ones(len(x), dtype=torch.int64), backend="cpp")
+    true = -torch.nn.functional.softplus(x.double())
+    assert ((out - true) / true.clamp(max=-math.log(2))).abs().max() < 4e-7
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.7, 1.0, 100.0])
+def test_the_gradient_at_a_label_that_is_certain_is_zero(temperature):
+    logits = torch.tensor([[0.0, -2e5, -3e5]], requires_grad=True)
+    out = clp.log_probs_from_logits(logits, torch.tensor([0]), temperature=temperature, backend="cpp")
+    (gradient,) = torch.autograd.grad(out, logits, torch.tensor([0.3]))
+    assert (gradient == 0).all()

@@ -1,0 +1,150 @@
+"""Compiled C++: built once for a machine, and mended or refused in words when something is in the way."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from compiled_logprobs.backends import cpp_build as module
+from compiled_logprobs.backends.cpp_build import shared_library
+from compiled_logprobs.errors import BackendUnavailable
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "compiled-logprobs" / "libraries"
+
+
+def source(folder: Path, answer: int = 42) -> Path:
+    file = folder / "answer.cpp"
+    file.write_text(f'extern "C" int answer() {{ return {answer}; }}\n')
+    return file
+
+
+def test_it_is_built_once_and_kept(cache, tmp_path, monkeypatch):
+    assert shared_library(source(tmp_path)).answer() == 42
+    monkeypatch.setattr(module, "_build", lambda *_: pytest.fail("it is built again"))
+    assert shared_library(source(tmp_path)).answer() == 42
+    assert [file.suffix for file in cache.iterdir()] == [".so"]
+
+
+def test_another_source_compiler_or_processor_is_another_library(cache, tmp_path, monkeypatch):
+    shared_library(source(tmp_path))
+    assert shared_library(source(tmp_path, 43)).answer() == 43
+    monkeypatch.setattr(module, "cpp_compiler_version", lambda: "another")
+    shared_library(source(tmp_path))
+    monkeypatch.setattr(module, "_processor", lambda: ["flags : fewer"])
+    shared_library(source(tmp_path))
+    assert len(list(cache.iterdir())) == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF\x02\x01\x01", b"no library"])
+def test_a_damaged_library_is_built_anew(cache, tmp_path, content):
+    """As a full disk or a crash leaves it; in a process that has not loaded it."""
+    program = f"""
+import sys; from pathlib import Path; from compiled_logprobs.backends.cpp_build import shared_library
+print(shared_library(Path({str(source(tmp_path))!r})).answer())
+"""
+
+    def answer():
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    assert answer() == "42\n"
+    (built,) = cache.iterdir()
+    built.write_bytes(content)
+    assert answer() == "42\n"
+    assert ctypes.CDLL(str(built)).answer() == 42
+
+
+def test_many_at_once(cache, tmp_path):
+    file = source(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        assert {library.answer() for library in pool.map(lambda _: shared_library(file), range(8))} == {42}
+    assert [file.suffix for file in cache.iterdir()] == [".so"]
+
+
+def test_a_killed_compilation_leaves_nothing_that_is_loaded(cache, tmp_path):
+    slow = tmp_path / "slow-g++"
+    slow.write_text('#!/bin/sh\n[ "$1" = --version ] || sleep 60\n')
+    slow.chmod(0o755)
+    program = f"""
+from pathlib import Path; from compiled_logprobs.backends.cpp_build import shared_library
+print("begun", flush=True); shared_library(Path({str(source(tmp_path))!r}))
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, "CXX": str(slow)},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert child.stdout.readline() == b"begun\n"
+    until = time.monotonic() + 60
+    while not (cache.exists() and any(cache.iterdir())) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert shared_library(source(tmp_path)).answer() == 42
+
+
+def test_where_nothing_can_be_written(tmp_path, monkeypatch):
+    """The cache lies below a file, which nobody, root included, can write to."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert shared_library(source(tmp_path)).answer() == 42
+
+
+def test_errors_say_what_the_compiler_said(cache, tmp_path, monkeypatch):
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("int answer() { return unknown; }\n")
+    with pytest.raises(BackendUnavailable) as error:
+        shared_library(broken)
+    said = str(error.value)
+    assert said.startswith(
+        "broken.cpp cannot be compiled and loaded here: the compiler failed with exit code 1: broken.cpp:"
+    )
+    assert "unknown" in said and str(tmp_path) not in said
+    assert said.endswith("Mend what it names, or use another backend.")
+    assert not list(cache.iterdir())
+
+    monkeypatch.setattr(module, "COMPILING_S", 0.01)
+    with pytest.raises(BackendUnavailable, match="the compiler took longer than 0.01 s"):
+        shared_library(broken)
+    monkeypatch.setattr(module, "cpp_compiler", lambda: None)
+    with pytest.raises(BackendUnavailable, match="broken.cpp needs a C\\+\\+ compiler, and there is none on the PATH"):
+        shared_library(broken)
+
+
+def test_a_library_that_somebody_else_can_write_is_not_loaded(cache, tmp_path):
+    shared_library(source(tmp_path))
+    (built,) = cache.iterdir()
+    for what, mode in ((built, 0o722), (cache, 0o777)):
+        what.chmod(mode)
+        assert not module._is_own(built)
+        assert shared_library(source(tmp_path)).answer() == 42  # built anew, elsewhere where the folder is not safe
+        what.chmod(0o700)
+
+
+def test_a_compiler_that_writes_nothing_is_told(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "true")
+    with pytest.raises(BackendUnavailable, match="the compiler, true, wrote nothing"):
+        shared_library(source(tmp_path))
+
+
+def test_a_user_without_a_home(tmp_path, monkeypatch):
+    import platformdirs
+
+    def homeless(*_, **__):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(platformdirs, "user_cache_path", homeless)
+    assert shared_library(source(tmp_path)).answer() == 42

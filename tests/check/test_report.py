@@ -1,0 +1,194 @@
+"""What the check found case by case: verdicts, how the errors spread, and the tokens that are most off."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+import compiled_logprobs as clp
+from compiled_logprobs.check.cases import cases
+from compiled_logprobs.check.report import SAMPLED_ERRORS, WORST, Errors
+from compiled_logprobs.choose import serving
+from compiled_logprobs.errors import ProfileError
+from compiled_logprobs.evidence import QUANTILES, CaseCheck, CaseFindings, Evidence, Spread, Token
+from compiled_logprobs.machine.environment import environment_at
+from compiled_logprobs.operation.reference import reference
+from compiled_logprobs.problem import Problem
+from compiled_logprobs.store import user_store
+from tests.helpers.stored_decisions import LARGE, all_measured, decided, measured
+from tests.helpers.wrong_backends import good
+
+PROBLEM = Problem("cpu", 12, 3001, torch.float32, needs_grad=True, entropy=True)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def eager():
+    return clp.check_backend("eager", PROBLEM, seed=3)
+
+
+def case_of(report, name: str) -> CaseFindings:
+    (found,) = report.cases
+    return next(case for case in found if case.case == name)
+
+
+def spread_of(case: CaseFindings, what: str) -> Spread:
+    return next(one for one in case.errors if one.what == what)
+
+
+def test_every_case_is_told(eager):
+    names = [case.name for case in cases(PROBLEM, short=False, foreign=False)]
+    assert [case.case for case in eager.cases[0]][: len(names)] == names
+
+
+def test_the_worst_over_the_cases_is_what_the_report_says(eager):
+    for check in eager.checks:
+        by_case = [one for case in eager.cases[0] for one in case.checks if one.name == check.name]
+        assert by_case and check.passed == all(one.passed for one in by_case)
+        if check.figure is not None and check.limit:
+            assert max(one.figure / one.limit for one in by_case if one.limit) == check.figure / check.limit
+
+
+def test_the_spread_of_the_errors(eager):
+    normal = case_of(eager, "normal")
+    for what in ("log_prob", "entropy", "gradient"):
+        spread = spread_of(normal, what)
+        assert len(spread.quantiles) == len(QUANTILES) and list(spread.quantiles) == sorted(spread.quantiles)
+        figure = next(one.figure for one in normal.checks if one.name == f"{what}_error")
+        # The check weighs each error by the limit of its row, so that its figure need not be the largest of all.
+        assert 0.0 < figure <= spread.quantiles[-1] == spread.worst[0].error
+        assert [one.error for one in spread.worst] == sorted((one.error for one in spread.worst), reverse=True)
+        assert 0 < len(spread.worst) <= WORST
+        assert spread.count > 0
+
+
+def test_no_rows_have_no_errors(eager):
+    assert case_of(eager, "no rows").errors == ()
+
+
+def test_the_worst_token_is_named():
+    """The third row is off by a half, and all others are right."""
+    calls = []
+
+    def off(logits, labels):
+        calls.append((logits.detach().clone(), labels.clone()))
+        result = good(logits, labels)
+        return result - 0.5 * (torch.arange(len(labels)) == 2) * (labels != -100)
+
+    problem = Problem("cpu", 12, 3001, torch.float32)
+    report = clp.check_backend(off, problem, seed=0)
+    assert "log_prob_error" in report.reasons
+    wide = case_of(report, "wide")
+    logits, labels = next(one for one in calls if len(one[1]) == 7 and one[0].std() > 30 and one[0].isfinite().all())
+    assert labels[2] != -100  # with this seed
+    worst = spread_of(wide, "log_prob").worst[0]
+    true = reference(logits, labels[:, None]).log_probs[2, 0]
+    assert (worst.row, worst.token) == (2, int(labels[2]))
+    assert worst.true == pytest.approx(float(true)) and worst.got == pytest.approx(float(true) - 0.5)
+    assert worst.error == pytest.approx(0.5, rel=1e-3)
+    failed = next(one for one in wide.checks if one.name == "log_prob_error")
+    assert not failed.passed and failed.figure > failed.limit and failed.detail.startswith("wide: ")
+
+
+def test_a_value_that_is_nan_where_it_should_not_be_is_the_worst():
+    def nan_at_the_first(logits, labels):
+        return good(logits, labels).index_fill(0, torch.tensor([0])[: len(labels)], torch.nan)
+
+    report = clp.check_backend(nan_at_the_first, Problem("cpu", 12, 3001, torch.float32), seed=1)
+    assert "nan_pattern" in report.reasons
+    worst = spread_of(case_of(report, "wide"), "log_prob").worst[0]
+    assert (worst.row, worst.got, worst.error) == (0, "nan", None) and math.isfinite(worst.true)
+
+
+def test_what_stops_a_case_leaves_the_others_untold():
+    def breaks(logits, labels):
+        if (logits > 9e3).any():
+            raise ValueError("too large")
+        return good(logits, labels)
+
+    report = clp.check_backend(breaks, Problem("cpu", 12, 3001, torch.float32), seed=1)
+    (found,) = report.cases
+    last = found[-1]
+    assert last.case == "shifted up by 1e4" and not last.checks[0].passed and last.checks[0].name == "runs"
+    assert "too large" in last.checks[0].detail
+    assert all(check.passed for case in found[:-1] for check in case.checks)
+
+
+def test_the_report_tells_programs_the_same(eager):
+    told = json.loads(json.dumps(eager.to_dict(), allow_nan=False))["cases"]
+    normal = next(one for one in told if one["case"] == "normal")
+    assert normal["problem"] == str(PROBLEM) and "entropy" in normal["options"]
+    assert {one["name"] for one in normal["checks"]} == {one.name for one in case_of(eager, "normal").checks}
+
+
+def test_a_sample_has_errors_of_all_columns_and_only_what_counts():
+    rows, columns = 7, SAMPLED_ERRORS
+    error = torch.arange(rows * columns, dtype=torch.float64).view(rows, columns)
+    counted = (torch.arange(rows) != 3)[:, None]
+    finite = torch.ones_like(error)
+    finite[5] = 0.0
+    errors = Errors("gradient", error, counted, finite, None, error, error, torch.arange(rows), None)
+    sample = errors.sample()
+    assert len(sample) <= SAMPLED_ERRORS * 5 / 7 + 2
+    assert set((sample // columns).int().tolist()) == {0, 1, 2, 4, 6}
+    assert len(set((sample % columns).int().tolist())) > SAMPLED_ERRORS / 4  # and not the same few in every row
+    assert [(one.row, one.token) for one in errors.worst()] == [(6, columns - 1), (6, columns - 2), (6, columns - 3)]
+
+
+# --- kept beside the decision -----------------------------------------------------------------------------------------
+
+
+def found(case: str = "normal") -> CaseFindings:
+    worst = (Token(3, 17, "nan", -1.25, None), Token(4, None, -2.0, -2.5, 0.5))
+    checks = (CaseCheck("runs"), CaseCheck("log_prob_error", False, 0.5, 1e-6, "normal: 0.5, limit 1e-06"))
+    return CaseFindings(case, 7, checks, (Spread("log_prob", 7, tuple(0.1 * i for i in range(9)), worst),))
+
+
+def test_what_is_stored_comes_back():
+    evidence = Evidence({"eager": [1.0, 2.0]}, {"eager": (found(), found("wide"))})
+    record = json.loads(json.dumps(evidence.record(), allow_nan=False))
+    again = Evidence.from_record(record)
+    assert again.seconds == evidence.seconds
+    assert again.cases["eager"][0].checks == evidence.cases["eager"][0].checks
+    assert again.cases["eager"][0].errors[0].worst == evidence.cases["eager"][0].errors[0].worst
+    assert again.record() == record  # rounded once
+
+
+def test_a_profile_without_the_cases_has_none():
+    assert Evidence.from_record({"seconds": {"eager": [1.0]}}) == Evidence({"eager": [1.0]})
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda record: record.update(seconds={"eager": "fast"}), "seconds.eager"),
+        (lambda record: record["cases"].update(eager=3), "cases.eager"),
+        (lambda record: record["cases"]["eager"][0].pop("rows"), "cases.eager.0.rows"),
+        (lambda record: record["cases"]["eager"][0]["checks"][0].update(passed="yes"), "cases.eager.0.checks.0.passed"),
+        (lambda record: record["cases"]["eager"][0]["errors"][0].update(what="sign"), "cases.eager.0.errors.0.what"),
+    ],
+)
+def test_a_foreign_file_is_told(damage, says):
+    record = json.loads(json.dumps(Evidence({}, {"eager": (found(),)}).record()))
+    damage(record)
+    with pytest.raises(ProfileError, match=f"its evidence has no valid {says}"):
+        Evidence.from_record(record)
+
+
+def test_candidates_that_are_taken_over_keep_what_the_check_found():
+    environment, store = environment_at(CPU), user_store()
+    key = environment.fingerprint()
+    serving.publish(store, decided(), Evidence({"cpp": [1.0]}, {"cpp": (found(),), "compiled": (found(),)}), CPU)
+    carried = {
+        **all_measured(),
+        "cpp": dataclasses.replace(measured("cpp"), measured_at="2026-01-02T03:04:05Z"),
+        "compiled": dataclasses.replace(measured("compiled"), measured_at="2026-01-02T03:04:05Z", checks=()),
+    }
+    evidence = Evidence({"eager": [1.0]}, {"eager": (found("wide"),)})
+    serving.publish(store, decided(candidates=carried), evidence, CPU)
+    stored = Evidence.from_record(store.evidence(key, LARGE))
+    assert stored.seconds == {"eager": [1.0]}
+    # Not of compiled, whose verdicts are others than those that were stored.
+    assert {name: cases[0].case for name, cases in stored.cases.items()} == {"eager": "wide", "cpp": "normal"}

@@ -1,0 +1,149 @@
+"""The gate stops every wrong backend for the right reason, and no right one."""
+
+import json
+
+import pytest
+import torch
+
+import compiled_logprobs as clp
+from compiled_logprobs.check.report import MEANING
+from compiled_logprobs.problem import Problem
+from tests.helpers.wrong_backends import RIGHT_BACKENDS, WRONG_BACKENDS, good
+
+SEEDS = 50
+
+
+@pytest.mark.parametrize("wrong", WRONG_BACKENDS, ids=lambda wrong: wrong.name)
+def test_a_wrong_backend_is_stopped_for_the_right_reason(wrong):
+    report = clp.check_backend(wrong.call)
+    assert not report.passed
+    assert wrong.reason in report.reasons
+    failed = next(check for check in report.checks if check.name == wrong.reason and not check.passed)
+    assert failed.detail
+
+
+def test_there_are_many_wrong_backends_and_each_kind_of_check_stops_one():
+    assert len(WRONG_BACKENDS) >= 20 and len(RIGHT_BACKENDS) >= 5
+    of_named_checks = {wrong.reason for wrong in WRONG_BACKENDS}
+    # Each error has a twin, the mean square, which the same mistakes trip; see the next test.
+    assert set(MEANING) - of_named_checks == {"entropy_rmse", "gradient_rmse"}
+
+
+def test_the_mean_square_has_verdicts_of_its_own():
+    report = clp.check_backend(lambda logits, labels: good(logits, labels) * 1.001)
+    assert {"log_prob_rmse", "gradient_rmse"} <= set(report.reasons)
+
+
+@pytest.mark.parametrize("right", RIGHT_BACKENDS, ids=lambda right: right.__name__)
+def test_no_right_backend_is_stopped_in_many_seeds(right):
+    """Small problems, in alternating dtypes and with whatever options the function has."""
+    for seed in range(SEEDS):
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
+        problem = Problem("cpu", 12, 3001, dtype, needs_grad=seed % 2 == 0, entropy=True, temperature="number")
+        report = clp.check_backend(right, problem, seed=seed)
+        assert report.passed, (seed, [check.detail for check in report.checks if not check.passed])
+
+
+@pytest.mark.parametrize("right", RIGHT_BACKENDS, ids=lambda right: right.__name__)
+def test_no_right_backend_is_stopped_by_default_inputs(right):
+    report = clp.check_backend(right)
+    assert report.passed, [check.detail for check in report.checks if not check.passed]
+    assert report.repeatable
+
+
+def test_the_compiled_idiom_of_a_user_passes():
+    """torch.compile over log_softmax and gather, as open-instruct and others have it."""
+
+    @torch.compile(dynamic=True)
+    def idiom(logits, labels):
+        log_p = torch.log_softmax(logits.float(), -1)
+        return log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(labels == -100, 0.0)
+
+    def compiled_log_softmax_and_gather(logits, labels):
+        return idiom(logits, labels)
+
+    for seed in range(3):
+        report = clp.check_backend(
+            compiled_log_softmax_and_gather, Problem("cpu", 12, 3001, torch.float32, needs_grad=True), seed=seed
+        )
+        assert report.passed, [check.detail for check in report.checks if not check.passed]
+
+
+def test_inputs_are_fresh_and_a_seed_repeats_them():
+    seen = []
+
+    def spy(logits, labels):
+        seen.append(logits.detach().clone())
+        return good(logits, labels)
+
+    problem = Problem("cpu", 4, 50, torch.float32)
+    one, other = clp.check_backend(spy, problem), clp.check_backend(spy, problem)
+    half = len(seen) // 2
+    assert one.seed != other.seed and not all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
+    seen.clear()
+    clp.check_backend(spy, problem, seed=one.seed), clp.check_backend(spy, problem, seed=one.seed)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(seen[:half], seen[half:], strict=True))
+
+
+def test_inputs_cover_what_the_design_lists():
+    seen = []
+
+    def spy(logits, labels):
+        seen.append((logits.detach(), labels.clone()))
+        return good(logits, labels)
+
+    clp.check_backend(spy, Problem("cpu", 48, 3001, torch.float32))
+    rows = {len(labels) for _, labels in seen}
+    assert {0, 1, 7, 33, 48} <= rows  # the bucket of 48 is 33 to 48
+    labels = torch.cat([labels for _, labels in seen])
+    assert {0, 3000, -100} <= set(labels.tolist())
+    assert {1023, 1024, 2047, 2048} <= set(labels.tolist())
+    values = [logits for logits, _ in seen if len(logits)]
+    assert any(x.isnan().any() for x in values)
+    assert any((x == -torch.inf).all(-1).any() for x in values)
+    assert any(x.min() > 9e3 for x in values) and any(x.max() < -9e3 for x in values)
+    assert any((x == x[:, :1]).all() for x in values)
+    assert any(x.stride(0) != 3001 and x.data_ptr() % 16 != 0 for x in values)
+
+
+def test_reports_are_plain_json():
+    report = clp.check_backend(good, Problem("cpu", 4, 50, torch.float32, needs_grad=True))
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["passed"] is True
+
+
+def test_row_invariance_is_recorded_and_no_failure():
+    def depends_on_the_batch(logits, labels):
+        return good(logits, labels) * (1.0 if len(labels) > 2 else 1.0 + 2**-23)
+
+    report = clp.check_backend(depends_on_the_batch, Problem("cpu", 12, 3001, torch.float32))
+    assert report.passed and report.row_invariant is False and report.repeatable
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_row_invariance_is_looked_for_among_many_rows(short):
+    def sums_otherwise_from_65_rows_on(logits, labels):
+        return good(logits, labels) * (1.0 if len(labels) < 65 else 1.0 + 2**-23)
+
+    problem = Problem("cpu", 512, 301, torch.float32)
+    report = clp.check_backend(sums_otherwise_from_65_rows_on, problem, short=short)
+    assert report.passed and report.row_invariant is False
+    assert clp.check_backend(sums_otherwise_from_65_rows_on, problem._replace(rows=64), short=short).row_invariant
+
+
+def test_row_invariance_is_looked_for_in_the_entropy():
+    def entropy_depends_on_the_batch(logits, labels, return_entropy=False):
+        out = clp.log_probs_from_logits(logits, labels, return_entropy=True, backend="eager")
+        return out.log_probs, out.entropy * (1.0 if len(labels) > 2 else 1.0 + 2**-22)
+
+    report = clp.check_backend(entropy_depends_on_the_batch, Problem("cpu", 12, 301, torch.float32, entropy=True))
+    assert report.passed and report.row_invariant is False
+
+
+def test_a_function_whose_signature_cannot_be_read():
+    with pytest.raises(clp.InputError, match="whose signature cannot be read"):
+        clp.check_backend(min)
+
+
+def test_a_backend_that_cannot_run_the_problem():
+    with pytest.raises(clp.BackendUnavailable, match="needs a CUDA or ROCm device"):
+        clp.check_backend("flash_attn", device="cpu")

@@ -1,0 +1,84 @@
+"""A few rows at the full size: what is right passes whatever the options, what is wrong in the looked-at rows does not."""
+
+import itertools
+
+import pytest
+import torch
+
+from compiled_logprobs.backends.eager import Eager
+from compiled_logprobs.check.spot_check import what_is_wrong
+from compiled_logprobs.problem import Problem
+from compiled_logprobs.tuning.rounds import Measurement
+
+PROBLEM = Problem("cpu", rows=96, vocab=4099, dtype=torch.float32, aligned=False)
+OPTIONS = {
+    "forward": {},
+    "backward": {"needs_grad": True},
+    "entropy": {"needs_grad": True, "entropy": True, "temperature": "per_token"},
+    "in place, masked, many labels": {
+        "needs_grad": True,
+        "inplace_backward": True,
+        "masked_logits": True,
+        "labels_per_row": 3,
+        "temperature": "number",
+    },
+    "three dimensions": {"layout": "other", "needs_grad": True, "entropy": True},
+    "results as the logits": {"out_dtype": torch.bfloat16, "needs_grad": True, "entropy": True},
+}
+
+
+def measured(backend, problem):
+    measurement = Measurement(problem, {"eager": Eager(), "other": backend})
+    list(measurement.rounds(0))
+    return measurement.runs["other"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_what_is_right_passes(options, dtype):
+    for _ in range(5):  # the inputs are drawn anew
+        run = measured(Eager(), PROBLEM._replace(dtype=dtype, **options))
+        assert run.alive, run.reason
+
+
+class WrongFrom(Eager):
+    """Right for few rows; with many, an offset overflows: the last rows are those of the first."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def forward(self, logits, labels, temperature, *, entropy):
+        log_probs, entropies, residuals = super().forward(logits, labels, temperature, entropy=entropy)
+        if self.what == "log_probs" and len(logits) > 50:
+            log_probs[50:] = log_probs[: len(logits) - 50].clone()
+        if self.what == "entropy" and len(logits) > 50:
+            entropies[50:] = entropies[: len(logits) - 50].clone()
+        return log_probs, entropies, residuals
+
+    def backward(self, logits, *rest, inplace):
+        gradient = super().backward(logits, *rest, inplace=inplace)
+        if self.what == "gradient" and len(gradient) > 50:
+            gradient[50:] = gradient[: len(gradient) - 50].clone()
+        return gradient
+
+
+@pytest.mark.parametrize(
+    ("what", "dtype"), list(itertools.product(["log_probs", "entropy", "gradient"], [torch.float32, torch.bfloat16]))
+)
+def test_what_is_wrong_with_many_rows_only_is_found(what, dtype):
+    problem = PROBLEM._replace(dtype=dtype, needs_grad=True, entropy=True)
+    run = measured(WrongFrom(what), problem)
+    named = {"log_probs": "log-probability", "entropy": "entropy", "gradient": "gradient"}[what]
+    assert run.outcome == "wrong"
+    assert run.reason.startswith(f"with 96 rows, the {named} of row ")
+    assert measured(WrongFrom(what), problem._replace(rows=48)).alive
+
+
+def test_nan_is_wrong_where_the_truth_is_finite():
+    logits, labels = torch.randn(4, 9), torch.randint(9, (4, 1))
+    right = torch.log_softmax(logits, -1).gather(-1, labels)
+    upstream = [torch.ones(4, 1)]
+    problem = Problem("cpu", 4, 9, torch.float32)
+    assert what_is_wrong(problem, logits, labels, 1.0, upstream, [right], None) is None
+    found = what_is_wrong(problem, logits, labels, 1.0, upstream, [right * torch.nan], None)
+    assert found == "with 4 rows, the log-probability of row 0 is off by inf"

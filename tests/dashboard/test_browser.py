@@ -1,0 +1,287 @@
+"""The dashboard in a real browser, on the profile that ships with the project: what no test without one can see.
+
+Any error in the browser's console, and any request to another place than the server, fails the test. Pictures of all pages are
+put into build/screenshots, to be looked at.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.dashboard_server import dashboard
+
+pytest.importorskip("streamlit", reason="the extra `dashboard` is not installed")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+CHROMIUM = Path("/usr/bin/chromium")
+pytestmark = pytest.mark.skipif(
+    not CHROMIUM.exists(), reason=f"{CHROMIUM} is not there; `apt-get install chromium` brings it"
+)
+
+REPOSITORY = Path(__file__).parent.parent
+PICTURES = REPOSITORY / "build" / "screenshots"
+PAGES = ["decide", "compare", "throughput", "memory", "sign_check", "live_gpu", "run", "profiles"]
+LOOKS = {
+    "light": {"color_scheme": "light", "viewport": {"width": 1280, "height": 1600}},
+    "dark": {"color_scheme": "dark", "viewport": {"width": 1280, "height": 1600}},
+    "narrow": {"color_scheme": "light", "viewport": {"width": 390, "height": 1600}},
+}
+ARGUMENTS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--disable-sync", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update"),
+]
+LIMIT_MS = 60_000
+LONGEST = 12_000
+"""Pixels down that a picture shows."""
+STILL = """() => {
+    const app = document.querySelector('[data-testid="stApp"]');
+    return app && app.getAttribute('data-test-script-state') === 'notRunning' && app.querySelector('h1')
+        && !app.querySelector('[data-testid="stSkeleton"]') && !app.querySelector('[data-stale="true"]');
+}"""
+"""Whether the page has been computed, and all of it is shown."""
+DRAWN = "() => [...document.querySelectorAll('.js-plotly-plot')].every(one => one._fullLayout)"
+TOO_WIDE = """() => [document.scrollingElement, document.querySelector('[data-testid="stMain"]')]
+    .some(element => element.scrollWidth > element.clientWidth + 1)"""
+HEIGHT = """() => document.querySelector('[data-testid="stMain"]').scrollHeight"""
+CLICK_PLACE = """([rows, vocab]) => {
+    for (const chart of document.querySelectorAll('.js-plotly-plot')) {
+        for (const trace of chart._fullData) {
+            const place = (trace.customdata || []).findIndex(([n, v]) => n === rows && v === vocab);
+            if (place < 0 || !['markers', 'markers+text'].includes(trace.mode)) continue;
+            chart.scrollIntoView({block: 'center'});
+            const box = chart.getBoundingClientRect(), {xaxis, yaxis} = chart._fullLayout;
+            const along = (axis, value) => axis._offset + axis.c2p(axis.d2c(value));
+            return [box.left + along(xaxis, trace.x[place]), box.top + along(yaxis, trace.y[place])];
+        }
+    }
+}"""
+"""Where on the screen the square of these N and V is."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with dashboard(tmp_path_factory.mktemp("user"), cwd=REPOSITORY) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def visit(server, browser):
+    """Opens pages of the dashboard; at the end, nothing may have gone wrong in any of them."""
+    contexts, complaints = [], []
+
+    def allowed(url: str) -> bool:
+        own = (f"{server.url}/", server.url.replace("http", "ws", 1) + "/", "data:", f"blob:{server.url}/")
+        return url.startswith(own)
+
+    def hear(message):
+        # Streamlit looks for its own place under a page's address first; these 404 are its way to find that it is not there.
+        probe = re.fullmatch(
+            re.escape(server.url) + r"/\w+/_stcore/(health|host-config)", message.location.get("url", "")
+        )
+        if message.type == "error" and not probe:
+            complaints.append(f"console: {message.text} ({message.location.get('url')})")
+
+    def open_page(name: str = "", look: str = "light", query: str = "", context=None):
+        if context is None:
+            context = browser.new_context(**LOOKS[look])
+            contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(LIMIT_MS)
+        page.on("console", hear)
+        page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
+        page.on("request", lambda request: allowed(request.url) or complaints.append(f"request: {request.url}"))
+        page.on("websocket", lambda socket: allowed(socket.url) or complaints.append(f"websocket: {socket.url}"))
+        page.goto(f"{server.url}/{name}{query}")
+        settle(page)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def settle(page) -> None:
+    page.wait_for_function(STILL)
+
+
+def has(page, text: str):
+    """Wait until the page shows `text`."""
+    found = page.get_by_text(text, exact=False).first
+    found.wait_for()
+    return found
+
+
+def picture(page, name: str) -> None:
+    """All of the page, which scrolls inside of a frame as high as the screen, as if the screen were as high as the page."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    screen = page.viewport_size
+    height = page.evaluate(HEIGHT)
+    page.set_viewport_size({**screen, "height": min(LONGEST, max(screen["height"], height))})
+    settle(page)
+    page.wait_for_function(DRAWN)
+    assert height > LONGEST or page.evaluate(HEIGHT) <= page.viewport_size["height"] + 200, "the picture is cut off"
+    page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
+    page.set_viewport_size(screen)
+
+
+def number(page, label: str):
+    """The field for a number of that label."""
+    return page.get_by_role("spinbutton", name=label)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_every_page_in_every_look(server, visit, look):
+    page = visit(look=look)
+    for name in PAGES:
+        page.goto(f"{server.url}/{'' if name == 'decide' else name}")
+        settle(page)
+        picture(page, f"{name}-{look}")
+        assert page.get_by_test_id("stException").count() == 0, name
+        assert page.locator("h1").count() == 1, name
+        assert not page.evaluate(TOO_WIDE), f"{name} is wider than the screen"
+        background = page.evaluate(
+            "() => getComputedStyle(document.querySelector('[data-testid=\"stApp\"]')).backgroundColor"
+        )
+        light = sum(map(int, re.findall("[0-9]+", background)[:3])) > 3 * 128
+        assert light == (look != "dark"), name
+
+
+def test_the_landing_page_answers_at_once(visit):
+    page = visit()
+    assert re.match("Use [a-z_]+: [0-9.]+x faster than eager", has(page, "faster than eager").inner_text())
+    for label in ("A call", "Extra memory", "Bandwidth", "Checks passed"):
+        has(page, label)
+
+
+def test_the_menu_leads_to_all_pages(visit):
+    page = visit()
+    links = page.get_by_test_id("stSidebarNavLink")
+    assert [text.splitlines()[-1] for text in links.all_inner_texts()] == [
+        "Decide",
+        "Compare",
+        "Throughput",
+        "Memory",
+        "Sign check",
+        "Live GPU",
+        "Run",
+        "Profiles",
+    ]
+    for place, name in enumerate(PAGES):
+        links.nth(place).click()
+        page.wait_for_url(re.compile(rf"/{'' if name == 'decide' else name}(\?.*)?$"))
+        settle(page)
+        assert page.get_by_test_id("stException").count() == 0, name
+
+
+def test_a_click_on_the_winner_map_sets_the_shape(visit):
+    page = visit()
+    rows, vocab = number(page, "N, rows"), number(page, "V, vocabulary")
+    page.wait_for_function("() => document.querySelector('.js-plotly-plot')?._fullLayout")
+    before = int(rows.input_value()), int(vocab.input_value())
+    squares = page.evaluate(
+        "() => [...document.querySelectorAll('.js-plotly-plot')].flatMap(one => one._fullData)"
+        ".filter(trace => (trace.mode || '').includes('text')).flatMap(trace => trace.customdata || [])"
+    )
+    target = next(square for square in squares if tuple(square) != before)
+    page.mouse.click(*page.evaluate(CLICK_PLACE, target))
+    sync_api.expect(rows).to_have_value(str(target[0]))
+    sync_api.expect(vocab).to_have_value(str(target[1]))
+    settle(page)
+    for name, old, new in zip(("rows", "vocab"), before, target, strict=True):
+        if new != old:
+            sync_api.expect(page).to_have_url(re.compile(f"{name}={new}"))
+    assert has(page, "faster than eager").is_visible()
+
+
+def test_a_deep_link_leads_to_what_it_names(visit):
+    page = visit(query="?rows=64&vocab=128256&dtype=float32&mode=forward")
+    sync_api.expect(number(page, "N, rows")).to_have_value("64")
+    sync_api.expect(number(page, "V, vocabulary")).to_have_value("128256")
+    has(page, "--rows 64")
+    # And the other pages go on with it.
+    page.get_by_test_id("stSidebarNavLink").filter(has_text="Throughput").click()
+    settle(page)
+    sync_api.expect(number(page, "V, vocabulary")).to_have_value("128256")
+
+
+@pytest.mark.parametrize(
+    "query", ["?rows=-5&vocab=x&dtype=int8&mode=%3Cb%3E", "?profile=%00..%2f..%2fetc", "?rows=" + "9" * 400]
+)
+def test_a_link_that_makes_no_sense_harms_nothing(visit, query):
+    page = visit(query=query)
+    assert page.get_by_test_id("stException").count() == 0
+    has(page, "Use ")
+
+
+def choose(page, label: str, *values: str) -> None:
+    """Type values into a box that takes several."""
+    box = page.get_by_role("combobox", name=re.compile(label))
+    for value in values:
+        box.click()
+        box.press_sequentially(value)
+        box.press("Enter")
+    box.press("Escape")
+    settle(page)
+
+
+def fill(page, *rows: str) -> None:
+    """Ask for problems so small that each takes about a second."""
+    choose(page, "Vocabulary", "512")
+    choose(page, "Rows", *rows)
+    choose(page, "Dtype", "float32")
+    choose(page, "Mode", "forward")
+    choose(page, "Backends", "eager")
+    budget = number(page, "Seconds for each problem")
+    budget.fill("2")
+    budget.press("Enter")
+    settle(page)
+    has(page, f"--rows={','.join(rows)}")
+
+
+def test_a_run_goes_to_its_end_survives_a_reload_and_another_is_cancelled(visit):
+    page = visit("run")
+    fill(page, "4", "8", "16")
+    start = page.get_by_role("button", name="Start")
+    sync_api.expect(start).to_be_enabled()
+    start.click()
+    has(page, "A run is going on")
+    page.reload()
+    has(page, "A run is going on")
+    sync_api.expect(page.get_by_role("button", name="Start")).to_be_disabled()
+    other = visit("run", context=page.context)
+    has(other, "A run is going on")
+    has(page, "The last run has finished")
+    has(page, "3 of 3 problems decided, 3 of them measured by this run.")
+    has(page, "Leaderboard")
+    has(other, "The last run has finished")
+    picture(page, "run-finished")
+    other.close()
+
+    page.reload()
+    settle(page)
+    fill(page, *[str(2**n) for n in range(5, 17)])
+    page.get_by_role("button", name="Start").click()
+    has(page, "A run is going on")
+    page.get_by_text(re.compile("[1-9] of 12 problems")).first.wait_for()
+    page.screenshot(path=PICTURES / "run-going-on.png")
+    page.get_by_role("button", name="Cancel").click()
+    has(page, "The last run was cancelled")
+    kept = has(page, "of 12 problems decided").inner_text()
+    assert 1 <= int(kept.split()[0]) < 12
+    settle(page)
+    sync_api.expect(page.get_by_text("Log", exact=True)).to_have_count(1)
+    picture(page, "run-cancelled")
+    sync_api.expect(page.get_by_role("button", name="Start")).to_be_enabled()
+    page.goto(page.url.replace("/run", "/profiles"))  # where what was kept is listed
+    settle(page)
+    page.get_by_text("yours").first.wait_for(state="attached")  # drawn on a canvas, and told beside it

@@ -1,0 +1,88 @@
+"""The report: one file that needs nothing else."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from compiled_logprobs_dashboard import data, index
+from compiled_logprobs_dashboard.report import POLICY, report
+
+from tests.helpers import dashboard_stores as stores
+
+
+class Page(HTMLParser):
+    """The text and the attributes of what is not a script."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.tags, self.attributes, self.depth = "", [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *one) for one in attrs]
+        self.depth.append(tag)
+
+    def handle_endtag(self, tag):
+        while self.depth and self.depth.pop() != tag:
+            pass
+
+    def handle_data(self, text):
+        if "script" not in self.depth and "style" not in self.depth:
+            self.text += text + " "
+
+
+@pytest.fixture
+def made(scenario, tmp_path):
+    def make(name: str) -> Page:
+        scenario(name)
+        tables = index.load(index.sources(), tmp_path / "index")
+        source, environment = next(iter(data.profile_labels(tables).values()))
+        return Page(report(tables, source, environment, "2026-11-24 12:00 UTC"))
+
+    return make
+
+
+@pytest.mark.parametrize("name", [name for name in stores.SCENARIOS if name != "no profile"])
+def test_it_asks_for_nothing(made, name):
+    page = made(name)
+    fetched = [one for one in page.attributes if one[1] in ("src", "href", "action", "srcset", "data", "poster")]
+    assert fetched == [("link", "href", "data:,")]
+    assert ("meta", "content", POLICY) in page.attributes and "default-src 'none'" in POLICY and "http" not in POLICY
+    assert not {"iframe", "object", "embed", "form", "base"} & set(page.tags)
+    assert not [one for one in page.attributes if one[1].startswith("on")]
+
+
+def test_it_says_what_was_measured(made):
+    page = made("many")
+    for text in (
+        "36 decisions",
+        stores.here().torch,
+        "6.67x (6.34 to 7.00)",
+        "FASTER_CLEAR",
+        "TIE_SIMPLEST",
+        "30 ms",
+        "148 MiB",
+    ):
+        assert text in page.text, text
+    assert page.tags.count("h3") == 4, "a map for each mode and dtype"
+    labels = [value for tag, name, value in page.attributes if name == "aria-label"]
+    assert len(labels) == 4 and all("squares" in label for label in labels)
+
+
+def test_what_was_not_measured_is_not_0(made):
+    page = made("partial")
+    assert re.search(r"backward\s+bfloat16\s+512\s+151936\s+128\s+cpp", page.text), "timed with fewer rows"
+    assert "not measured" in page.text and not re.search(r"\b0 (ms|MiB|%)", page.text)
+
+
+def test_failures_are_told(made):
+    page = made("all failed")
+    for text in ("✗ WRONG", "row 3 is off by 0.7", "the worker ended with signal 11", "✗ out of memory"):
+        assert text in page.text
+
+
+def test_hostile_names_stay_text(made):
+    page = made("hostile")
+    assert stores.HOSTILE in page.text, "escaped once, so that it reads as it is"
+    assert "b" not in page.tags and "a" not in page.tags

@@ -1,0 +1,199 @@
+"""Whom the dashboard's server answers: a real one, asked over real sockets."""
+
+import base64
+import http.client
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.dashboard_server import dashboard
+
+pytest.importorskip("streamlit", reason="the extra `dashboard` is not installed")
+PATHS = [
+    "/",
+    "/run",
+    "/_stcore/health",
+    "/_stcore/host-config",
+    "/_stcore/upload_file/0/0",
+    "/_stcore/stream",
+    "/_stcore/metrics",
+    "/media/x",
+    "/static/x",
+    "/app/static/x",
+    "/component/x/y",
+    "/..%2f..%2fetc/passwd",
+]
+FOREIGN_HOSTS = [
+    "evil.example",
+    "evil.example:{port}",
+    "127.0.0.1.evil.example:{port}",
+    "localhost.evil.example",
+    "127.0.0.1:{port}@evil.example",
+    "evil.example@127.0.0.1:{port}",
+    "0.0.0.0:{port}",
+    "127.0.0.1:{port}x",
+    "127.0.0.1:99999999",
+    "127.0.0.1:{port}/",
+    "[::1]:{port}",
+    "",
+]
+FOREIGN_ORIGINS = [
+    "http://evil.example",
+    "https://127.0.0.1:{port}",
+    "http://127.0.0.1",
+    "http://127.0.0.1:1",
+    "http://localhost:{port}",
+    "http://127.0.0.1:{port}.evil.example",
+    "http://127.0.0.1:{port}/",
+    "null",
+    "file://",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user")
+    # A user's own settings that would open the server to the world.
+    (folder / ".streamlit").mkdir()
+    (folder / ".streamlit" / "config.toml").write_text(
+        '[server]\naddress = "0.0.0.0"\nallowedHosts = ["*"]\nenableCORS = false\nenableXsrfProtection = false\n'
+        "maxUploadSize = 1000\nenableStaticServing = true\n[browser]\ngatherUsageStats = true\n"
+    )
+    environment = {"STREAMLIT_SERVER_ADDRESS": "0.0.0.0", "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "true"}
+    with dashboard(folder, **environment) as running:
+        yield running
+
+
+def ask(server, path: str, method: str = "GET", body: bytes | None = None, **headers: str):
+    """Status, headers and body. The Host is this server's unless it is among `headers`."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+    for name, value in {"host": f"127.0.0.1:{server.port}", **headers}.items():
+        connection.putheader(name.replace("_", "-"), value)
+    if body is not None:
+        connection.putheader("content-length", str(len(body)))
+    connection.endheaders(body)
+    answer = connection.getresponse()
+    found = answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+    connection.close()
+    return found
+
+
+def handshake(server, **headers: str) -> int:
+    """The status with which a WebSocket is accepted (101) or refused."""
+    key = base64.b64encode(os.urandom(16)).decode()
+    lines = {
+        "Host": f"127.0.0.1:{server.port}",
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Key": key,
+        "Sec-WebSocket-Version": "13",
+        **headers,
+    }
+    request = "GET /_stcore/stream HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(request.encode() + b"\r\n")
+        return int(connection.recv(100).split()[1])
+
+
+def test_it_listens_on_this_machine_alone(server):
+    if sys.platform != "linux":
+        pytest.skip("/proc/net/tcp is Linux's")
+    listening = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            fields = line.split()
+            address, _, port = fields[1].partition(":")
+            if fields[3] == "0A" and int(port, 16) == server.port:
+                listening[table] = address
+    assert listening == {"tcp": "0100007F"}
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
+def test_it_answers_this_machine(server, name):
+    host = f"{name}:{server.port}"
+    assert ask(server, "/", host=host)[0] == 200
+    assert ask(server, "/", host=host, origin=f"http://{host}")[0] == 200
+    assert handshake(server, Host=host, Origin=f"http://{host}") == 101
+    assert handshake(server, Host=host) == 101
+
+
+def test_it_answers_through_a_tunnel_with_another_port(server):
+    host = "localhost:9999"
+    assert ask(server, "/", host=host, origin=f"http://{host}")[0] == 200
+    assert handshake(server, Host=host, Origin=f"http://{host}") == 101
+
+
+@pytest.mark.parametrize("host", FOREIGN_HOSTS)
+def test_a_foreign_host_gets_403(server, host):
+    host = host.format(port=server.port)
+    assert {ask(server, path, host=host)[0] for path in PATHS} == {403}
+    assert {ask(server, path, method, host=host)[0] for path in PATHS for method in ("POST", "PUT", "OPTIONS")} == {403}
+    assert handshake(server, Host=host) == 403
+
+
+@pytest.mark.parametrize("origin", FOREIGN_ORIGINS)
+def test_a_foreign_origin_gets_403(server, origin):
+    origin = origin.format(port=server.port)
+    assert {ask(server, path, origin=origin)[0] for path in PATHS} == {403}
+    assert {ask(server, path, method, origin=origin)[0] for path in PATHS for method in ("POST", "PUT", "OPTIONS")} == {
+        403
+    }
+    assert handshake(server, Origin=origin) == 403
+
+
+def test_two_hosts_are_none(server):
+    request = f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nHost: evil.example\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(request.encode())
+        assert connection.recv(100).split()[1] in (b"400", b"403")
+
+
+def test_a_refusal_says_what_is_valid_and_nothing_else(server):
+    status, headers, body = ask(server, "/", host="evil.example")
+    assert (status, body) == (403, b"This dashboard serves 127.0.0.1 and localhost, and pages of its own, only.\n")
+    assert "access-control-allow-origin" not in headers
+
+
+@pytest.mark.parametrize("path", ["/", "/_stcore/health", "/_stcore/host-config", "/media/none", "/static/none.js"])
+def test_no_page_can_frame_it_or_read_it_and_it_loads_from_nowhere_else(server, path):
+    _, headers, _ = ask(server, path)
+    policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == "'self'" and policy["frame-ancestors"] == "'none'"
+    assert policy["connect-src"] == f"'self' ws://127.0.0.1:{server.port}"
+    allowed = {word for value in policy.values() for word in value.split()}
+    assert not [
+        word for word in allowed if "*" in word or ("//" in word and not word.endswith(f"127.0.0.1:{server.port}"))
+    ]
+    assert headers["x-frame-options"] == "DENY" and headers["x-content-type-options"] == "nosniff"
+    assert headers["cross-origin-resource-policy"] == headers["cross-origin-opener-policy"] == "same-origin"
+    assert headers["referrer-policy"] == "no-referrer"
+
+
+def test_an_upload_without_the_token_is_refused(server):
+    """XSRF protection is on, whatever the user's own settings say."""
+    session = "/_stcore/upload_file/00000000-0000-0000-0000-000000000000/1"
+    status, _, _ = ask(server, session, "PUT", b"{}", origin=f"http://127.0.0.1:{server.port}")
+    assert status in (400, 403)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/app/static/app.py", "/..%2fapp.py", "/static/..%2f..%2fapp.py", "/%2e%2e/server.py", "/media/..%2f..%2fapp.py"],
+)
+def test_no_path_leads_to_a_file(server, path):
+    _, _, body = ask(server, path)
+    assert b"streamlit as st" not in body and b"set_page_config" not in body
+
+
+def test_nothing_of_the_users_settings_came_through(server):
+    from compiled_logprobs_dashboard.__main__ import SETTINGS
+
+    assert SETTINGS["browser.gatherUsageStats"] is False and SETTINGS["server.enableCORS"] is True
+    assert SETTINGS["server.enableXsrfProtection"] is True and SETTINGS["server.maxUploadSize"] == 8
+    _, headers, _ = ask(server, "/_stcore/health", origin=f"http://127.0.0.1:{server.port}")
+    assert headers.get("access-control-allow-origin") != "*"

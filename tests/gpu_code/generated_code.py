@@ -1,0 +1,540 @@
+"""The code that torch.compile would run on a GPU, generated and assembled on a machine that has none.
+
+All of torch's and triton's private interfaces that `inspect` needs are used here and nowhere else. Inductor compiles for fake
+CUDA tensors and a described device, and is stopped when the code is written. That code is then run on tensors without memory,
+where its launches are recorded, and each kernel is assembled with the ptxas of triton's wheel, in every configuration that
+the autotuner could choose.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from compiled_logprobs.errors import BackendUnavailable, LogProbsError
+from tests.gpu_code.data_sheets import Gpu
+
+TESTED_WITH = "torch 2.13.0 and triton 3.7.1"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One configuration of a kernel, and what the assembler says of it."""
+
+    constants: dict[str, Any]
+    """Block sizes and other parameters that are known when it is compiled."""
+    warps: int
+    registers: int
+    """A thread."""
+    spilled_bytes: int
+    """Stack and local memory a thread."""
+    shared_bytes: int
+    """Of a program."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A Triton kernel."""
+
+    name: str
+    source: str
+    """Of the function alone."""
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call of a kernel. Tensors are on the meta device: they have shapes and an identity, and no values."""
+
+    kernel: Kernel
+    arguments: dict[str, Any]
+    """By the names of the kernel's parameters: tensors and numbers."""
+    grid: tuple[int, ...] = ()
+    """Where it is known."""
+
+
+@dataclass
+class Program:
+    """What a function does on the GPU."""
+
+    launches: list[Launch] = field(default_factory=list)
+    operations: list[tuple[str, int]] = field(default_factory=list)
+    """Operations that are not generated but torch's own: name, and bytes of their tensors."""
+    buffers: list[Tensor] = field(default_factory=list)
+    """What was allocated, outputs included."""
+    results: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The module that Inductor wrote, and what its `call` takes."""
+
+    source: str
+    inputs: tuple[str, ...]
+    """Python expressions over the function's arguments, by name in a dictionary `L`."""
+
+
+class _Written(BaseException):
+    """Raised when the code is there; not an Exception, which torch would translate."""
+
+
+def generate(
+    function: Callable[..., Any],
+    arguments: Mapping[str, Tensor],
+    gpu: Gpu,
+    mark: Callable[[Sequence[Tensor]], None] | None = None,
+) -> Generated:
+    """What Inductor writes for `function(**arguments)` on `gpu`.
+
+    Args:
+        function: a function that torch.compile takes whole.
+        arguments: tensors on the meta device.
+        gpu: the device to compile for.
+        mark: marks dimensions of the arguments as dynamic, as it is to be done before each call.
+
+    Raises:
+        BackendUnavailable: torch or triton is not as expected.
+    """
+    found: list[str] = []
+    inputs: list[str] = []
+
+    def backend(graph: Any, example_inputs: list[Any]) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        inputs.extend(_source_of(node) for node in graph.graph.nodes if node.op == "placeholder")
+        return compile_fx(graph, example_inputs)
+
+    def save(source: str) -> None:
+        found.append(source)
+        raise _Written
+
+    with _translated("generate code"), _described(gpu) as stack:
+        import torch._functorch.config
+        import torch._inductor.config
+        from torch._inductor.graph import GraphLowering
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        stack.enter_context(patch.object(GraphLowering, "save_output_code", save))
+        # The code is to be generated, not found, nor compiled meanwhile by other processes; and it is not to be told which
+        # configuration won earlier on.
+        settings = {"fx_graph_cache": False, "autotune_local_cache": False, "compile_threads": 1}
+        stack.enter_context(torch._inductor.config.patch(settings))
+        stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(FakeTensorMode(shape_env=ShapeEnv()))
+        fakes = {
+            name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+            for name, tensor in arguments.items()
+        }
+        if mark is not None:
+            mark(list(fakes.values()))
+        with suppress(_Written):
+            torch.compile(function, fullgraph=True, backend=backend)(**fakes)
+        if len(found) != 1:
+            raise RuntimeError(f"Inductor wrote {len(found)} modules")
+    return Generated(found[0], tuple(inputs))
+
+
+def run(
+    generated: Generated,
+    arguments: Mapping[str, Any],
+    kernel: Callable[[str, str], Any],
+    allocate: Callable[..., Tensor],
+) -> Any:
+    """Execute the module that Inductor wrote, with other kernels and another allocator than its own.
+
+    Args:
+        generated: the module.
+        arguments: of the function, on any device.
+        kernel: makes an object that has `run` from a kernel's name and source.
+        allocate: makes a tensor from shape, stride and dtype.
+    """
+    call = load(generated, kernel, allocate)
+    return call([eval(expression, {"L": arguments}) for expression in generated.inputs])
+
+
+def load(
+    generated: Generated, kernel: Callable[[str, str], Any], allocate: Callable[..., Tensor]
+) -> Callable[[list[Any]], Any]:
+    """The function `call` of the module that Inductor wrote, with other kernels and another allocator than its own."""
+    with _translated("execute the generated code"):
+        import torch._C
+        import torch._inductor.async_compile as async_compile
+
+        compiler = SimpleNamespace(
+            triton=lambda name, source, device_str: kernel(name, source), wait=lambda scope: None
+        )
+        module: dict[str, Any] = {"__name__": "generated"}
+        with (
+            patch.object(async_compile, "AsyncCompile", lambda: compiler),
+            patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True),
+        ):
+            exec(compile(generated.source, "generated", "exec"), module)
+        module.update(
+            empty_strided_cuda=allocate,
+            reinterpret_tensor=torch.as_strided,
+            copy_if_misaligned=lambda tensor: tensor,
+            get_raw_stream=lambda index: 0,
+        )
+        inner = module["call"]
+
+    def call(arguments: list[Any]) -> Any:
+        with (
+            patch.object(torch.cuda, "_DeviceGuard", _no_device_guard),
+            patch.object(torch.cuda, "set_device", lambda index: None),
+        ):
+            return inner(arguments)
+
+    return call
+
+
+def record(generated: Generated, calls: Sequence[Mapping[str, Tensor]], gpu: Gpu) -> Program:
+    """Run the generated module on tensors without memory, once for each of `calls`, and assemble its kernels for `gpu`."""
+    program = Program()
+    kernels: dict[str, tuple[Kernel, list[str]]] = {}
+
+    class Recorder:
+        def __init__(self, name: str, source: str) -> None:
+            if name not in kernels:
+                kernels[name] = _assembled(name, source, gpu)
+            self.kernel, self.parameters = kernels[name]
+
+        def run(self, *arguments: Any, stream: int) -> None:
+            named = dict(zip(self.parameters, arguments, strict=False))
+            program.launches.append(Launch(self.kernel, named))
+
+    def allocate(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        with recorded.paused():
+            tensor = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        program.buffers.append(tensor)
+        return tensor
+
+    recorded = _Operations(program)
+    with _translated("execute the generated code"), recorded:
+        for arguments in calls:
+            results = run(generated, arguments, Recorder, allocate)
+            program.results += [result for result in results if isinstance(result, Tensor)]
+    return program
+
+
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's gap
+    """Notes the operations of torch that are executed, apart from views and allocations."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # likewise
+        self.program, self.off = program, False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.off = True
+        try:
+            yield
+        finally:
+            self.off = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.off or not isinstance(result, Tensor) or func.is_view:
+            return result
+        if not any(result is one for one in args):
+            self.program.buffers.append(result)
+        if "empty" not in str(func):
+            flat = [part for one in (*args, result) for part in (one if isinstance(one, list | tuple) else [one])]
+            size = sum(one.numel() * one.element_size() for one in flat if isinstance(one, Tensor))
+            self.program.operations.append((str(func), size))
+        return result
+
+
+def record_eager(function: Callable[[], Any]) -> list[tuple[str, int]]:
+    """The operations that `function` executes without being compiled: name, and bytes of their tensors."""
+    program = Program()
+    with _Operations(program):
+        function()
+    return program.operations
+
+
+def record_launches(
+    function: Callable[[], Any], kernels: Mapping[str, Any], gpu: Gpu, install: Callable[[str, Any], None]
+) -> Program:
+    """What `function` launches, of kernels that are written by hand.
+
+    Args:
+        function: calls the kernels as `kernel[grid](*arguments, **options)` on tensors on the meta device.
+        kernels: the kernels by name, each a function under triton.jit, and perhaps under triton.heuristics.
+        gpu: the device to assemble them for.
+        install: puts something else in the place of the kernel of that name.
+    """
+    program = Program()
+
+    class Recorder:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*arguments: Any, **options: Any) -> None:
+                named = {**dict(zip(self.kernel.arg_names, arguments, strict=False)), **options}
+                program.launches.append(_hand_written(self.name, self.kernel, named, grid, gpu))
+
+            return launch
+
+    with _translated("assemble the kernels"):
+        try:
+            for name, kernel in kernels.items():
+                install(name, Recorder(name, kernel))
+            with _Operations(program):
+                results = function()
+        finally:
+            for name, kernel in kernels.items():
+                install(name, kernel)
+    program.results = [one for one in results if isinstance(one, Tensor)]
+    return program
+
+
+def heuristics(source: str) -> tuple[Any, list[Any]]:
+    """The function of a kernel's source under triton.jit, and the configurations that the autotuner tries."""
+    from torch._inductor.runtime import triton_heuristics
+
+    found: list[tuple[Any, list[Any]]] = []
+
+    def collect(original: Callable[..., Any]) -> Callable[..., Any]:
+        def decorate(**options: Any) -> Callable[[Any], Any]:
+            meta = options["triton_meta"]
+            configurations = original(**{**options, "triton_meta": meta, "return_configs": True})
+            return lambda function: found.append((function, configurations))
+
+        return decorate
+
+    with ExitStack() as stack:
+        for name in ("pointwise", "reduction", "persistent_reduction"):
+            stack.enter_context(patch.object(triton_heuristics, name, collect(getattr(triton_heuristics, name))))
+        _executed(source)
+    return found[0]
+
+
+def _executed(source: str) -> Any:
+    """The module of a kernel's source, from a file, where triton looks for it."""
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.runtime import triton_helpers
+
+    _, path = PyCodeCache.write(source)
+    module: dict[str, Any] = {"__name__": Path(path).stem, "__file__": path}
+    with patch.object(triton_helpers, "set_driver_to_gpu", lambda: None):
+        exec(compile(source, path, "exec"), module)
+    return module
+
+
+def _assembled(name: str, source: str, gpu: Gpu) -> tuple[Kernel, list[str]]:
+    with _translated("assemble the kernels"), _described(gpu):
+        import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]  # no stubs, and optional
+        from triton.compiler import ASTSource  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+        tuner = _executed(source)[name]
+        candidates = []
+        for configuration in tuner.configs:
+            meta = tuner._create_compile_meta(configuration)
+            binary = triton.compile(
+                ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0]),
+                target=_target(gpu),
+                options=tuner._create_compile_options(configuration, meta),
+            )
+            candidates.append(_candidate(binary, configuration.kwargs, configuration.num_warps))
+        function = "@triton.jit\n" + source.split("@triton.jit\n", 1)[1]
+        return Kernel(name, function, tuple(candidates)), list(tuner.fn.arg_names)
+
+
+def _hand_written(name: str, kernel: Any, named: dict[str, Any], grid: tuple[int, ...], gpu: Gpu) -> Launch:
+    with _described(gpu):
+        import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        from triton.compiler import ASTSource  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+        named = {**named, **{key: rule(named) for key, rule in getattr(kernel, "values", {}).items()}}
+        function = kernel.fn if hasattr(kernel, "values") else kernel
+        warps = named.pop("num_warps", 4)
+        constants = {p.name: named[p.name] for p in function.params if p.is_constexpr}
+        signature, attributes = {}, {}
+        for index, parameter in enumerate(function.params):
+            value = named[parameter.name]
+            signature[parameter.name] = "constexpr" if parameter.is_constexpr else _type_name(value)
+            # As at a launch: triton looks at which pointers and integers are multiples of 16, and where rows begin.
+            if not parameter.is_constexpr and not isinstance(value, float):
+                if isinstance(value, Tensor) or value % 16 == 0:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+                elif value == 1:
+                    signature[parameter.name], constants[parameter.name] = "constexpr", 1
+        binary = triton.compile(
+            ASTSource(function, signature, constants, attributes), target=_target(gpu), options={"num_warps": warps}
+        )
+        one = _candidate(binary, constants, warps)
+        return Launch(Kernel(name, function.src, (one,)), named, grid)
+
+
+def _type_name(value: Any) -> str:
+    if isinstance(value, Tensor):
+        names = {
+            torch.float32: "fp32",
+            torch.bfloat16: "bf16",
+            torch.float16: "fp16",
+            torch.int64: "i64",
+            torch.bool: "i1",
+        }
+        return "*" + names[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _candidate(binary: Any, constants: Mapping[str, Any], warps: int) -> Candidate:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown)}
+    return Candidate(
+        dict(constants), warps, usage["REG"], max(usage["STACK"], usage["LOCAL"]), int(binary.metadata.shared)
+    )
+
+
+def _target(gpu: Gpu) -> Any:
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+    major, minor = gpu.capability
+    return GPUTarget("cuda", 10 * major + minor, 32)
+
+
+def _source_of(node: Any) -> str:
+    """Where the value of a graph's input comes from, as Python over a dictionary `L` of the function's arguments."""
+    source = node.meta["grapharg"].source
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+@contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except LogProbsError:
+        raise
+    except Exception as error:
+        import importlib.metadata
+
+        def found(package: str) -> str:
+            try:
+                return importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                return "missing"
+
+        lines = str(error).strip().splitlines() or [""]
+        raise BackendUnavailable(
+            f"inspect could not {doing}: it relies on what is inside torch and triton, was tested with {TESTED_WITH}, and found "
+            f"torch {torch.__version__} and triton {found('triton')}: {type(error).__name__}: {lines[0]}"
+        ) from error
+
+
+@contextmanager
+def _described(gpu: Gpu) -> Iterator[ExitStack]:
+    """Within it, torch and triton believe that there is one device, `gpu`. Nothing of it stays."""
+    import torch._dynamo.device_interface as interfaces
+    import torch._inductor.fx_passes.joint_graph as joint_graph
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.runtime.hints import DeviceProperties
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.utils import _triton
+    from triton.runtime.driver import driver  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+    major, minor = gpu.capability
+    properties = SimpleNamespace(
+        name=gpu.name,
+        major=major,
+        minor=minor,
+        multi_processor_count=gpu.multiprocessors,
+        regs_per_multiprocessor=65536,
+        max_threads_per_multi_processor=gpu.threads_per_multiprocessor,
+        max_threads_per_block=1024,
+        warp_size=32,
+        gcnArchName="",
+    )
+    device: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: (major, minor),
+        "is_initialized": lambda: False,
+        "is_bf16_supported": lambda *arguments, **options: True,
+        "synchronize": lambda device=None: None,
+        "get_rng_state": lambda *arguments, **options: torch.zeros(1, device="cpu"),
+        "set_rng_state": lambda *arguments, **options: None,
+        "_exchange_device": lambda index: 0,
+        "_maybe_exchange_device": lambda index: 0,
+    }
+    # What looks at the device once and remembers it.
+    remembered = (DeviceProperties.create, _triton.has_triton, _triton.triton_backend, _triton.triton_hash_with_backend)
+    deduce = joint_graph.UniformValueConstantFolder._deduce_value
+
+    def deduce_on_cpu(self: Any, node: Any) -> Any:
+        with _OnCpu():  # type: ignore[no-untyped-call]  # torch's gap
+            return deduce(self, node)
+
+    def forget() -> None:
+        for one in remembered:
+            one.cache_clear()
+
+    cache_folder = os.environ.get("TRITON_CACHE_DIR")
+    forget()
+    with ExitStack() as stack:
+        stack.callback(forget)
+        for name, value in device.items():
+            stack.enter_context(patch.object(torch.cuda, name, value))
+            if name in vars(CudaInterface):
+                stack.enter_context(patch.object(CudaInterface, name, staticmethod(value)))
+        stack.enter_context(
+            patch.object(CudaInterface.Worker, "get_device_properties", staticmethod(device["get_device_properties"]))
+        )
+        stack.enter_context(patch.dict(interfaces.caching_worker_device_properties))
+        # Patterns of attention and matrix products, which would be traced on the device, and which nothing here has.
+        stack.enter_context(patch.object(joint_graph, "lazy_init", lambda device=None: None))
+        # Constants are evaluated, on the device.
+        stack.enter_context(patch.object(joint_graph.UniformValueConstantFolder, "_deduce_value", deduce_on_cpu))
+        # The Python bindings of these ask for the device's driver, and the operators do not.
+        copy, invert = torch.ops.aten.copy_.default, torch.ops.aten.bitwise_not.default
+        stack.enter_context(patch.object(FakeTensor, "copy_", lambda a, b: copy(a, b), create=True))
+        stack.enter_context(patch.object(FakeTensor, "__invert__", lambda a: invert(a), create=True))
+        stack.enter_context(patch.object(driver, "_active", SimpleNamespace(get_current_target=lambda: _target(gpu))))
+        try:
+            yield stack
+        finally:
+            if cache_folder is None:
+                os.environ.pop("TRITON_CACHE_DIR", None)
+
+
+class _OnCpu(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's gap
+    """What is allocated on a device is allocated on the CPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None:
+            kwargs["device"] = torch.device("cpu")
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _no_device_guard(index: int) -> Iterator[None]:
+    yield

@@ -1,0 +1,333 @@
+"""Stores for the dashboard's tests: one folder of profiles a scenario, made by hand; nothing is measured.
+
+`SCENARIOS` names them; the fixture `scenario`, which every test may ask for, makes one the user's store, with no other source
+beside it and an index folder of its own. `generate` writes thousands of decisions.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compiled_logprobs.decision import Candidate, CheckResult, Decision, Speedup
+from compiled_logprobs.machine.environment import Environment, environment_at
+from compiled_logprobs.problem import MODES, Problem, as_it_lies, problem_to_dict
+from compiled_logprobs.store import ROOT_VARIABLE
+from compiled_logprobs.store import files as store
+from compiled_logprobs.store.files import Store, digest
+from compiled_logprobs.tuning.presets import MODELS
+from tests.helpers.stored_decisions import CPU, all_measured, decided, measured
+
+QWEN = MODELS["qwen3"]
+AT = "2026-11-20T12:00:00Z"
+EARLIER = "2026-10-20T12:00:00Z"
+H100 = Environment(
+    device_type="cuda",
+    system="Linux x86_64",
+    cpu_model="Some CPU",
+    cpu_capability="AVX512",
+    cpu_threads=26,
+    memory_bytes=80 * 2**30,
+    gpu_name="NVIDIA H100 80GB HBM3",
+    compute_capability="9.0",
+    multiprocessors=132,
+    l2_bytes=50 * 2**20,
+    driver="580.65",
+    python="3.11.9",
+    torch="2.12.0+cu130",
+    triton="3.6.0",
+    cuda="13.0",
+    flash_attn="2.8.3",
+    compiled_logprobs="0.1.0",
+)
+"""A device that no test runs on. Its figures below are made up, and no page that people see holds them."""
+HOSTILE = "<b onclick=alert(1)>x</b>"
+
+
+def here() -> Environment:
+    """The CPU that the test runs on."""
+    return environment_at(CPU)
+
+
+def problem(
+    rows: int = 512, vocab: int = QWEN, dtype: torch.dtype = torch.bfloat16, mode: str = "backward", device: str = "cpu"
+) -> Problem:
+    """A problem as a profile run poses it."""
+    return as_it_lies(Problem(device, rows, vocab, dtype, **MODES[mode]))
+
+
+def good_candidates(scale: float = 1.0) -> dict[str, Candidate]:
+    """cpp the fastest, then compiled, then eager; flash_attn cannot run. `scale` multiplies all times."""
+    checks = tuple(CheckResult(name, True, 1e-6, 1e-5, "") for name in ("log_prob_error", "gradient_error"))
+    times = {"eager": (0.2, 1.31, 1.0), "compiled": (0.075, 1.0, 2.67), "cpp": (0.03, 1.0, 6.67)}
+    found = {
+        name: measured(
+            name,
+            seconds=seconds * scale,
+            extra_bytes=int(multiple * 512 * QWEN * 2),
+            extra_multiple=multiple,
+            speedup=Speedup(0.95 * speedup, speedup, 1.05 * speedup) if name != "eager" else Speedup(1.0, 1.0, 1.0),
+            percent_of_bandwidth=6.0 * speedup,
+            checks=checks,
+        )
+        for name, (seconds, multiple, speedup) in times.items()
+    }
+    found["flash_attn"] = all_measured()["flash_attn"]
+    return found
+
+
+def good(what: Problem | None = None, scale: float = 1.0, **changes: Any) -> Decision:
+    """A decision for cpp, measured here."""
+    fields: dict[str, Any] = {
+        "candidates": good_candidates(scale),
+        "measured_at": AT,
+        "bandwidth": {"read": 3.5e10, "copy": 3.1e10, "in_place": 4.5e10, "buffer_bytes": 2.0**27},
+    }
+    return decided(what or problem(), "cpp", **{**fields, **changes})
+
+
+def all_failed(what: Problem | None = None) -> Decision:
+    """Nothing but eager got through: the others are wrong, crashed, out of memory, timed out or failed."""
+    eager = good_candidates()["eager"]
+    wrong = CheckResult("log_prob_error", False, 0.7, 1e-5, "row 3 is off by 0.7")
+    candidates = {
+        "eager": eager,
+        "cpp": Candidate("wrong", "log_prob_error: row 3 is off by 0.7", "0" * 16, checks=(wrong, *eager.checks)),
+        "compiled": Candidate("crashed", "the worker ended with signal 11", "0" * 16),
+        "flash_attn": Candidate("oom", "out of memory", None),
+        "third": Candidate("timeout", "not done within 20 s", "1" * 16),
+        "fourth": Candidate("failed", "RuntimeError: no", "2" * 16),
+    }
+    reason = "nothing but eager could be measured"
+    return decided(what or problem(), "eager", candidates=candidates, code="ONLY_ONE", reason=reason, measured_at=AT)
+
+
+def publish(where: Store, decision: Decision, environment: Environment | None = None, *, evidence: bool = True) -> None:
+    """Store `decision`, with raw times that agree with it, as if it were measured in `environment`."""
+    environment = environment or here()
+    decision = dataclasses.replace(decision, environment=environment.to_dict())
+    seconds = {
+        name: [one.seconds * (0.95 + 0.005 * number) for number in range(decision.rounds)]
+        for name, one in decision.candidates.items()
+        if one.seconds is not None
+    }
+    where.publish(environment, decision.problem, decision.record(), {"seconds": seconds} if evidence else None)
+
+
+def no_profile(where: Store) -> None:
+    """An empty folder."""
+
+
+def one(where: Store) -> None:
+    """A single decision."""
+    publish(where, good())
+
+
+def many(where: Store) -> None:
+    """A grid of this machine, with a tie and a plain loss in it, two decisions by an earlier torch, and another machine's."""
+    for rows in (64, 512, 2048):
+        for vocab in (QWEN, MODELS["llama3"], MODELS["gpt2"]):
+            for dtype in (torch.float32, torch.bfloat16):
+                for mode in ("forward", "backward"):
+                    what = problem(rows, vocab, dtype, mode)
+                    decision = good(what, scale=rows * vocab / (512 * QWEN))
+                    if (rows, vocab) == (64, QWEN):
+                        decision = tied(what)
+                    if (rows, vocab) == (64, MODELS["gpt2"]):
+                        decision = baseline_wins(what)
+                    publish(where, decision)
+    for mode in ("forward", "backward"):
+        publish(where, good(problem(mode=mode), scale=1.4, measured_at=EARLIER), an_earlier_torch())
+    other_device(where)
+
+
+def an_earlier_torch() -> Environment:
+    """This machine, before torch was upgraded."""
+    return dataclasses.replace(here(), torch="2.12.0+cpu")
+
+
+def tied(what: Problem) -> Decision:
+    """compiled is as fast as cpp, and cpp is taken for being simpler."""
+    candidates = good_candidates(0.1)
+    candidates["compiled"] = dataclasses.replace(
+        candidates["compiled"],
+        outcome="tie",
+        reason="as fast as cpp, within 3%",
+        seconds=0.003,
+        speedup=Speedup(6.4, 6.6, 6.8),
+    )
+    reason = "clearly faster than eager, by more than 3%; as fast as compiled within 3%, and simpler"
+    return good(what, candidates=candidates, code="TIE_SIMPLEST", reason=reason)
+
+
+def baseline_wins(what: Problem) -> Decision:
+    """Nothing is clearly faster than eager."""
+    candidates = good_candidates(0.01)
+    for name in ("cpp", "compiled"):
+        candidates[name] = dataclasses.replace(
+            candidates[name],
+            seconds=0.0021,
+            speedup=Speedup(0.9, 0.95, 1.0),
+            outcome="slower",
+            reason="slower than eager",
+        )
+    reason = "nothing is faster than eager by 3%"
+    return decided(what, "eager", candidates=candidates, code="BASELINE_NO_CLEAR_GAIN", reason=reason, measured_at=AT)
+
+
+def corrupt(where: Store) -> None:
+    """One good decision among files that are broken in every way that a reader has to expect."""
+    one(where)
+    folder = where.path(here().fingerprint(), problem()).parent
+    whole = where.path(here().fingerprint(), problem()).read_text()
+    broken = {
+        "cpu-n1-v1031-float32-unaligned": "",
+        "cpu-n2-v1031-float32-unaligned": whole[: len(whole) // 2],
+        "cpu-n3-v1031-float32-unaligned": "[" * 100_000,
+        "cpu-n4-v1031-float32-unaligned": whole,  # of another problem
+        "cpu-n6-v1031-float32-unaligned": whole.replace('"rounds": 10', '"rounds": 11'),  # not what the digest says
+        "cpu-n8-v1031-float32-unaligned": '{"schema": NaN}',
+        "cpu-n12-v1031-float32-unaligned": json.dumps({"schema": 99}),
+        "not-a-problem": "{}",
+        "cpu-n16-v1031-float32-unaligned": sealed(problem(16, 1031, torch.float32, "forward"), {"chosen": "nothing"}),
+    }
+    for name, text in broken.items():
+        (folder / f"{name}.json").write_text(text)
+    (folder / "cpu-n24-v1031-float32-unaligned.json").mkdir()
+    (folder / "README.json.txt").write_text("not one of a store's files")
+
+
+def sealed(what: Problem, record: dict[str, Any], environment: str | None = None) -> str:
+    """A decision file with the right digest of `record`, whatever that is."""
+    content = {"schema": 1, "environment": environment or here().fingerprint(), "problem": problem_to_dict(what)}
+    return json.dumps({**content, "sha256": digest(record), "record": record})
+
+
+def partial(where: Store) -> None:
+    """As a run leaves it that was cut off: part of a grid, no evidence beside a decision, no file of facts, figures missing."""
+    unknown = {"extra_bytes": None, "extra_multiple": None, "percent_of_bandwidth": None, "first_call_seconds": None}
+    candidates = {
+        name: dataclasses.replace(
+            one,
+            **unknown,
+            checks=(),
+            repeatable=None,
+            row_invariant=None,
+            speedup=one.speedup and Speedup(None, 1.5, None),
+        )
+        for name, one in good_candidates().items()
+    }
+    few: dict[str, Any] = {"rounds": 3, "settled": False, "measured_rows": 128, "short_check": True, "bandwidth": {}}
+    few["code"] = "AMBIGUOUS_AT_BUDGET"
+    publish(where, good(problem(512), candidates=candidates, **few), evidence=False)
+    publish(where, good(problem(64), candidates={name: candidates[name] for name in ("cpp", "eager")}, **few))
+    where.path(here().fingerprint(), problem()).parents[1].joinpath(store.FACTS).unlink()
+
+
+def other_device(where: Store) -> None:
+    """Of a GPU that is not here, by another torch; figures that nobody measured."""
+    for rows in (2048, 8192):
+        for mode in ("forward", "backward"):
+            candidates = good_candidates(rows / 512 / 100)
+            candidates["compiled"], candidates["cpp"] = (
+                candidates["cpp"],
+                Candidate("unsupported", "needs the CPU", "0" * 16),
+            )
+            candidates["compiled"] = dataclasses.replace(candidates["compiled"], fingerprint="f" * 16)
+            what = problem(rows, mode=mode, device="cuda")
+            publish(where, decided(what, "compiled", candidates=candidates, measured_at=AT), H100)
+
+
+def every_failed(where: Store) -> None:
+    """Decisions in which nothing but the baseline got through."""
+    publish(where, all_failed())
+    publish(where, all_failed(problem(64, mode="forward")))
+
+
+def hostile(where: Store) -> None:
+    """Names, reasons and a device that hold markup, and figures that are far out; all of it with right digests."""
+    environment = dataclasses.replace(H100, gpu_name=f"{HOSTILE} [x](http://example.invalid)", torch="**2.13**")
+    strange = dataclasses.replace(
+        good_candidates()["compiled"],
+        reason=f"{HOSTILE} $x$ :red[y]",
+        seconds=1e300,
+        extra_bytes=2**62,
+        percent_of_bandwidth=-1e300,
+    )
+    candidates = {**good_candidates(), HOSTILE: strange, "%{x}<a href='http://example.invalid'>": strange}
+    what = problem(2048, mode="backward", device="cuda")
+    publish(where, good(what, candidates=candidates, reason=HOSTILE, measured_at=HOSTILE), environment)
+
+
+SCENARIOS: dict[str, Callable[[Store], None]] = {
+    "no profile": no_profile,
+    "one": one,
+    "many": many,
+    "corrupt": corrupt,
+    "partial": partial,
+    "other device": other_device,
+    "all failed": every_failed,
+    "hostile": hostile,
+}
+
+
+@contextmanager
+def only(root: Path, cache: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """The store at `root` is the only one that is found, and indices lie under `cache`."""
+    root.mkdir(parents=True, exist_ok=True)
+    patch.setenv(ROOT_VARIABLE, str(root))
+    patch.setenv("XDG_CACHE_HOME", str(cache))
+    patch.setattr(store, "project_store", lambda: None)
+    patch.setattr(store, "bundled_store", lambda: Store(root))
+    yield Store(root)
+
+
+@pytest.fixture
+def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Store]]:
+    """From a scenario's name to its store, which is then the only one."""
+    with only(tmp_path / "profiles", tmp_path / "cache", monkeypatch) as where:
+
+        def make(name: str) -> Store:
+            SCENARIOS[name](where)
+            return where
+
+        yield make
+
+
+def generate(where: Store, count: int, environments: int = 4) -> None:
+    """Write `count` decisions, of `environments` machines; without evidence, and without waiting for the disk."""
+    per = -(-count // environments)
+    template: dict[str, Any] = {}
+    done = 0
+    for number in range(environments):
+        threads = here().cpu_threads + number
+        environment = dataclasses.replace(here() if number == 0 else H100, cpu_threads=threads, multiprocessors=number)
+        name = environment.fingerprint()
+        device = environment.device_type
+        for what in _problems(device, min(per, count - done)):
+            if not template:
+                template = good(what).record()
+            record = {**template, "environment": environment.to_dict(), "seed": done}
+            path = where.path(name, what)
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True)
+                facts = environment.to_dict()
+                content = {"schema": 1, "environment": name, "sha256": digest(facts), "record": facts}
+                path.parents[1].joinpath(store.FACTS).write_text(json.dumps(content))
+            path.write_text(sealed(what, record, name))
+            done += 1
+
+
+def _problems(device: str, count: int) -> Iterable[Problem]:
+    """`count` different ones: all N that are tops of buckets, vocabularies around those of models, dtypes and modes."""
+    tops = sorted({2**n for n in range(6, 18)} | {3 * 2**n for n in range(5, 17)})
+    vocabs = dict.fromkeys(vocab + 128 * step for step in range(count) for vocab in MODELS.values())
+    options = itertools.product(vocabs, (torch.float32, torch.bfloat16), ("forward", "backward"), tops)
+    for vocab, dtype, mode, rows in itertools.islice(options, count):
+        yield problem(rows, vocab, dtype, mode, device)

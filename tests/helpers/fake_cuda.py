@@ -1,0 +1,77 @@
+"""A stand-in for `torch.cuda` as `machine.clock` uses it: events on a clock that tests move, and an allocator."""
+
+from types import SimpleNamespace
+
+import torch
+
+
+class FakeCuda:
+    """One GPU that is current, of index 1."""
+
+    def __init__(self, step_ms: float = 0.0) -> None:
+        self.now_ms, self.step_ms = 0.0, step_ms
+        self.calls: list[str] = []
+        self.allocated = 1000
+        self.peak = 0
+        self.free = 80 * 2**30
+        self.l2 = 50 * 2**20
+        self.Event = lambda enable_timing: FakeEvent(self, enable_timing)
+
+    def take(self, size: int) -> None:
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+
+    def give_back(self, size: int) -> None:
+        self.allocated -= size
+
+    def current_device(self) -> int:
+        return 1
+
+    def current_stream(self, device: torch.device) -> str:
+        return f"stream of {device}"
+
+    def get_device_properties(self, device: torch.device) -> SimpleNamespace:
+        assert device.index is not None
+        return SimpleNamespace(L2_cache_size=self.l2)
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        assert device.index is not None
+        return self.free, 80 * 2**30
+
+    def synchronize(self, device: torch.device) -> None:
+        self.calls.append(f"synchronize {device}")
+
+    def reset_peak_memory_stats(self, device: torch.device) -> None:
+        self.peak = self.allocated
+        self.calls.append(f"reset {device}")
+
+    def memory_allocated(self, device: torch.device) -> int:
+        self.calls.append(f"allocated {device}")
+        return self.allocated
+
+    def max_memory_allocated(self, device: torch.device) -> int:
+        self.calls.append(f"peak {device}")
+        return self.peak
+
+
+class FakeEvent:
+    """Like torch's: it has a time once it was recorded, and tells it once it was waited for."""
+
+    def __init__(self, cuda: FakeCuda, enable_timing: bool) -> None:
+        assert enable_timing
+        self.cuda, self.at, self.done = cuda, None, False
+
+    def record(self, stream: str) -> None:
+        self.at = self.cuda.now_ms
+        self.cuda.now_ms += self.cuda.step_ms
+        self.cuda.calls.append(f"record on {stream}")
+
+    def synchronize(self) -> None:
+        assert self.at is not None
+        self.done = True
+        self.cuda.calls.append("wait")
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        if not end.done:
+            raise RuntimeError("Both events must be completed before calculating elapsed time.")
+        return end.at - self.at

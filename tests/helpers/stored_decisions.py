@@ -1,0 +1,119 @@
+"""Decisions made by hand, for tests that look one up: nothing is measured."""
+
+import dataclasses
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+from compiled_logprobs.backends import get_backend
+from compiled_logprobs.decision import Candidate, CheckResult, Decision, Speedup
+from compiled_logprobs.evidence import Evidence
+from compiled_logprobs.machine.environment import environment_at
+from compiled_logprobs.problem import Problem, bucket
+from compiled_logprobs.store import user_store
+from compiled_logprobs.store.files import Store
+
+CPU = torch.device("cpu")
+LARGE = Problem("cpu", 1024, 1031, torch.float32, aligned=False)
+"""What a call with `torch.randn(1024, 1031)` poses; its N is the top of its bucket."""
+
+
+def measured(name: str, outcome: str = "slower", **changes: Any) -> Candidate:
+    """A candidate that was timed, with today's code."""
+    fields: dict[str, Any] = {
+        "fingerprint": get_backend(name).fingerprint(),
+        "speedup": Speedup(0.9, 1.0, 1.1),
+        "seconds": 2e-3,
+        "first_call_seconds": 0.5,
+        "extra_bytes": 1000,
+        "extra_multiple": 0.5,
+        "percent_of_bandwidth": 40.0,
+        "checks": (CheckResult("sign", True, 0.0, 0.0, "as it should be"),),
+        "repeatable": True,
+        "row_invariant": True,
+    }
+    return Candidate(outcome, f"{outcome}, as it was", **{**fields, **changes})  # type: ignore[arg-type]
+
+
+def all_measured() -> dict[str, Candidate]:
+    """The candidates that come with the package, before one is chosen."""
+    return {
+        "eager": measured("eager"),
+        "cpp": measured("cpp"),
+        "compiled": measured("compiled"),
+        "flash_attn": Candidate("unavailable", "needs a GPU", get_backend("flash_attn").fingerprint()),
+    }
+
+
+def decided(problem: Problem = LARGE, chosen: str = "eager", **changes: Any) -> Decision:
+    """A decision for `problem` between the backends that come with the package, measured here and now."""
+    fields: dict[str, Any] = {
+        "chosen": chosen,
+        "code": "FASTER_CLEAR",
+        "reason": f"{chosen} is faster",
+        "candidates": changes.get("candidates") or all_measured(),
+        "left_out": (),
+        "baseline": "eager",
+        "rounds": 10,
+        "settled": True,
+        "measured_rows": problem.rows,
+        "proven_rows": problem.rows,
+        "checked_rows": problem.rows,
+        "short_check": False,
+        "environment": environment_at(CPU).to_dict(),
+        "bandwidth": {"read": 1e10},
+        "telemetry": {"clock": 3.5, "events": ("none",)},
+        "telemetry_reason": None,
+        "seed": 0,
+        "measured_at": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "tuning_seconds": 5.0,
+    }
+    decision = Decision(problem=problem, **{**fields, **changes})
+    if decision.candidates[chosen].measured:
+        decision.candidates[chosen] = dataclasses.replace(decision.candidates[chosen], outcome="chosen")
+    return decision
+
+
+def publish(decision: Decision, store: Store | None = None) -> None:
+    """Store it, by default where the user's are."""
+    publish_record(decision.problem, decision.record(), store)
+
+
+def publish_record(problem: Problem, record: dict[str, Any], store: Store | None = None) -> None:
+    """Store `record`, whatever it is, with a right digest."""
+    store = user_store() if store is None else store
+    store.publish(environment_at(CPU), problem, record, {"seconds": {}})
+
+
+class FakeTuner:
+    """In the place of `Tuner`: decides at once, and notes what it was asked."""
+
+    short = True
+    asked: list[Problem]
+    answer: Any
+    """From a problem to a decision; may raise."""
+
+    def __init__(self) -> None:
+        self.asked = []
+        self.answer = decided
+
+    def __call__(self, device: torch.device, **options: Any) -> "FakeTuner":
+        return self
+
+    def __enter__(self) -> "FakeTuner":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def decide(
+        self,
+        problem: Problem,
+        seconds: float,
+        *,
+        strict: bool = False,
+        names: object = None,
+        incumbent: str | None = None,
+    ) -> tuple[Decision, Evidence]:
+        self.asked.append(problem)
+        return self.answer(bucket(problem)), Evidence({"eager": [2e-3]})

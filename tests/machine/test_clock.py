@@ -1,0 +1,240 @@
+"""Time, cache and memory of a device: the CPU's for real, CUDA's through a stand-in."""
+
+import sys
+import time
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from compiled_logprobs import InputError
+from compiled_logprobs.machine import clock
+from compiled_logprobs.machine.clock import Clock, extra_peak_bytes, flush_cache, free_memory, time_call, why_no_peak
+from tests.helpers.fake_cuda import FakeCuda
+
+MIB = 2**20
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone shows it")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(clock, "cuda", fake)
+    return fake
+
+
+@pytest.fixture
+def no_buffer():
+    """No buffer is left over from an earlier test, or for a later one."""
+    clock._scratch.cache_clear()
+    yield
+    clock._scratch.cache_clear()
+
+
+class Operations(TorchDispatchMode):
+    """Which operation ran on how many bytes, where."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else result
+        self.seen.append((function._overloadpacket.__name__, first.nbytes, str(first.device)))
+        return result
+
+
+def write(folder, files):
+    for name, text in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def test_the_time_of_a_call_on_the_cpu_lies_within_the_time_around_it():
+    began = time.perf_counter()
+    seconds = time_call(lambda: time.sleep(0.01), "cpu")
+    assert 0.01 <= seconds <= time.perf_counter() - began
+
+
+def test_a_clock_starts_anew():
+    watch = Clock("cpu")
+    watch.start()
+    time.sleep(0.02)
+    first = watch.stop()
+    began = time.perf_counter()
+    watch.start()
+    second = watch.stop()
+    assert first >= 0.02
+    assert 0.0 <= second <= time.perf_counter() - began
+
+
+def test_the_time_of_a_call_on_a_gpu_is_that_between_its_events(cuda):
+    def kernel():
+        assert cuda.calls == ["record on stream of cuda:1"]
+        cuda.now_ms += 2.5
+
+    cuda.now_ms = 100.0
+    assert time_call(kernel, "cuda") == 0.0025
+    assert cuda.calls == ["record on stream of cuda:1", "record on stream of cuda:1", "wait"]
+
+
+def test_the_index_of_a_gpu_is_kept(cuda):
+    time_call(lambda: None, torch.device("cuda:3"))
+    assert cuda.calls[0] == "record on stream of cuda:3"
+
+
+def test_a_call_that_fails_raises_its_own_error(cuda):
+    for device in ("cpu", "cuda"):
+        with pytest.raises(ZeroDivisionError):
+            time_call(lambda: 1 / 0, device)
+
+
+@pytest.mark.parametrize(
+    "function", [Clock, flush_cache, free_memory, why_no_peak, lambda d: extra_peak_bytes(print, d)]
+)
+def test_other_devices_are_refused(function):
+    message = "got device 'meta'; time and memory are measured on 'cpu' and 'cuda' devices. Name one of these."
+    with pytest.raises(InputError, match=message):
+        function("meta")
+
+
+@needs_linux
+def test_the_cpu_cache_is_its_last_level_each_instance_once(monkeypatch, tmp_path):
+    l1 = {"level": "1\n", "size": "32K\n"}
+    l3 = {"level": "3\n", "size": "16384K\n"}
+    for cpu, shared in enumerate(("0-1", "0-1", "2-3", "2-3", "4")):
+        caches = {"index0": l1 | {"shared_cpu_list": str(cpu)}, "index3": l3 | {"shared_cpu_list": f"{shared}\n"}}
+        for name, files in caches.items():
+            write(tmp_path / f"cpu{cpu}" / "cache" / name, files)
+    write(tmp_path / "cpu0/cache/index4", {"level": "unreadable"})
+    monkeypatch.setattr(clock, "CPU_CACHES", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    assert clock.cache_bytes("cpu") == 2 * 16 * MIB  # CPU 4 is not this process's
+
+
+def test_a_cpu_that_does_not_tell_its_cache_is_taken_to_have_64_mib(monkeypatch, tmp_path):
+    monkeypatch.setattr(clock, "CPU_CACHES", tmp_path)
+    assert clock.cache_bytes("cpu") == 64 * MIB
+
+
+def test_the_cache_of_a_gpu(cuda, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert clock.cache_bytes("cuda") == 50 * MIB
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert clock.cache_bytes("cuda") == 256 * MIB  # what lies behind its L2
+
+
+@pytest.mark.usefixtures("no_buffer")
+def test_flushing_the_cpu_reads_twice_its_cache_and_keeps_the_buffer(monkeypatch):
+    monkeypatch.setattr(clock, "cache_bytes", lambda device: 3 * MIB)
+    flush_cache("cpu")
+    with Operations() as operations:
+        flush_cache(torch.device("cpu"))
+    assert operations.seen == [("amax", 6 * MIB, "cpu")]
+    assert clock._scratch(torch.device("cpu")).min() == 1.0  # pages that were written
+
+
+@pytest.mark.usefixtures("no_buffer")
+def test_flushing_a_gpu_writes_twice_its_cache(cuda, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    with FakeTensorMode(), Operations() as operations:
+        flush_cache("cuda")
+        flush_cache("cuda")
+    assert operations.seen == [("ones", 100 * MIB, "cuda:1"), *[("zero_", 100 * MIB, "cuda:1")] * 2]
+
+
+def test_the_free_memory_of_a_gpu(cuda):
+    assert free_memory("cuda") == cuda.free
+
+
+@needs_linux
+def test_the_free_memory_here():
+    total = clock.os.sysconf("SC_PAGE_SIZE") * clock.os.sysconf("SC_PHYS_PAGES")
+    assert 0 < free_memory("cpu") <= total
+
+
+@needs_linux
+@pytest.mark.parametrize(
+    ("line", "files", "expected"),
+    [
+        ("0::/a/b\n", {"a/b/memory.max": "5000\n", "a/b/memory.current": "4500\n"}, 500),
+        ("0::/a/b\n", {"a/b/memory.max": "max\n", "a/memory.max": "5000\n", "a/memory.current": "1000\n"}, 4000),
+        (  # the page cache that can be dropped
+            "0::/\n",
+            {"memory.max": "5000", "memory.current": "4500", "memory.stat": "anon 9\ninactive_file 300\nfile 400\n"},
+            800,
+        ),
+        (  # in a container, without the group's own folder
+            "4:memory:/elsewhere/x\n0::/\n",
+            {"memory/memory.limit_in_bytes": "5000", "memory/memory.usage_in_bytes": "2000"},
+            3000,
+        ),
+        (
+            "4:hugetlb,memory:/x\n3:cpu:/y\n",
+            {
+                "memory/x/memory.limit_in_bytes": "5000",
+                "memory/x/memory.usage_in_bytes": "6000",
+                "memory/x/memory.stat": "inactive_file 7\ntotal_inactive_file 900\n",
+            },
+            0,
+        ),
+    ],
+)
+def test_the_limit_of_a_control_group_counts(monkeypatch, tmp_path, line, files, expected):
+    write(tmp_path, {"self/cgroup": line})
+    write(tmp_path / "groups", files)
+    monkeypatch.setattr(clock, "PROCESS", tmp_path / "self")
+    monkeypatch.setattr(clock, "CGROUPS", tmp_path / "groups")
+    assert free_memory("cpu") == expected
+
+
+def test_where_the_system_does_not_tell_free_memory_is_none(monkeypatch):
+    class Missing:
+        def __init__(self, *parts):
+            pass
+
+        def read_text(self, encoding):
+            raise FileNotFoundError
+
+    monkeypatch.setattr(clock, "Path", Missing)
+    assert free_memory("cpu") is None
+
+
+@needs_linux
+def test_the_peak_on_the_cpu_counts_what_was_freed_again():
+    if (reason := why_no_peak("cpu")) is not None:
+        pytest.skip(reason)
+
+    def function():
+        torch.ones(64 * MIB, dtype=torch.uint8)
+        return torch.ones(16 * MIB, dtype=torch.uint8)
+
+    function()
+    assert 60 * MIB < extra_peak_bytes(function, "cpu") < 100 * MIB
+    assert extra_peak_bytes(lambda: None, "cpu") < 20 * MIB  # an earlier peak does not count
+
+
+def test_the_peak_on_a_gpu_is_that_of_its_allocator(cuda):
+    def function():
+        cuda.take(300)
+        cuda.take(50)
+        cuda.give_back(300)
+
+    cuda.peak = 5000  # an earlier one
+    assert extra_peak_bytes(function, "cuda") == 350
+    assert cuda.calls == [f"{call} cuda:1" for call in ("synchronize", "reset", "allocated", "synchronize", "peak")]
+    assert why_no_peak("cuda") is None
+
+
+def test_where_no_peak_is_measured_there_is_a_reason_and_no_call(monkeypatch, tmp_path):
+    monkeypatch.setattr(clock, "PROCESS", tmp_path)
+    assert extra_peak_bytes(pytest.fail, "cpu") is None
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert why_no_peak("cpu") == (
+        "this system does not let a process reset and read the peak of its memory (/proc/self/clear_refs, VmHWM)"
+    )
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert why_no_peak("cpu") == "the peak of memory in use is measured on Linux and on CUDA devices only"
