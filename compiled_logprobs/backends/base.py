@@ -25,6 +25,12 @@ class Backend(ABC):
     """What users write in `backend="..."`."""
     summary: str
     """One line for people."""
+    row_invariant: bool = False
+    """Whether a row has the same bits whatever N it came with, as long as it lies in memory the same way.
+
+    Declare it where the kernels guarantee it, as where each row is computed by itself. The check holds a backend to its
+    word, and `autotune(row_invariant=True)` admits only backends that have given it.
+    """
 
     @abstractmethod
     def forward(

@@ -66,6 +66,7 @@ class Compiled(Backend):
 
     name = "compiled"
     summary = "torch.compile: one fused pass forward, one backward"
+    row_invariant = True  # N is dynamic: one kernel for all N, which reduces each row by itself
 
     def __init__(self) -> None:
         self._warm: set[tuple[object, ...]] = set()

@@ -31,6 +31,7 @@ class Cpp(Backend):
 
     name = "cpp"
     summary = "C++ kernels for CPUs, compiled on first use: one pass forward, one backward"
+    row_invariant = True  # the sums of a tile know nothing of other rows
 
     def __init__(self) -> None:
         self._broken: str | None = None

@@ -45,6 +45,7 @@ class Function:
         self._arguments = _own_arguments(function) if signature is None else _arguments(signature)
         self._options = {word for one in self._arguments for word in (one.names & set(OPTIONS))}
         self._batched = any(one.batched for one in self._arguments)
+        self.row_invariant = False  # which nobody has declared of it
 
     def within(self, problem: Problem) -> Problem:
         """`problem` without the options that the function does not have."""

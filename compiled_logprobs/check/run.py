@@ -35,7 +35,7 @@ from compiled_logprobs.errors import InputError, nothing_can_serve_after
 from compiled_logprobs.evidence import CaseFindings
 from compiled_logprobs.machine.clock import free_memory
 from compiled_logprobs.operation.autograd import compute
-from compiled_logprobs.problem import Problem, bucket, short_name
+from compiled_logprobs.problem import Problem, bucket, collapse, layout_of, short_name
 
 INVARIANCE_ELEMENTS = 2**24
 """Logits of the input whose rows are compared with the same rows among fewer, unless a quarter of the free memory holds less."""
@@ -56,7 +56,7 @@ class CheckReport:
     repeatable: bool | None = None
     """Whether the same call gave the same bits twice. Recorded; neither is a failure."""
     row_invariant: bool | None = None
-    """Whether a row had the same bits in batches of different N. Recorded; neither is a failure."""
+    """Whether a row had the same bits in batches of different N. A failure only of a backend that declares it."""
     cases: tuple[tuple[CaseFindings, ...], ...] = ()
     """For each of `problems`: the same checks for each kind of input, and how the errors spread."""
     causes: tuple[str, ...] = ()
@@ -243,6 +243,7 @@ class _Named:
     def __init__(self, name: str) -> None:
         self.name = name
         self._backend = get_backend(name)
+        self.row_invariant = self._backend.row_invariant
 
     def within(self, problem: Problem) -> Problem:
         require_backend(self.name, problem)
@@ -368,9 +369,16 @@ def _record_rows(
                 raise
             findings.require("runs", False, f"{count} of the rows alone: {type(error).__name__}: {error}")
         parts: tuple[Tensor, ...] = (part,) if isinstance(part, Tensor) else tuple(part)
-        recorded.saw_rows(same_bits(parts[0], log_probs[:count]))
+        same = same_bits(parts[0], log_probs[:count])
         if entropy is not None and len(parts) > 1:
-            recorded.saw_rows(same_bits(parts[1], entropy[:count]))
+            same = same and same_bits(parts[1], entropy[:count])
+        recorded.saw_rows(same)
+        # A single row of strided ones lies as if it were contiguous, which is another problem, and may be another kernel.
+        if subject.row_invariant and layout_of(collapse(logits[:count])) == layout_of(collapse(logits)):
+            name = inputs.case.name
+            findings.add(
+                "row_invariance", same, f"{name}: the first {count} of {len(logits)} rows have other bits alone"
+            )
 
 
 def _record_many_rows(

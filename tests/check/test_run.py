@@ -1,11 +1,15 @@
 """The gate stops every wrong backend for the right reason, and no right one."""
 
 import json
+import re
+from importlib import import_module
 
 import pytest
 import torch
 
 import compiled_logprobs as clp
+from compiled_logprobs.backends import BUILT_IN, get_backend
+from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.check.report import MEANING
 from compiled_logprobs.problem import Problem
 from tests.helpers.wrong_backends import RIGHT_BACKENDS, WRONG_BACKENDS, good
@@ -25,8 +29,9 @@ def test_a_wrong_backend_is_stopped_for_the_right_reason(wrong):
 def test_there_are_many_wrong_backends_and_each_kind_of_check_stops_one():
     assert len(WRONG_BACKENDS) >= 20 and len(RIGHT_BACKENDS) >= 5
     of_named_checks = {wrong.reason for wrong in WRONG_BACKENDS}
-    # Each error has a twin, the mean square, which the same mistakes trip; see the next test.
-    assert set(MEANING) - of_named_checks == {"entropy_rmse", "gradient_rmse"}
+    # Each error has a twin, the mean square, which the same mistakes trip; see the next test. Row invariance is
+    # for backends that declare it.
+    assert set(MEANING) - of_named_checks == {"entropy_rmse", "gradient_rmse", "row_invariance"}
 
 
 def test_the_mean_square_has_verdicts_of_its_own():
@@ -111,7 +116,46 @@ def test_reports_are_plain_json():
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["passed"] is True
 
 
-def test_row_invariance_is_recorded_and_no_failure():
+class SumsByTheNumberOfRows(Eager):
+    """As a kernel does that has another path for many rows."""
+
+    name = "sums_by_the_number_of_rows"
+    row_invariant = True
+
+    def __init__(self, result: str, rows: int) -> None:
+        self.result, self.rows = result, rows
+
+    def forward(self, logits, labels, temperature, *, entropy):
+        log_probs, entropies, residuals = super().forward(logits, labels, temperature, entropy=entropy)
+        if log_probs.shape[0] >= self.rows:
+            result = log_probs if self.result == "log_probs" else entropies
+            result.mul_(1.0 + 2**-23)
+        return log_probs, entropies, residuals
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Registers a backend for one test."""
+    registry = import_module("compiled_logprobs.backends")
+    monkeypatch.setattr(registry, "_targets", dict(registry._targets))
+    monkeypatch.setattr(registry, "_loaded", dict(registry._loaded))
+    return lambda backend: clp.register_backend(backend.name, backend)
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("result", ["log_probs", "entropy"])
+def test_a_backend_is_held_to_the_row_invariance_that_it_declares(register, result, short):
+    register(SumsByTheNumberOfRows(result, rows=65))
+    problem = Problem("cpu", 512, 301, torch.float32, entropy=result == "entropy")
+    report = clp.check_backend("sums_by_the_number_of_rows", problem, short=short)
+    assert report.reasons == ["row_invariance"] and report.row_invariant is False
+    (failed,) = [check for check in report.checks if not check.passed]
+    assert re.fullmatch(r"512 rows, all and some: the first \d+ of 512 rows have other bits alone", failed.detail)
+    few = clp.check_backend("sums_by_the_number_of_rows", problem._replace(rows=64), short=short)
+    assert few.passed and few.row_invariant
+
+
+def test_where_row_invariance_is_not_declared_it_is_recorded_and_no_failure():
     def depends_on_the_batch(logits, labels):
         return good(logits, labels) * (1.0 if len(labels) > 2 else 1.0 + 2**-23)
 
@@ -119,24 +163,8 @@ def test_row_invariance_is_recorded_and_no_failure():
     assert report.passed and report.row_invariant is False and report.repeatable
 
 
-@pytest.mark.parametrize("short", [False, True])
-def test_row_invariance_is_looked_for_among_many_rows(short):
-    def sums_otherwise_from_65_rows_on(logits, labels):
-        return good(logits, labels) * (1.0 if len(labels) < 65 else 1.0 + 2**-23)
-
-    problem = Problem("cpu", 512, 301, torch.float32)
-    report = clp.check_backend(sums_otherwise_from_65_rows_on, problem, short=short)
-    assert report.passed and report.row_invariant is False
-    assert clp.check_backend(sums_otherwise_from_65_rows_on, problem._replace(rows=64), short=short).row_invariant
-
-
-def test_row_invariance_is_looked_for_in_the_entropy():
-    def entropy_depends_on_the_batch(logits, labels, return_entropy=False):
-        out = clp.log_probs_from_logits(logits, labels, return_entropy=True, backend="eager")
-        return out.log_probs, out.entropy * (1.0 if len(labels) > 2 else 1.0 + 2**-22)
-
-    report = clp.check_backend(entropy_depends_on_the_batch, Problem("cpu", 12, 301, torch.float32, entropy=True))
-    assert report.passed and report.row_invariant is False
+def test_which_backends_declare_row_invariance():
+    assert [name for name in BUILT_IN if get_backend(name).row_invariant] == ["cpp", "compiled", "flash_attn"]
 
 
 def test_a_function_whose_signature_cannot_be_read():
