@@ -8,11 +8,6 @@ from compiled_logprobs_dashboard.launch import PORT, launch
 from compiled_logprobs.cli.options import COULD_NOT_RUN, reported_errors
 
 
-def add_to(app: typer.Typer) -> None:
-    """Make this command part of `app`."""
-    app.command()(dashboard)
-
-
 def dashboard(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0 takes any that is free.")] = PORT,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Open no browser.")] = False,

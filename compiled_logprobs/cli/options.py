@@ -19,7 +19,7 @@ from compiled_logprobs.cli.progress import Bar, JsonLines, Progress, Silence
 from compiled_logprobs.errors import InputError, LogProbsError, is_out_of_memory
 from compiled_logprobs.store import bundled_store, project_store, user_store
 from compiled_logprobs.store.files import Store
-from compiled_logprobs.tuning import presets as profiling
+from compiled_logprobs.tuning import presets
 
 PASSED, WRONG, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 
@@ -28,7 +28,7 @@ Vocab = Annotated[
     list[str] | None,
     typer.Option(
         show_default=False,
-        help=f"V: a number or a model ({', '.join(profiling.MODELS)}). Options like this one take several, as often as you "
+        help=f"V: a number or a model ({', '.join(presets.MODELS)}). Options like this one take several, as often as you "
         "name them or with commas.",
     ),
 ]
@@ -46,6 +46,14 @@ Mode = Annotated[
 Where = Annotated[
     str | None,
     typer.Option("--device", show_default=False, help="cpu, cuda, cuda:1, ...; by default the GPU if there is one."),
+]
+Backends = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--backend",
+        show_default=False,
+        help="package.module:Class of a backend of your own that decisions may have chosen.",
+    ),
 ]
 
 

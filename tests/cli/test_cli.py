@@ -16,13 +16,13 @@ from compiled_logprobs.backends import backends
 from compiled_logprobs.cli.main import app
 from compiled_logprobs.machine import environment
 
-HERE = Path(__file__).parent
+ROOTS = (Path(__file__).parents[2], Path(__file__).parents[2] / "dashboard")
+"""What has to be on the import path of a program."""
 
 
 @pytest.fixture
 def run(monkeypatch):
-    """Calls the command line in this process, from this folder, with the backends and the import path put back afterwards."""
-    monkeypatch.chdir(HERE)
+    """Calls the command line in this process, with the backends and the import path put back afterwards."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     registry = import_module("compiled_logprobs.backends")
     monkeypatch.setattr(registry, "_targets", dict(registry._targets))
@@ -37,7 +37,7 @@ def last_line(text: str) -> str:
 
 
 def test_a_right_function_passes(run):
-    result = run("check", "functions_to_check:right")
+    result = run("check", "tests.helpers.functions_to_check:right")
     assert result.exit_code == 0, result.output
     total = result.stdout.count(" passed ") - 1  # the last line has one, too
     assert last_line(result.stdout) == f"right: passed {total} of {total} checks"
@@ -46,7 +46,7 @@ def test_a_right_function_passes(run):
 
 
 def test_a_cross_entropy_returned_as_a_log_probability_is_wrong_and_told_why(run):
-    result = run("check", "functions_to_check:positive")
+    result = run("check", "tests.helpers.functions_to_check:positive")
     assert result.exit_code == 1
     assert last_line(result.stdout).startswith("positive: wrong: ")
     assert "log_prob_sign" in last_line(result.stdout)
@@ -55,20 +55,20 @@ def test_a_cross_entropy_returned_as_a_log_probability_is_wrong_and_told_why(run
 
 
 def test_a_temperature_that_the_signature_has_is_tried(run):
-    result = run("check", "functions_to_check:tempered")
+    result = run("check", "tests.helpers.functions_to_check:tempered")
     assert result.exit_code == 1
     assert "log_prob_error" in last_line(result.stdout)
 
 
 def test_without_ignored_labels_a_function_that_has_none_passes(run):
-    with_ignored = run("check", "functions_to_check:without_ignored")
+    with_ignored = run("check", "tests.helpers.functions_to_check:without_ignored")
     assert with_ignored.exit_code == 1
     assert last_line(with_ignored.stdout) == "without_ignored: wrong: runs"
-    assert run("check", "functions_to_check:without_ignored", "--no-ignore-index").exit_code == 0
+    assert run("check", "tests.helpers.functions_to_check:without_ignored", "--no-ignore-index").exit_code == 0
 
 
 def test_json_is_one_object_even_if_the_function_prints(run):
-    result = run("check", "functions_to_check:talkative", "--json", "--seed", "7")
+    result = run("check", "tests.helpers.functions_to_check:talkative", "--json", "--seed", "7")
     assert result.exit_code == 0
     (report,) = json.loads(result.stdout, parse_constant=pytest.fail)["reports"]
     assert report["subject"] == "talkative"
@@ -80,7 +80,7 @@ def test_json_is_one_object_even_if_the_function_prints(run):
 
 
 def test_json_of_a_wrong_function_has_the_reasons(run):
-    result = run("check", "functions_to_check:positive", "--json")
+    result = run("check", "tests.helpers.functions_to_check:positive", "--json")
     assert result.exit_code == 1
     (report,) = json.loads(result.stdout, parse_constant=pytest.fail)["reports"]
     assert not report["passed"]
@@ -88,7 +88,7 @@ def test_json_of_a_wrong_function_has_the_reasons(run):
 
 
 def test_a_backend_of_ones_own_is_checked_before_it_is_registered(run):
-    result = run("check", "functions_to_check:Borrowed")
+    result = run("check", "tests.helpers.functions_to_check:Borrowed")
     assert result.exit_code == 0, result.output
     assert last_line(result.stdout).startswith("borrowed: passed ")
 
@@ -101,9 +101,9 @@ def test_a_backend_of_ones_own_is_checked_before_it_is_registered(run):
             "InputError: got target 'no_such_backend'; a backend's name (cpp, compiled, flash_attn, eager)",
         ),
         ("no_such_module:function", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
-        ("functions_to_check:no_such_function", "cannot be imported: AttributeError"),
-        ("functions_to_check:not_a_function", "which is of type int; a function is valid"),
-        ("functions_to_check:", "package.module:function is valid"),
+        ("tests.helpers.functions_to_check:no_such_function", "cannot be imported: AttributeError"),
+        ("tests.helpers.functions_to_check:not_a_function", "which is of type int; a function is valid"),
+        ("tests.helpers.functions_to_check:", "package.module:function is valid"),
         ("exits_when_imported:function", "cannot be imported: SystemExit"),
     ],
 )
@@ -128,7 +128,7 @@ def test_a_mistake_of_our_own_does_not_look_like_a_wrong_backend(run, monkeypatc
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a mistake")
 
-    monkeypatch.setattr("compiled_logprobs.cli.main.check_backend", broken)
+    monkeypatch.setattr("compiled_logprobs.cli.check.check_backend", broken)
     result = run("check", "eager")
     assert result.exit_code == 2
     assert "RuntimeError: a mistake" in result.stderr
@@ -136,7 +136,7 @@ def test_a_mistake_of_our_own_does_not_look_like_a_wrong_backend(run, monkeypatc
 
 def test_without_a_target_every_backend_is_checked_or_listed_with_its_reason(run, monkeypatch):
     # Without `compiled`, which takes long to compile, and has tests of its own.
-    monkeypatch.setattr("compiled_logprobs.cli.main.backends", lambda: ["flash_attn", "eager"])
+    monkeypatch.setattr("compiled_logprobs.cli.check.backends", lambda: ["flash_attn", "eager"])
     result = run("check", "--device", "cpu")
     assert result.exit_code == 0, result.output
     flash_attn, eager = (line for line in result.stdout.splitlines() if ": passed " in line or "cannot run" in line)
@@ -146,7 +146,7 @@ def test_without_a_target_every_backend_is_checked_or_listed_with_its_reason(run
 
 
 def test_where_no_backend_can_run_it_is_exit_2_with_the_reasons(run, monkeypatch):
-    monkeypatch.setattr("compiled_logprobs.cli.main.backends", lambda: ["flash_attn"])
+    monkeypatch.setattr("compiled_logprobs.cli.check.backends", lambda: ["flash_attn"])
     result = run("check", "--device", "cpu", "--json")
     assert result.exit_code == 2
     assert json.loads(result.stdout)["unavailable"].keys() == {"flash_attn"}
@@ -168,7 +168,7 @@ def test_doctor_tells_machine_versions_and_backends(run):
 
 
 def test_doctor_has_json_and_names_neither_host_nor_home(run, monkeypatch):
-    monkeypatch.setattr("compiled_logprobs.cli.main.why_not", lambda *_: f"cannot read {Path.home()}/secret/kernel.so")
+    monkeypatch.setattr("compiled_logprobs.cli.show.why_not", lambda *_: f"cannot read {Path.home()}/secret/kernel.so")
     result = run("doctor", "--json")
     assert result.exit_code == 0
     found = json.loads(result.stdout, parse_constant=pytest.fail)
@@ -185,12 +185,11 @@ def test_doctor_has_json_and_names_neither_host_nor_home(run, monkeypatch):
 
 
 def test_python_m_is_the_same_program_and_finds_functions_in_the_current_directory(tmp_path):
-    (tmp_path / "mine.py").write_text("from functions_to_check import without_ignored\n")
-    paths = [str(HERE.parent), str(HERE)]
+    (tmp_path / "mine.py").write_text("from tests.helpers.functions_to_check import without_ignored\n")
     process = subprocess.run(
         [sys.executable, "-P", "-m", "compiled_logprobs", "check", "mine:without_ignored"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, ROOTS))},
         capture_output=True,
         text=True,
         timeout=120,

@@ -12,15 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 from compiled_logprobs.api.functions import problem_of
-from compiled_logprobs.cli import options as command
+from compiled_logprobs.cli import options
 from compiled_logprobs.cli.main import app
-from compiled_logprobs.cli.main import main as cli
 from compiled_logprobs.errors import InputError, ProfileError
 from compiled_logprobs.machine.environment import environment_at
 from compiled_logprobs.problem import MODES, Problem, as_it_lies, mode_name
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import EVIDENCE, Store
-from compiled_logprobs.tuning import presets as profiling
+from compiled_logprobs.tuning import presets
 from compiled_logprobs.tuning.tuner import TuningFailed
 from tests.helpers.stored_decisions import decided
 
@@ -45,30 +44,30 @@ def measured():
 
 
 def test_the_standard_preset_is_what_the_readme_says():
-    problems = profiling.grid("cpu")
+    problems = presets.grid("cpu")
     assert {problem.vocab for problem in problems} == {151936, 128256}
     assert {problem.dtype for problem in problems} == {torch.float32, torch.bfloat16}
     assert {problem.needs_grad for problem in problems} == {False, True}
     assert len(problems) == len(set(problems))
 
 
-@pytest.mark.parametrize("preset", profiling.PRESETS)
+@pytest.mark.parametrize("preset", presets.PRESETS)
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_every_preset_makes_distinct_problems(preset, device_type):
-    problems = profiling.grid(device_type, preset)
+    problems = presets.grid(device_type, preset)
     assert len(problems) == len(set(problems)) > 0
     assert all(mode_name(problem) in MODES for problem in problems)
 
 
 def test_what_is_named_replaces_that_part_of_the_preset():
-    problems = profiling.grid("cpu", "quick", vocabs=[8], rows=[3], modes=["inplace"])
+    problems = presets.grid("cpu", "quick", vocabs=[8], rows=[3], modes=["inplace"])
     assert problems == [
         Problem("cpu", 3, 8, dtype, needs_grad=True, inplace_backward=True) for dtype in (torch.float32, torch.bfloat16)
     ]
 
 
 def test_rows_of_an_odd_vocabulary_are_not_aligned():
-    (problem,) = profiling.grid("cpu", vocabs=[50257], rows=[8], dtypes=[torch.bfloat16], modes=["entropy"])
+    (problem,) = presets.grid("cpu", vocabs=[50257], rows=[8], dtypes=[torch.bfloat16], modes=["entropy"])
     logits, labels = torch.zeros(8, 50257, dtype=torch.bfloat16), torch.zeros(8, 1, dtype=torch.int64)
     assert problem == problem_of(logits, labels, 1.0, entropy=True) and not problem.aligned
     assert mode_name(problem) == "entropy"
@@ -77,7 +76,7 @@ def test_rows_of_an_odd_vocabulary_are_not_aligned():
 
 
 def test_models_are_known_by_name():
-    assert {name: profiling.vocab_of(name) for name in profiling.MODELS} == {
+    assert {name: presets.vocab_of(name) for name in presets.MODELS} == {
         "qwen3": 151936,
         "llama3": 128256,
         "gemma3": 262144,
@@ -86,19 +85,19 @@ def test_models_are_known_by_name():
         "gpt2": 50257,
         "llama2": 32000,
     }
-    assert profiling.vocab_of("12345") == 12345 and profiling.vocab_of("Qwen3") == 151936
+    assert presets.vocab_of("12345") == 12345 and presets.vocab_of("Qwen3") == 151936
 
 
 @pytest.mark.parametrize(
     ("convert", "text", "said"),
     [
-        (profiling.vocab_of, "qwen9", "got vocabulary 'qwen9'; a number or one of qwen3, llama3"),
-        (profiling.vocab_of, "0", "got vocabulary '0'"),
-        (profiling.vocab_of, "²", "got vocabulary '²'"),
-        (profiling.rows_of, "-1", "got number of rows '-1'; a whole number from 1 on is valid"),
-        (profiling.rows_of, str(2**31), "below 2^31"),
-        (profiling.dtype_of, "float", "got dtype 'float'; float32, bfloat16, float16 are valid"),
-        (profiling.mode_of, "training", "got mode 'training'; forward, backward, inplace, entropy are valid"),
+        (presets.vocab_of, "qwen9", "got vocabulary 'qwen9'; a number or one of qwen3, llama3"),
+        (presets.vocab_of, "0", "got vocabulary '0'"),
+        (presets.vocab_of, "²", "got vocabulary '²'"),
+        (presets.rows_of, "-1", "got number of rows '-1'; a whole number from 1 on is valid"),
+        (presets.rows_of, str(2**31), "below 2^31"),
+        (presets.dtype_of, "float", "got dtype 'float'; float32, bfloat16, float16 are valid"),
+        (presets.mode_of, "training", "got mode 'training'; forward, backward, inplace, entropy are valid"),
     ],
 )
 def test_what_is_not_known_is_said_with_what_is(convert, text, said):
@@ -118,14 +117,14 @@ def test_what_is_not_known_is_said_with_what_is(convert, text, said):
         (("--device", "tpu"), "got --device tpu"),
         (("--device", "meta"), "profiles are measured on cpu and cuda"),
         (("--backend", "fastest"), "got target 'fastest'; a backend's name (cpp, compiled, flash_attn, eager)"),
-        (("--backend", "functions_to_check:right"), "which is a function; a Backend is valid"),
+        (("--backend", "tests.helpers.functions_to_check:right"), "which is a function; a Backend is valid"),
         (("--progress", "dots"), "got --progress dots; bar, jsonl, none are valid"),
         (("--progress", "jsonl", "--json"), "which both write to standard output"),
     ],
 )
 def test_wrong_arguments_measure_nothing(monkeypatch, arguments, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(cli, "tune_all", lambda *a, **k: pytest.fail("it measures"))
+    monkeypatch.setattr("compiled_logprobs.cli.profile.tune_all", lambda *a, **k: pytest.fail("it measures"))
     result = run("profile", *arguments)
     assert result.exit_code == 2
     assert said in result.stderr and result.stdout == ""
@@ -296,7 +295,7 @@ def test_explain_says_what_it_does_not_know(arguments, said):
 
 def test_no_table_names_the_host_or_a_place_of_the_package(measured):
     text = run("show", "--json").stdout
-    assert str(Path(cli.__file__).parent) not in text
+    assert str(Path(options.__file__).parents[1]) not in text
     assert os.environ.get("HOME", "/root") not in text
 
 
@@ -307,6 +306,6 @@ def test_on_a_machine_with_gpus_the_device_is_the_one_that_is_meant(monkeypatch,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert command.device_of(asked) == torch.device(device)
+    assert options.device_of(asked) == torch.device(device)
     with pytest.raises(InputError, match="torch sees 2 CUDA or ROCm devices here"):
-        command.device_of("cuda:2")
+        options.device_of("cuda:2")

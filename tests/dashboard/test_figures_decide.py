@@ -14,7 +14,8 @@ from compiled_logprobs_dashboard.tables import decide as verdict
 from compiled_logprobs_dashboard.tables import decide_map as winners
 from typer.testing import CliRunner
 
-from compiled_logprobs.cli.main import main as cli
+from compiled_logprobs.cli import profile
+from compiled_logprobs.cli.main import app
 from compiled_logprobs.decision import Speedup
 from tests.helpers import dashboard_stores as stores
 
@@ -112,13 +113,13 @@ def test_a_memory_cap_changes_the_choice_where_it_has_to():
 
 def test_the_command_poses_the_problem_that_was_decided(monkeypatch):
     posed = []
-    monkeypatch.setattr(cli, "_profile", lambda problems, *rest: posed.extend(problems) or ([], False))
+    monkeypatch.setattr(profile, "_profile", lambda problems, *rest: posed.extend(problems) or ([], False))
     for mode in ("forward", "backward", "inplace", "entropy"):
         for what in (stores.problem(512, mode=mode), stores.problem(96, 50257, stores.torch.float32, mode)):
             posed.clear()
             words = verdict.command(stores.good(what)).split()
             assert words[:2] == ["compiled-logprobs", "profile"] and words[-1] == "--again"
-            CliRunner().invoke(cli.app, words[1:])
+            CliRunner().invoke(app, words[1:])
             assert posed == [what]
 
 

@@ -1,7 +1,6 @@
-"""The commands that look after stored profiles: export, import, prune and verify."""
+"""`export`, `import` and `prune`: carry stored decisions to another machine, and remove those that serve nobody."""
 
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import IO, Annotated
@@ -9,65 +8,31 @@ from typing import IO, Annotated
 import typer
 
 from compiled_logprobs.choose import pruning
-from compiled_logprobs.choose import verify as verification
 from compiled_logprobs.cli.options import (
     COULD_NOT_RUN,
-    INTERRUPTED,
     PASSED,
-    WRONG,
     AsJson,
-    Dtype,
-    Mode,
-    Rows,
-    Vocab,
-    Where,
+    Backends,
     backend_name_of,
-    device_of,
-    progress_of,
     reported_errors,
     split,
     store_of,
 )
-from compiled_logprobs.cli.output import (
-    exported_in_words,
-    print_json,
-    print_line,
-    print_merged,
-    print_verifications,
-    print_waste,
-)
-from compiled_logprobs.errors import InputError, ProfileError
-from compiled_logprobs.machine.environment import environments, fingerprint_of
-from compiled_logprobs.store import archive, stores, user_store
+from compiled_logprobs.cli.output import exported_in_words, print_json, print_line, print_merged, print_waste
+from compiled_logprobs.errors import InputError
+from compiled_logprobs.machine.environment import environments
+from compiled_logprobs.store import archive, user_store
 from compiled_logprobs.store.files import Entry, Store
-from compiled_logprobs.tuning import presets as profiling
 
 STANDARD = "-"
 """In place of a file's name: standard input or output."""
-VERIFY_BUDGET_S = 60.0
 
-Backends = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--backend",
-        show_default=False,
-        help="package.module:Class of a backend of your own that decisions may have chosen.",
-    ),
-]
 Folder = Annotated[
     Path | None, typer.Option("--store", show_default=False, help="Folder of profiles; by default the user's.")
 ]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Make these commands part of `app`."""
-    app.command("export")(export_profiles)
-    app.command("import")(import_profiles)
-    app.command()(prune)
-    app.command()(verify)
-
-
-def export_profiles(
+def export(
     file: Annotated[
         str | None,
         typer.Argument(
@@ -114,7 +79,7 @@ def export_profiles(
         print_line(f"{path}: {exported_in_words(done)}")
 
 
-def import_profiles(
+def import_(
     file: Annotated[
         str, typer.Argument(help="The archive, as `compiled-logprobs export` wrote it; - is standard input.")
     ],
@@ -217,72 +182,3 @@ def prune(
         what = "would be removed from" if dry_run else "removed from"
         print_line(f"{len(found) - len(left)} files, {size} bytes, {what} {store.root}")
     raise typer.Exit(COULD_NOT_RUN if left else PASSED)
-
-
-def verify(
-    vocab: Vocab = None,
-    rows: Rows = None,
-    dtype: Dtype = None,
-    mode: Mode = None,
-    device: Where = None,
-    budget: Annotated[float, typer.Option(min=1.0, help="Seconds for each measurement.")] = VERIFY_BUDGET_S,
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--store", show_default=False, help="Folder of profiles; by default all that are used, each once."
-        ),
-    ] = None,
-    backend: Backends = None,
-    progress: Annotated[
-        str, typer.Option(help="bar, jsonl (events on standard output, one a line, and no table), or none.")
-    ] = "bar",
-    as_json: AsJson = False,
-) -> None:
-    """Check the winners of the stored decisions again, and time them again beside the baseline. Nothing stored changes.
-
-    Exit code 1 if a winner is wrong, does not get through, or has lost its advantage: the interval of its speed-up lies below
-    1.03, or by more than 3 % below the one that is stored, twice. Exit code 2 if nothing could be verified.
-    """
-    results: list[verification.Verification] = []
-    interrupted = False
-    with reported_errors():
-        for text in split(backend):
-            backend_name_of(text)
-        where = device_of(device)
-        shown = progress_of(progress, as_json)
-        found = verification.stored_decisions(
-            stores() if folder is None else {str(folder): Store(folder)},
-            where,
-            vocabs=[profiling.vocab_of(text) for text in split(vocab)],
-            rows=[profiling.rows_of(text) for text in split(rows)],
-            dtypes=[profiling.dtype_of(text) for text in split(dtype)],
-            modes=[profiling.mode_of(text) for text in split(mode)],
-        )
-        if not found:
-            raise ProfileError(
-                f"no decision is stored for {where} in environment {fingerprint_of(where)} that was asked for, and "
-                "one or more are valid. `compiled-logprobs profile` measures some; `compiled-logprobs show --all` lists all."
-            )
-        began = time.monotonic()
-        with shown:
-            shown.start([one.decision.problem for one in found], str(where), fingerprint_of(where))
-            try:
-                for result in verification.verify(found, where, budget_s=budget, on_event=shown.event):
-                    results.append(result)
-                    shown.result(result)
-            except KeyboardInterrupt:
-                interrupted = True
-            shown.end(len(results), time.monotonic() - began, interrupted=interrupted)
-    if as_json:
-        print_json({"decisions": [one.to_dict() for one in results], "interrupted": interrupted})
-    elif progress != "jsonl":
-        print_verifications(f"Winners on {where}, environment {fingerprint_of(where)}", results)
-    failures = sum(one.is_failure for one in results)
-    verified = failures + sum(one.outcome == "holds" for one in results)
-    if not as_json and progress != "jsonl":
-        print_line(f"{verified} of {len(found)} decisions verified, {verified - failures} of them hold")
-        if failures:
-            print_line("`compiled-logprobs profile --again` measures those that do not hold anew.")
-    if interrupted:
-        raise typer.Exit(INTERRUPTED)
-    raise typer.Exit(WRONG if failures else PASSED if verified else COULD_NOT_RUN)

@@ -1,0 +1,103 @@
+"""`check`: whether backends, or anyone's function, give the right numbers on this machine."""
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from compiled_logprobs.backends import backends
+from compiled_logprobs.check.run import CheckReport, check_backend
+from compiled_logprobs.cli.options import COULD_NOT_RUN, PASSED, WRONG, AsJson, busy, reported_errors, subject_of
+from compiled_logprobs.cli.output import print_json, print_line, print_report
+from compiled_logprobs.errors import BackendUnavailable, InputError
+
+
+class Returned(str, Enum):
+    """What the numbers of a function are."""
+
+    log_prob = "log_prob"
+    loss = "loss"
+
+
+class Device(str, Enum):
+    """Where to check."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def check(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            show_default=False,
+            help="A backend's name, or package.module:function for anyone's function of logits [N, V] and labels [N], which "
+            "may lie in the current directory. Without it, every backend is checked.",
+        ),
+    ] = None,
+    signature: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False,
+            help="What the function takes, if not (logits, labels): the arguments of a call, such as "
+            "\"labels, logits, temp=temperature, reduction='none'\". logits, labels, temperature, ignore_index, "
+            "return_entropy, masked_logits, inplace_backward and out_dtype stand for their values; logits[None] and "
+            "labels[None] add a batch dimension.",
+        ),
+    ] = None,
+    returns: Annotated[
+        Returned, typer.Option(help="What the function's numbers are: log-probabilities, or losses.")
+    ] = Returned.log_prob,
+    device: Annotated[
+        Device | None, typer.Option(show_default=False, help="Where to check; by default on the GPU if there is one.")
+    ] = None,
+    ignore_index: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-index/--no-ignore-index", help="Whether labels of -100, which count 0, are among the inputs."
+        ),
+    ] = True,
+    seed: Annotated[
+        int | None, typer.Option(show_default=False, min=0, help="Of the inputs; by default fresh at random.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check sign, values and gradient of backends, or of anyone's function, against float64 on this machine.
+
+    What is wrong is told with its likely cause.
+    """
+    reports: list[CheckReport] = []
+    unavailable: dict[str, str] = {}
+    with reported_errors():
+        if device is Device.cuda and not torch.cuda.is_available():
+            raise InputError("got --device cuda; torch sees no CUDA or ROCm device here. Use --device cpu.")
+        device_type = None if device is None else device.value
+        subjects: list[str | Callable[..., Any]] = [*backends()] if target is None else [subject_of(target)]
+        for subject in subjects:
+            try:
+                with busy(f"checking {target or subject}"):
+                    report = check_backend(
+                        subject,
+                        ignore_index=ignore_index,
+                        device=device_type,
+                        seed=seed,
+                        signature=signature,
+                        returns=returns.value,
+                    )
+            except BackendUnavailable as error:
+                if target is not None:
+                    raise
+                unavailable[str(subject)] = str(error)
+                if not as_json:
+                    print_line(str(error).splitlines()[0])
+            else:
+                reports.append(report)
+                if not as_json:
+                    print_report(report)
+    if as_json:
+        print_json({"reports": [report.to_dict() for report in reports], "unavailable": unavailable})
+    if not reports:
+        raise typer.Exit(COULD_NOT_RUN)
+    raise typer.Exit(PASSED if all(report.passed for report in reports) else WRONG)

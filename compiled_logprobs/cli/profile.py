@@ -1,0 +1,210 @@
+"""`profile` measures a grid of problems and stores what was decided; `verify` measures stored decisions again."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from compiled_logprobs.choose import verify as verification
+from compiled_logprobs.choose.serving import tune_all
+from compiled_logprobs.cli.options import (
+    COULD_NOT_RUN,
+    INTERRUPTED,
+    PASSED,
+    WRONG,
+    AsJson,
+    Backends,
+    Dtype,
+    Mode,
+    Rows,
+    Vocab,
+    Where,
+    backend_name_of,
+    device_of,
+    progress_of,
+    reported_errors,
+    split,
+)
+from compiled_logprobs.cli.output import print_decisions, print_json, print_line, print_verifications
+from compiled_logprobs.cli.progress import Progress
+from compiled_logprobs.decision import Decision
+from compiled_logprobs.errors import LogProbsError, ProfileError
+from compiled_logprobs.machine.environment import fingerprint_of
+from compiled_logprobs.problem import Problem, bucket
+from compiled_logprobs.store import stores, user_store
+from compiled_logprobs.store.files import Store
+from compiled_logprobs.tuning import presets
+
+BUDGET_S = 60.0
+
+
+def profile(
+    preset: Annotated[
+        str, typer.Option(help=f"{', '.join(presets.PRESETS)}: the grid, of which the next options replace parts.")
+    ] = "standard",
+    vocab: Vocab = None,
+    rows: Rows = None,
+    dtype: Dtype = None,
+    mode: Mode = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            show_default=False,
+            help="Measure only these, beside eager: names, or package.module:Class of your own. By default all.",
+        ),
+    ] = None,
+    device: Where = None,
+    budget: Annotated[
+        float, typer.Option(min=1.0, help="Seconds for each problem; fewer rows are timed where it would take longer.")
+    ] = BUDGET_S,
+    out: Annotated[
+        Path | None, typer.Option(show_default=False, help="Folder to store in; by default the user's profiles.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure also what is stored there already.")] = False,
+    progress: Annotated[
+        str, typer.Option(help="bar, jsonl (events on standard output, one a line, and no table), or none.")
+    ] = "bar",
+    as_json: AsJson = False,
+) -> None:
+    """Measure which backend is fastest for a grid of problems, store it, and show the winners.
+
+    What is finished is stored, also if you interrupt it; what is stored already is not measured again.
+    """
+    with reported_errors():
+        where = device_of(device)
+        problems = presets.grid(
+            where.type,
+            preset,
+            vocabs=[presets.vocab_of(text) for text in split(vocab)],
+            rows=[presets.rows_of(text) for text in split(rows)],
+            dtypes=[presets.dtype_of(text) for text in split(dtype)],
+            modes=[presets.mode_of(text) for text in split(mode)],
+        )
+        problems = list(dict.fromkeys(map(bucket, problems)))
+        names = [backend_name_of(text) for text in split(backend)] or None
+        store = user_store() if out is None else Store(out)
+        shown = progress_of(progress, as_json)
+        found, interrupted = _profile(problems, where, store, names, budget, again, shown)
+    decided = [one for one in found if isinstance(one, Decision)]
+    fingerprint = fingerprint_of(where)
+    stored = sum((store.read(fingerprint, one.problem) or {}).get("seed") == one.seed for one in decided)
+    failed = [str(one) for one in found if not isinstance(one, Decision)]
+    if as_json:
+        print_json(
+            {
+                "decisions": [one.to_dict() for one in decided],
+                "stored": stored,
+                "failed": failed,
+                "interrupted": interrupted,
+            }
+        )
+    elif progress != "jsonl":
+        if decided:
+            print_decisions(f"Winners on {where}, environment {fingerprint}", [(d, "") for d in decided])
+        for reason in failed:
+            print_line(f"not decided: {reason}")
+        print_line(f"{len(decided)} of {len(problems)} problems decided, {stored} of them stored in {store.root}")
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if stored < len(problems):
+        raise typer.Exit(COULD_NOT_RUN)
+    wrong = any(candidate.outcome == "wrong" for one in decided for candidate in one.candidates.values())
+    raise typer.Exit(WRONG if wrong else PASSED)
+
+
+def _profile(
+    problems: list[Problem],
+    where: torch.device,
+    store: Store,
+    names: list[str] | None,
+    budget: float,
+    again: bool,
+    shown: Progress,
+) -> tuple[list[Decision | LogProbsError], bool]:
+    """What came of each problem, and whether it was interrupted before the last."""
+    found: list[Decision | LogProbsError] = []
+    began = time.monotonic()
+    with shown:
+        shown.start(problems, str(where), fingerprint_of(where))
+        try:
+            for one in tune_all(
+                problems, where, store=store, names=names, budget_s=budget, again=again, on_event=shown.event
+            ):
+                found.append(one)
+                shown.result(one)
+        except KeyboardInterrupt:
+            shown.end(len(found), time.monotonic() - began, interrupted=True)
+            return found, True
+        shown.end(len(found), time.monotonic() - began, interrupted=False)
+    return found, False
+
+
+def verify(
+    vocab: Vocab = None,
+    rows: Rows = None,
+    dtype: Dtype = None,
+    mode: Mode = None,
+    device: Where = None,
+    budget: Annotated[float, typer.Option(min=1.0, help="Seconds for each measurement.")] = BUDGET_S,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--store", show_default=False, help="Folder of profiles; by default all that are used, each once."
+        ),
+    ] = None,
+    backend: Backends = None,
+    progress: Annotated[
+        str, typer.Option(help="bar, jsonl (events on standard output, one a line, and no table), or none.")
+    ] = "bar",
+    as_json: AsJson = False,
+) -> None:
+    """Check the winners of the stored decisions again, and time them again beside the baseline. Nothing stored changes.
+
+    Exit code 1 if a winner is wrong, does not get through, or has lost its advantage: the interval of its speed-up lies below
+    1.03, or by more than 3 % below the one that is stored, twice. Exit code 2 if nothing could be verified.
+    """
+    results: list[verification.Verification] = []
+    interrupted = False
+    with reported_errors():
+        for text in split(backend):
+            backend_name_of(text)
+        where = device_of(device)
+        shown = progress_of(progress, as_json)
+        found = verification.stored_decisions(
+            stores() if folder is None else {str(folder): Store(folder)},
+            where,
+            vocabs=[presets.vocab_of(text) for text in split(vocab)],
+            rows=[presets.rows_of(text) for text in split(rows)],
+            dtypes=[presets.dtype_of(text) for text in split(dtype)],
+            modes=[presets.mode_of(text) for text in split(mode)],
+        )
+        if not found:
+            raise ProfileError(
+                f"no decision is stored for {where} in environment {fingerprint_of(where)} that was asked for, and "
+                "one or more are valid. `compiled-logprobs profile` measures some; `compiled-logprobs show --all` lists all."
+            )
+        began = time.monotonic()
+        with shown:
+            shown.start([one.decision.problem for one in found], str(where), fingerprint_of(where))
+            try:
+                for result in verification.verify(found, where, budget_s=budget, on_event=shown.event):
+                    results.append(result)
+                    shown.result(result)
+            except KeyboardInterrupt:
+                interrupted = True
+            shown.end(len(results), time.monotonic() - began, interrupted=interrupted)
+    if as_json:
+        print_json({"decisions": [one.to_dict() for one in results], "interrupted": interrupted})
+    elif progress != "jsonl":
+        print_verifications(f"Winners on {where}, environment {fingerprint_of(where)}", results)
+    failures = sum(one.is_failure for one in results)
+    verified = failures + sum(one.outcome == "holds" for one in results)
+    if not as_json and progress != "jsonl":
+        print_line(f"{verified} of {len(found)} decisions verified, {verified - failures} of them hold")
+        if failures:
+            print_line("`compiled-logprobs profile --again` measures those that do not hold anew.")
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+    raise typer.Exit(WRONG if failures else PASSED if verified else COULD_NOT_RUN)

@@ -1,0 +1,143 @@
+"""`show`, `explain` and `doctor`: what is stored, what serves a problem and why, and what this machine can run."""
+
+from pathlib import Path
+from typing import Annotated, get_args
+
+import torch
+import typer
+from rich.text import Text
+
+from compiled_logprobs.backends import backends, why_not
+from compiled_logprobs.choose import rule
+from compiled_logprobs.choose.explain import explain_problem
+from compiled_logprobs.cli.options import AsJson, Where, device_of, one_of, reported_errors
+from compiled_logprobs.cli.output import console, new_table, print_decisions, print_environment, print_json, print_line
+from compiled_logprobs.decision import Decision
+from compiled_logprobs.machine.environment import Environment, cpp_compiler_version, environments, without_paths
+from compiled_logprobs.policy import policy
+from compiled_logprobs.problem import MODES, Layout, Problem, Temperature, as_it_lies, short_name
+from compiled_logprobs.store import stores
+from compiled_logprobs.store.files import Store
+from compiled_logprobs.tuning import presets
+
+SAMPLE_ROWS, SAMPLE_VOCAB = 4096, 151936
+"""What `doctor` asks the backends about: a batch of an RL post-training step with Qwen's vocabulary."""
+
+
+def show(
+    store: Annotated[
+        Path | None,
+        typer.Option(show_default=False, help="Folder of profiles; by default all that are used, each shape once."),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Also those of other environments, which are not used on this machine.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the stored decisions: winner, speed-up, memory, sign check and share of bandwidth of each problem."""
+    with reported_errors():
+        where = stores() if store is None else {str(store): Store(store)}
+        here = {environment.fingerprint() for environment in environments()}
+        found: dict[tuple[str, Problem], tuple[Decision, str]] = {}
+        for label, one in where.items():
+            for environment, problem, _ in one.records():
+                if every or environment in here:
+                    decision = rule.decision_in(one, environment, problem)
+                    if decision is not None:
+                        found.setdefault((environment, problem), (decision, label))
+    if as_json:
+        print_json(
+            {
+                "decisions": [
+                    {"environment_fingerprint": environment, "from": label, **decision.to_dict()}
+                    for (environment, _), (decision, label) in found.items()
+                ]
+            }
+        )
+        return
+    for environment in dict.fromkeys(environment for environment, _ in found):
+        rows = [value for key, value in found.items() if key[0] == environment]
+        rows.sort(
+            key=lambda row: (
+                row[0].problem.vocab,
+                short_name(row[0].problem.dtype),
+                *row[0].problem[6:],
+                row[0].problem.rows,
+            )
+        )
+        print_decisions(f"Environment {environment}{'' if environment in here else ', not this machine'}", rows)
+    if not found:
+        print_line("No decisions are stored for this machine. `compiled-logprobs profile` measures some.")
+
+
+def explain(
+    vocab: Annotated[str, typer.Option(help="V: a number or a model's name.")] = "qwen3",
+    rows: Annotated[str, typer.Option(help="N: how many positions.")] = "512",
+    dtype: Annotated[str, typer.Option(help="Of the logits: float32, bfloat16 or float16.")] = "bfloat16",
+    mode: Annotated[str, typer.Option(help="forward, backward, inplace or entropy.")] = "backward",
+    labels_per_row: Annotated[int, typer.Option(min=1, help="K.")] = 1,
+    temperature: Annotated[str, typer.Option(help="none, number or per_token.")] = "none",
+    masked: Annotated[bool, typer.Option("--masked", help="Whole regions of the vocabulary are -inf.")] = False,
+    layout: Annotated[str, typer.Option(help="flat, rows or other.")] = "flat",
+    device: Where = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which backend serves a problem here, why, and what became of the others. Nothing is measured."""
+    with reported_errors():
+        where = device_of(device)
+        asked = Problem(
+            where.type,
+            presets.rows_of(rows),
+            presets.vocab_of(vocab),
+            presets.dtype_of(dtype),
+            labels_per_row=labels_per_row,
+            temperature=one_of(temperature, "temperature", get_args(Temperature)),
+            masked_logits=masked,
+            layout=one_of(layout, "layout", get_args(Layout)),
+            **MODES[presets.mode_of(mode)],
+        )
+        explanation = explain_problem(as_it_lies(asked), where, policy())
+    if as_json:
+        print_json(explanation.to_dict())
+    else:
+        print_line(str(explanation))
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Show this machine, the versions on it, and which backends can run here, or why not."""
+    found = environments()
+    compiler = cpp_compiler_version()
+    answers = [
+        (name, problem, reason if reason is None else without_paths(reason))
+        for name in backends()
+        for problem in _sample_problems(found)
+        for reason in [why_not(name, problem)]
+    ]
+    if as_json:
+        print_json(
+            {
+                "environments": [environment.to_dict() for environment in found],
+                "cpp_compiler": compiler,
+                "backends": [
+                    {"name": name, "problem": str(problem), "can_run": reason is None, "why_not": reason}
+                    for name, problem, reason in answers
+                ],
+            }
+        )
+        return
+    for environment in found:
+        print_environment(environment)
+    print_line(f"C++ compiler, for torch.compile on the CPU: {compiler or 'none found'}")
+    table = new_table("Backends", "backend", "problem", "can run")
+    for name, problem, reason in answers:
+        table.add_row(name, Text(str(problem)), "yes" if reason is None else Text(f"no: {reason}"))
+    console().print(table)
+
+
+def _sample_problems(found: list[Environment]) -> list[Problem]:
+    device_types = dict.fromkeys(environment.device_type for environment in found)
+    return [
+        Problem(device_type, SAMPLE_ROWS, SAMPLE_VOCAB, dtype, needs_grad=True)
+        for device_type in device_types
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
