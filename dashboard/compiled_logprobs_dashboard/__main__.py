@@ -1,4 +1,4 @@
-"""The program that `launch` becomes: Streamlit's server on 127.0.0.1, with our guard in front, until a signal ends it."""
+"""The program that `compiled-logprobs dashboard` becomes: Streamlit's server on 127.0.0.1, behind our guard, until a signal."""
 
 import argparse
 import importlib
@@ -19,8 +19,8 @@ from starlette.middleware import Middleware
 from streamlit import config
 from streamlit.starlette import App
 
+from compiled_logprobs.cli.dashboard import ADDRESS, PORT
 from compiled_logprobs_dashboard.guard import HOSTS, Guard
-from compiled_logprobs_dashboard.launch import ADDRESS, PORT
 
 SCRIPT = Path(__file__).with_name("app.py")
 UPLOAD_LIMIT_MB = 8
@@ -79,7 +79,7 @@ async def _alive(app: App, *, browser: bool) -> AsyncIterator[None]:
 
 def _prepare() -> None:
     """Have ready what the first page needs while the browser is on its way: packages and profiles take seconds."""
-    for name in ("verdict", "winners", "charts.decide"):
+    for name in ("tables.decide", "charts.decide"):
         importlib.import_module(f"compiled_logprobs_dashboard.{name}")
     importlib.import_module("compiled_logprobs_dashboard.selection").read_ahead()
 

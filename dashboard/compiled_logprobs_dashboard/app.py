@@ -10,10 +10,7 @@ from compiled_logprobs_dashboard import selection as session
 
 HERE = Path(__file__).parent
 PAGES = {
-    "Choose": [
-        ("decide", "Decide", ":material/rule:"),
-        ("compare", "Compare", ":material/compare_arrows:"),
-    ],
+    "Choose": [("decide", "Decide", ":material/rule:"), ("compare", "Compare", ":material/compare_arrows:")],
     "Look closer": [
         ("throughput", "Throughput", ":material/speed:"),
         ("memory", "Memory", ":material/memory:"),

@@ -288,13 +288,7 @@ def _kept(place: Path) -> _Read:
 
 
 _FILES = pa.schema(
-    {
-        "file": pa.string(),
-        "mtime_ns": pa.int64(),
-        "size": pa.int64(),
-        "inode": pa.uint64(),
-        "reason": pa.string(),
-    }
+    {"file": pa.string(), "mtime_ns": pa.int64(), "size": pa.int64(), "inode": pa.uint64(), "reason": pa.string()}
 )
 
 

@@ -214,13 +214,7 @@ def _choose_vocab(first: int) -> int:
         st.sidebar.number_input("V, vocabulary", 1, data.MOST, first, key=VOCAB, bind="query-params", help="Exact.")
     )
     st.session_state[MODEL] = names.get(number, OTHER)
-    place.selectbox(
-        "Model",
-        [*MODELS, OTHER],
-        key=MODEL,
-        on_change=_take_model,
-        help="Fills in V, the vocabulary.",
-    )
+    place.selectbox("Model", [*MODELS, OTHER], key=MODEL, on_change=_take_model, help="Fills in V, the vocabulary.")
     return number
 
 

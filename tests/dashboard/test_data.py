@@ -131,8 +131,7 @@ def test_what_a_figure_draws():
 
     figure = go.Figure([go.Scatter(name="<b>a\n", x=[1, 2], y=[3, 4]), go.Bar(y=[5])])
     pd.testing.assert_frame_equal(
-        data.drawn(figure),
-        pd.DataFrame({"name": ["<b>a ", "<b>a ", ""], "x": ["1", "2", "0"], "y": ["3", "4", "5"]}),
+        data.drawn(figure), pd.DataFrame({"name": ["<b>a ", "<b>a ", ""], "x": ["1", "2", "0"], "y": ["3", "4", "5"]})
     )
     name = plain_in_chart("<b>x</b> & $y$")
     shown = data.drawn(go.Figure(go.Bar(x=[1], y=[name], name=name)))

@@ -169,12 +169,7 @@ def test_ages_sizes_and_durations():
     now = datetime(2026, 11, 24, 12, tzinfo=timezone.utc)
     assert [
         verdict.age(at, now) for at in ("2026-11-24T07:00:00Z", "2026-11-23T07:00:00Z", "2026-11-20T07:00:00Z", "<b>")
-    ] == [
-        "today",
-        "1 day ago",
-        "4 days ago",
-        "",
-    ]
+    ] == ["today", "1 day ago", "4 days ago", ""]
     assert [verdict.size(one) for one in (None, 12, 2048, 3 * 2**20, 2.5 * 2**30)] == [
         "not measured",
         "12 bytes",

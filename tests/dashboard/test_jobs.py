@@ -194,11 +194,7 @@ def test_only_one_of_many_tabs_starts_a_run(folder, monkeypatch):
 
 
 def test_a_request_that_is_not_valid_starts_nothing(folder):
-    for wrong in (
-        replace(TINY, preset="huge"),
-        replace(TINY, dtypes=("float8",)),
-        replace(TINY, modes=("sideways",)),
-    ):
+    for wrong in (replace(TINY, preset="huge"), replace(TINY, dtypes=("float8",)), replace(TINY, modes=("sideways",))):
         with pytest.raises(InputError):
             jobs.start(wrong, folder)
     assert not folder.exists()
@@ -268,7 +264,7 @@ def test_the_command_line_is_the_same_run():
         "--backend=eager --budget=2"
     )
     assert Request("cuda:1", again=True).arguments() == [
-        *("profile", "--device=cuda:1", "--preset=quick", "--budget=60", "--again"),
+        *("profile", "--device=cuda:1", "--preset=quick", "--budget=60", "--again")
     ]
     assert {problem.device_type for problem in Request("cuda:1").problems()} == {"cuda"}
 

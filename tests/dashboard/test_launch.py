@@ -1,6 +1,7 @@
 """`compiled-logprobs dashboard`: how it starts, what stops it from starting, and that a signal ends it."""
 
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -13,16 +14,16 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from compiled_logprobs_dashboard import launch as module
-from compiled_logprobs_dashboard.launch import launch, require_packages, require_port
 from typer.testing import CliRunner
 
+from compiled_logprobs.cli import dashboard as module
+from compiled_logprobs.cli.dashboard import require_packages, require_port
 from compiled_logprobs.cli.main import app
 from compiled_logprobs.errors import InputError, LogProbsError
 from tests.helpers.dashboard_server import LIMIT_S, dashboard
 
 streamlit = pytest.importorskip("streamlit", reason="the extra `dashboard` is not installed")
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -34,27 +35,14 @@ def became(monkeypatch):
 
 
 def test_the_process_becomes_the_server(became):
-    launch(0, browser=False)
+    assert (
+        CliRunner().invoke(app, ["dashboard", "--port", "0", "--no-browser"]).exit_code == 2
+    )  # nothing became of it here
     ((program, command, environment),) = became
     assert program == command[0] == sys.executable
-    assert command[1:] == ["-m", "compiled_logprobs_dashboard.__main__", "--port=0", "--no-browser"]
+    assert command[1:] == ["-m", "compiled_logprobs_dashboard", "--port=0", "--no-browser"]
     assert environment["PYTHONSAFEPATH"] == "1" and str(REPOSITORY) in environment["PYTHONPATH"].split(":")
-
-
-def test_profiles_are_read_before_anybody_looks(tmp_path):
-    index = tmp_path / "cache" / "compiled-logprobs" / "dashboard"
-    with dashboard(tmp_path) as server:
-        until = time.monotonic() + LIMIT_S
-        while not list(index.glob("*.index")):
-            assert time.monotonic() < until, server.output.read_text()
-            time.sleep(0.1)
-
-
-def test_the_command_passes_its_options_on(became):
-    assert CliRunner().invoke(app, ["dashboard", "--port", "0"]).exit_code == 2  # since nothing became of it here
-    assert became[0][1][1:] == ["-m", "compiled_logprobs_dashboard.__main__", "--port=0"]
-    assert CliRunner().invoke(app, ["dashboard", "--port", "70000"]).exit_code == 2
-    assert len(became) == 1
+    assert CliRunner().invoke(app, ["dashboard", "--port", "70000"]).exit_code == 2 and len(became) == 1
 
 
 @pytest.mark.parametrize("name", ["streamlit", "plotly", "pandas"])
@@ -107,11 +95,7 @@ def test_a_busy_port_is_said():
     require_port(port)
 
 
-def test_help_names_the_options():
-    result = CliRunner().invoke(app, ["dashboard", "--help"], env={"NO_COLOR": "1", "TERM": "dumb"})
-    assert {"--port", "--no-browser"} <= set(result.output.split())
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -15), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_ends_it(tmp_path, number, code):
     with dashboard(tmp_path) as server:
@@ -149,14 +133,16 @@ def wheel(tmp_path_factory):
     return folder / made.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_all_of_the_dashboard(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
-    package = REPOSITORY / "compiled_logprobs"
-    files = [file for file in (package / "dashboard").rglob("*") if file.is_file() and "__pycache__" not in file.parts]
-    wanted = {f"compiled_logprobs/{file.relative_to(package).as_posix()}" for file in files}
-    assert {"compiled_logprobs/dashboard/.streamlit/config.toml", "compiled_logprobs/dashboard/icon.png"} <= wanted
-    assert wanted <= held
+    files = [
+        file for file in (REPOSITORY / "dashboard").glob("*/**/*") if file.is_file() and "__pycache__" not in file.parts
+    ]
+    wanted = {file.relative_to(REPOSITORY / "dashboard").as_posix() for file in files}
+    package = "compiled_logprobs_dashboard"
+    assert {f"{package}/.streamlit/config.toml", f"{package}/icon.png", f"{package}/app.py"} <= wanted <= held
     assert any(name.startswith("compiled_logprobs/profiles/v1/") for name in held)
 
 
@@ -194,14 +180,16 @@ def installed(wheel, tmp_path):
     return place / "bin" / "compiled-logprobs"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="an environment is laid out differently there")
 def test_from_the_wheel_it_starts_and_serves(installed, tmp_path):
-    where = subprocess.run(
-        [str(installed.parent / "python"), "-c", "import compiled_logprobs; print(compiled_logprobs.__file__)"],
-        capture_output=True, text=True, check=True, cwd=tmp_path,
-    )  # fmt: skip
+    command = [str(installed.parent / "python"), "-c", "import compiled_logprobs; print(compiled_logprobs.__file__)"]
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    }  # which may name the checkout
+    where = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
     assert str(tmp_path / "environment") in where.stdout
-    with dashboard(tmp_path, command=[str(installed)], cwd=tmp_path) as server:
+    with dashboard(tmp_path, command=[str(installed)], cwd=tmp_path, PYTHONPATH="") as server:
         assert server.process.poll() is None
         if Path("/usr/bin/chromium").exists():
             sync_api = pytest.importorskip("playwright.sync_api")

@@ -86,13 +86,7 @@ def _ratios(tables: Tables, this: session.Profile, that: session.Profile) -> Non
         st.caption(f"Left out of all figures: {', '.join(left)}.")
     if found.table.empty:
         return
-    session.chart(
-        figures.ratios(found.table),
-        alt=text,
-        key="ratios",
-        table=found.table,
-        columns=RATIO,
-    )
+    session.chart(figures.ratios(found.table), alt=text, key="ratios", table=found.table, columns=RATIO)
     st.caption(
         "Times are scaled to N where fewer rows were timed. The band is the width of the widest interval of each decision, both "
         "together: what varies within a run. From day to day, clocks and load can change more than that."

@@ -44,7 +44,7 @@ def _list(tables: Tables) -> None:
     if len(found):
         stale = tables.decisions[tables.decisions["stale"].notna()].groupby(["source", "environment"]).size()
         shown = found.assign(
-            stale=[int(stale.get(pair, 0)) for pair in zip(found["source"], found["environment"], strict=True)],
+            stale=[int(stale.get(pair, 0)) for pair in zip(found["source"], found["environment"], strict=True)]
         )
         first = ["source", "device", "here", "decisions", "stale", "measured_at", "torch", "triton", "environment"]
         rest = [name for name in shown if name not in first]
