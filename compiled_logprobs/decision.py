@@ -1,7 +1,12 @@
-"""What tuning a problem found: the decision, and what became of every candidate. This is what profiles hold."""
+"""The answer: which backend serves a problem, what became of every candidate, and the evidence that this rests on.
 
-import json
+There is one form of it, from the worker's events to the file on disk and back: these classes, and their fields as JSON.
+
+Shapes: N rows, V vocabulary, K labels a row.
+"""
+
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import cache
@@ -15,11 +20,21 @@ Outcome = Literal[
 ]
 MEASURED = ("chosen", "slower", "tie")
 """The outcomes of candidates that passed the check and were timed."""
+PLAIN = "log_softmax"
+"""What plain `log_softmax` and `gather` are called in `Evidence.seconds`; no backend may have that name."""
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+"""The shares of the errors that `Spread.quantiles` are the upper ends of."""
+TIME = "%Y-%m-%dT%H:%M:%SZ"
+"""The form of `measured_at`: UTC."""
+
+Kind = Literal["log_prob", "entropy", "gradient"]
+Number = float | Literal["nan", "inf", "-inf"]
+"""As JSON can hold it."""
 
 
 @dataclass(frozen=True)
 class Speedup:
-    """The baseline's seconds over a candidate's: above 1 is faster."""
+    """Another's seconds over a candidate's: above 1 is faster."""
 
     low: float | None
     """End of the confidence interval; None where the rounds are too few to give one."""
@@ -34,15 +49,82 @@ class Speedup:
 
 
 @dataclass(frozen=True)
-class CheckResult:
-    """The verdict of one check of the gate."""
+class Check:
+    """The result of one check: of a candidate, the worst over all inputs; of a case, on that kind of input."""
 
     name: str
-    passed: bool
-    figure: float | None
+    passed: bool = True
+    figure: float | None = None
     """The worst that was seen; None where the check has no figure, or it is not finite."""
-    limit: float | None
-    detail: str
+    limit: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A value that was off."""
+
+    row: int
+    """Of N."""
+    token: int | None
+    """Of V: the label whose log-probability it is, or the logit whose gradient; None for an entropy, which is a row's."""
+    got: Number
+    true: Number
+    """In float64."""
+    error: float | None
+    """None where it is NaN or infinite and float64 is not, or the other way round."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far the values of one kind were off: log-probabilities and entropies in nats, the gradient in its own unit."""
+
+    what: Kind
+    count: int
+    """Of the errors that these are quantiles of: of all values that are finite and not ignored; of a gradient, a sample."""
+    quantiles: tuple[float, ...]
+    """Of the absolute errors, at `QUANTILES`; the last is the largest of all values."""
+    worst: tuple[Token, ...]
+    """The largest errors, largest first; none where there is no error."""
+
+
+@dataclass(frozen=True)
+class CaseEvidence:
+    """What the check saw with one kind of input."""
+
+    case: str
+    """The kind of input, such as 'shifted up by 1e4'."""
+    rows: int
+    checks: tuple[Check, ...]
+    """Those that the input put to the test."""
+    errors: tuple[Spread, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a decision rests on. It is stored in a file beside the decision, with the same seed and time."""
+
+    seed: int
+    measured_at: str
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    """By candidate, and of `PLAIN`, one a round."""
+    cases: dict[str, tuple[CaseEvidence, ...]] = field(default_factory=dict)
+    """By candidate, of those that got as far as the check."""
+
+    def with_cases_of(self, earlier: "Evidence", names: Collection[str]) -> "Evidence":
+        """The same, with what the check saw of `names` at an earlier time."""
+        carried = {name: cases for name, cases in earlier.cases.items() if name in names and name not in self.cases}
+        return Evidence(self.seed, self.measured_at, self.seconds, {**self.cases, **carried})
+
+    def to_json(self) -> bytes:
+        """Without what is as it is by default, since there are hundreds of checks a decision."""
+        return bytes(_adapter(Evidence).dump_json(self, exclude_defaults=True)) + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Evidence":
+        """What `to_json` gave. Raises ProfileError for anything else: the file may be foreign."""
+        evidence: Evidence = _parse(cls, data)
+        return evidence
 
 
 @dataclass(frozen=True)
@@ -54,18 +136,21 @@ class Candidate:
     fingerprint: str | None = None
     """Of the backend as it was; None where it could not be loaded."""
     speedup: Speedup | None = None
+    """Over the baseline."""
+    speedup_over_plain: Speedup | None = None
+    """Over plain `log_softmax` and `gather`; None where these could not be timed."""
     seconds: float | None = None
     """Median of the timed calls, forward and, where the problem needs the gradient, backward."""
     first_call_seconds: float | None = None
-    """Of the first call, compiling included, as far as it was not spared that by the compiler's cache or by other problems that
-    were measured before in the same run."""
+    """Of the first call, compiling included, as far as it was not spared that by the compiler's cache or by other problems
+    that were measured before in the same run."""
     extra_bytes: int | None = None
     """Peak memory beyond the logits, results and their gradient included; None where it cannot be measured."""
     extra_multiple: float | None = None
     """The same, as a multiple of the logits' size."""
     percent_of_bandwidth: float | None = None
     """Time that the bytes which must move take at the bandwidth measured here, in per cent of `seconds`."""
-    checks: tuple[CheckResult, ...] = ()
+    checks: tuple[Check, ...] = ()
     repeatable: bool | None = None
     row_invariant: bool | None = None
     """As the check found them; None where it did not get there."""
@@ -88,9 +173,11 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What is stored of a decision; the problem stands beside it, as the key."""
+class Decision:
+    """The backend that serves a problem and all N of its bucket, and why. Its fields are those of the file."""
 
+    problem: Problem
+    """The top of its bucket of N."""
     chosen: str
     code: str
     """Why, in one word, such as FASTER_CLEAR."""
@@ -101,6 +188,8 @@ class Record:
     """Backends that were registered, but that the run was not asked about."""
     baseline: str
     """What `speedup` compares with: eager, unless it could not be measured."""
+    plain_seconds: float | None
+    """Median of plain `log_softmax` and `gather`, timed in the same rounds; None where they could not be."""
     rounds: int
     settled: bool
     """Whether more rounds could not have changed the choice."""
@@ -121,17 +210,10 @@ class Record:
     telemetry_reason: str | None
     """Why nothing does."""
     seed: int
+    """Of the inputs."""
     measured_at: str
     """UTC, as in 2026-11-24T07:00:00Z."""
     tuning_seconds: float
-
-
-@dataclass(frozen=True)
-class Decision(Record):
-    """The backend that serves a problem and all N of its bucket, and why."""
-
-    problem: Problem = field(kw_only=True)
-    """The top of its bucket of N."""
 
     @property
     def winner(self) -> Candidate:
@@ -158,49 +240,57 @@ class Decision(Record):
         return min(fit, key=lambda name: fit[name].seconds or math.inf, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """For programs: plain values only; what a profile stores, and what follows from it."""
-        fields = self.record()
+        """For programs: the fields as plain values, and what follows from them."""
+        fields = {**asdict(self), "problem": problem_to_dict(self.problem)}
         for name, candidate in fields["candidates"].items():
             candidate["worst_error"] = self.candidates[name].worst_error
             candidate["calls_to_pay"] = self.calls_to_pay(name)
-        return {"problem": problem_to_dict(self.problem), **fields}
-
-    def record(self) -> dict[str, Any]:
-        """What a profile stores of it."""
-        fields = asdict(self)
-        del fields["problem"]
         return fields
 
-    @classmethod
-    def from_record(cls, problem: Problem, record: dict[str, Any]) -> "Decision":
-        """What `record` gave. Raises ProfileError for anything that it does not return: the file may be foreign."""
-        from pydantic import ValidationError
+    def to_json(self) -> bytes:
+        """The content of its file."""
+        return bytes(_adapter(Decision).dump_json(self, indent=2)) + b"\n"
 
-        try:
-            known = _adapter().validate_json(json.dumps(record), strict=True)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ProfileError(
-                f"its decision has no valid {'.'.join(map(str, first['loc']))}: {first['msg']}"
-            ) from None
-        for name, what in ((known.chosen, "chosen"), (known.baseline, "baseline")):
-            if name not in known.candidates or not known.candidates[name].measured:
+    @classmethod
+    def from_json(cls, data: bytes) -> "Decision":
+        """What `to_json` gave. Raises ProfileError for anything else: the file may be foreign."""
+        decision: Decision = _parse(cls, data)
+        for name, what in ((decision.chosen, "chosen"), (decision.baseline, "baseline")):
+            if name not in decision.candidates or not decision.candidates[name].measured:
                 raise ProfileError(f"its {what} backend {name!r:.80} is not among those that it measured")
-        if known.measured_rows < 1:
-            raise ProfileError(f"it was measured with {known.measured_rows} rows; valid is 1 or more")
-        return cls(problem=problem, **vars(known))
+        if decision.measured_rows < 1:
+            raise ProfileError(f"it was measured with {decision.measured_rows} rows; valid is 1 or more")
+        return decision
+
+
+def number(value: float) -> Number:
+    """As JSON can hold it."""
+    return value if math.isfinite(value) else "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
 
 
 def moment(measured_at: str) -> datetime | None:
-    """When that was; None where it has not the form that `Record.measured_at` has, as a foreign file may not."""
+    """When that was; None where it has not the form of `TIME`, as in a foreign file."""
     try:
-        return datetime.strptime(measured_at, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+        return datetime.strptime(measured_at, TIME).replace(tzinfo=timezone.utc)
     except ValueError:
         return None
 
 
-@cache
-def _adapter() -> Any:
-    from pydantic import TypeAdapter  # takes longer to import than most processes need it
+def _parse(cls: type, data: bytes) -> Any:
+    from pydantic import ValidationError  # takes longer to import than most processes need it
 
-    return TypeAdapter(Record)
+    try:
+        return _adapter(cls).validate_json(data, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ProfileError(
+            f"{f'its {place:.80} is not valid' if place else 'it is not valid'}: {first['msg']}"
+        ) from None
+
+
+@cache
+def _adapter(cls: type) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)

@@ -6,7 +6,6 @@ from compiled_logprobs import policy
 from compiled_logprobs.choose import rule as decisions
 from compiled_logprobs.choose import serving, view
 from compiled_logprobs.store import ROOT_VARIABLE
-from compiled_logprobs.store import files as store
 from tests.helpers.dashboard_stores import scenario  # noqa: F401 - a fixture, for the tests that ask for it
 
 
@@ -21,7 +20,6 @@ def nothing_known(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(decisions, "_set_aside", {})
     monkeypatch.setattr(serving, "_short_checks", {})
     monkeypatch.setattr(serving, "_spent_s", 0.0)
-    monkeypatch.setattr(store, "_warned", set())
     monkeypatch.setattr(view, "_frozen", {})
     yield
     policy._of_process.cache_clear()

@@ -76,8 +76,7 @@ def test_a_module_imports_only_what_stands_left_of_its_layer(path: Path):
 def test_a_folder_has_no_circle(folder: str):
     names = {module_name(path): path for path, layer in FILES.items() if layer == folder}
     graph = {
-        name: {found for found in map(lambda m: nearest(m, names), imported(path)) if found}
-        for name, path in names.items()
+        name: {found for module in imported(path) if (found := nearest(module, names))} for name, path in names.items()
     }
     done: set[str] = set()
 

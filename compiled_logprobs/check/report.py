@@ -5,12 +5,14 @@ Shapes: n rows compared, V vocabulary, C values a row: K labels, or V logits, or
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compiled_logprobs.check.cases import Case
-from compiled_logprobs.evidence import QUANTILES, CaseCheck, CaseFindings, Kind, Spread, Token, number
+from compiled_logprobs.decision import QUANTILES, CaseEvidence, Kind, Spread, Token, number
+from compiled_logprobs.decision import Check as CaseCheck
 from compiled_logprobs.problem import Problem
 
 MEANING = {
@@ -112,9 +114,9 @@ class Errors:
             Token(
                 int(n),
                 None if self.what == "entropy" else int(v),
-                number(got),
-                number(true),
-                off if math.isfinite(off) else None,
+                number(_rounded(got, 9, got)),
+                number(_rounded(true, 9, true)),
+                _rounded(off, 4),
             )
             for n, v, got, true, off in looked_at.T.tolist()
             if off > 0.0
@@ -182,14 +184,14 @@ class Findings:
         """The worst over all cases."""
         return self._all.checks()
 
-    def cases(self) -> list[CaseFindings]:
+    def cases(self) -> list[CaseEvidence]:
         """The same for each case, and its errors."""
         return [
-            CaseFindings(
+            CaseEvidence(
                 notes.case.name,
                 notes.case.rows,
                 tuple(
-                    CaseCheck(one.name, one.passed, _finite(one.figure), _finite(one.limit), one.detail)
+                    CaseCheck(one.name, one.passed, _rounded(one.figure, 6), _rounded(one.limit, 6), one.detail)
                     for one in notes.checks.checks()
                 ),
                 tuple(_spread(what, notes.samples[what], notes.worst[what]) for what in notes.samples),
@@ -207,8 +209,10 @@ def _spread(what: Kind, samples: list[Tensor], worst: list[Token]) -> Spread:
         return Spread(what, 0, (), tuple(largest))
     quantiles = errors.quantile(torch.tensor(QUANTILES, dtype=errors.dtype, device=errors.device)).tolist()
     seen = max((one.error for one in each_once if one.error is not None), default=0.0)
-    return Spread(what, len(errors), (*quantiles[:-1], max(quantiles[-1], seen)), tuple(largest))
+    upper_ends = (float(f"{value:.4g}") for value in (*quantiles[:-1], max(quantiles[-1], seen)))
+    return Spread(what, len(errors), tuple(upper_ends), tuple(largest))
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _rounded(value: float | None, digits: int, otherwise: Any = None) -> Any:
+    """To so many significant digits, since there are thousands of values; `otherwise` for what is not finite."""
+    return float(f"{value:.{digits}g}") if value is not None and math.isfinite(value) else otherwise

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ from compiled_logprobs.check.verdicts import (
     make_inputs,
     same_bits,
 )
+from compiled_logprobs.decision import CaseEvidence
 from compiled_logprobs.errors import InputError, nothing_can_serve_after
-from compiled_logprobs.evidence import CaseFindings
 from compiled_logprobs.machine.clock import free_memory
 from compiled_logprobs.operation.autograd import compute
 from compiled_logprobs.problem import Problem, bucket, collapse, layout_of, short_name
@@ -57,7 +57,7 @@ class CheckReport:
     """Whether the same call gave the same bits twice. Recorded; neither is a failure."""
     row_invariant: bool | None = None
     """Whether a row had the same bits in batches of different N. A failure only of a backend that declares it."""
-    cases: tuple[tuple[CaseFindings, ...], ...] = ()
+    cases: tuple[tuple[CaseEvidence, ...], ...] = ()
     """For each of `problems`: the same checks for each kind of input, and how the errors spread."""
     causes: tuple[str, ...] = ()
     """What is probably wrong, the first likely to explain most; empty where nothing is, or nothing is recognised."""
@@ -99,7 +99,7 @@ class CheckReport:
                 for check in self.checks
             ],
             "cases": [
-                {"problem": str(problem), "options": problem.details(), **case.to_dict()}
+                {"problem": str(problem), "options": problem.details(), **asdict(case)}
                 for problem, cases in zip(self.problems, self.cases, strict=True)
                 for case in cases
             ],
@@ -146,7 +146,7 @@ def check_backend(
     place = torch.device(device or (_default_device() if problem is None else problem.device_type))
     problems = subject.default_problems(_default_problem(place.type)) if problem is None else [subject.within(problem)]
     checks: list[Check] = []
-    by_case: list[tuple[CaseFindings, ...]] = []
+    by_case: list[tuple[CaseEvidence, ...]] = []
     causes: dict[str, list[Problem]] = {}
     recorded = _Recorded()
 
@@ -187,7 +187,7 @@ def _subject(given: str | Callable[..., Any], signature: str | None, returns: Re
 def _causes(
     subject: "_Subject",
     problem: Problem,
-    cases: tuple[CaseFindings, ...],
+    cases: tuple[CaseEvidence, ...],
     device: torch.device,
     seed: int,
     ignore_index: bool,

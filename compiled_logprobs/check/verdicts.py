@@ -14,7 +14,7 @@ from torch import Tensor
 from compiled_logprobs.backends import EAGER, get_backend
 from compiled_logprobs.check.cases import IGNORE_INDEX, Arena, Case, fill_nothing, labels_for
 from compiled_logprobs.check.report import Errors, Findings
-from compiled_logprobs.evidence import Kind
+from compiled_logprobs.decision import Kind
 from compiled_logprobs.operation.autograd import compute
 from compiled_logprobs.operation.reference import Reference, reference
 from compiled_logprobs.problem import Problem

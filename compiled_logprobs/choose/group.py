@@ -16,6 +16,8 @@ has; so does a rank that comes late, when it gets there. The first rank stores w
 """
 
 import dataclasses
+import hashlib
+import json
 import platform
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,14 +33,12 @@ from compiled_logprobs.choose import serving
 from compiled_logprobs.choose.meeting import Meeting, Over, by_rank
 from compiled_logprobs.choose.rule import Served
 from compiled_logprobs.choose.slowest import on_the_slowest
-from compiled_logprobs.decision import Candidate, Decision
+from compiled_logprobs.decision import Candidate, Decision, Evidence
 from compiled_logprobs.errors import InputError, LogProbsError
-from compiled_logprobs.evidence import Evidence
 from compiled_logprobs.machine.environment import MATCHED, environment_at, fingerprint_of
 from compiled_logprobs.policy import Policy, checked_budget, policy
 from compiled_logprobs.problem import Problem, bucket, problem_to_dict
 from compiled_logprobs.store import user_store
-from compiled_logprobs.store.files import digest
 from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on, name_of
 
 LOCK_S = 120.0
@@ -124,7 +124,7 @@ class _Rank:
         standing = decisions.decision_in(store, environment, problem)
         holds = standing is not None and decisions.holds(standing, standing.chosen)
         return {
-            "known": None if known is None else known.record(),
+            "known": None if known is None else _plain(known),
             "names": names,
             "missing": missing,
             "incumbent": standing.chosen if standing is not None and holds else None,
@@ -150,12 +150,12 @@ class _Rank:
                 decision, evidence = tuner.decide(problem, self._seconds, names=names, incumbent=incumbent)
         except Exception as error:  # noqa: BLE001  it is for this problem; the others are to be told, whatever it is
             return {"failed": f"{type(error).__name__}: {error}"}
-        return {"record": decision.record(), "evidence": evidence.record()}
+        return {"record": _plain(decision), "evidence": _plain(evidence)}
 
     def choose(self, plan: Plain, said: list[list[Plain]]) -> list[Plain]:
         """The conclusion of step 2: for each problem the decision and what it rests on, or why there is none."""
         chosen: list[Plain] = []
-        for index, (problem, planned) in enumerate(zip(self.problems or [], plan["problems"], strict=True)):
+        for index, planned in enumerate(plan["problems"]):
             if planned["known"] is not None:
                 chosen.append({"record": planned["known"], "evidence": None})
                 continue
@@ -165,31 +165,34 @@ class _Rank:
                     if "failed" in one:
                         raise TuningFailed(f"rank {rank}: {one['failed']}")
                 by_rank = {
-                    rank: (Decision.from_record(problem, one["record"]), Evidence.from_record(one["evidence"]))
+                    rank: (
+                        Decision.from_json(json.dumps(one["record"]).encode()),
+                        Evidence.from_json(json.dumps(one["evidence"]).encode()),
+                    )
                     for rank, one in measured.items()
                 }
                 decision, evidence = on_the_slowest(by_rank, planned["incumbent"])
             except LogProbsError as error:
                 chosen.append({"failed": str(error)})
             else:
-                chosen.append({"record": decision.record(), "evidence": evidence.record()})
+                chosen.append({"record": _plain(decision), "evidence": _plain(evidence)})
         return chosen
 
     def hold(self, plan: Plain, found: list[Plain]) -> list[Plain]:
         """Step 3: each of the decisions as this rank will hold it."""
         said = []
-        for problem, planned, one in zip(self.problems or [], plan["problems"], found, strict=True):
+        for planned, one in zip(plan["problems"], found, strict=True):
             self._held.append(None)
             if "failed" in one:
                 said.append({"why_not": one["failed"]})
                 continue
-            decision = _limited(Decision.from_record(problem, one["record"]), planned["missing"])
+            decision = _limited(Decision.from_json(json.dumps(one["record"]).encode()), planned["missing"])
             if decisions.usable(Served(decision.chosen, "ranks", decision), Policy()) is None:
                 why = f"backend {decision.chosen!r} cannot run here, or has other code"
                 said.append({"why_not": f"rank {self._meeting.rank}: {why}"})
                 continue
             self._held[-1] = decision
-            said.append({"digest": digest(decision.record())})
+            said.append({"digest": hashlib.sha256(decision.to_json()).hexdigest()})
         return said
 
     def compare(self, said: list[list[Plain]]) -> list[str | None]:
@@ -227,7 +230,7 @@ class _Rank:
             # What others have registered, and a stored decision chose, may serve them well.
             foreign = decisions.unregistered_choice(store, environment, decision.problem)
             if decision.rounds > 0 and one["evidence"] is not None and (foreign is None or self._again):
-                serving.publish(store, decision, Evidence.from_record(one["evidence"]), self._device)
+                serving.publish(store, decision, Evidence.from_json(json.dumps(one["evidence"]).encode()), self._device)
 
 
 def _machine() -> str:
@@ -311,6 +314,7 @@ def _baseline(problem: Problem, reason: str, device: torch.device) -> Decision:
         candidates={EAGER: Candidate("chosen", "the baseline", code_of(EAGER))},
         left_out=tuple(name for name in backends() if name != EAGER),
         baseline=EAGER,
+        plain_seconds=None,
         rounds=0,
         settled=False,
         measured_rows=0,
@@ -325,3 +329,8 @@ def _baseline(problem: Problem, reason: str, device: torch.device) -> Decision:
         measured_at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         tuning_seconds=0.0,
     )
+
+
+def _plain(answer: Decision | Evidence) -> Plain:
+    plain: Plain = json.loads(answer.to_json())
+    return plain

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from compiled_logprobs.backends import EAGER, backends
 from compiled_logprobs.choose import rule as decisions
-from compiled_logprobs.decision import Decision
-from compiled_logprobs.evidence import Evidence
+from compiled_logprobs.decision import Decision, Evidence
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning.tuner import Tuner, TuningFailed
 

@@ -305,14 +305,7 @@ def unregistered_choice(store: Store, environment: str, problem: Problem) -> str
 
 
 def _readable(store: Store, environment: str, problem: Problem) -> Decision | None:
-    record = store.read(environment, problem)
-    if record is None:
-        return None
-    try:
-        return Decision.from_record(problem, record)
-    except ProfileError as error:
-        pass_over(store.path(environment, problem), error)
-        return None
+    return store.read(environment, problem)
 
 
 def usable(answer: Served, policy: Policy) -> Served | None:

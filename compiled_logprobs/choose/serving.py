@@ -17,9 +17,8 @@ from compiled_logprobs.choose import rule as decisions
 from compiled_logprobs.choose.neighbours import neighbours
 from compiled_logprobs.choose.renewal import decide
 from compiled_logprobs.choose.rule import Served
-from compiled_logprobs.decision import Decision
+from compiled_logprobs.decision import Decision, Evidence
 from compiled_logprobs.errors import BackendUnavailable, ProfileError, is_out_of_memory, nothing_can_serve_after
-from compiled_logprobs.evidence import Evidence
 from compiled_logprobs.machine.clock import MIB, free_memory
 from compiled_logprobs.machine.environment import environment_at, fingerprint_of
 from compiled_logprobs.policy import BUDGET_VARIABLE, PROBLEMS_A_PROCESS, Policy, checked_budget, is_rank, policy
@@ -353,8 +352,7 @@ def publish(store: Store, decision: Decision, evidence: Evidence, device: torch.
     """Store `decision` with what it rests on; a warning says if that fails."""
     environment = environment_at(device)
     try:
-        whole = _with_carried_cases(store, environment.fingerprint(), decision, evidence)
-        store.publish(environment, decision.problem, decision.record(), whole.record())
+        store.publish(environment, decision, _with_carried_cases(store, environment.fingerprint(), decision, evidence))
     except ProfileError as error:
         warnings.warn(f"{error}\nWhat was measured holds in this process only.", RuntimeWarning, stacklevel=2)
 
@@ -364,15 +362,12 @@ def _with_carried_cases(store: Store, environment: str, decision: Decision, evid
     carried = {name: one for name, one in decision.candidates.items() if one.measured_at is not None}
     if not carried:
         return evidence
-    stored, beside = store.peek(environment, decision.problem), store.evidence(environment, decision.problem)
+    stored = store.read(environment, decision.problem)
+    beside = None if stored is None else store.evidence(environment, stored)
     if stored is None or beside is None:
         return evidence
-    try:
-        before = Decision.from_record(decision.problem, stored).candidates
-        same = [name for name, one in carried.items() if name in before and before[name].checks == one.checks]
-        return evidence.with_cases_of(Evidence.from_record(beside), same)
-    except ProfileError:
-        return evidence
+    before = stored.candidates
+    return evidence.with_cases_of(beside, [n for n in carried if n in before and before[n].checks == carried[n].checks])
 
 
 def _others_can_run(problem: Problem) -> bool:

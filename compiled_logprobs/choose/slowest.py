@@ -9,8 +9,7 @@ import math
 from collections.abc import Mapping
 from statistics import median
 
-from compiled_logprobs.decision import Candidate, Decision
-from compiled_logprobs.evidence import Evidence
+from compiled_logprobs.decision import Candidate, Decision, Evidence
 from compiled_logprobs.tuning.statistics import look
 from compiled_logprobs.tuning.tuner import TuningFailed, simplicity, speedup_of
 
@@ -84,7 +83,7 @@ def on_the_slowest(found: Mapping[int, tuple[Decision, Evidence]], incumbent: st
         checked_rows=min(one.checked_rows for one in every),
         tuning_seconds=max(one.tuning_seconds for one in every),
     )
-    return decision, Evidence(slowest, cases)
+    return decision, Evidence(decision.seed, decision.measured_at, slowest, cases)
 
 
 def _slowest_rank(name: str, times: Mapping[int, Times]) -> int:

@@ -10,10 +10,9 @@ from compiled_logprobs.backends import backends, why_not
 from compiled_logprobs.choose import rule as decisions
 from compiled_logprobs.choose.serving import WAIT_S
 from compiled_logprobs.decision import Decision, Speedup
-from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import fingerprint_of, without_paths
 from compiled_logprobs.problem import Problem, bucket, mode_name, problem_to_dict
-from compiled_logprobs.store.files import Store, pass_over
+from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.process import Event
 from compiled_logprobs.tuning.statistics import MARGIN, look
 from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on, speedup_of
@@ -83,7 +82,8 @@ def stored_decisions(
     environment = fingerprint_of(device)
     found: dict[Problem, Stored] = {}
     for label, store in stores.items():
-        for _, problem, record in store.records(environment):
+        for _, decision in store.decisions(environment):
+            problem = decision.problem
             asked = (
                 (not vocabs or problem.vocab in vocabs)
                 and (not tops or problem.rows in tops)
@@ -91,10 +91,7 @@ def stored_decisions(
                 and (not modes or mode_name(problem) in modes)
             )
             if problem not in found and asked:
-                try:
-                    found[problem] = Stored(Decision.from_record(problem, record), label)
-                except ProfileError as error:
-                    pass_over(store.path(environment, problem), error)
+                found[problem] = Stored(decision, label)
     # Those that share compiled code follow one another.
     order = sorted(found, key=lambda one: (one.vocab, str(one.dtype), str(one.out_dtype), *one[5:], one.rows))
     return [found[problem] for problem in order]

@@ -8,10 +8,11 @@ upon does not go by the stores: it is in each rank's memory.
 
 from dataclasses import dataclass, field
 
+from compiled_logprobs.decision import Decision
 from compiled_logprobs.policy import is_rank
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.store import stores
-from compiled_logprobs.store.files import Record, Store
+from compiled_logprobs.store.files import Store
 
 _frozen: dict[str, "FrozenStore"] = {}
 
@@ -31,16 +32,16 @@ def view(environment: str) -> dict[str, Store]:
 class FrozenStore(Store):
     """A store of which all that it holds for an environment is read at once, and never again."""
 
-    _seen: dict[str, dict[Problem, Record]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _seen: dict[str, dict[Problem, Decision]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def freeze(self, environment: str) -> dict[Problem, Record]:
+    def freeze(self, environment: str) -> dict[Problem, Decision]:
         """What it holds for `environment`, as it was at the first time that this was asked."""
         if environment not in self._seen:
-            found = {problem: record for _, problem, record in self.records(environment)}
+            found = {decision.problem: decision for _, decision in self.decisions(environment)}
             self._seen.setdefault(environment, found)  # another thread may have been quicker
         return self._seen[environment]
 
-    def read(self, environment: str, problem: Problem) -> Record | None:
+    def read(self, environment: str, problem: Problem) -> Decision | None:
         """As `Store.read`, then."""
         return self.freeze(environment).get(problem)
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,12 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from compiled_logprobs.check.run import CheckReport
-from compiled_logprobs.choose.pruning import Waste
 from compiled_logprobs.choose.verify import Verification
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.machine.environment import Environment
 from compiled_logprobs.problem import Problem, mode_name, short_name
-from compiled_logprobs.store.archive import Exported, Merged
 from tests.gpu_code.inspection import NOT_MEASURED, Direction, Inspection
 
 WIDTH_ELSEWHERE = 160
@@ -147,34 +144,6 @@ def print_inspection(found: Inspection) -> None:
     if isinstance(found.flash_attn, str):
         print_line(f"flash_attn: {found.flash_attn}")
     print_line(f"Bandwidth of the {gpu.name}: {gpu.source}. All figures {NOT_MEASURED}.")
-
-
-def exported_in_words(done: Exported) -> str:
-    """What an archive holds."""
-    lines = [f"left out, since no import would take it: {why}" for why in done.left_out]
-    what = _count(done.decisions, "decision")
-    return "\n".join([*lines, f"{what} of {_count(len(done.environments), 'environment')}, {done.bytes} bytes"])
-
-
-def print_merged(merged: list[Merged], here: set[str]) -> None:
-    """A row for each decision of an archive, by environment."""
-    for environment in dict.fromkeys(one.entry.environment for one in merged):
-        where = "" if environment in here else ", not this machine"
-        table = new_table(f"Environment {environment}{where}", "decision", "problem", "winner", "measured", "why")
-        for one in merged:
-            if one.entry.environment == environment:
-                record = one.entry.record
-                problem = Text(short(one.entry.problem))
-                table.add_row(one.fate, problem, Text(record["chosen"]), record["measured_at"][:10], Text(one.why))
-        console().print(table)
-
-
-def print_waste(found: list[Waste], root: Path) -> None:
-    """A line for each file that goes."""
-    for waste in found:
-        still = "" if waste.failed is None else f"; it is still there: {waste.failed}"
-        place = waste.path.relative_to(root)
-        print_line(_printable(f"{waste.kind}: {place} ({waste.bytes} bytes): {waste.why}{still}"))
 
 
 def print_verifications(title: str, found: list[Verification]) -> None:

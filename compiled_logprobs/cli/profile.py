@@ -89,7 +89,7 @@ def profile(
         found, interrupted = _profile(problems, where, store, names, budget, again, shown)
     decided = [one for one in found if isinstance(one, Decision)]
     fingerprint = fingerprint_of(where)
-    stored = sum((store.read(fingerprint, one.problem) or {}).get("seed") == one.seed for one in decided)
+    stored = sum(store.read(fingerprint, decision.problem) == decision for decision in decided)
     failed = [str(one) for one in found if not isinstance(one, Decision)]
     if as_json:
         print_json(

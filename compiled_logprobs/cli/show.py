@@ -8,7 +8,6 @@ import typer
 from rich.text import Text
 
 from compiled_logprobs.backends import backends, why_not
-from compiled_logprobs.choose import rule
 from compiled_logprobs.choose.explain import explain_problem
 from compiled_logprobs.cli.options import AsJson, Where, device_of, one_of, reported_errors
 from compiled_logprobs.cli.output import console, new_table, print_decisions, print_environment, print_json, print_line
@@ -40,11 +39,9 @@ def show(
         here = {environment.fingerprint() for environment in environments()}
         found: dict[tuple[str, Problem], tuple[Decision, str]] = {}
         for label, one in where.items():
-            for environment, problem, _ in one.records():
-                if every or environment in here:
-                    decision = rule.decision_in(one, environment, problem)
-                    if decision is not None:
-                        found.setdefault((environment, problem), (decision, label))
+            for environment, decision in one.decisions():
+                if (every or environment in here) and decision.chosen in backends():
+                    found.setdefault((environment, decision.problem), (decision, label))
     if as_json:
         print_json(
             {

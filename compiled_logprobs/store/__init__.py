@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from compiled_logprobs.store.files import ROOT_VARIABLE, SCHEMA, Store
+from compiled_logprobs.store.files import ROOT_VARIABLE, VERSION, Store
 
 
 def user_store() -> Store:
@@ -20,7 +20,7 @@ def user_store() -> Store:
 
 def project_store() -> Store | None:
     """`profiles` in the current folder, if profiles are there."""
-    return Store(Path(os.path.abspath("profiles"))) if os.path.isdir(f"profiles/v{SCHEMA}") else None
+    return Store(Path(os.path.abspath("profiles"))) if os.path.isdir(f"profiles/{VERSION}") else None
 
 
 def bundled_store() -> Store:

@@ -1,6 +1,7 @@
 """Measure the candidates of a problem and decide: in the worker program, within a budget, alone on the device."""
 
 import contextlib
+import json
 import math
 import random
 import tempfile
@@ -18,9 +19,8 @@ from torch import cuda
 
 from compiled_logprobs.backends import BUILT_IN, EAGER, backends, target_of
 from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.decision import Candidate, CheckResult, Decision, Outcome, Speedup
+from compiled_logprobs.decision import Candidate, Check, Decision, Evidence, Outcome, Speedup
 from compiled_logprobs.errors import LogProbsError
-from compiled_logprobs.evidence import Evidence
 from compiled_logprobs.machine.environment import environment_at, fingerprint_of
 from compiled_logprobs.problem import Problem, bucket, problem_to_dict
 from compiled_logprobs.tuning.process import Event, Worker, WorkerLost
@@ -162,7 +162,8 @@ class Tuner:
                 raise
         cases = {name: found.cases for name, found in work.found.items() if found.cases}
         decision = self._decision(work, time.monotonic() - began)
-        return decision, Evidence.from_record({"seconds": work.times(), "cases": cases})
+        fields = {"seed": decision.seed, "measured_at": decision.measured_at, "seconds": work.times(), "cases": cases}
+        return decision, Evidence.from_json(json.dumps(fields).encode())
 
     def _find_who_crashed(self, work: "_Work", guests: dict[str, float], error: WorkerLost, seconds: float) -> None:
         """Have a crash cost whom it is to cost, where that need not be the one at work: what others started, such as a thread,
@@ -319,6 +320,7 @@ class Tuner:
             candidates=candidates,
             left_out=tuple(name for name in backends() if name not in candidates),
             baseline=baseline,
+            plain_seconds=None,
             rounds=selection.rounds,
             settled=selection.settled,
             measured_rows=work.measured_rows,
@@ -397,7 +399,7 @@ class _Work:
             self.found[name].checked_rows = event["rows"]
             self.found[name].fewer_for_memory = event["fewer_for_memory"]
             self.found[name].fields.update(
-                checks=tuple(CheckResult(**check) for check in event["checks"]),
+                checks=tuple(Check(**check) for check in event["checks"]),
                 repeatable=event["repeatable"],
                 row_invariant=event["row_invariant"],
             )

@@ -175,8 +175,8 @@ class Work:
         for one in checks:
             one["detail"] = _line(one["detail"])
         (cases_found,) = report.cases  # of the one problem
-        by_case = [case.to_dict() for case in cases_found]
-        for one in (check for case in by_case for check in case["checks"] if "detail" in check):
+        by_case = [asdict(case) for case in cases_found]
+        for one in (check for case in by_case for check in case["checks"]):
             one["detail"] = _line(one["detail"])
         self._emit("evidence", candidate=name, cases=by_case)
         self._emit(

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from compiled_logprobs.decision import Decision
+from compiled_logprobs.decision import Decision, Evidence
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.problem import (
     MODES,
@@ -22,7 +22,7 @@ from compiled_logprobs.problem import (
     problem_from_dict,
     short_name,
 )
-from compiled_logprobs.store.files import SCHEMA, Record, Store, read_file
+from compiled_logprobs.store.files import VERSION, Store, read_decision
 from compiled_logprobs.tuning.presets import DTYPES, MODELS
 from compiled_logprobs_dashboard.index import Tables
 from compiled_logprobs_dashboard.looks import plain_line
@@ -178,10 +178,10 @@ def candidates(tables: Tables, key: int) -> pd.DataFrame:
 def decision(tables: Tables, key: int) -> Decision:
     """The decision behind a row, with all that is stored of it. Raises ProfileError if its file is gone or broken since."""
     path = path_of(tables, key)
-    content = read_file(path)
-    if content is None:
+    found = read_decision(path)
+    if found is None:
         raise ProfileError(f"{path.name} is no longer there. Load the page again.")
-    return Decision.from_record(problem_from_dict(content["problem"]), content["record"])
+    return found
 
 
 def foremost(decision: Decision, *, failures_first: bool = False) -> tuple[Decision, int]:
@@ -215,32 +215,24 @@ def foremost_in(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     return table[table["backend"].isin(names)], len(by) - len(names)
 
 
-def evidence(tables: Tables, key: int) -> Record | None:
+def evidence(tables: Tables, key: int) -> Evidence | None:
     """What the decision behind a row rests on, as it is stored beside it; None where it is not, or is another's."""
     found = row(tables, key)
-    content = read_file(path_of(tables, key))
-    if content is None:
-        return None
-    return Store(root_of(tables, found["source"])).evidence(found["environment"], problem_from_dict(content["problem"]))
+    stored = read_decision(path_of(tables, key))
+    return None if stored is None else Store(root_of(tables, found["source"])).evidence(found["environment"], stored)
 
 
 def times(tables: Tables, key: int) -> dict[str, list[float]]:
     """Seconds of every round, by candidate; empty where they are not stored."""
-    found = (evidence(tables, key) or {}).get("seconds")
-    if not isinstance(found, dict):
-        return {}
-    return {
-        name: [float(one) for one in series]
-        for name, series in found.items()
-        if isinstance(series, list) and all(isinstance(one, (int, float)) for one in series)
-    }
+    found = evidence(tables, key)
+    return {} if found is None else found.seconds
 
 
 def path_of(tables: Tables, key: int) -> Path:
     """The file of a decision."""
     found = row(tables, key)
     environment, name = str(found["file"]).split("/")
-    return root_of(tables, found["source"]) / f"v{SCHEMA}" / environment / "decisions" / name
+    return root_of(tables, found["source"]) / VERSION / environment / "decisions" / name
 
 
 def root_of(tables: Tables, source: str) -> Path:

@@ -106,8 +106,7 @@ class Seen:
         self.doing = f"timing {', '.join(event['seconds'])}: round {self.rounds}"
 
     def _hear_decision(self, event: dict[str, Any]) -> None:
-        fields = dict(event["decision"])
-        decision = Decision.from_record(problem_from_dict(fields.pop("problem")), fields)
+        decision = Decision.from_json(json.dumps(event["decision"]).encode())
         self.decisions.append(decision)
         self.measured += not self.known
         self.log.append(f"  {'stored already' if self.known else 'decided'}: {speedup_in_words(decision)}")

@@ -26,13 +26,11 @@ import pyarrow.compute as pc
 from compiled_logprobs import decision as records
 from compiled_logprobs import problem
 from compiled_logprobs.cli import output as printing
-from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import Environment, environments
-from compiled_logprobs.problem import problem_from_dict
 from compiled_logprobs.store import files as store
 from compiled_logprobs.store import stores
-from compiled_logprobs.store.files import FACTS, SCHEMA, Record, read_file
+from compiled_logprobs.store.files import FACTS, VERSION, read_decision, read_facts
 from compiled_logprobs.tuning import presets as profiling
 from compiled_logprobs_dashboard import rows as row_schemas
 from compiled_logprobs_dashboard.facts import device_name, environment_rows, is_fingerprint, plain_facts, staleness
@@ -109,7 +107,7 @@ def signature(found: Sequence[Source]) -> tuple[tuple[str, int], ...]:
 
     A file that something else than the store writes over, in place, changes it not.
     """
-    folders = [folder for source in found for folder in (source.root / f"v{SCHEMA}", *_folders(source.root))]
+    folders = [folder for source in found for folder in (source.root / VERSION, *_folders(source.root))]
     return tuple((str(path), _written(path)) for folder in folders for path in (folder, folder / "decisions"))
 
 
@@ -175,7 +173,7 @@ def _of_source(
 
 def _folders(root: Path) -> list[Path]:
     with suppress(OSError):
-        return sorted(path for path in (root / f"v{SCHEMA}").iterdir() if is_fingerprint(path.name))
+        return sorted(path for path in (root / VERSION).iterdir() if is_fingerprint(path.name))
     return []
 
 
@@ -205,7 +203,7 @@ def _stamp(info: os.stat_result) -> _Stamp:
 
 def _path(root: Path, file: str) -> Path:
     environment, name = file.split("/")
-    return root / f"v{SCHEMA}" / environment / "decisions" / name
+    return root / VERSION / environment / "decisions" / name
 
 
 def _renewed(
@@ -229,10 +227,9 @@ def _renewed(
         if progress is not None and done % EVERY == 0:
             progress(done, len(changed))
         try:
-            found = read_file(_path(root, file))
-            if found is None:
+            decision = read_decision(_path(root, file))
+            if decision is None:
                 continue  # removed meanwhile
-            decision = Decision.from_record(problem_from_dict(found["problem"]), found["record"])
         except ProfileError as error:
             reasons[file] = str(error)
             continue
@@ -325,7 +322,7 @@ def _stream(table: pa.Table) -> bytes:
 # Facts of environments
 
 
-def _facts(root: Path, read: _Read) -> tuple[dict[str, Record], dict[str, str]]:
+def _facts(root: Path, read: _Read) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """The facts of each environment that has decisions, and why a file of facts could not be read, by environment."""
     found, broken = {}, {}
     first: dict[str, str] = {}
@@ -334,16 +331,16 @@ def _facts(root: Path, read: _Read) -> tuple[dict[str, Record], dict[str, str]]:
     for folder in _folders(root):
         content = None
         try:
-            content = read_file(folder / FACTS)
+            content = read_facts(folder / FACTS)
         except ProfileError as error:
             broken[folder.name] = str(error)
         if folder.name not in first:
             continue
-        facts = None if content is None else content["record"]
+        facts = content
         if facts is None:  # each decision tells them, too
             with suppress(ProfileError):
-                decision = read_file(_path(root, first[folder.name]))
-                facts = None if decision is None else decision["record"].get("environment")
+                decision = read_decision(_path(root, first[folder.name]))
+                facts = None if decision is None else decision.environment
         found[folder.name] = plain_facts(facts)
     return found, broken
 
@@ -354,7 +351,7 @@ def _facts(root: Path, read: _Read) -> tuple[dict[str, Record], dict[str, str]]:
 def _tables(
     source: Source,
     read: _Read,
-    facts: dict[str, Record],
+    facts: dict[str, dict[str, Any]],
     broken: dict[str, str],
     here: Sequence[Environment],
     start: int,
@@ -375,7 +372,7 @@ def _tables(
     chosen = candidates[candidates["chosen"]].set_index("key")["fingerprint"]
     decisions["stale"] = staleness(decisions, decisions["key"].map(chosen), facts, here)
 
-    version = f"v{SCHEMA}"
+    version = VERSION
     lost = [(file.split("/")[0], _path(Path(), file), why) for file, why in read.reasons.items()]
     lost += [(environment, Path(version, environment, FACTS), why) for environment, why in broken.items()]
     table = pd.DataFrame(

@@ -35,7 +35,7 @@ def test_a_group_of_one(alone, monkeypatch, mode):
     [decision] = clp.tune([LARGE], group=alone)
     assert decision.chosen == "cpp" and clp.tune([LARGE], group=alone) == [decision] and fake.asked == [LARGE]
     assert decisions.stored(LARGE, CPU, Policy()) == decisions.Served("cpp", "ranks", decision)
-    assert len(list(user_store().records())) == 1
+    assert len(list(user_store().decisions())) == 1
     clp.tune([LARGE], group=alone, again=True)
     assert len(fake.asked) == 2
 

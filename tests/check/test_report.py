@@ -11,8 +11,8 @@ import compiled_logprobs as clp
 from compiled_logprobs.check.cases import cases
 from compiled_logprobs.check.report import SAMPLED_ERRORS, WORST, Errors
 from compiled_logprobs.choose import serving
+from compiled_logprobs.decision import QUANTILES, CaseEvidence, Check, Evidence, Spread, Token
 from compiled_logprobs.errors import ProfileError
-from compiled_logprobs.evidence import QUANTILES, CaseCheck, CaseFindings, Evidence, Spread, Token
 from compiled_logprobs.machine.environment import environment_at
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem
@@ -29,12 +29,12 @@ def eager():
     return clp.check_backend("eager", PROBLEM, seed=3)
 
 
-def case_of(report, name: str) -> CaseFindings:
+def case_of(report, name: str) -> CaseEvidence:
     (found,) = report.cases
     return next(case for case in found if case.case == name)
 
 
-def spread_of(case: CaseFindings, what: str) -> Spread:
+def spread_of(case: CaseEvidence, what: str) -> Spread:
     return next(one for one in case.errors if one.what == what)
 
 
@@ -140,10 +140,10 @@ def test_a_sample_has_errors_of_all_columns_and_only_what_counts():
 # --- kept beside the decision -----------------------------------------------------------------------------------------
 
 
-def found(case: str = "normal") -> CaseFindings:
+def found(case: str = "normal") -> CaseEvidence:
     worst = (Token(3, 17, "nan", -1.25, None), Token(4, None, -2.0, -2.5, 0.5))
-    checks = (CaseCheck("runs"), CaseCheck("log_prob_error", False, 0.5, 1e-6, "normal: 0.5, limit 1e-06"))
-    return CaseFindings(case, 7, checks, (Spread("log_prob", 7, tuple(0.1 * i for i in range(9)), worst),))
+    checks = (Check("runs"), Check("log_prob_error", False, 0.5, 1e-6, "normal: 0.5, limit 1e-06"))
+    return CaseEvidence(case, 7, checks, (Spread("log_prob", 7, tuple(0.1 * i for i in range(9)), worst),))
 
 
 def test_what_is_stored_comes_back():

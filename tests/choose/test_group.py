@@ -141,7 +141,7 @@ def test_all_ranks_hold_what_the_first_measured(four):
     assert decision["record"]["rounds"] > 0 and set(decision["record"]["candidates"]) == {"eager", "right"}
     assert all(len(one["decisions"]) == 2 for one in ranks)  # of two buckets
     assert len({one["decisions"][1]["digest"] for one in ranks}) == 1
-    assert decision["record"] in [record for _, _, record in Store(folder / "store").records()]
+    assert decision["record"] in [record for _, _, record in Store(folder / "store").decisions()]
 
 
 def test_what_is_stored_is_not_measured_again(four):
@@ -211,8 +211,8 @@ def test_stores_that_differ(four):
     # Before, they would have chosen differently.
     assert [one["before"] for one in ranks] == [None, "eager", None, None]
     assert the_same(ranks)["chosen"] == "right"
-    assert len(list(Store(folder / "store of rank 0").records())) == 2  # with the one of the next test
-    assert not list(Store(folder / "store of rank 3").records())
+    assert len(list(Store(folder / "store of rank 0").decisions())) == 2  # with the one of the next test
+    assert not list(Store(folder / "store of rank 3").decisions())
 
 
 def test_the_store_of_the_first_rank_counts(four):
@@ -262,7 +262,7 @@ def test_what_is_stored_while_ranks_run_is_not_there_for_them(four):
         assert one["early"] == {"backend": "right", "source": "user store"}
         assert one["late"] == {"backend": "eager", "source": "default rule"}
         assert one["nearby"] == {"backend": "right", "source": "nearest"}
-    assert len(list(Store(folder / "shared store").records())) == 3
+    assert len(list(Store(folder / "shared store").decisions())) == 3
 
 
 def test_invariant_rows_come_from_one_backend_on_all_ranks(four):

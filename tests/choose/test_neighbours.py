@@ -49,7 +49,7 @@ def test_facts_of_another_environment_are_told():
     import dataclasses
 
     elsewhere = dataclasses.replace(environment_of("cpu"), torch="1.0", cpu_threads=999, python="2.7")
-    user_store().publish(elsewhere, LARGE, decided().record())
+    user_store().publish(elsewhere, decided())
     (found,) = near()
     assert found.differs == {
         "cpu_threads": (999, torch.get_num_threads()),
@@ -93,7 +93,7 @@ def test_a_folder_that_came_after_the_first_look_of_a_rank_is_told(monkeypatch, 
     view.view(fingerprint_of(CPU))
     later = Store(tmp_path / "later")
     monkeypatch.setattr(neighbours, "stores", lambda: {"project profiles": later})
-    later.publish(environment_of("cpu"), LARGE, decided().record())
+    later.publish(environment_of("cpu"), decided())
     assert near()[0].unusable == "it was stored after this rank's first look at the profiles"
 
 

@@ -7,7 +7,7 @@ import torch
 
 from compiled_logprobs.backends import get_backend
 from compiled_logprobs.choose.renewal import decide
-from compiled_logprobs.evidence import Evidence
+from compiled_logprobs.decision import Evidence
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning.tuner import Tuner, TuningFailed
 from tests.helpers.backends_for_tuning import registered

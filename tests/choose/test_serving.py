@@ -23,8 +23,7 @@ from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.choose import rule as decisions
 from compiled_logprobs.choose import serving
 from compiled_logprobs.choose.serving import why_no_tuning
-from compiled_logprobs.decision import Candidate, Record
-from compiled_logprobs.evidence import Evidence
+from compiled_logprobs.decision import Candidate, Evidence, Record
 from compiled_logprobs.machine.clock import MIB
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.policy import Policy, policy
@@ -276,7 +275,7 @@ def test_no_decision_in_time_is_not_tried_again(fake, gate, elsewhere, capsys):
     assert (serve(), source()) == ("cpp", "default rule")
     assert "not decided: the budget ended. The default rule serves it in this process" in capsys.readouterr().err
     serve()
-    assert len(fake.asked) == 1 and not list(user_store().records())
+    assert len(fake.asked) == 1 and not list(user_store().decisions())
 
 
 @pytest.mark.parametrize("error", [OSError("Resource temporarily unavailable"), RuntimeError("can't start new thread")])
@@ -908,8 +907,8 @@ def test_tune_measures_the_call_and_stores_it(fake, elsewhere, mode):
     mode("off")  # on demand is on demand
     [decision] = clp.tune(LOGITS[:1020].requires_grad_(), LABELS[:1020], temperature=0.5, return_entropy=True)
     assert decision.problem == LARGE._replace(needs_grad=True, temperature="number", entropy=True)
-    [(_, problem, record)] = user_store().records()
-    assert problem == decision.problem and record["chosen"] == decision.chosen
+    [(_, record)] = user_store().decisions()
+    assert record == decision
     mode("lookup")
     assert (serve(decision.problem), source(decision.problem)) == ("eager", "tuned here")
     LOGITS.requires_grad_(False)
@@ -981,14 +980,14 @@ def test_what_another_process_has_registered_is_not_lost(mode, fake, elsewhere):
     publish(decided(chosen="mine", candidates=others))
     with pytest.warns(RuntimeWarning, match="it chose the backend 'mine', which is not registered here"):
         assert serve() == "eager" and fake.asked == [LARGE]
-    ((_, _, record),) = user_store().records()
+    ((_, record),) = user_store().decisions()
     assert record["chosen"] == "mine"
     with pytest.raises(
         clp.LogProbsError, match="stored chose backend 'mine', which is not registered here, and would be lost"
     ):
         clp.tune(LARGE)
     clp.tune(LARGE, again=True)
-    ((_, _, record),) = user_store().records()
+    ((_, record),) = user_store().decisions()
     assert record["chosen"] == "eager"
 
 
@@ -1012,7 +1011,7 @@ def test_tune_tells_what_could_not_be_decided_and_keeps_the_rest(fake, elsewhere
     fake.answer = answer
     with pytest.raises(clp.LogProbsError, match="no backend could be measured"):
         clp.tune([LARGE._replace(vocab=1032), LARGE, LARGE._replace(vocab=1033)])
-    assert [problem.vocab for _, problem, _ in user_store().records()] == [1032]
+    assert [decision.problem.vocab for _, decision in user_store().decisions()] == [1032]
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 
 from compiled_logprobs.choose.slowest import on_the_slowest
-from compiled_logprobs.decision import Candidate, Decision
-from compiled_logprobs.evidence import Evidence
+from compiled_logprobs.decision import Candidate, Decision, Evidence
 from compiled_logprobs.tuning.tuner import TuningFailed
 from tests.helpers.stored_decisions import LARGE, decided, measured
 

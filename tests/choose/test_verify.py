@@ -18,8 +18,7 @@ from compiled_logprobs.choose import rule as decisions
 from compiled_logprobs.choose.serving import tune_all
 from compiled_logprobs.choose.verify import Stored, _how_it_regressed, stored_decisions, verify, why_unverifiable
 from compiled_logprobs.cli.main import app
-from compiled_logprobs.decision import Candidate, Decision, Speedup
-from compiled_logprobs.evidence import Evidence
+from compiled_logprobs.decision import Candidate, Decision, Evidence, Speedup
 from compiled_logprobs.machine.environment import environment_at
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.store import user_store

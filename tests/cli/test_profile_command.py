@@ -136,7 +136,7 @@ def test_a_run_ends_with_a_table_and_is_stored(measured):
     assert row.split()[:6] == ["128", "4096", "float32", "forward", "eager", "baseline"]  # the bucket's top
     assert row.rstrip().endswith("%") and " of " in row
     assert last_line(measured.stdout) == f"1 of 1 problems decided, 1 of them stored in {user_store().root}"
-    (stored,) = user_store().records()
+    (stored,) = user_store().decisions()
     assert stored[1].rows == 128
 
 
@@ -148,9 +148,9 @@ def test_a_second_run_measures_nothing(measured, monkeypatch):
 
 
 def test_again_measures_again(measured):
-    ((_, _, before),) = user_store().records()
+    ((_, before),) = user_store().decisions()
     result = run("profile", "--device", "cpu", *EAGER_ONLY, "--rows", "128", "--progress", "none", "--again", "--json")
-    ((_, _, after),) = user_store().records()
+    ((_, after),) = user_store().decisions()
     assert result.exit_code == 0 and after["seed"] != before["seed"]
     (decision,) = json.loads(result.stdout, parse_constant=pytest.fail)["decisions"]
     assert decision["seed"] == after["seed"] and decision["left_out"] == ["cpp", "compiled", "flash_attn"]
@@ -224,7 +224,7 @@ def test_fewer_backends_never_replace_a_decision_of_more(monkeypatch):
     )
     problem = Problem("cpu", 128, 4096, torch.float32)
     wide = decided(problem, "compiled")  # eager and compiled
-    user_store().publish(environment_at(torch.device("cpu")), problem, wide.record())
+    user_store().publish(environment_at(torch.device("cpu")), wide)
     run("profile", "--device", "cpu", *EAGER_ONLY, "--rows", "128", "--progress", "none", "--again")
     assert [set(names) for names in asked] == [set(wide.candidates) | {"eager"}]
 

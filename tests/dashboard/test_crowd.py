@@ -16,8 +16,7 @@ from compiled_logprobs_dashboard.tables import decide_map as winners
 from compiled_logprobs_dashboard.tables import sign_check as evidence
 from streamlit.testing.v1 import AppTest
 
-from compiled_logprobs.decision import Candidate, CheckResult, Decision, Speedup
-from compiled_logprobs.evidence import CaseCheck, CaseFindings, Evidence, Spread
+from compiled_logprobs.decision import Candidate, CaseEvidence, Check, Decision, Evidence, Speedup, Spread
 from tests.helpers import dashboard_stores as stores
 
 APP = str(Path(session.__file__).with_name("app.py"))
@@ -34,7 +33,7 @@ def crowded(what=None, failing: int = 0) -> Decision:
         candidates[f"crowd{number:03}"] = dataclasses.replace(
             like, speedup=Speedup(0.95 * ratio, ratio, 1.05 * ratio), seconds=0.2 / ratio
         )
-    wrong = (CheckResult("sign", False, 1.0, 0.0, "positive"),)
+    wrong = (Check("sign", False, 1.0, 0.0, "positive"),)
     for number in range(COUNT - failing, COUNT):
         candidates[f"crowd{number:03}"] = Candidate("wrong", "sign: positive", "0" * 16, checks=wrong)
     return stores.good(what, candidates=candidates)
@@ -42,9 +41,9 @@ def crowded(what=None, failing: int = 0) -> Decision:
 
 def details(decision: Decision, inputs: int, checks: int) -> Evidence:
     """The same findings of each candidate, with so many kinds of input and so many checks."""
-    told = tuple(CaseCheck(f"check {number}") for number in range(checks))
+    told = tuple(Check(f"check {number}") for number in range(checks))
     spread = Spread("log_prob", 10, (1e-7,) * 9, ())
-    cases = tuple(CaseFindings(f"input {number}", 4, told, (spread,)) for number in range(inputs))
+    cases = tuple(CaseEvidence(f"input {number}", 4, told, (spread,)) for number in range(inputs))
     return Evidence({}, {name: cases for name, one in decision.candidates.items() if one.checks})
 
 
@@ -56,7 +55,7 @@ def _nothing_cached():
 
 
 def published(where, decision: Decision, more: Evidence) -> None:
-    where.publish(stores.here(), decision.problem, decision.record(), more.record())
+    where.publish(stores.here(), decision, more)
 
 
 def opened(name: str) -> AppTest:

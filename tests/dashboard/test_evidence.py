@@ -9,7 +9,7 @@ from compiled_logprobs_dashboard.charts import sign_check as figures
 from compiled_logprobs_dashboard.tables import sign_check as evidence
 
 from compiled_logprobs.check.report import MEANING
-from compiled_logprobs.evidence import QUANTILES
+from compiled_logprobs.decision import QUANTILES
 from tests.helpers.dashboard_checked import checked, detailed, gate, half_a_nat_off
 from tests.helpers.dashboard_stores import (
     good,
@@ -164,7 +164,7 @@ def test_evidence_that_is_not_there_or_not_valid(scenario, tmp_path):  # noqa: F
     found = gathered(tmp_path)
     assert [one.missing for one in found] == ["nothing is stored beside the decision"]
     store = scenario("no profile")
-    store.publish(here(), problem(), good().record(), {"seconds": {}, "cases": {"cpp": "all well"}})
+    store.publish(here(), good(), {"seconds": {}, "cases": {"cpp": "all well"}})
     (one,) = gathered(tmp_path)
     assert one.missing.startswith("its evidence has no valid cases.cpp")
 
@@ -174,7 +174,7 @@ def test_backends_of_which_details_are_missing_are_named(scenario, tmp_path):  #
     decision, whole = checked(problem(), with_failures=False)
     record = json.loads(json.dumps(whole.record()))
     del record["cases"]["eager"]
-    store.publish(here(), decision.problem, decision.record(), record)
+    store.publish(here(), decision, record)
     (one,) = gathered(tmp_path)
     assert evidence.without_details([one]) == {"bfloat16": ["eager"]}
     assert "eager" not in set(evidence.by_input([one])["backend"])

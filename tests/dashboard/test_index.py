@@ -315,7 +315,7 @@ def test_facts_that_are_none_count_as_missing(wrong):
 def test_half_a_surrogate_pair_in_a_fact_becomes_text(scenario, look):
     where = scenario("no profile")
     odd = dataclasses.replace(stores.here(), gpu_name="half \ud800 a pair")  # which is in no fingerprint
-    where.publish(odd, stores.good().problem, stores.good().record())
+    where.publish(odd, stores.good())
     tables, _ = look()
     assert tables.environments["gpu_name"].tolist() == ["half ? a pair"]
     assert pa.Table.from_pandas(tables.environments).num_rows == 1

@@ -65,7 +65,7 @@ def test_a_run_goes_to_its_end_and_is_stored(folder):
     seen = reader.seen()
     assert seen.finished == seen.measured == len(seen.problems) == len(seen.decisions) == 1
     assert seen.decisions[0].chosen == "eager" and seen.current is None and seen.losses == []
-    assert [decision["chosen"] for _, _, decision in user_store().records()] == ["eager"]
+    assert [decision.chosen for _, decision in user_store().decisions()] == ["eager"]
     assert any("decided: " in line and "eager" in line for line in seen.log) and seen.log[-1].startswith(
         "finished after 1 of 1"
     )
@@ -94,7 +94,7 @@ def test_a_cancelled_run_keeps_what_is_finished(folder):
     thread.join(LIMIT_S)
     assert not jobs.is_running(job) and reader.status() == "cancelled"
     seen = reader.seen()
-    assert seen.ended["interrupted"] and len(seen.decisions) == len(list(user_store().records())) >= 1
+    assert seen.ended["interrupted"] and len(seen.decisions) == len(list(user_store().decisions())) >= 1
     assert seen.finished < len(seen.problems)
     wait_until(lambda: job.exit_code is not None, limit=10)
     assert job.exit_code == 130

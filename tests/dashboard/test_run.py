@@ -112,7 +112,7 @@ def test_a_run_from_the_button_to_its_end_and_one_that_is_cancelled(scenario):
     assert "A run is going on" in texts(other)
     until(test, "The last run has finished")
     assert "1 of 1 problems decided, 1 of them measured by this run." in texts(test)
-    assert [record["chosen"] for _, _, record in store.records()] == ["eager"]
+    assert [record.chosen for _, record in store.decisions()] == ["eager"]
     (standing,) = [frame.value for frame in test.dataframe if "won" in frame.value]
     assert standing.to_dict("records")[0]["backend"] == "eager" and standing["won"].tolist() == [1]
     assert metrics(test)["Problems to measure"] == "0" and "All of this is stored already" in texts(test)
@@ -132,7 +132,7 @@ def test_a_run_from_the_button_to_its_end_and_one_that_is_cancelled(scenario):
     test.run()
     test.button(key="run_cancel").click().run()
     until(test, "The last run was cancelled")
-    kept = len(list(store.records()))
+    kept = len(list(store.decisions()))
     assert 2 <= kept < 15 and kept == len(Following(jobs.latest()).seen().decisions)
     assert not test.button(key="run_start").disabled
 

@@ -6,11 +6,11 @@ from functools import cache
 import torch
 
 import compiled_logprobs as clp
-from compiled_logprobs.decision import Candidate, CheckResult, Decision
-from compiled_logprobs.evidence import CaseFindings, Evidence
+from compiled_logprobs.decision import Candidate, CaseEvidence, Check, Decision, Evidence
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.store.files import Store
 from tests.helpers.dashboard_stores import good, good_candidates, here, problem
+from tests.helpers.stored_decisions import evidence_of
 from tests.helpers.wrong_backends import good as right
 
 SMALL = Problem("cpu", 12, 1031, torch.float32)
@@ -25,12 +25,12 @@ def nan_in_front(logits, labels):
 
 
 @cache
-def gate(function) -> tuple[tuple[CheckResult, ...], tuple[CaseFindings, ...]]:
+def gate(function) -> tuple[tuple[Check, ...], tuple[CaseEvidence, ...]]:
     """The verdicts, and the same case by case."""
     report = clp.check_backend(function, SMALL, seed=5)
     plain = report.to_dict()["checks"]
     keys = ("name", "passed", "figure", "limit", "detail")
-    return tuple(CheckResult(**{key: one[key] for key in keys}) for one in plain), report.cases[0]
+    return tuple(Check(**{key: one[key] for key in keys}) for one in plain), report.cases[0]
 
 
 def checked(what: Problem, *, with_failures: bool) -> tuple[Decision, Evidence]:
@@ -48,11 +48,12 @@ def checked(what: Problem, *, with_failures: bool) -> tuple[Decision, Evidence]:
             verdicts, found[name] = gate(function)
             candidates[name] = Candidate("wrong", "log_prob_error: off", "0" * 16, checks=verdicts)
         candidates["lost"] = Candidate("crashed", "check: killed by SIGSEGV", "1" * 16)
-    return good(what, candidates=candidates), Evidence(seconds, found)
+    decision = good(what, candidates=candidates)
+    return decision, evidence_of(decision, seconds, **found)
 
 
 def detailed(where: Store) -> None:
     """float32 where something failed, bfloat16 where nothing did."""
     for dtype, with_failures in ((torch.float32, True), (torch.bfloat16, False)):
         decision, evidence = checked(problem(512, dtype=dtype), with_failures=with_failures)
-        where.publish(here(), decision.problem, decision.record(), evidence.record())
+        where.publish(here(), decision, evidence)

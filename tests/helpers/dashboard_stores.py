@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from compiled_logprobs.decision import Candidate, CheckResult, Decision, Speedup
+from compiled_logprobs.decision import Candidate, Check, Decision, Speedup
 from compiled_logprobs.machine.environment import Environment, environment_at
 from compiled_logprobs.problem import MODES, Problem, as_it_lies, problem_to_dict
 from compiled_logprobs.store import ROOT_VARIABLE
 from compiled_logprobs.store import files as store
-from compiled_logprobs.store.files import Store, digest
+from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.presets import MODELS
-from tests.helpers.stored_decisions import CPU, all_measured, decided, measured
+from tests.helpers.stored_decisions import CPU, all_measured, decided, evidence_of, measured
 
 QWEN = MODELS["qwen3"]
 AT = "2026-11-20T12:00:00Z"
@@ -64,7 +64,7 @@ def problem(
 
 def good_candidates(scale: float = 1.0) -> dict[str, Candidate]:
     """cpp the fastest, then compiled, then eager; flash_attn cannot run. `scale` multiplies all times."""
-    checks = tuple(CheckResult(name, True, 1e-6, 1e-5, "") for name in ("log_prob_error", "gradient_error"))
+    checks = tuple(Check(name, True, 1e-6, 1e-5, "") for name in ("log_prob_error", "gradient_error"))
     times = {"eager": (0.2, 1.31, 1.0), "compiled": (0.075, 1.0, 2.67), "cpp": (0.03, 1.0, 6.67)}
     found = {
         name: measured(
@@ -95,7 +95,7 @@ def good(what: Problem | None = None, scale: float = 1.0, **changes: Any) -> Dec
 def all_failed(what: Problem | None = None) -> Decision:
     """Nothing but eager got through: the others are wrong, crashed, out of memory, timed out or failed."""
     eager = good_candidates()["eager"]
-    wrong = CheckResult("log_prob_error", False, 0.7, 1e-5, "row 3 is off by 0.7")
+    wrong = Check("log_prob_error", False, 0.7, 1e-5, "row 3 is off by 0.7")
     candidates = {
         "eager": eager,
         "cpp": Candidate("wrong", "log_prob_error: row 3 is off by 0.7", "0" * 16, checks=(wrong, *eager.checks)),
@@ -117,7 +117,7 @@ def publish(where: Store, decision: Decision, environment: Environment | None = 
         for name, one in decision.candidates.items()
         if one.seconds is not None
     }
-    where.publish(environment, decision.problem, decision.record(), {"seconds": seconds} if evidence else None)
+    where.publish(environment, decision, evidence_of(decision, seconds) if evidence else None)
 
 
 def no_profile(where: Store) -> None:
@@ -191,22 +191,18 @@ def corrupt(where: Store) -> None:
         "cpu-n2-v1031-float32-unaligned": whole[: len(whole) // 2],
         "cpu-n3-v1031-float32-unaligned": "[" * 100_000,
         "cpu-n4-v1031-float32-unaligned": whole,  # of another problem
-        "cpu-n6-v1031-float32-unaligned": whole.replace('"rounds": 10', '"rounds": 11'),  # not what the digest says
-        "cpu-n8-v1031-float32-unaligned": '{"schema": NaN}',
-        "cpu-n12-v1031-float32-unaligned": json.dumps({"schema": 99}),
+        "cpu-n6-v1031-float32-unaligned": whole.replace('"rounds": 10', '"rounds": "ten"'),
+        "cpu-n8-v1031-float32-unaligned": '{"problem": NaN}',
+        "cpu-n12-v1031-float32-unaligned": json.dumps({"schema": 1, "sha256": "", "record": {}}),
         "not-a-problem": "{}",
-        "cpu-n16-v1031-float32-unaligned": sealed(problem(16, 1031, torch.float32, "forward"), {"chosen": "nothing"}),
+        "cpu-n16-v1031-float32-unaligned": json.dumps(
+            {"problem": problem_to_dict(problem(16, 1031, torch.float32, "forward")), "chosen": "nothing"}
+        ),
     }
     for name, text in broken.items():
         (folder / f"{name}.json").write_text(text)
     (folder / "cpu-n24-v1031-float32-unaligned.json").mkdir()
     (folder / "README.json.txt").write_text("not one of a store's files")
-
-
-def sealed(what: Problem, record: dict[str, Any], environment: str | None = None) -> str:
-    """A decision file with the right digest of `record`, whatever that is."""
-    content = {"schema": 1, "environment": environment or here().fingerprint(), "problem": problem_to_dict(what)}
-    return json.dumps({**content, "sha256": digest(record), "record": record})
 
 
 def partial(where: Store) -> None:
@@ -303,24 +299,19 @@ def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 def generate(where: Store, count: int, environments: int = 4) -> None:
     """Write `count` decisions, of `environments` machines; without evidence, and without waiting for the disk."""
     per = -(-count // environments)
-    template: dict[str, Any] = {}
+    template: Decision | None = None
     done = 0
     for number in range(environments):
         threads = here().cpu_threads + number
         environment = dataclasses.replace(here() if number == 0 else H100, cpu_threads=threads, multiprocessors=number)
-        name = environment.fingerprint()
-        device = environment.device_type
-        for what in _problems(device, min(per, count - done)):
-            if not template:
-                template = good(what).record()
-            record = {**template, "environment": environment.to_dict(), "seed": done}
+        name, facts = environment.fingerprint(), environment.to_dict()
+        for what in _problems(environment.device_type, min(per, count - done)):
+            template = template or good(what)
             path = where.path(name, what)
             if not path.parent.is_dir():
                 path.parent.mkdir(parents=True)
-                facts = environment.to_dict()
-                content = {"schema": 1, "environment": name, "sha256": digest(facts), "record": facts}
-                path.parents[1].joinpath(store.FACTS).write_text(json.dumps(content))
-            path.write_text(sealed(what, record, name))
+                path.parents[1].joinpath(store.FACTS).write_text(json.dumps(facts))
+            path.write_bytes(dataclasses.replace(template, problem=what, environment=facts, seed=done).to_json())
             done += 1
 
 

@@ -25,7 +25,7 @@ from compiled_logprobs import Problem
 from compiled_logprobs.choose import group as ours
 from compiled_logprobs.choose import meeting, rule, view
 from compiled_logprobs.choose import rule as decisions
-from compiled_logprobs.evidence import Evidence
+from compiled_logprobs.decision import Evidence
 from compiled_logprobs.store.files import ROOT_VARIABLE, Store, digest
 from tests.helpers.backends_for_tuning import SLOW_VARIABLE
 from tests.helpers.stored_decisions import decided, measured, publish

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from compiled_logprobs.backends import get_backend
-from compiled_logprobs.decision import Candidate, CheckResult, Decision, Speedup
-from compiled_logprobs.evidence import Evidence
+from compiled_logprobs.decision import Candidate, Check, Decision, Evidence, Speedup
 from compiled_logprobs.machine.environment import environment_at
 from compiled_logprobs.problem import Problem, bucket
 from compiled_logprobs.store import user_store
@@ -29,7 +28,7 @@ def measured(name: str, outcome: str = "slower", **changes: Any) -> Candidate:
         "extra_bytes": 1000,
         "extra_multiple": 0.5,
         "percent_of_bandwidth": 40.0,
-        "checks": (CheckResult("sign", True, 0.0, 0.0, "as it should be"),),
+        "checks": (Check("sign", True, 0.0, 0.0, "as it should be"),),
         "repeatable": True,
         "row_invariant": True,
     }
@@ -55,6 +54,7 @@ def decided(problem: Problem = LARGE, chosen: str = "eager", **changes: Any) -> 
         "candidates": changes.get("candidates") or all_measured(),
         "left_out": (),
         "baseline": "eager",
+        "plain_seconds": 4e-3,
         "rounds": 10,
         "settled": True,
         "measured_rows": problem.rows,
@@ -75,15 +75,14 @@ def decided(problem: Problem = LARGE, chosen: str = "eager", **changes: Any) -> 
     return decision
 
 
+def evidence_of(decision: Decision, seconds: dict[str, list[float]] | None = None, **cases: Any) -> Evidence:
+    """Evidence that belongs to `decision`."""
+    return Evidence(decision.seed, decision.measured_at, seconds or {}, cases)
+
+
 def publish(decision: Decision, store: Store | None = None) -> None:
     """Store it, by default where the user's are."""
-    publish_record(decision.problem, decision.record(), store)
-
-
-def publish_record(problem: Problem, record: dict[str, Any], store: Store | None = None) -> None:
-    """Store `record`, whatever it is, with a right digest."""
-    store = user_store() if store is None else store
-    store.publish(environment_at(CPU), problem, record, {"seconds": {}})
+    (store or user_store()).publish(environment_at(CPU), decision, evidence_of(decision))
 
 
 class FakeTuner:
@@ -116,4 +115,5 @@ class FakeTuner:
         incumbent: str | None = None,
     ) -> tuple[Decision, Evidence]:
         self.asked.append(problem)
-        return self.answer(bucket(problem)), Evidence({"eager": [2e-3]})
+        decision = self.answer(bucket(problem))
+        return decision, evidence_of(decision, {"eager": [2e-3]})

@@ -159,7 +159,7 @@ def test_what_is_published_is_read_again(store):
     assert path == store.root / "v1" / KEY / "decisions" / f"{problem_name(PROBLEM)}.json"
     assert read_silently(store) == RECORD
     assert store.evidence(KEY, PROBLEM) == {"rounds": [0.25, 1e-9]}
-    assert list(store.records()) == list(store.records(KEY)) == [(KEY, PROBLEM, RECORD)]
+    assert list(store.decisions()) == list(store.records(KEY)) == [(KEY, PROBLEM, RECORD)]
     assert store.environments() == {KEY: HERE.to_dict()}
     text = path.read_text(encoding="utf-8")
     assert text.startswith('{\n  "environment": "')
@@ -294,7 +294,7 @@ def test_a_wrong_file_is_a_miss_with_one_warning_and_heals(store, spoil, told):
         warnings.simplefilter("always")
         assert store.read(KEY, PROBLEM) is None
         assert store.read(KEY, PROBLEM) is None
-        assert list(store.records()) == []
+        assert list(store.decisions()) == []
     assert [warning.category for warning in caught] == [RuntimeWarning]
     message = str(caught[0].message)
     assert message.startswith(f"the stored profile {path} is passed over: ")
@@ -346,7 +346,7 @@ def test_a_wrong_file_hides_no_other(store):
     facts = path.parents[1] / "environment.json"
     facts.write_text("{}")
     with pytest.warns(RuntimeWarning, match="it is not JSON in UTF-8"):
-        assert list(store.records()) == [(KEY, other, RECORD)]
+        assert list(store.decisions()) == [(KEY, other, RECORD)]
     with pytest.warns(RuntimeWarning, match="it is not an object with a record"):
         assert store.environments() == {}
     store.publish(HERE, PROBLEM, RECORD)
@@ -360,7 +360,7 @@ def test_nothing_is_imported_because_a_file_says_so(store, tmp_path, monkeypatch
     store.publish(HERE, PROBLEM, names, {"module": "named_by_a_profile"})
     before = set(sys.modules)
     assert read_silently(store) == names
-    assert list(store.records()) == [(KEY, PROBLEM, names)]
+    assert list(store.decisions()) == [(KEY, PROBLEM, names)]
     assert store.evidence(KEY, PROBLEM)
     assert store.environments()
     assert set(sys.modules) == before
@@ -412,7 +412,7 @@ def test_a_folder_of_someone_else_is_a_miss_with_a_warning(store):
         with pytest.warns(RuntimeWarning, match="it cannot be read \\(Permission denied\\)"):
             assert store.read(KEY, PROBLEM) is None
         with pytest.warns(RuntimeWarning, match="it cannot be listed \\(Permission denied\\)"):
-            assert list(store.records()) == []
+            assert list(store.decisions()) == []
         with pytest.raises(ProfileError, match="this process may not write there.\n.*Make it writable"):
             store.publish(HERE, PROBLEM, RECORD)
     finally:
@@ -423,7 +423,7 @@ def test_a_store_where_a_file_is_in_the_way_is_a_miss_and_cannot_be_written(tmp_
     (tmp_path / "file").write_text("")
     store = Store(tmp_path / "file")
     assert read_silently(store) is None
-    assert list(store.records()) == []
+    assert list(store.decisions()) == []
     with pytest.raises(ProfileError, match="Not a directory.\n"):
         store.publish(HERE, PROBLEM, RECORD)
 
@@ -460,7 +460,7 @@ def test_only_old_temporary_files_of_ours_are_removed(store):
         os.utime(file, (time.time() - 3700,) * 2)
     store.publish(HERE, PROBLEM, RECORD)
     assert set(temporary_files(store)) == {new, foreign}
-    assert list(store.records()) == [(KEY, PROBLEM, RECORD)]
+    assert list(store.decisions()) == [(KEY, PROBLEM, RECORD)]
 
 
 # Kills and crowds: one program imports the package and forks what is to be killed
@@ -574,13 +574,13 @@ def read(store, end):
     while time.time() < end:
         assert number_in(store) >= 0 or count == 0
         store.evidence(KEY, PROBLEM)
-        count += len(list(store.records())) + len(store.near(KEY, PROBLEM)) + len(store.environments())
+        count += len(list(store.decisions())) + len(store.near(KEY, PROBLEM)) + len(store.environments())
     assert count > 0
 
 store, end = Store(Path(sys.argv[1])), time.time() + 30
 pids = [fork(write, store, writer, end) for writer in range(16)] + [fork(read, store, end) for _ in range(16)]
 codes = [os.waitpid(pid, 0)[1] for pid in pids]
-print(json.dumps([codes, len(list(store.records())), [path.name for path in store.root.rglob(".*")]]))
+print(json.dumps([codes, len(list(store.decisions())), [path.name for path in store.root.rglob(".*")]]))
 """
 
 
@@ -666,5 +666,5 @@ def test_the_bundled_store_is_that_of_this_checkout_and_ships_in_the_wheel(tmp_p
 def test_what_ships_with_the_project_can_be_trusted():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        stored = list(bundled_store().records())
+        stored = list(bundled_store().decisions())
         assert {environment for environment, _, _ in stored} <= set(bundled_store().environments())

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import pandas as pd
 import plotly.graph_objects as go
 
-from compiled_logprobs.evidence import QUANTILES
+from compiled_logprobs.decision import QUANTILES
 from compiled_logprobs_dashboard.looks import NEUTRAL, looks, plain_in_chart, plain_line
 from compiled_logprobs_dashboard.tables.sign_check import KINDS, QUANTILE, UNITS
 

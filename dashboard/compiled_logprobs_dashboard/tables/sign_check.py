@@ -4,15 +4,15 @@ tokens are most off.
 All of it was found by the gate when the decision was made, and is stored; nothing is checked here.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from compiled_logprobs import evidence as stored
 from compiled_logprobs.check.report import MEANING
-from compiled_logprobs.decision import Candidate, Decision
+from compiled_logprobs.decision import QUANTILES, Candidate, Decision, Evidence
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs_dashboard import data
 from compiled_logprobs_dashboard.index import Tables
@@ -23,7 +23,7 @@ ALL = "all inputs"
 MOST_DOWN, MOST_ACROSS = 300, 60
 """Rows and verdicts of a row that a matrix shows: a foreign file may have any number of checks and inputs."""
 CHECKS = ["backend", "dtype", "input", "check", "verdict", "figure", "limit", "detail"]
-QUANTILE = [f"q{round(share * 100)}" for share in stored.QUANTILES]
+QUANTILE = [f"q{round(share * 100)}" for share in QUANTILES]
 ERRORS = ["backend", "dtype", "input", "what", "count", "limit", *QUANTILE]
 TOKENS = ["backend", "dtype", "input", "what", "row", "token", "got", "float64", "error"]
 UNITS = {"log_prob": "nats", "entropy": "nats", "gradient": "of the gradient's unit"}
@@ -36,7 +36,7 @@ class Checked(NamedTuple):
 
     dtype: str
     decision: Decision
-    evidence: stored.Evidence
+    evidence: Evidence
     exact: bool
     """Whether it is for the N that was asked for, and not the nearest."""
     missing: str
@@ -61,18 +61,17 @@ def gather(tables: Tables, source: str, environment: str, shape: data.Shape) -> 
         evidence, missing = _evidence(tables, answer.key)
         decision, left_out = data.foremost(decision, failures_first=True)
         cases = {name: one for name, one in evidence.cases.items() if name in decision.candidates}
-        evidence = stored.Evidence(evidence.seconds, cases)
+        evidence = dataclasses.replace(evidence, cases=cases)
         found.append(Checked(dtype, decision, evidence, answer.kind == "exact", missing, left_out))
     return found, broken
 
 
-def _evidence(tables: Tables, key: int) -> tuple[stored.Evidence, str]:
-    none = stored.Evidence()
+def _evidence(tables: Tables, key: int) -> tuple[Evidence, str]:
+    none = Evidence(0, "")
     try:
-        record = data.evidence(tables, key)
-        if record is None:
+        found = data.evidence(tables, key)
+        if found is None:
             return none, "nothing is stored beside the decision"
-        found = stored.Evidence.from_record(record)
     except ProfileError as error:
         return none, plain_line(error)
     return found, "" if found.cases else "what is stored beside the decision tells only times"
