@@ -93,9 +93,7 @@ def _measured(device: torch.device, threads: int) -> Bandwidth:
 
 def _buffer_bytes(device: torch.device) -> int:
     size = max(CACHES * cache_bytes(device), LEAST[device.type])
-    free = free_memory(device)
-    if free is not None:
-        size = min(size, int(free * SHARE_OF_FREE))
+    size = min(size, int(free_memory(device) * SHARE_OF_FREE))
     return max(size // MIB, 1) * MIB
 
 

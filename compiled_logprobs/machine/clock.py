@@ -12,6 +12,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from time import perf_counter
 
+import psutil
 import torch
 from torch import Tensor, cuda
 
@@ -87,8 +88,8 @@ def flush_cache(device: torch.device | str) -> None:
         buffer.amax()  # only read, so that nothing is left to be written back while the clock runs
 
 
-def free_memory(device: torch.device | str) -> int | None:
-    """Bytes that can still be taken, None if the system does not tell.
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that can still be taken.
 
     On CUDA: of the device, without what torch's allocator holds in reserve. On the CPU: within the limits of the control
     groups that this process is in.
@@ -96,12 +97,7 @@ def free_memory(device: torch.device | str) -> int | None:
     device = measurable(device)
     if device.type == "cuda":
         return int(cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return min([*available, *_cgroup_room()], default=None)
+    return min([int(psutil.virtual_memory().available), *_cgroup_room()])
 
 
 def why_no_peak(device: torch.device | str) -> str | None:

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 SCHEMA = 1
@@ -88,7 +89,7 @@ def environment_of(device: torch.device | str = "cpu") -> Environment:
         cpu_model=_cpu_model(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         cpu_threads=torch.get_num_threads(),
-        memory_bytes=_host_memory() if gpu is None else gpu.total_memory,
+        memory_bytes=int(psutil.virtual_memory().total) if gpu is None else gpu.total_memory,
         gpu_name=None if gpu is None else gpu.name,
         compute_capability=capability,
         multiprocessors=None if gpu is None else gpu.multi_processor_count,
@@ -162,13 +163,6 @@ def _cpu_model() -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _host_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has none of these
-        return None
 
 
 def _driver() -> str | None:

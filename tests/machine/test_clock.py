@@ -3,6 +3,7 @@
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -79,11 +80,8 @@ def test_the_time_of_a_call_on_a_gpu_is_that_between_its_events(cuda):
     cuda.now_ms = 100.0
     assert time_call(kernel, "cuda") == 0.0025
     assert cuda.calls == ["record on stream of cuda:1", "record on stream of cuda:1", "wait"]
-
-
-def test_the_index_of_a_gpu_is_kept(cuda):
     time_call(lambda: None, torch.device("cuda:3"))
-    assert cuda.calls[0] == "record on stream of cuda:3"
+    assert cuda.calls[3] == "record on stream of cuda:3"
 
 
 def test_a_call_that_fails_raises_its_own_error(cuda):
@@ -150,10 +148,8 @@ def test_the_free_memory_of_a_gpu(cuda):
     assert free_memory("cuda") == cuda.free
 
 
-@needs_linux
 def test_the_free_memory_here():
-    total = clock.os.sysconf("SC_PAGE_SIZE") * clock.os.sysconf("SC_PHYS_PAGES")
-    assert 0 < free_memory("cpu") <= total
+    assert 0 < free_memory("cpu") <= psutil.virtual_memory().total
 
 
 @needs_linux
@@ -189,18 +185,6 @@ def test_the_limit_of_a_control_group_counts(monkeypatch, tmp_path, line, files,
     monkeypatch.setattr(clock, "PROCESS", tmp_path / "self")
     monkeypatch.setattr(clock, "CGROUPS", tmp_path / "groups")
     assert free_memory("cpu") == expected
-
-
-def test_where_the_system_does_not_tell_free_memory_is_none(monkeypatch):
-    class Missing:
-        def __init__(self, *parts):
-            pass
-
-        def read_text(self, encoding):
-            raise FileNotFoundError
-
-    monkeypatch.setattr(clock, "Path", Missing)
-    assert free_memory("cpu") is None
 
 
 @needs_linux

@@ -1,0 +1,48 @@
+"""What people use today: it computes the same numbers, and takes as much memory as is reckoned with."""
+
+import pytest
+import torch
+
+from compiled_logprobs.machine.clock import extra_peak_bytes, why_no_peak
+from compiled_logprobs.operation.plain import bytes_of_plain, plain
+from compiled_logprobs.operation.reference import reference
+from compiled_logprobs.problem import Problem
+
+TEMPERATURES = {"none": 1.0, "number": 0.7, "per_token": torch.linspace(0.5, 1.5, 128)}
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_computes_what_the_reference_does(dtype, temperature):
+    logits, labels = torch.randn(128, 33).to(dtype), torch.randint(33, (128, 2))
+    log_probs, entropy = plain(logits, labels, TEMPERATURES[temperature], entropy=True)
+    true = reference(logits, labels, TEMPERATURES[temperature])
+    torch.testing.assert_close(log_probs.double(), true.log_probs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), true.entropy, rtol=1e-5, atol=1e-5)
+    assert log_probs.dtype == torch.float32
+    assert plain(logits, labels, 1.0, entropy=False)[1] is None
+
+
+@pytest.mark.skipif(why_no_peak("cpu") is not None, reason=str(why_no_peak("cpu")))
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem("cpu", 128, 2**16, torch.float32),
+        Problem("cpu", 128, 2**16, torch.float32, needs_grad=True),
+        Problem("cpu", 128, 2**16, torch.bfloat16, needs_grad=True, entropy=True, temperature="number"),
+    ],
+    ids=lambda problem: problem.details() or "forward",
+)
+def test_it_takes_as_much_memory_as_is_reckoned_with(problem):
+    logits = torch.randn(problem.rows, problem.vocab).to(problem.dtype).requires_grad_(problem.needs_grad)
+    labels = torch.randint(problem.vocab, (problem.rows, 1))
+
+    def call():
+        parts = plain(logits, labels, TEMPERATURES[problem.temperature], entropy=problem.entropy)
+        results = [part for part in parts if part is not None]
+        if problem.needs_grad:
+            return torch.autograd.grad(results, [logits], [torch.ones_like(result) for result in results])
+        return results
+
+    call()
+    assert 0.4 < extra_peak_bytes(call, "cpu") / bytes_of_plain(problem) < 1.1
