@@ -1,9 +1,9 @@
+# make quick     set up .venv, then run the tests that start no process, no browser and no long compilation
 # make test      set up .venv, then run the whole suite
 # make test-integrations  train with TRL's own trainers, patched and not, in an environment of its own
 # make profile   set up .venv, then measure which backend is fastest on this machine, store it, and show the winners
 # make dashboard set up .venv, then show the profiles in a browser, until Ctrl-C
 # make example   set up .venv, then train a small language model with right and with wrong log-probabilities
-# make docs      set up .venv, then build the documentation into build/site, with its links checked
 # make benchmark set up .venv, then time this library beside the idioms that people use today, for up to an hour
 # make check     format, lint and types, as CI does
 # make format    mend what can be mended by itself
@@ -21,12 +21,19 @@ endef
 # Without the constraints, pip would take the newest torch, which is larger and not the one that was tested.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: test test-integrations profile dashboard example docs benchmark check format clean
+.PHONY: setup quick test test-integrations profile dashboard example benchmark check format clean
 
-# Threads that spin while they wait make torch several times slower wherever something else uses the cores as well.
-test: export OMP_WAIT_POLICY := PASSIVE
+setup: .venv/.installed-flash-attn
+
+# A process for each of two cores, with a thread each: threads that share a core, and that spin while they wait, make torch
+# several times slower. The tests of a file stay together, since they share what they compiled and the servers they started.
+quick test: export OMP_WAIT_POLICY := PASSIVE
+quick test: export OMP_NUM_THREADS := 1
+quick: .venv/.installed-flash-attn
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser and not gpu"
+
 test: .venv/.installed-flash-attn
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25
 
 test-integrations: export OMP_WAIT_POLICY := PASSIVE
 test-integrations: $(INTEGRATIONS)/.installed
@@ -43,9 +50,6 @@ dashboard: .venv/.installed-flash-attn
 example: .venv/.installed
 	$(BIN)/python -m examples.reinforce
 
-docs: .venv/.installed
-	$(BIN)/python -m mkdocs build --strict
-
 benchmark: .venv/.installed-flash-attn
 	$(BIN)/python -m benchmarks.peers --json build/benchmarks/peers.json --html build/benchmarks/peers.html
 
@@ -60,13 +64,13 @@ format: .venv/.installed
 
 clean:
 	rm -rf .venv .venv-integrations build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find benchmarks compiled_logprobs tests -name __pycache__ -prune -exec rm -rf {} +
+	find benchmarks compiled_logprobs dashboard examples tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[docs,test]'
+	$(INSTALL) -e '.[test]'
 	touch $@
 
 # flash-attn's Triton kernels are plain Python: its CUDA extension, which takes long to build, is left out. Its setup.py

@@ -1,4 +1,4 @@
-"""What README and docs/ show is true: Python runs, commands and options exist, links lead somewhere, the site builds."""
+"""What README and docs/ show is true: Python runs, commands and options exist, links lead somewhere."""
 
 import os
 import re
@@ -46,6 +46,7 @@ def words_of(line: str) -> list[str]:
     return shlex.split(line, comments=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_python_on_a_page_runs_from_top_to_bottom(page, tmp_path):
     program = "\n\n".join(blocks(page, "python"))
@@ -103,10 +104,15 @@ def test_links_lead_to_what_is_there(page):
             assert (page.parent / target.split("#")[0]).exists(), target
 
 
-def test_every_page_is_in_the_navigation():
-    navigation = (ROOT / "mkdocs.yml").read_text()
-    for page in (ROOT / "docs").glob("*.md"):
-        assert f": {page.name}\n" in navigation, page.name
+def test_every_page_can_be_reached_from_the_readme():
+    reached, new = set(), {ROOT / "README.md"}
+    while new:
+        reached |= new
+        links = {
+            (page.parent / target.split("#")[0]).resolve() for page in new for target in LINK.findall(page.read_text())
+        }
+        new = links.intersection(PAGES) - reached
+    assert reached == set(PAGES)
 
 
 def test_the_migration_tables_name_functions_that_exist():
@@ -115,7 +121,6 @@ def test_the_migration_tables_name_functions_that_exist():
     rows = re.findall(
         r"^\| .*? \| `compiled_logprobs\.compat\.(\w+)` \| (.*?) \|", (ROOT / "docs/frameworks.md").read_text(), re.M
     )
-    assert len(rows) == 14
     for module, names in rows:
         found = import_module(f"compiled_logprobs.compat.{module}")
         public = {
@@ -124,11 +129,10 @@ def test_the_migration_tables_name_functions_that_exist():
             if name[0] != "_" and callable(one) and getattr(one, "__module__", None) == found.__name__
         }
         assert set(re.findall(r"`(\w+)`", names)) == public, module
-    readme, reference = ((ROOT / page).read_text() for page in ("README.md", "docs/reference.md"))
-    assert all(f"compat.{module}" in readme for module, _ in rows)
-    assert re.findall(r"^::: compiled_logprobs\.compat\.([a-z_0-9]+)$", reference, re.M)[2:] == list(FRAMEWORKS)
+    assert {module for module, _ in rows} == set(FRAMEWORKS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="`timeout` is Linux's; CI runs there")
 def test_the_integration_tests_end_with_a_word_when_they_take_too_long(tmp_path):
     python = tmp_path / "bin/python"
@@ -146,22 +150,3 @@ def test_the_integration_tests_end_with_a_word_when_they_take_too_long(tmp_path)
     assert done.returncode == 2 and "integration tests took longer than 1s: see above which" in done.stderr, done.stderr
     limits = re.findall(r"^INTEGRATIONS_LIMIT.* := (\d+)m$", (ROOT / "Makefile").read_text(), re.M)
     assert len(limits) == 2 and sum(map(int, limits)) <= 8
-
-
-def test_the_site_builds_without_a_warning(tmp_path):
-    pytest.importorskip("mkdocs", reason="the extra 'docs' is not installed; CI builds the site by `make docs`")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    reference = (tmp_path / "site/reference.html").read_text()
-    assert "Log-probability of each label under softmax" in reference
-    for framework, known in FRAMEWORKS.items():
-        for one in known.originals:
-            assert f'id="compiled_logprobs.compat.{framework}.{one.name}"' in reference
-    outside = re.findall(r'(?:src|<link[^>]*href)="(https?://[^"]+)"', reference)
-    assert not outside, outside

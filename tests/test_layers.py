@@ -24,7 +24,7 @@ def files() -> dict[Path, str]:
     """Each module of both packages, and the layer that it belongs to."""
     found = {}
     for package, root in PACKAGES.items():
-        for path in root.rglob("*.py"):
+        for path in sorted(root.rglob("*.py")):
             found[path] = package if package == "dashboard" else path.relative_to(root).parts[0].removesuffix(".py")
     return found
 
