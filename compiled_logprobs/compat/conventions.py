@@ -1,4 +1,4 @@
-"""The public functions as the originals' callers expect them, and what several of the originals agree on."""
+"""What the originals agree on: which labels count, which dtype comes back, and that one rank holds whole rows."""
 
 from typing import Any, cast
 
@@ -10,32 +10,59 @@ from compiled_logprobs.arguments import check_not_leaf
 from compiled_logprobs.errors import InputError
 
 NO_LABEL = -(2**63)
-"""An `ignore_index` that no label has. The originals that gather know no ignored label: -100 is an error there, as here."""
+"""An `ignore_index` that no label has."""
 
 
 def log_probs(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """`log_probs_from_logits`."""
+    """Stand for originals made of a cross entropy: a label of -100 counts 0."""
     return cast(Tensor, log_probs_from_logits(logits, labels, **options))
 
 
-def log_probs_and_entropy(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """`log_probs_from_logits` with `return_entropy=True`."""
-    both = cast(LogProbs, log_probs_from_logits(logits, labels, return_entropy=True, **options))
+def gathered_log_probs(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """Stand for originals that gather: they ignore no label, and -100 is an error, there as here."""
+    return log_probs(logits, labels, ignore_index=NO_LABEL, **options)
+
+
+def gathered_log_probs_and_entropy(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """As `gathered_log_probs`, with the entropy of each row from the same pass."""
+    both = cast(LogProbs, log_probs_from_logits(logits, labels, ignore_index=NO_LABEL, return_entropy=True, **options))
     return both.log_probs, both.entropy
 
 
+def overwriting_log_probs(logits: Tensor, labels: Tensor, inplace_backward: bool) -> Tensor:
+    """Stand for originals that call flash-attn: labels of any shape, the gradient over the logits where it can be."""
+    return log_probs(
+        logits,
+        labels.reshape(logits.shape[:-1]),
+        inplace_backward=inplace_backward and _may_overwrite(logits),
+        out_dtype=at_least_float32(logits),
+    )
+
+
 def entropy(logits: Tensor, **options: Any) -> Tensor:
-    """`entropy_from_logits`."""
+    """Entropy of each row, by `entropy_from_logits`, whose name several originals have."""
     return entropy_from_logits(logits, **options)
 
 
-def wide(logits: Tensor) -> torch.dtype:
-    """float32, or float64 for float64 logits: what originals return that compute in at least float32."""
+def at_least_float32(logits: Tensor) -> torch.dtype:
+    """float64 for float64 logits, else float32."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def may_overwrite(logits: Tensor) -> bool:
-    """Whether the gradient can be written over `logits`. A leaf's value would be lost, and inside a graph there is no place."""
+def require_one_rank(**groups: Any) -> None:
+    """Raise InputError, which names the argument, unless each process group is None or has one rank."""
+    for name, group in groups.items():
+        ranks = 1 if group is None else group.size()
+        if ranks > 1:
+            raise InputError(
+                f"got a {name} of {ranks} ranks; None or a group of one rank is valid: logits that are split over "
+                "ranks are not served here. Keep the framework's own function for them (unpatch it), or gather the "
+                "logits first."
+            )
+
+
+def _may_overwrite(logits: Tensor) -> bool:
+    """Not over a leaf, whose value would be lost, nor inside a graph, where there is no place."""
     if torch.compiler.is_compiling():
         return False
     try:

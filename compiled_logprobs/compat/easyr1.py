@@ -2,15 +2,15 @@
 
 Kept: float32 results, labels of -100 (result 0, gradient 0), labels of any shape with as many elements.
 
-Not kept: the gradient is never written over `logits`, as the original's flash-attn branch does without an option to turn it
-off; it takes one more tensor of their size. The branch does not depend on whether flash-attn can be imported. Logits that are
-a slice are not copied. A label outside [0, V) is an error (on an accelerator NaN) where flash-attn returns 0, the
-log-probability of a certainty. The result is never positive: before June 2025 the branch without flash-attn returned the loss.
+Not kept: the gradient takes a tensor of its own, where the original with flash-attn always writes it over `logits`.
+Whether flash-attn can be imported makes no difference. Logits that are a slice are not copied. A label outside [0, V)
+is an error (on an accelerator NaN), where flash-attn returns 0, the log-probability of a certainty. The result is never
+positive: before June 2025 EasyR1 without flash-attn returned the loss.
 """
 
 from torch import Tensor
 
-from compiled_logprobs.compat.conventions import log_probs as _log_probs
+from compiled_logprobs.compat import conventions
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -23,4 +23,4 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         [...] float32.
     """
-    return _log_probs(logits, labels.reshape(logits.shape[:-1]))
+    return conventions.log_probs(logits, labels.reshape(logits.shape[:-1]))

@@ -1,13 +1,14 @@
 """NeMo-RL's `nemo_rl.distributed.model_utils`, for logits that are not split over ranks.
 
-Kept: float32 results; the two functions shift by themselves and return S - 1 columns for S tokens; the classes do not shift.
-`ChunkedDistributedEntropy` returns the sum of p log p: minus the entropy, in spite of its name. Sampling parameters filter the
-logits as the originals do (the temperature among them is not applied), and a label that was filtered out has -inf.
+Kept: float32 results. The functions shift by themselves and return S - 1 columns for S tokens; the classes do not
+shift. `ChunkedDistributedEntropy` returns the sum of p log p: minus the entropy, in spite of its name. Sampling
+parameters filter the logits as in the originals, which do not apply their temperature; a label that was filtered out
+has -inf.
 
-Not kept: groups of more than one rank are refused, and so is a part of the vocabulary. A label outside [0, V) is an error (on
-an accelerator NaN), where the originals return 0, the log-probability of a certainty. With `inference_only=True` the result
-carries no gradient, where the originals' backward fails. A token of probability 0 counts 0 in the entropy, where the original
-gives NaN. The functions for packed sequences, and those that start from hidden states, are not here.
+Not kept: groups of more than one rank, and a part of the vocabulary, are refused. A label outside [0, V) is an error
+(on an accelerator NaN), where the originals return 0, the log-probability of a certainty. With `inference_only=True`
+the result carries no gradient, where the originals' backward fails. A token of probability 0 counts 0 in the entropy,
+where the original gives NaN. Functions for packed sequences and from hidden states are not here.
 """
 
 from typing import Any
@@ -15,10 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_logprobs.compat.conventions import NO_LABEL
-from compiled_logprobs.compat.conventions import entropy as _entropy
-from compiled_logprobs.compat.conventions import log_probs as _log_probs
-from compiled_logprobs.compat.ranks import require_one_rank, require_whole_vocabulary
+from compiled_logprobs.compat import conventions
+from compiled_logprobs.errors import InputError
 
 FILTER_ELEMENTS = 2**22
 """How many logits are sorted at once to filter them."""
@@ -36,20 +35,17 @@ def get_next_token_logprobs_from_logits(
 ) -> Tensor:
     """Log-probability of each token but the first, [B, S - 1] float32.
 
+    `seq_index`, `vocab_parallel_rank` and `chunk_size` change nothing.
+
     Args:
         input_ids: [B, S], not shifted.
         next_token_logits: [B, S, V], or more positions, of which the last are not used. Not modified.
-        seq_index: changes nothing: it orders what is split over ranks.
-        vocab_parallel_rank: changes nothing with one rank.
-        vocab_parallel_group: None or a process group of one rank.
-        context_parallel_group: None or a process group of one rank.
+        vocab_parallel_group, context_parallel_group: None or a process group of one rank, else InputError.
         sampling_params: None, or has `top_k` and `top_p`; filtering costs a copy of the logits.
-        chunk_size: changes nothing: no backend copies all logits.
-
-    Raises:
-        InputError: a group has more ranks.
     """
-    require_one_rank(vocab_parallel_group=vocab_parallel_group, context_parallel_group=context_parallel_group)
+    conventions.require_one_rank(
+        vocab_parallel_group=vocab_parallel_group, context_parallel_group=context_parallel_group
+    )
     return _next_token_log_probs(next_token_logits, input_ids.to(next_token_logits.device), sampling_params)
 
 
@@ -64,30 +60,20 @@ def from_parallel_logits_to_logprobs(
     chunk_size: int | None = None,
     sampling_params: Any = None,
 ) -> Tensor:
-    """Log-probability of each token but the first, [B, S - 1] float32.
+    """As `get_next_token_logprobs_from_logits`, from the same logits and tokens.
 
     Args:
-        vocab_parallel_logits: [B, S, V], or more positions, of which the last are not used. Not modified.
-        target: [B, S], not shifted.
-        vocab_start_index: 0.
-        vocab_end_index: V.
-        tp_group: None or a process group of one rank.
+        vocab_start_index, vocab_end_index: 0 and V, else InputError.
+        tp_group, cp_group: None or a process group of one rank, else InputError.
         inference_only: the result carries no gradient.
-        cp_group: None or a process group of one rank.
-        chunk_size: changes nothing: no backend copies all logits.
-        sampling_params: None, or has `top_k` and `top_p`; filtering costs a copy of the logits.
-
-    Raises:
-        InputError: a group has more ranks, or the vocabulary is a part of one.
     """
-    require_one_rank(tp_group=tp_group, cp_group=cp_group)
-    require_whole_vocabulary(vocab_parallel_logits.shape[-1], vocab_start_index, vocab_end_index)
-    logits = vocab_parallel_logits.detach() if inference_only else vocab_parallel_logits
+    conventions.require_one_rank(tp_group=tp_group, cp_group=cp_group)
+    logits = _whole(vocab_parallel_logits, vocab_start_index, vocab_end_index, inference_only)
     return _next_token_log_probs(logits, target, sampling_params)
 
 
 class DistributedLogprob:
-    """Stands for an autograd function of the same name; only `apply` is there."""
+    """Stand for an autograd function of the same name; only `apply` is there."""
 
     @staticmethod
     def apply(
@@ -99,14 +85,13 @@ class DistributedLogprob:
         inference_only: bool = False,
     ) -> Tensor:
         """Log-probability of each label of `target` [B, S], already shifted: [B, S] float32, from logits [B, S, V]."""
-        require_one_rank(group=group)
-        require_whole_vocabulary(vocab_parallel_logits.shape[-1], vocab_start_index, vocab_end_index)
-        logits = vocab_parallel_logits.detach() if inference_only else vocab_parallel_logits
-        return _log_probs(logits, target, ignore_index=NO_LABEL)
+        conventions.require_one_rank(group=group)
+        logits = _whole(vocab_parallel_logits, vocab_start_index, vocab_end_index, inference_only)
+        return conventions.gathered_log_probs(logits, target)
 
 
 class ChunkedDistributedLogprob:
-    """Stands for an autograd function of the same name; only `apply` is there."""
+    """`DistributedLogprob`, in chunks; only `apply` is there."""
 
     @staticmethod
     def apply(
@@ -118,21 +103,31 @@ class ChunkedDistributedLogprob:
         tp_group: Any,
         inference_only: bool = False,
     ) -> Tensor:
-        """As `DistributedLogprob.apply`. `chunk_size` changes nothing: no backend copies all logits."""
-        require_one_rank(tp_group=tp_group)
-        return DistributedLogprob.apply(
-            vocab_parallel_logits, target, vocab_start_index, vocab_end_index, None, inference_only
-        )
+        """As `DistributedLogprob.apply`. `chunk_size` changes nothing."""
+        conventions.require_one_rank(tp_group=tp_group)
+        logits = _whole(vocab_parallel_logits, vocab_start_index, vocab_end_index, inference_only)
+        return conventions.gathered_log_probs(logits, target)
 
 
 class ChunkedDistributedEntropy:
-    """Stands for an autograd function of the same name; only `apply` is there."""
+    """Stand for an autograd function of the same name; only `apply` is there."""
 
     @staticmethod
     def apply(vocab_parallel_logits: Tensor, chunk_size: int, tp_group: Any, inference_only: bool = False) -> Tensor:
         """The sum of p log p of each row, MINUS the entropy: [B, S] float32, never positive, from logits [B, S, V]."""
-        require_one_rank(tp_group=tp_group)
-        return 0.0 - _entropy(vocab_parallel_logits.detach() if inference_only else vocab_parallel_logits)
+        conventions.require_one_rank(tp_group=tp_group)
+        return 0.0 - conventions.entropy(vocab_parallel_logits.detach() if inference_only else vocab_parallel_logits)
+
+
+def _whole(logits: Tensor, start: int, end: int, inference_only: bool) -> Tensor:
+    """The logits, without gradient for inference. Raise InputError unless [start, end) is the whole vocabulary."""
+    vocab = logits.shape[-1]
+    if (start, end) != (0, vocab):
+        raise InputError(
+            f"got the vocabulary's part from {start} to {end} for logits with {vocab} columns; 0 to {vocab} is valid "
+            "with one rank. Keep the framework's own function for logits that are split over ranks."
+        )
+    return logits.detach() if inference_only else logits
 
 
 def _next_token_log_probs(logits: Tensor, tokens: Tensor, sampling_params: Any) -> Tensor:
@@ -142,18 +137,18 @@ def _next_token_log_probs(logits: Tensor, tokens: Tensor, sampling_params: Any) 
     keep = None if sampling_params is None else _keep_mask(logits, sampling_params.top_k, sampling_params.top_p)
     if keep is not None:
         logits = logits.masked_fill(~keep, -torch.inf)
-    return _log_probs(logits, labels, ignore_index=NO_LABEL, masked_logits=keep is not None)
+    return conventions.gathered_log_probs(logits, labels, masked_logits=keep is not None)
 
 
 @torch.no_grad()
 def _keep_mask(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor | None:
     """Which logits [..., V] top-k and then top-p leave, or None where neither filters.
 
-    top-k keeps what is no less than the k-th largest. top-p keeps the most likely tokens until their probabilities, of what
-    top-k has left, add up to `top_p`, and at least one.
+    top-k keeps what is no less than the k-th largest. top-p keeps the most likely of what is left until their
+    probabilities add up to `top_p`, and at least one.
     """
-    filters_k, filters_p = top_k is not None and top_k > 0, top_p is not None and top_p != 1.0
-    if not filters_k and not filters_p:
+    top_k, top_p = max(0, top_k or 0), 1.0 if top_p is None else top_p
+    if not top_k and top_p == 1.0:
         return None
     vocab = logits.shape[-1]
     keep = torch.empty(logits.shape, dtype=torch.bool, device=logits.device)
@@ -161,10 +156,10 @@ def _keep_mask(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor
     x_NV, keep_NV = logits.reshape(-1, vocab), keep.view(-1, vocab)
     for start in range(0, len(x_NV), rows):
         x_CV, keep_CV = x_NV[start : start + rows].float(), keep_NV[start : start + rows]
-        if top_k is not None and top_k > 0:
+        if top_k:
             keep_CV.copy_(x_CV >= x_CV.topk(top_k).values[:, -1:])
             x_CV = x_CV.masked_fill(~keep_CV, -torch.inf)
-        if top_p is not None and top_p != 1.0:
+        if top_p != 1.0:
             ascending_CV, order_CV = x_CV.sort(dim=-1)
             likely_CV = ascending_CV.softmax(-1).cumsum(-1) > 1 - top_p
             likely_CV[:, -1] = True

@@ -1,202 +1,157 @@
-"""`patch("trl")`: this library's functions in place of a framework's own, in every module that has them by name.
+"""Put this library's functions in place of an installed framework's own: `patch("trl")`.
 
-A module that did `from trl.trainer.utils import selective_log_softmax` holds the function itself, and changing that module of
-TRL alone would not reach it. So all loaded modules are searched for the very object. Modules that are imported later get what
-the framework's module has by then, and so do functions that reach it through a module (`utils.selective_log_softmax`), which
-the report names. What keeps the function elsewhere (an attribute of an object, a `functools.partial`, the result of
-`torch.compile`) keeps the original: patch before such things are made.
+A module that did `from trl.trainer.utils import selective_log_softmax` holds the function itself, so every loaded
+module is searched for that object. Modules that are imported later, and callers such as
+`utils.selective_log_softmax(...)`, take what the framework's module holds by then. What keeps the function elsewhere
+(an attribute of an object, a `functools.partial`, the result of `torch.compile`) keeps the original: patch before such
+things are made.
 """
 
-import ast
 import importlib
 import inspect
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import resolve_name
-from pathlib import Path
-from types import FunctionType, ModuleType, TracebackType
-from typing import Any, NamedTuple
+from types import FunctionType, ModuleType
+from typing import Any
 
-from compiled_logprobs.compat.originals import FRAMEWORKS, Framework, Original
+from compiled_logprobs.compat.originals import FRAMEWORKS, Framework
 from compiled_logprobs.errors import InputError, LogProbsError
 
+Swap = tuple[Any, Any]
+"""A framework's function, and what stands in its place."""
 
-class Site(NamedTuple):
-    """A name in a loaded module that was, and is now, a function of the framework."""
-
-    module: str
-    name: str
-    lines: tuple[int, ...]
-    """Lines of the module's source that use it."""
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}{_used_on(self.lines)}"
+_active: dict[str, list[Swap]] = {}
 
 
+@dataclass(frozen=True)
 class Patch:
-    """What `patch` did, and, as a context manager, for how long. `str()` is the report."""
+    """What `patch` replaced. As a context manager, put it back at the end of the block. `str()` is the report."""
 
     framework: str
     version: str
     """Of the installed package; "of an unknown version" where nothing says."""
-    sites: tuple[Site, ...]
-    """Where functions were replaced."""
-    through: tuple[Site, ...]
-    """Where functions of loaded modules reach them through a module, as in `utils.selective_log_softmax`, or import them only
-    when they run. Looked for in the framework, in the main program, and in what holds the framework's modules."""
-    later: tuple[Site, ...]
-    """The trainers that are not imported yet, and will get these functions when they are."""
-    silent: tuple[str, ...]
-    """The trainers that, in this version, call none of the functions: patching changes nothing for them."""
-
-    def __init__(self, framework: str, swaps: "tuple[_Swap, ...]", owner: bool = True) -> None:
-        known = FRAMEWORKS[framework]
-        self.framework, self.version = framework, _version(known)
-        held = [(module, name) for swap in swaps for module, name in _holding(swap.ours)]
-        uses = _uses(known, held, {id(swap.ours) for swap in swaps})
-        self.sites = tuple(Site(module.__name__, name, uses.get((module.__name__, name), ())) for module, name in held)
-        named = {(site.module, site.name) for site in self.sites}
-        self.through = tuple(Site(*place, lines) for place, lines in uses.items() if place not in named)
-        using = {module for module, _ in uses}
-        self.later, self.silent = _of_callers(known, tuple(swap.name for swap in swaps), using)
-        self._owner = owner
+    places: tuple[str, ...]
+    """Where functions were replaced: `module.name` each."""
+    is_outermost: bool = True
+    """Whether the end of the block puts the functions back: not within another patch of the same framework."""
 
     def __enter__(self) -> "Patch":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._owner:
+    def __exit__(self, *error: object) -> None:
+        if self.is_outermost:
             unpatch(self.framework)
 
     def __str__(self) -> str:
-        lines = [f"{self.framework} {self.version}: replaced {_count(len(self.sites), 'name')}"]
-        lines += [f"  {site}" for site in self.sites]
-        if self.through:
-            lines += ["reached by functions when they run, and so replaced as well:"]
-            lines += [f"  {site}" for site in self.through]
-        if self.later:
-            lines += ["not imported yet, and replaced when they are:", *(f"  {site}" for site in self.later)]
-        if self.silent:
-            lines += [self._silence()]
+        number = len(self.places)
+        lines = [f"{self.framework} {self.version}: replaced in {number} place{'' if number == 1 else 's'}"]
+        lines += [f"  {place}" for place in self.places]
+        if {place.rpartition(".")[0] for place in self.places} <= FRAMEWORKS[self.framework].functions.keys():
+            lines.append("No other loaded module holds them; one imported from now on takes the replacement.")
         return "\n".join(lines)
-
-    def _silence(self) -> str:
-        framework = FRAMEWORKS[self.framework]
-        return (
-            f"{', '.join(self.silent)} of {self.framework} {self.version} {'calls' if len(self.silent) == 1 else 'call'} none of "
-            f"{', '.join(original.name for original in framework.originals)}: patching changes nothing there. "
-            + framework.where_it_went
-        ).rstrip()
-
-
-class _Swap(NamedTuple):
-    name: str
-    original: Any
-    ours: Any
-
-
-_active: dict[str, tuple[_Swap, ...]] = {}
 
 
 def patch(framework: str) -> Patch:
-    """Replace the log-probability functions of an installed framework by those of `compiled_logprobs.compat.<framework>`.
+    """Replace an installed framework's log-probability functions by those of `compiled_logprobs.compat.<framework>`.
 
     print(patch("trl"))                # until unpatch("trl")
     with patch("trl") as patched: ...  # until the end of the block
 
-    All are checked first: where one of them has other arguments than the versions known here, none is replaced. A framework
-    that is patched already stays as it is, and a block within the patch leaves it so.
+    All functions are checked first: where one takes other arguments than the versions known here, none is replaced.
+    A framework that is patched already stays as it is, and a block within the patch leaves it so.
 
     Args:
         framework: a name in `FRAMEWORKS`, such as "trl". Its package is imported.
 
     Returns:
-        A `Patch`: the names replaced, with the lines that use them, and the trainers that do not use them in the
-        installed version, of which a warning tells as well.
+        A `Patch` that lists the places where a function was replaced.
 
     Raises:
         InputError: no framework of that name is known.
         LogProbsError: it cannot be imported, or has a function with other arguments.
     """
     known = _known(framework)
-    owner = framework not in _active
-    if owner:
-        found = [(one, *_checked(framework, known, one)) for one in known.originals]
-        swaps = tuple(
-            _Swap(one.name, original, _copy_named_as(original, ours)) for one, original, ours in found if original
-        )
-        for swap in swaps:
-            _put(swap.ours, where=swap.original)
+    is_outermost = framework not in _active
+    if is_outermost:
+        swaps = list(_swaps(framework, known))  # all checks, before anything is replaced
+        for original, ours in swaps:
+            _replace(original, ours)
         _active[framework] = swaps
-    patched = Patch(framework, _active[framework], owner)
-    if owner and patched.silent:
-        warnings.warn(patched._silence(), RuntimeWarning, stacklevel=2)
-    return patched
+    places = tuple(f"{module.__name__}.{name}" for _, ours in _active[framework] for module, name in _holders(ours))
+    return Patch(framework, _version(known), places, is_outermost)
 
 
 def unpatch(framework: str) -> list[str]:
     """Put a framework's own functions back, also where they were imported from it since `patch`.
 
     Returns:
-        The names put back; none where the framework is not patched.
+        The places, `module.name` each; none where the framework is not patched.
 
     Raises:
         InputError: no framework of that name is known.
     """
     _known(framework)
-    swaps = _active.pop(framework, ())
-    return [name for swap in swaps for name in _put(swap.original, where=swap.ours)]
+    return [place for original, ours in _active.pop(framework, []) for place in _replace(ours, original)]
 
 
 def _known(framework: str) -> Framework:
     if framework not in FRAMEWORKS:
         raise InputError(
-            f"got the framework {framework!r}; {', '.join(FRAMEWORKS)} are valid. For another one call the public functions."
+            f"got the framework {framework!r}; {', '.join(FRAMEWORKS)} are valid. "
+            "For another one call the public functions."
         )
     return FRAMEWORKS[framework]
 
 
-def _checked(framework: str, known: Framework, one: Original) -> tuple[Any, Callable[..., Any]]:
-    """The framework's function, None where this version has none, and ours. Raises LogProbsError where they do not fit."""
-    ours: Callable[..., Any] = getattr(importlib.import_module(f"compiled_logprobs.compat.{framework}"), one.name)
-    try:
-        module = importlib.import_module(one.module)
-        original = getattr(module, one.name, None)  # in a lazy module, one more import
-    except (Exception, SystemExit) as error:  # a foreign module may do anything when it is imported
-        if not one.required:  # nothing here can call what cannot be imported here
-            return None, ours
-        missing = isinstance(error, ModuleNotFoundError) and error.name == one.module.partition(".")[0]
-        remedy = f"Install {framework}" if missing else f"See that `import {one.module}` works by itself"
-        raise LogProbsError(
-            f"{framework} cannot be patched: importing {one.module} failed ({type(error).__name__}: {error}). "
-            f"Nothing was replaced. {remedy}, or import compiled_logprobs.compat.{framework} in its place."
-        ) from error
+def _swaps(framework: str, known: Framework) -> Iterator[Swap]:
+    """Each function that the installed version has, with a replacement. Raise LogProbsError where they do not fit."""
+    compat = importlib.import_module(f"compiled_logprobs.compat.{framework}")
     version = f"{framework} {_version(known)}"
-    if original is None:
-        if not one.required:
-            return None, ours
-        raise LogProbsError(
-            f"{version} cannot be patched: {one.module} has no {one.name}. Nothing was replaced. "
-            "Is this another framework, or a newer version? Call the public functions where it calls its own."
-        )
+    is_required = True  # the first one alone
+    for module, names in known.functions.items():
+        for name in names:
+            try:
+                original = getattr(importlib.import_module(module), name, None)  # in a lazy module, one more import
+            except (Exception, SystemExit) as error:  # a foreign module may do anything when it is imported
+                if not is_required:  # nothing here can call what cannot be imported here
+                    continue
+                is_missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+                remedy = f"Install {framework}" if is_missing else f"See that `import {module}` works by itself"
+                raise _refusal(
+                    framework,
+                    f"importing {module} failed ({type(error).__name__}: {error})",
+                    f"{remedy}, or import compiled_logprobs.compat.{framework} in its place.",
+                ) from error
+            if original is None and is_required:
+                raise _refusal(
+                    version, f"{module} has no {name}", f"Is this {framework}? It may be a newer version of it."
+                )
+            if original is not None:
+                ours = getattr(compat, name)
+                _check_arguments(version, f"{module}.{name}", original, ours, known.older_arguments.get(name))
+                yield original, _named_as(original, ours)
+            is_required = False
+
+
+def _check_arguments(version: str, place: str, original: Any, ours: Callable[..., Any], older: str | None) -> None:
     try:
         arguments = _arguments(original)
     except Exception as error:  # no function, or one that computes its signature
-        raise LogProbsError(
-            f"{version} cannot be patched: the arguments of {one.module}.{one.name} cannot be read "
-            f"({type(error).__name__}: {error}). Nothing was replaced. Call the public functions where it calls its own."
-        ) from error
-    if arguments not in one.signatures:
-        raise LogProbsError(
-            f"{version} cannot be patched: {one.module}.{one.name} has the arguments {arguments}; known are "
-            f"{' and '.join(one.signatures)}. Nothing was replaced. Use a version with those, or call the public functions "
-            "where it calls its own."
-        )
-    return original, ours
+        what = f"the arguments of {place} cannot be read ({type(error).__name__}: {error})"
+        raise _refusal(version, what) from error
+    valid = [_arguments(ours), *([older] if older else [])]
+    if arguments not in valid:
+        raise _refusal(version, f"{place} has the arguments {arguments}; {' and '.join(valid)} are valid")
+
+
+def _refusal(
+    who: str,
+    what: str,
+    remedy: str = "Use a version that fits, or call the public functions where the framework calls its own.",
+) -> LogProbsError:
+    return LogProbsError(f"{who} cannot be patched: {what}. Nothing was replaced. {remedy}")
 
 
 def _arguments(function: Callable[..., Any]) -> str:
@@ -206,10 +161,11 @@ def _arguments(function: Callable[..., Any]) -> str:
     return str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))
 
 
-def _copy_named_as(original: Any, ours: Any) -> Any:
-    """A function of its own with the code of `ours`: whoever holds it has it from the framework, and gets the original back.
+def _named_as(original: Any, ours: Any) -> Any:
+    """Copy `ours` under the original's name.
 
-    It goes by the original's name, so that it is pickled as a reference to it.
+    Whoever holds the copy has it from the framework, and gets the original back; who imported ours keeps it. It is
+    pickled as a reference to the framework's function.
     """
     copy = FunctionType(ours.__code__, ours.__globals__, ours.__name__, ours.__defaults__, ours.__closure__)
     copy.__kwdefaults__, copy.__doc__, copy.__annotations__ = ours.__kwdefaults__, ours.__doc__, ours.__annotations__
@@ -217,168 +173,24 @@ def _copy_named_as(original: Any, ours: Any) -> Any:
     return copy
 
 
-def _holding(value: object) -> Iterator[tuple[ModuleType, str]]:
-    """Loaded modules that have `value`, with the name."""
+def _holders(value: object) -> Iterator[tuple[ModuleType, str]]:
+    """The loaded modules that have `value`, with the name."""
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", None)
         if isinstance(names, dict):
             yield from ((module, name) for name, held in list(names.items()) if held is value)
 
 
-def _put(value: object, where: object) -> list[str]:
-    """Replace `where` by `value` in all loaded modules; their names."""
-    held = list(_holding(where))
-    for module, name in held:
-        setattr(module, name, value)
-    return [f"{module.__name__}.{name}" for module, name in held]
-
-
-def _uses(
-    known: Framework, held: list[tuple[ModuleType, str]], ours: set[int]
-) -> dict[tuple[str, str], tuple[int, ...]]:
-    """What stands for one of `ours`, ids, in functions of loaded modules: a name that is `held`, or one reached through a module.
-
-    By module and the words in its source, with the lines. What runs at import has run, and is left out.
-    """
-    names = {name for _, name in held}
-    found: dict[tuple[str, str], set[int]] = {}
-    for module in _near(known, [module for module, _ in held]):
-        tree = _tree(_source(module), names)
-        nodes = [] if tree is None else list(_within_functions(tree))
-        scopes = [vars(module), _imported_by(nodes, module)]
-        for node in nodes:
-            if any(id(_stands_for(node, scope)) in ours for scope in scopes):
-                found.setdefault((module.__name__, ast.unparse(node)), set()).add(node.lineno)
-    return {place: tuple(sorted(lines)) for place, lines in found.items()}
-
-
-def _near(known: Framework, holders: list[ModuleType]) -> Iterator[ModuleType]:
-    """Loaded modules that may use what `holders` hold: the framework's, the main one, and those that hold one of these."""
-    roots = {one.module.partition(".")[0] for one in known.originals}
-    reached = {id(one) for one in holders}
-    for one in holders:
-        name = one.__name__
-        while name := name.rpartition(".")[0]:
-            if name in sys.modules:
-                reached.add(id(sys.modules[name]))
-    for name, module in list(sys.modules.items()):
-        names = getattr(module, "__dict__", None)
-        if isinstance(names, dict) and (
-            name == "__main__"
-            or name.partition(".")[0] in roots
-            or id(module) in reached
-            or any(id(held) in reached for held in list(names.values()))
-        ):
-            yield module
-
-
-def _within_functions(tree: ast.AST) -> Iterator[Any]:
-    """The nodes of all functions' bodies."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            for part in node.body if isinstance(node.body, list) else [node.body]:
-                yield from ast.walk(part)
-
-
-def _imported_by(nodes: Iterable[ast.AST], module: ModuleType) -> dict[str, object]:
-    """What the import statements among `nodes` bind, as far as it is loaded."""
-    found: dict[str, object] = {}
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            for one in node.names:
-                name = one.name if one.asname else one.name.partition(".")[0]
-                found[one.asname or name] = sys.modules.get(name)
-        elif isinstance(node, ast.ImportFrom):
-            try:
-                origin = resolve_name("." * node.level + (node.module or ""), module.__package__ or "")
-            except ImportError:  # beyond the top
-                continue
-            names = getattr(sys.modules.get(origin), "__dict__", {})
-            found |= {one.asname or one.name: names.get(one.name) for one in node.names}
-    return found
-
-
-def _stands_for(node: ast.AST, scope: dict[str, object]) -> object:
-    """What a name, or names with dots of which all but the last are modules, stands for; None for everything else."""
-    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-        return scope.get(node.id)
-    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-        owner = _stands_for(node.value, scope)
-        return vars(owner).get(node.attr) if issubclass(type(owner), ModuleType) else None
-    return None
-
-
-def _of_callers(known: Framework, names: tuple[str, ...], using: set[str]) -> tuple[tuple[Site, ...], tuple[str, ...]]:
-    """What those of the framework's trainers use that are not imported, and which trainers use nothing.
-
-    `using` are loaded modules of which it is known that they use something, under whatever name.
-    """
-    later, silent = [], []
-    for caller in known.callers:
-        source = _source(sys.modules[caller]) if caller in sys.modules else _source_of_unloaded(caller)
-        if source is None:
-            continue
-        used = [Site(caller, name, lines) for name in names if (lines := _uses_by_name(source, name))]
-        if not used and caller not in using:
-            silent.append(caller)
-        elif caller not in sys.modules:
-            later += used
-    return tuple(later), tuple(silent)
-
-
-def _source(module: ModuleType) -> str | None:
-    file = getattr(module, "__file__", None)
-    return _read(Path(file)) if file and file.endswith(".py") else None
-
-
-def _source_of_unloaded(module: str) -> str | None:
-    """Found from the framework's root: importing the packages in between may cost seconds, and fail."""
-    root, *parts = module.split(".")
-    for path in getattr(sys.modules.get(root), "__path__", ()):
-        source = _read(Path(path).joinpath(*parts).with_suffix(".py"))
-        if source is not None:
-            return source
-    return None
-
-
-def _read(file: Path) -> str | None:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def _tree(source: str | None, names: Iterable[str]) -> ast.AST | None:
-    """`source` parsed, if one of `names` is in it."""
-    if source is None or not any(name in source for name in names):
-        return None
-    try:
-        return ast.parse(source)
-    except (SyntaxError, ValueError):
-        return None
-
-
-def _uses_by_name(source: str, name: str) -> tuple[int, ...]:
-    """Lines of `source` that use `name`, or the attribute `name` of something."""
-    tree = _tree(source, [name])
-    used = {
-        node.lineno
-        for node in ([] if tree is None else ast.walk(tree))
-        if (isinstance(node, ast.Name) and node.id == name) or (isinstance(node, ast.Attribute) and node.attr == name)
-    }
-    return tuple(sorted(used))
+def _replace(value: object, by: object) -> list[str]:
+    """Replace `value` in all loaded modules; return the places."""
+    holders = list(_holders(value))
+    for module, name in holders:
+        vars(module)[name] = by  # no `__setattr__` of a module, which might raise halfway
+    return [f"{module.__name__}.{name}" for module, name in holders]
 
 
 def _version(known: Framework) -> str:
     try:
-        return metadata.version(known.distribution)
+        return metadata.version(known.package)
     except metadata.PackageNotFoundError:
         return "of an unknown version"
-
-
-def _used_on(lines: tuple[int, ...]) -> str:
-    return f", used on line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines))}" if lines else ""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -2,29 +2,26 @@
 
 Kept: float32 results of logits of any dtype.
 
-Not kept: `vocab_parallel_logprobs` without the fused kernel subtracts from float32 logits in place and overwrites them with
-their exponentials; here they are not modified. Where Megatron has more than one tensor-parallel rank it is refused. A token
-of probability 0 counts 0 in the entropy, where the original gives NaN. No float32 copy of the logits is made.
+Not kept: `vocab_parallel_logprobs` does not modify the logits, where the original without the fused kernel overwrites
+float32 ones with their exponentials; it is refused where Megatron has more than one tensor-parallel rank. A token of
+probability 0 counts 0 in the entropy, where the original gives NaN. No float32 copy of the logits is made.
 """
 
 import sys
 
 from torch import Tensor
 
-from compiled_logprobs.compat.conventions import NO_LABEL
-from compiled_logprobs.compat.conventions import entropy as _entropy
-from compiled_logprobs.compat.conventions import log_probs as _log_probs
-from compiled_logprobs.compat.ranks import require_one_rank
+from compiled_logprobs.compat import conventions
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of each label, [...] float32, of `logits` [..., V], which are not modified."""
-    return _log_probs(logits, labels, ignore_index=NO_LABEL)
+    return conventions.gathered_log_probs(logits, labels)
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy of each row of `logits` [..., V], [...] float32."""
-    return _entropy(logits)
+    return conventions.entropy(logits)
 
 
 def vocab_parallel_logprobs(vocab_parallel_logits: Tensor, target: Tensor, use_fused_kernel: bool = True) -> Tensor:
@@ -40,5 +37,5 @@ def vocab_parallel_logprobs(vocab_parallel_logits: Tensor, target: Tensor, use_f
     """
     megatron = sys.modules.get("megatron.core.parallel_state")
     if megatron is not None and megatron.model_parallel_is_initialized():
-        require_one_rank(tensor_model_parallel_group=megatron.get_tensor_model_parallel_group())
-    return _log_probs(vocab_parallel_logits, target, ignore_index=NO_LABEL)
+        conventions.require_one_rank(tensor_model_parallel_group=megatron.get_tensor_model_parallel_group())
+    return conventions.gathered_log_probs(vocab_parallel_logits, target)

@@ -1,13 +1,12 @@
 """slime's `slime.utils.ppo_utils`, for logits that are not split over ranks.
 
-Kept: log-probabilities [T, 1] beside entropies [T], both float32; for T = 0 both of shape [0], in the dtype of the logits. The
-entropy is that of all logits, whatever `log_prob_keep_mask` leaves out of the log-probabilities; the mask cannot leave out the
-label itself.
+Kept: log-probabilities [T, 1] beside entropies [T], both float32; for T = 0 both are [0], in the dtype of the logits.
+The entropy is that of all logits, whatever `log_prob_keep_mask` leaves out. The mask cannot leave out the label itself.
 
-Not kept: a `tp_group` of more than one rank is refused, and None means one rank; with None the original takes all ranks of
-torch.distributed, once that is initialised. A token outside [0, V), -100 too, is an error (on an accelerator NaN), where the
-original returns a number that means nothing. The graph can be kept for a second backward. The original keeps a float32 softmax
-of all logits for the gradient; here there is none.
+Not kept: a `tp_group` of more than one rank is refused. None means one rank, where the original takes all ranks of an
+initialised torch.distributed. A token outside [0, V), -100 too, is an error (on an accelerator NaN), where the original
+returns a meaningless number. The graph can be kept for a second backward, and no float32 softmax of all logits is
+stored.
 """
 
 from typing import Any
@@ -16,11 +15,7 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.arguments import check_labels, check_logits
-from compiled_logprobs.compat.conventions import NO_LABEL, wide
-from compiled_logprobs.compat.conventions import entropy as _entropy
-from compiled_logprobs.compat.conventions import log_probs as _log_probs
-from compiled_logprobs.compat.conventions import log_probs_and_entropy as _both
-from compiled_logprobs.compat.ranks import require_one_rank
+from compiled_logprobs.compat import conventions
 from compiled_logprobs.errors import InputError
 
 
@@ -38,42 +33,40 @@ def calculate_log_probs_and_entropy(
     Args:
         logits: [T, V], already divided by the temperature. Not modified.
         tokens: [T].
-        tp_group: None or a process group of one rank.
+        tp_group: None or a process group of one rank, else InputError.
         with_entropy: whether to return the entropy.
         chunk_size: changes nothing: without a mask no backend copies all logits.
-        log_prob_keep_mask: [T, V] bool, the vocabulary that each token was sampled from (top-p); costs a copy of the logits.
+        log_prob_keep_mask: [T, V] bool, what each token was sampled from (top-p); costs a copy of the logits.
         with_entropy_grad: whether the entropy carries a gradient.
 
     Returns:
         log_probs [T, 1], and entropy [T] or None.
-
-    Raises:
-        InputError: `tp_group` has more ranks, a token is outside [0, V), or shapes or dtypes do not fit together.
     """
-    require_one_rank(tp_group=tp_group)
+    conventions.require_one_rank(tp_group=tp_group)
     entropy = None
     if log_prob_keep_mask is not None:
         check_logits(logits)
-        check_labels(logits, tokens, NO_LABEL)
+        check_labels(logits, tokens, conventions.NO_LABEL)
         if log_prob_keep_mask.shape != logits.shape or log_prob_keep_mask.dtype != torch.bool:
             raise InputError(
-                f"got a log_prob_keep_mask of shape {list(log_prob_keep_mask.shape)} and {log_prob_keep_mask.dtype} for "
-                f"logits of shape {list(logits.shape)}; their shape and torch.bool are valid. Convert it, e.g. with mask.bool()."
+                f"got a log_prob_keep_mask of shape {list(log_prob_keep_mask.shape)} and {log_prob_keep_mask.dtype} "
+                f"for logits of shape {list(logits.shape)}; their shape and torch.bool are valid. "
+                "Convert it, e.g. with mask.bool()."
             )
         x = logits
         if with_entropy:
-            # With two gradients as float32, as the original, so that they are rounded after their sum.
-            x = logits.to(wide(logits)) if with_entropy_grad else logits
-            entropy = _entropy(x)
+            # Widened for two gradients, as in the original, so that they are rounded after their sum.
+            x = logits.to(conventions.at_least_float32(logits)) if with_entropy_grad else logits
+            entropy = conventions.entropy(x)
         # Where no value was looked at, a token may still be outside, and its row becomes NaN.
         inside = tokens.long().clamp(0, logits.shape[-1] - 1)
         keep = log_prob_keep_mask.scatter(-1, inside.unsqueeze(-1), True)
         kept = x.masked_fill(~keep, -torch.inf)
-        log_probs = _log_probs(kept, tokens, ignore_index=NO_LABEL, masked_logits=True)
+        log_probs = conventions.gathered_log_probs(kept, tokens, masked_logits=True)
     elif with_entropy:
-        log_probs, entropy = _both(logits, tokens, ignore_index=NO_LABEL)
+        log_probs, entropy = conventions.gathered_log_probs_and_entropy(logits, tokens)
     else:
-        log_probs = _log_probs(logits, tokens, ignore_index=NO_LABEL)
+        log_probs = conventions.gathered_log_probs(logits, tokens)
     if entropy is not None and not with_entropy_grad:
         entropy = entropy.detach()
     if len(logits) == 0:

@@ -1,10 +1,10 @@
 """torchtitan's `torchtitan.components.loss`, for logits whose vocabulary is not split over ranks.
 
-Kept: float32 results; a label of -100 counts 0, but its row has an entropy; the entropy carries no gradient. Of a DTensor the
-local part is taken, which the original ends up with as well.
+Kept: float32 results; a label of -100 counts 0, but its row has an entropy; the entropy carries no gradient. Of a
+DTensor the local part is taken, as in the original.
 
-Not kept: logits whose vocabulary is split over ranks are refused, as a DTensor or as the plain part of it that the "spmd_types"
-backend has. A token of probability 0 counts 0 in the entropy, where the original gives NaN.
+Not kept: logits whose vocabulary is split over ranks are refused, as a DTensor and as the plain part that the
+"spmd_types" backend passes. A token of probability 0 counts 0 in the entropy, where the original gives NaN.
 """
 
 import sys
@@ -12,9 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compiled_logprobs.compat.conventions import NO_LABEL
-from compiled_logprobs.compat.conventions import log_probs as _log_probs
-from compiled_logprobs.compat.conventions import log_probs_and_entropy as _both
+from compiled_logprobs.compat import conventions
 from compiled_logprobs.errors import InputError
 
 IGNORE_INDEX = -100
@@ -36,10 +34,10 @@ def compute_logprobs(logits: Tensor, labels: Tensor, *, return_entropy: bool = F
     else:
         _require_whole_rows()
     if not return_entropy:
-        return _log_probs(logits, labels, ignore_index=IGNORE_INDEX)
-    # Without an ignored label in sight, for its row to have an entropy from the same pass.
+        return conventions.log_probs(logits, labels, ignore_index=IGNORE_INDEX)
+    # An ignored row would have no entropy, so each gets a label that counts.
     ignored = labels == IGNORE_INDEX
-    log_probs, entropy = _both(logits, labels.masked_fill(ignored, 0), ignore_index=NO_LABEL)
+    log_probs, entropy = conventions.gathered_log_probs_and_entropy(logits, labels.masked_fill(ignored, 0))
     return log_probs.masked_fill(ignored, 0.0), entropy.detach()
 
 
@@ -49,8 +47,8 @@ def _local(logits: Any) -> Tensor:
     for placement, ranks in zip(logits.placements, logits.device_mesh.shape, strict=True):
         if ranks > 1 and (placement.is_partial() or placement.is_shard(vocabulary) or placement.is_shard(-1)):
             raise InputError(
-                f"got logits that are a DTensor with {placement} over {ranks} ranks; whole rows on each rank are valid. "
-                "Redistribute the vocabulary first, e.g. logits.redistribute(placements=[Replicate()]), or keep "
+                f"got logits that are a DTensor with {placement} over {ranks} ranks; whole rows on each rank are "
+                "valid. Redistribute the vocabulary first, e.g. logits.redistribute(placements=[Replicate()]), or keep "
                 "torchtitan's own function (unpatch it)."
             )
     local: Tensor = logits.to_local()
@@ -58,7 +56,7 @@ def _local(logits: Any) -> Tensor:
 
 
 def _require_whole_rows() -> None:
-    """Raise InputError where torchtitan's plain tensors are a rank's part of the vocabulary, which the tensors do not show."""
+    """Raise InputError where torchtitan's plain tensors are a rank's part of the vocabulary, which does not show."""
     backend = sys.modules.get("torchtitan.distributed.utils")
     mesh = sys.modules.get("torchtitan.distributed.spmd_types")
     if backend is None or mesh is None or backend.get_spmd_backend() != "spmd_types":
@@ -66,6 +64,7 @@ def _require_whole_rows() -> None:
     ranks = mesh.spmd_mesh_size("tp")
     if ranks > 1:
         raise InputError(
-            f"got logits under torchtitan's spmd_types backend with {ranks} tensor-parallel ranks, each of which has a part of "
-            "the vocabulary; one rank is valid. Keep torchtitan's own function (unpatch it), or gather the logits first."
+            f"got logits under torchtitan's spmd_types backend with {ranks} tensor-parallel ranks, each of which has a "
+            "part of the vocabulary; one rank is valid. Keep torchtitan's own function (unpatch it), or gather the "
+            "logits first."
         )

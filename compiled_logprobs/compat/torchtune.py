@@ -1,17 +1,16 @@
 """torchtune's `torchtune.rlhf`.
 
-Kept: `logits_to_logprobs` and the sums of `get_batch_log_probs` have the dtype of the logits, the means of the latter and
-`batched_logits_to_logprobs` float32. `get_batch_log_probs` shifts by itself: the logits at one position predict the label at
-the next.
+Kept: `logits_to_logprobs` and the sums of `get_batch_log_probs` have the dtype of the logits; its means and
+`batched_logits_to_logprobs` are float32. `get_batch_log_probs` shifts by itself: the logits at one position predict the
+label at the next.
 
-Not kept: 16-bit logits are divided and summed in float32, whole sequences too, and rounded once at the end, where the
-originals round on the way. The mean of a sequence without a label has gradient 0, where the original's is NaN in float16.
+Not kept: 16-bit logits are divided and summed in float32, whole sequences too, and rounded once at the end. The mean of
+a sequence without a label has gradient 0, where the original's is NaN in float16.
 """
 
 from torch import Tensor
 
-from compiled_logprobs.compat.conventions import NO_LABEL, wide
-from compiled_logprobs.compat.conventions import log_probs as _log_probs
+from compiled_logprobs.compat import conventions
 from compiled_logprobs.errors import InputError
 
 
@@ -23,14 +22,14 @@ def logits_to_logprobs(logits: Tensor, sequences: Tensor, temperature: float = 1
         sequences: [B, R].
         temperature: > 0.
     """
-    return _log_probs(logits, sequences, temperature=temperature, ignore_index=NO_LABEL, out_dtype=None)
+    return conventions.gathered_log_probs(logits, sequences, temperature=temperature, out_dtype=None)
 
 
 def batched_logits_to_logprobs(
     logits: Tensor, sequences: Tensor, temperature: float = 1.0, chunk_size: int = 4
 ) -> Tensor:
     """As `logits_to_logprobs`, but float32. `chunk_size` changes nothing: no backend copies all logits."""
-    return _log_probs(logits, sequences, temperature=temperature, ignore_index=NO_LABEL)
+    return conventions.gathered_log_probs(logits, sequences, temperature=temperature)
 
 
 def get_batch_log_probs(
@@ -43,9 +42,6 @@ def get_batch_log_probs(
         labels: [B, S], of which the first position is not used.
         label_pad_token_id: a label that does not count.
         return_average_logprobs: the mean over the labels that count instead of their sum; 0 where none does.
-
-    Raises:
-        InputError: the shapes differ (a ValueError, as in the original).
     """
     if logits.shape[:-1] != labels.shape:
         raise InputError(
@@ -53,7 +49,9 @@ def get_batch_log_probs(
             f"{list(logits.shape[:-1])} is valid. Do not shift them: that is done here."
         )
     labels = labels[:, 1:]
-    log_probs = _log_probs(logits[:, :-1], labels, ignore_index=label_pad_token_id, out_dtype=wide(logits))
+    log_probs = conventions.log_probs(
+        logits[:, :-1], labels, ignore_index=label_pad_token_id, out_dtype=conventions.at_least_float32(logits)
+    )
     total = log_probs.sum(-1)
     if return_average_logprobs:
         return total / ((labels != label_pad_token_id).sum(-1) + 1e-8)

@@ -1,21 +1,20 @@
-"""TRL's `trl.trainer.utils`, with the arguments of 1.14 and later: those of 1.13 and before are the first two of them.
+"""TRL's `trl.trainer.utils`, with the arguments of 1.14 and later, of which 1.13 had the first two.
 
-Kept: one label a row or K of them, `row_mask`, the dtype of the logits for results, and float32 where TRL since 1.14 has a
-kernel: on CUDA and XPU, for at most three dimensions and one label a row (up to 1.13 it had none). The logits are not modified.
+From 1.15 on, TRL's trainers compute log-probabilities from hidden states (`add_fused_lm_head`) and call none of these.
 
-Not kept: 16-bit logits are summed in float32 and rounded once at the end, and divided by the temperature in float32. TRL's
-plain torch rounds on the way, so that many of its results differ in the last bits, and its gradients are coarser: those here
-are closer to float64. A masked row has gradient 0 even where its logits are NaN. A token of probability 0 counts 0 in the
-entropy, where plain TRL gives NaN. An empty batch gives an empty result, where plain TRL raises an error.
+Kept: one label a row or K of them, `row_mask`, results in the dtype of the logits, but float32 where TRL 1.14 has a
+kernel: on CUDA and XPU, for at most three dimensions and one label a row. The logits are not modified.
+
+Not kept: 16-bit logits are divided and summed in float32 and rounded once at the end; TRL's plain torch rounds on the
+way, and its results and gradients are further from float64. A masked row has gradient 0 even where its logits are NaN.
+A token of probability 0 counts 0 in the entropy, where plain TRL gives NaN. An empty batch gives an empty result, where
+it raises an error.
 """
 
 import torch
 from torch import Tensor
 
-from compiled_logprobs.compat.conventions import NO_LABEL
-from compiled_logprobs.compat.conventions import entropy as _entropy
-from compiled_logprobs.compat.conventions import log_probs as _log_probs
-from compiled_logprobs.compat.conventions import log_probs_and_entropy as _both
+from compiled_logprobs.compat import conventions
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -34,13 +33,8 @@ def selective_log_softmax(
     Returns:
         The shape of `index`.
     """
-    return _log_probs(
-        logits,
-        _where_it_counts(index, row_mask),
-        temperature=temperature,
-        ignore_index=NO_LABEL,
-        out_dtype=_result_dtype(logits, index, row_mask),
-    )
+    labels, dtype = _masked(index, row_mask), _result_dtype(logits, index, row_mask)
+    return conventions.gathered_log_probs(logits, labels, temperature=temperature, out_dtype=dtype)
 
 
 def selective_log_softmax_and_entropy(
@@ -62,23 +56,21 @@ def selective_log_softmax_and_entropy(
     Returns:
         log_probs [...] and entropy [...].
     """
-    log_probs, entropy = _both(
-        logits,
-        _where_it_counts(index, row_mask),
-        temperature=temperature,
-        ignore_index=NO_LABEL,
-        out_dtype=_result_dtype(logits, index, row_mask),
+    labels, dtype = _masked(index, row_mask), _result_dtype(logits, index, row_mask)
+    log_probs, entropy = conventions.gathered_log_probs_and_entropy(
+        logits, labels, temperature=temperature, out_dtype=dtype
     )
     return log_probs, entropy if entropy_requires_grad else entropy.detach()
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """Entropy of each row of `logits` [..., V], [...]. `chunk_size` changes nothing: no backend copies all logits."""
-    return _entropy(logits, out_dtype=_result_dtype(logits))
+    return conventions.entropy(logits, out_dtype=_result_dtype(logits))
 
 
-def _where_it_counts(index: Tensor, row_mask: Tensor | None) -> Tensor:
-    return index if row_mask is None else index.long().masked_fill(row_mask == 0, NO_LABEL)
+def _masked(index: Tensor, row_mask: Tensor | None) -> Tensor:
+    """The labels, of which those with a `row_mask` of 0 are ignored."""
+    return index if row_mask is None else index.long().masked_fill(row_mask == 0, conventions.NO_LABEL)
 
 
 def _result_dtype(logits: Tensor, index: Tensor | None = None, row_mask: Tensor | None = None) -> torch.dtype:

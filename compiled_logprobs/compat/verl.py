@@ -1,21 +1,19 @@
 """verl's `verl.utils.torch_functional`.
 
-Kept: names, order of arguments, and dtypes where an original has one dtype. `logprobs_from_logits` has two, float32 with
-flash-attn and that of the logits without: here it is float32 always, as with flash-attn, which also has -100 as a label that
-counts 0. `inplace_backward=True`, the default, writes the gradient over `logits`, as flash-attn does.
+Kept: names, order of arguments, and dtypes. `logprobs_from_logits` is as with flash-attn: float32, and a label of -100
+counts 0; verl without flash-attn returns the dtype of the logits. `inplace_backward=True`, the default, writes the
+gradient over `logits`, as flash-attn does.
 
-Not kept: 16-bit logits are summed in float32 and rounded once at the end, where the originals without flash-attn round on the
-way. A token of probability 0 counts 0 in an entropy, where the originals give NaN. After an in-place gradient autograd raises
-an error where something else needs the values of the logits; flash-attn's kernel does not tell autograd that it wrote.
-The variable VERL_DISABLE_FLASH_ATTN_CE is not read: `compiled_logprobs.autotune` chooses.
+Not kept: 16-bit logits are summed in float32 and rounded once at the end, where verl without flash-attn rounds on the
+way. A token of probability 0 counts 0 in an entropy, where verl gives NaN. If something else needs the logits after an
+in-place gradient, autograd raises an error; flash-attn's kernel does not tell autograd that it wrote.
+VERL_DISABLE_FLASH_ATTN_CE is not read: `compiled_logprobs.autotune` chooses.
 """
 
 import torch
 from torch import Tensor
 
-from compiled_logprobs.compat.conventions import NO_LABEL, may_overwrite, wide
-from compiled_logprobs.compat.conventions import entropy as _entropy
-from compiled_logprobs.compat.conventions import log_probs as _log_probs
+from compiled_logprobs.compat import conventions
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
@@ -24,25 +22,20 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     Args:
         logits: [..., V].
         labels: [...]; -100 counts 0.
-        inplace_backward: write the gradient over `logits`, where they are not a leaf of the graph; do not read them
+        inplace_backward: write the gradient over `logits`, unless they are a leaf of the graph; do not read them
             afterwards. With False they are never modified.
     """
-    return _log_probs(
-        logits,
-        labels.reshape(logits.shape[:-1]),
-        inplace_backward=inplace_backward and may_overwrite(logits),
-        out_dtype=wide(logits),
-    )
+    return conventions.overwriting_log_probs(logits, labels, inplace_backward)
 
 
 def logprobs_from_logits_v2(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of each label, [...] in the dtype of `logits` [..., V], which are not modified."""
-    return _log_probs(logits, labels, ignore_index=NO_LABEL, out_dtype=None)
+    return conventions.gathered_log_probs(logits, labels, out_dtype=None)
 
 
 def logprobs_from_logits_naive(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of each label, [...] in the dtype of `logits` [..., V], which are not modified."""
-    return _log_probs(logits, labels, ignore_index=NO_LABEL, out_dtype=None)
+    return conventions.gathered_log_probs(logits, labels, out_dtype=None)
 
 
 def gather_from_labels(data: Tensor, label: Tensor) -> Tensor:
@@ -52,25 +45,26 @@ def gather_from_labels(data: Tensor, label: Tensor) -> Tensor:
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy of each row of `logits` [..., V], [...] in their dtype."""
-    return _entropy(logits, out_dtype=None)
+    return conventions.entropy(logits, out_dtype=None)
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
-    """Entropy of each row of `logits` [N, V], [N] float32. `chunk_size` changes nothing: no backend copies all logits."""
-    return _entropy(logits)
+    """Entropy of each row of `logits` [N, V], [N] float32. `chunk_size` changes nothing."""
+    return conventions.entropy(logits)
 
 
 def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
     """Sum of the squared probabilities of each row of `logits` [..., V], [...] in their dtype, differentiable.
 
-    With any label y it is exp(2 log p(y) - log q(y)), where q is the distribution at temperature 1/2: q(y) is p(y)^2 over that
-    very sum. The label is the most likely one, for which the terms are smallest.
+    At temperature 1/2 the probability of y is q(y) = p(y)^2 / sum, so the sum is exp(2 log p(y) - log q(y)) for any
+    y. The most likely y is taken, for which both logarithms are smallest.
     """
     labels = logits.detach().argmax(-1)
-    # With a gradient as float32, so that the two gradients, which nearly cancel, are rounded after their sum.
-    x = logits.to(wide(logits)) if logits.requires_grad else logits
-    log_p = _log_probs(x, labels, out_dtype=wide(logits))
-    log_q = _log_probs(x, labels, temperature=0.5, out_dtype=wide(logits))
+    dtype = conventions.at_least_float32(logits)
+    # Widened for a gradient: the two gradients nearly cancel, so they are rounded after their sum.
+    x = logits.to(dtype) if logits.requires_grad else logits
+    log_p = conventions.log_probs(x, labels, out_dtype=dtype)
+    log_q = conventions.log_probs(x, labels, temperature=0.5, out_dtype=dtype)
     return torch.exp(2 * log_p - log_q).to(logits.dtype)
 
 
@@ -78,9 +72,8 @@ def log_probs_from_logits_response(input_ids: Tensor, logits: Tensor, response_l
     """Log-probabilities of the last `response_length` tokens, [B, response_length] float32.
 
     Args:
-        input_ids: [B, S], of which each token is predicted by the logits one position before.
-        logits: [B, S, V]. Not modified. In the original's flash-attn branch the gradient goes over a copy of the slice, which
-            is one only where B is more than 1: otherwise it goes over `logits`.
+        input_ids: [B, S]; the logits one position before predict each token.
+        logits: [B, S, V]. Not modified; the original with flash-attn overwrites them where B is 1.
     """
     return logprobs_from_logits(
         logits[:, -response_length - 1 : -1], input_ids[:, -response_length:], inplace_backward=False

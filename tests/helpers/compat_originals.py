@@ -90,13 +90,11 @@ def trl_selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
     """Without TRL's kernel, which is for GPUs."""
-    one = index.ndim == logits.ndim - 1
-    labels = index.unsqueeze(-1) if one else index
     x = logits if temperature == 1 else logits / temperature
-    wide = logits.dtype in (torch.float32, torch.float64)
-    found = x.gather(-1, labels) - x.logsumexp(-1, keepdim=True) if wide else x.log_softmax(-1).gather(-1, labels)
-    found = found.squeeze(-1) if one else found
-    return found if row_mask is None else torch.where(row_mask == 0, 0.0, found)
+    labels = index if index.ndim == logits.ndim else index.unsqueeze(-1)
+    is_wide = logits.dtype in (torch.float32, torch.float64)
+    log_p = x.gather(-1, labels) - x.logsumexp(-1, keepdim=True) if is_wide else x.log_softmax(-1).gather(-1, labels)
+    return log_p.view_as(index) if row_mask is None else torch.where(row_mask == 0, 0.0, log_p.view_as(index))
 
 
 def trl_selective_log_softmax_and_entropy(
@@ -258,22 +256,12 @@ def nemo_rl_from_parallel_logits_to_logprobs(
     return nemo_rl_get_next_token_logprobs_from_logits(target, logits, sampling_params=sampling_params)
 
 
-def nemo_rl_distributed_logprob(
-    logits: Tensor, target: Tensor, start: int, end: int, group: Any, inference_only: bool = False
-) -> Tensor:
-    return _at(_up(logits.detach() if inference_only else logits).log_softmax(-1), target)
+def nemo_rl_distributed_logprob(logits: Tensor, target: Tensor, start: int, end: int, *rest: Any) -> Tensor:
+    """Its `apply`; the last argument says whether no gradient is wanted."""
+    return _at(_up(logits.detach() if rest[-1] else logits).log_softmax(-1), target)
 
 
-def nemo_rl_chunked_distributed_logprob(
-    logits: Tensor,
-    target: Tensor,
-    start: int,
-    end: int,
-    chunk_size: int,
-    group: Any,
-    inference_only: bool = False,
-) -> Tensor:
-    return nemo_rl_distributed_logprob(logits, target, start, end, group, inference_only)
+nemo_rl_chunked_distributed_logprob = nemo_rl_distributed_logprob
 
 
 def nemo_rl_chunked_distributed_entropy(
