@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from benchmarks import picture
 from compiled_logprobs.cli.main import app
 from compiled_logprobs.compat import FRAMEWORKS
 
@@ -150,3 +151,7 @@ def test_the_integration_tests_end_with_a_word_when_they_take_too_long(tmp_path)
     assert done.returncode == 2 and "integration tests took longer than 1s: see above which" in done.stderr, done.stderr
     limits = re.findall(r"^INTEGRATIONS_LIMIT.* := (\d+)m$", (ROOT / "Makefile").read_text(), re.M)
     assert len(limits) == 2 and sum(map(int, limits)) <= 8
+
+
+def test_the_chart_of_the_readme_is_that_of_the_table():
+    assert picture.PICTURE.read_text() == picture.picture(picture.TABLE.read_text()), "run python -m benchmarks.picture"
