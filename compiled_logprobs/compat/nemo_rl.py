@@ -104,9 +104,8 @@ class ChunkedDistributedLogprob:
         inference_only: bool = False,
     ) -> Tensor:
         """As `DistributedLogprob.apply`. `chunk_size` changes nothing."""
-        conventions.require_one_rank(tp_group=tp_group)
-        logits = _whole(vocab_parallel_logits, vocab_start_index, vocab_end_index, inference_only)
-        return conventions.gathered_log_probs(logits, target)
+        bounds = (vocab_start_index, vocab_end_index)
+        return DistributedLogprob.apply(vocab_parallel_logits, target, *bounds, tp_group, inference_only)
 
 
 class ChunkedDistributedEntropy:

@@ -20,7 +20,7 @@ from tests.helpers import compat_originals
 
 EPS = torch.finfo(torch.float32).eps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SEEDS = 24
+SEEDS = 30
 
 LOGITS = "the logits stand here"
 TEMPERATURES = [1.0, 0.7, 0.3, 2.5]
