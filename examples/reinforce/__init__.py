@@ -1,1 +1,1 @@
-"""A language model trained with reinforcement learning three times; only the function that gives log-probabilities differs."""
+"""Train a language model three times; only the function that gives log-probabilities differs."""

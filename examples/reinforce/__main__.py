@@ -13,9 +13,9 @@ import torch
 from compiled_logprobs import autotune, explain
 from compiled_logprobs.machine.environment import environment_of
 from examples.reinforce import text
-from examples.reinforce.chart import figure, write_html, write_png
+from examples.reinforce.chart import draw, write_html, write_png
 from examples.reinforce.model import VOCAB
-from examples.reinforce.train import Curve, Settings, pretrained, reinforced
+from examples.reinforce.train import Curve, Settings, pretrain, reinforce
 from examples.reinforce.ways import WAYS
 
 BUILD = Path("build/reinforce")
@@ -24,14 +24,14 @@ BUILD = Path("build/reinforce")
 def run(settings: Settings) -> tuple[dict[str, Any], list[Curve]]:
     """Pretrain once, then each way from the same model, prompts and random numbers."""
     began = time.perf_counter()
-    written = text.python_documentation()
-    data, words = text.as_bytes(written), text.words_of(written)
-    model, losses = pretrained(data, settings)
+    english = text.read_documentation()
+    data, words = text.to_bytes(english), text.find_words(english)
+    model, losses = pretrain(data, settings)
     print(f"pretrained for {_since(began)}: {losses[0]:.2f} -> {losses[-1]:.2f} nats a byte", flush=True)
     curves, seconds = [], {}
     for way in WAYS:
         started = time.perf_counter()
-        curve = reinforced(model, way, data, words, settings)
+        curve = reinforce(model, way, data, words, settings)
         curves.append(curve)
         seconds[way.name] = round(time.perf_counter() - started, 1)
         print(f"{way.name}: reward {curve.reward[0]:.2f} -> {curve.reward[-1]:.2f} in {_since(started)}", flush=True)
@@ -40,7 +40,7 @@ def run(settings: Settings) -> tuple[dict[str, Any], list[Curve]]:
     results = {
         "machine": environment_of().to_dict(),
         "settings": asdict(settings),
-        "backend": _serves(settings),
+        "backend": _explain_backend(settings),
         "pretraining_loss": losses,
         "seconds": {"all": round(time.perf_counter() - began, 1), **seconds},
         "curves": [curve.to_dict() for curve in curves],
@@ -48,8 +48,8 @@ def run(settings: Settings) -> tuple[dict[str, Any], list[Curve]]:
     return results, curves
 
 
-def _serves(settings: Settings) -> str | None:
-    """The backend of this library that gave the log-probabilities."""
+def _explain_backend(settings: Settings) -> str | None:
+    """Name the backend of this library that gave the log-probabilities."""
     rows = settings.groups * settings.completions, settings.completion_bytes
     logits = torch.empty(rows[0], settings.prompt_bytes + rows[1], VOCAB, requires_grad=True)
     with autotune("lookup"):
@@ -70,16 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, default=BUILD / "results.json", help="what was seen, for programs")
     parser.add_argument("--html", type=Path, default=BUILD / "chart.html")
     parser.add_argument("--png", type=Path, help="the chart as a picture, which a browser draws")
-    given = parser.parse_args(arguments)
-    settings = replace(defaults, steps=given.steps, pretraining_steps=given.pretraining_steps, seed=given.seed)
+    options = parser.parse_args(arguments)
+    settings = replace(defaults, steps=options.steps, pretraining_steps=options.pretraining_steps, seed=options.seed)
     results, curves = run(settings)
-    given.json.parent.mkdir(parents=True, exist_ok=True)
-    given.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    made = figure(curves)
-    write_html(made, given.html)
-    if given.png is not None:
-        write_png(made, given.png)
-    print(f"written: {', '.join(str(file) for file in (given.json, given.html, given.png) if file)}")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    chart = draw(curves)
+    write_html(chart, options.html)
+    if options.png is not None:
+        write_png(chart, options.png)
+    print(f"written: {', '.join(str(file) for file in (options.json, options.html, options.png) if file)}")
 
 
 if __name__ == "__main__":

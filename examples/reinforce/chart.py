@@ -1,4 +1,4 @@
-"""The run as one picture: reward above, log-probabilities below. Needs plotly; for a PNG also chromium, which draws it."""
+"""Draw the run: reward above, log-probabilities below. Needs plotly; for a PNG also chromium."""
 
 import shutil
 import subprocess
@@ -18,10 +18,10 @@ WIDTH, HEIGHT = 960, 620
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-def figure(curves: Sequence[Curve]) -> Figure:
-    """Both panels, one line a way."""
+def draw(curves: Sequence[Curve]) -> Figure:
+    """Draw both panels, one line a way."""
     titles = ("Reward: share of the text that is words", "Mean log-probability of what was written, nats a byte")
-    made = make_subplots(rows=2, cols=1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.11)
+    chart = make_subplots(rows=2, cols=1, shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.11)
     for curve, (colour, dash, width) in zip(curves, LINES, strict=True):
         for row, values in enumerate((curve.reward, curve.log_prob), start=1):
             line = Scatter(
@@ -32,40 +32,40 @@ def figure(curves: Sequence[Curve]) -> Figure:
                 showlegend=row == 1,
                 line={"color": colour, "dash": dash, "width": width},
             )
-            made.add_trace(line, row=row, col=1)
+            chart.add_trace(line, row=row, col=1)
     highest = max(max(curve.log_prob) for curve in curves)
-    made.add_hrect(y0=0.0, y1=max(highest * 1.15, 0.5), fillcolor="#D55E00", opacity=0.1, line_width=0, row=2, col=1)
+    chart.add_hrect(y0=0.0, y1=max(highest * 1.15, 0.5), fillcolor="#D55E00", opacity=0.1, line_width=0, row=2, col=1)
     above = "above 0, where no log-probability can be"
-    made.add_annotation(text=above, x=1.0, y=0.3, xref="x domain", yref="y2", xanchor="right", showarrow=False)
-    made.update_yaxes(rangemode="tozero", row=1, col=1)
-    made.update_xaxes(title_text="step", row=2, col=1)
-    made.update_layout(
+    chart.add_annotation(text=above, x=1.0, y=0.3, xref="x domain", yref="y2", xanchor="right", showarrow=False)
+    chart.update_yaxes(rangemode="tozero", row=1, col=1)
+    chart.update_xaxes(title_text="step", row=2, col=1)
+    chart.update_layout(
         template="plotly_white",
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.08},
         margin={"l": 60, "r": 20, "t": 90, "b": 50},
     )
-    return made
+    return chart
 
 
-def write_html(made: Figure, file: Path) -> None:
-    """A page that holds all that it needs."""
+def write_html(chart: Figure, file: Path) -> None:
+    """Write a page that holds all it needs."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    made.write_html(file, include_plotlyjs=True)
+    chart.write_html(file, include_plotlyjs=True)
 
 
-def write_png(made: Figure, file: Path) -> None:
-    """A picture of that page. Raises LogProbsError where no browser is installed, or it draws nothing."""
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+def write_png(chart: Figure, file: Path) -> None:
+    """Write a picture of that page. Raise LogProbsError where no browser is installed, or it draws nothing."""
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         raise LogProbsError(
             f"got --png; a browser draws it, and none of {', '.join(BROWSERS)} is installed. Leave it out."
         )
     file.parent.mkdir(parents=True, exist_ok=True)
-    made = Figure(made).update_layout(width=WIDTH, height=HEIGHT)
+    chart = Figure(chart).update_layout(width=WIDTH, height=HEIGHT)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "chart.html"
         page.write_text(
-            f'<body style="margin:0">{made.to_html(full_html=False, config={"displayModeBar": False})}</body>'
+            f'<body style="margin:0">{chart.to_html(full_html=False, config={"displayModeBar": False})}</body>'
         )
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
         options += [f"--user-data-dir={folder}/profile", "--force-device-scale-factor=2", "--virtual-time-budget=10000"]

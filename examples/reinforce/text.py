@@ -16,18 +16,18 @@ OFTEN_ENOUGH = 3
 """How many times a word stands in the text before the reward counts it as one."""
 
 
-def python_documentation() -> str:
-    """The language reference behind Python's `help()`, without its indentation: some 400,000 characters of English."""
+def read_documentation() -> str:
+    """Read the language reference behind Python's `help()`, without indentation: some 400,000 characters of English."""
     return re.sub(r"\s+", " ", " ".join(topics.values())).encode("ascii", "ignore").decode()
 
 
-def as_bytes(text: str) -> Tensor:
+def to_bytes(text: str) -> Tensor:
     """[T] int64."""
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
 
 
-def words_of(text: str) -> frozenset[str]:
-    """The words that the reward knows."""
+def find_words(text: str) -> frozenset[str]:
+    """Find the words that the reward counts."""
     counts = Counter(WORD.findall(text.lower()))
     return frozenset(word for word, count in counts.items() if len(word) >= SHORTEST and count >= OFTEN_ENOUGH)
 

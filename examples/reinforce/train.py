@@ -44,11 +44,11 @@ class Curve:
     reward: list[float] = field(default_factory=list)
     """Mean over the completions: share of them that is words."""
     log_prob: list[float] = field(default_factory=list)
-    """Mean of what the training worker's function returned for the completions, in nats a byte, before the first update."""
+    """Mean of what the training worker's function returned before the first update, in nats a byte."""
     first_ratio: list[float] = field(default_factory=list)
     """The largest ratio of new to old probability before the first update, when both are of the same model."""
     apart: list[float] = field(default_factory=list)
-    """The largest difference of such a log-probability from that of plain float32 torch for the same logits, in nats."""
+    """The largest difference of such a log-probability from plain float32 torch on the same logits, in nats."""
     sample: str = ""
     """The best of the last completions."""
 
@@ -56,8 +56,8 @@ class Curve:
         return asdict(self)
 
 
-def pretrained(data: Tensor, settings: Settings) -> tuple[ByteModel, list[float]]:
-    """A model of the text, and the loss of each step, in nats a byte."""
+def pretrain(data: Tensor, settings: Settings) -> tuple[ByteModel, list[float]]:
+    """Train a model of the text. Return it with the loss of each step, in nats a byte."""
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     model, losses = ByteModel(), []
@@ -74,7 +74,7 @@ def pretrained(data: Tensor, settings: Settings) -> tuple[ByteModel, list[float]
     return model, losses
 
 
-def reinforced(start: ByteModel, way: Way, data: Tensor, words: frozenset[str], settings: Settings) -> Curve:
+def reinforce(start: ByteModel, way: Way, data: Tensor, words: frozenset[str], settings: Settings) -> Curve:
     """Train a copy of `start` for the reward with `way`'s log-probabilities."""
     model = ByteModel()
     model.load_state_dict(start.state_dict())
@@ -108,13 +108,13 @@ def reinforced(start: ByteModel, way: Way, data: Tensor, words: frozenset[str], 
 
 
 def _logits(model: ByteModel, tokens: Tensor, settings: Settings) -> Tensor:
-    """[B, T, V]: what the model gave for each byte of the completion; a view, which needs no copy."""
+    """[B, T, V], the logits of each byte of the completion: a view, not a copy."""
     logits: Tensor = model(tokens)
     return logits[:, settings.prompt_bytes - 1 : -1]
 
 
 def _within_groups(rewards: Tensor) -> Tensor:
-    """[G, B / G] rewards -> how many standard deviations each lies above its group's mean."""
+    """[G, B / G] rewards -> standard deviations above the mean of the group."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 

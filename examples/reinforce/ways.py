@@ -12,20 +12,20 @@ from torch.nn import functional
 
 import compiled_logprobs
 
-LogProbs = Callable[[Tensor, Tensor], Tensor]
+LogProbFunction = Callable[[Tensor, Tensor], Tensor]
 """logits [B, T, V], labels [B, T] -> [B, T], in nats."""
 
 
 class Way(NamedTuple):
-    """Who computes log-probabilities with what. Two workers do: one keeps the policy that wrote, the other trains."""
+    """Which function each of two workers has: one keeps the policy that wrote, the other trains."""
 
     name: str
-    keeps: LogProbs
-    trains: LogProbs
+    keeps: LogProbFunction
+    trains: LogProbFunction
 
 
 def library(logits: Tensor, labels: Tensor) -> Tensor:
-    """The fastest right backend; nothing is measured on the way, so that this takes as long the first time as later."""
+    """This library's function. It measures nothing, so that the first call takes as long as later ones."""
     with compiled_logprobs.autotune("lookup"):
         return compiled_logprobs.log_probs_from_logits(logits, labels)  # type: ignore[return-value]  # no entropy asked
 
@@ -35,8 +35,8 @@ def plain_torch(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-def as_it_was(flash_attn_is_installed: bool) -> LogProbs:
-    """EasyR1's function between March and June 2025: which sign it returned depended on what could be imported."""
+def make_historical(flash_attn_is_installed: bool) -> LogProbFunction:
+    """EasyR1's function between March and June 2025, whose sign depended on what could be imported."""
 
     def log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
         loss = functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none")
@@ -48,5 +48,5 @@ def as_it_was(flash_attn_is_installed: bool) -> LogProbs:
 WAYS = (
     Way("compiled_logprobs", library, library),
     Way("plain torch, float32", plain_torch, plain_torch),
-    Way("mixed signs: EasyR1's two backends until June 2025", as_it_was(True), as_it_was(False)),
+    Way("mixed signs: EasyR1's two backends until June 2025", make_historical(True), make_historical(False)),
 )

@@ -29,8 +29,8 @@ CHUNKS = range(1, 6)
 
 
 @dataclass
-class Call:
-    """One call, the same for both: `LOGITS` in the arguments is where the logits go."""
+class Inputs:
+    """What both are called with: `LOGITS` in the arguments is where the logits go."""
 
     logits: Tensor
     arguments: list[Any]
@@ -50,15 +50,15 @@ class Call:
         return tuple(one for one in (result if isinstance(result, tuple) else (result,)) if one is not None)
 
 
-Caller = Callable[[random.Random, torch.dtype], Call]
+Draw = Callable[[random.Random, torch.dtype], Inputs]
 
 
 @dataclass
-class Case:
-    """A function by `module.name`, of ours and of the originals, and the calls that both are to answer alike."""
+class Pair:
+    """Our function and the original, by `module.name`, and how to draw inputs that both are to answer alike."""
 
     name: str
-    call: Caller
+    draw: Draw
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
     def __str__(self) -> str:
@@ -96,145 +96,145 @@ def random_labels(rng: random.Random, logits: Tensor, ignored: int | None = None
 
 def labelled(
     ndim: int | None = None, ignored: int | None = None, temperature: bool = False, **options: Sequence[Any]
-) -> Caller:
-    """Calls of the form f(logits, labels[, temperature]) with options to choose from."""
+) -> Draw:
+    """Draw for f(logits, labels[, temperature]) with options to choose from."""
 
-    def call(rng: random.Random, dtype: torch.dtype) -> Call:
+    def draw(rng: random.Random, dtype: torch.dtype) -> Inputs:
         logits = random_logits(rng, random_rows(rng, ndim), dtype)
         arguments = [LOGITS, random_labels(rng, logits, ignored), *([rng.choice(TEMPERATURES)] if temperature else [])]
-        return Call(logits, arguments, {name: rng.choice(values) for name, values in options.items()})
+        return Inputs(logits, arguments, {name: rng.choice(values) for name, values in options.items()})
 
-    return call
+    return draw
 
 
-def unlabelled(ndim: int | None = None, *arguments: Any, **options: Sequence[Any]) -> Caller:
-    def call(rng: random.Random, dtype: torch.dtype) -> Call:
+def unlabelled(ndim: int | None = None, *arguments: Any, **options: Sequence[Any]) -> Draw:
+    def draw(rng: random.Random, dtype: torch.dtype) -> Inputs:
         logits = random_logits(rng, random_rows(rng, ndim), dtype)
-        return Call(logits, [LOGITS, *arguments], {name: rng.choice(values) for name, values in options.items()})
+        return Inputs(logits, [LOGITS, *arguments], {name: rng.choice(values) for name, values in options.items()})
 
-    return call
+    return draw
 
 
-def verl_response(rng: random.Random, dtype: torch.dtype) -> Call:
+def verl_response(rng: random.Random, dtype: torch.dtype) -> Inputs:
     logits = random_logits(rng, (rng.randint(0, 3), rng.randint(2, 6)), dtype)
-    return Call(logits, [random_labels(rng, logits), LOGITS, rng.randint(1, logits.shape[1] - 1)])
+    return Inputs(logits, [random_labels(rng, logits), LOGITS, rng.randint(1, logits.shape[1] - 1)])
 
 
-def skyrl_entropy(rng: random.Random, dtype: torch.dtype) -> Call:
+def skyrl_entropy(rng: random.Random, dtype: torch.dtype) -> Inputs:
     logits = random_logits(rng, random_rows(rng, 2), dtype)
     mask = rng.choice([None, (torch.rand(logits.shape[:-1]) < 0.5).float()])
-    return Call(logits, [LOGITS, rng.choice(BOOLEANS), mask, rng.randint(1, 5)])
+    return Inputs(logits, [LOGITS, rng.choice(BOOLEANS), mask, rng.randint(1, 5)])
 
 
-def trl_selected(rng: random.Random, dtype: torch.dtype) -> Call:
+def trl_selected(rng: random.Random, dtype: torch.dtype) -> Inputs:
     logits = random_logits(rng, random_rows(rng, None), dtype)
     labels = random_labels(rng, logits, None, *rng.choice([(), (1,), (3,)]))
     mask = rng.choice([None, torch.rand(labels.shape) < 0.5, torch.randint(2, labels.shape)])
-    return Call(logits, [LOGITS, labels, rng.choice(TEMPERATURES)], {"row_mask": mask})
+    return Inputs(logits, [LOGITS, labels, rng.choice(TEMPERATURES)], {"row_mask": mask})
 
 
-def trl_both(rng: random.Random, dtype: torch.dtype) -> Call:
+def trl_both(rng: random.Random, dtype: torch.dtype) -> Inputs:
     logits = random_logits(rng, random_rows(rng, None), dtype)
     mask = rng.choice([None, torch.rand(logits.shape[:-1]) < 0.5])
     arguments = [LOGITS, random_labels(rng, logits), rng.choice(BOOLEANS), rng.choice(TEMPERATURES)]
-    return Call(logits, arguments, {"row_mask": mask})
+    return Inputs(logits, arguments, {"row_mask": mask})
 
 
-def slime_both(rng: random.Random, dtype: torch.dtype) -> Call:
+def slime_both(rng: random.Random, dtype: torch.dtype) -> Inputs:
     logits = random_logits(rng, random_rows(rng, 1), dtype)
     keep = rng.choice([None, torch.rand(logits.shape) < 0.4])
     options = {"with_entropy": rng.choice(BOOLEANS), "with_entropy_grad": rng.choice(BOOLEANS)}
     options |= {"chunk_size": rng.randint(-1, 3), "log_prob_keep_mask": keep}
-    return Call(logits, [LOGITS, random_labels(rng, logits), None], options)
+    return Inputs(logits, [LOGITS, random_labels(rng, logits), None], options)
 
 
-def torchforge_aligned(rng: random.Random, dtype: torch.dtype) -> Call:
+def torchforge_aligned(rng: random.Random, dtype: torch.dtype) -> Inputs:
     logits = random_logits(rng, (rng.randint(0, 3), rng.randint(1, 6)), dtype)
     align, labels = rng.choice(BOOLEANS), random_labels(rng, logits, -100)
     tokens = labels[:, : rng.randint(0, logits.shape[1] - 1)] if align else labels
-    return Call(logits, [LOGITS, tokens, 0.7, align])
+    return Inputs(logits, [LOGITS, tokens, 0.7, align])
 
 
-def nemo_next(rng: random.Random, dtype: torch.dtype) -> Call:
+def nemo_next(rng: random.Random, dtype: torch.dtype) -> Inputs:
     logits = random_logits(rng, (rng.randint(0, 3), rng.randint(1, 6)), dtype)
     padding = torch.zeros(logits.shape[0], rng.randint(0, 2), logits.shape[-1], dtype=dtype)
     tokens = random_labels(rng, logits)
-    return Call(torch.cat([logits, padding], 1), [tokens, LOGITS], {"chunk_size": rng.choice([None, 2])})
+    return Inputs(torch.cat([logits, padding], 1), [tokens, LOGITS], {"chunk_size": rng.choice([None, 2])})
 
 
-def nemo_sampled(rng: random.Random, dtype: torch.dtype) -> Call:
-    call = nemo_next(rng, dtype)
-    top_k = rng.choice([None, -1, 1, min(3, call.logits.shape[-1])])
-    call.options["sampling_params"] = SimpleNamespace(top_k=top_k, top_p=rng.choice([1.0, 0.9, 0.4]))
-    return call
+def nemo_sampled(rng: random.Random, dtype: torch.dtype) -> Inputs:
+    inputs = nemo_next(rng, dtype)
+    top_k = rng.choice([None, -1, 1, min(3, inputs.logits.shape[-1])])
+    inputs.options["sampling_params"] = SimpleNamespace(top_k=top_k, top_p=rng.choice([1.0, 0.9, 0.4]))
+    return inputs
 
 
-def nemo_parallel(rng: random.Random, dtype: torch.dtype) -> Call:
-    call = nemo_next(rng, dtype)
+def nemo_parallel(rng: random.Random, dtype: torch.dtype) -> Inputs:
+    inputs = nemo_next(rng, dtype)
     options = {"inference_only": rng.choice(BOOLEANS), "chunk_size": rng.choice([None, 2])}
-    return Call(call.logits, [LOGITS, call.arguments[0], 0, call.logits.shape[-1], None], options)
+    return Inputs(inputs.logits, [LOGITS, inputs.arguments[0], 0, inputs.logits.shape[-1], None], options)
 
 
-def nemo_class(*middle: Any) -> Caller:
-    def call(rng: random.Random, dtype: torch.dtype) -> Call:
+def nemo_class(*middle: Any) -> Draw:
+    def draw(rng: random.Random, dtype: torch.dtype) -> Inputs:
         logits = random_logits(rng, random_rows(rng, 2), dtype)
         bounds = (0, logits.shape[-1])
-        return Call(logits, [LOGITS, random_labels(rng, logits), *bounds, *middle, None, rng.choice(BOOLEANS)])
+        return Inputs(logits, [LOGITS, random_labels(rng, logits), *bounds, *middle, None, rng.choice(BOOLEANS)])
 
-    return call
+    return draw
 
 
-CASES = [
-    Case("easyr1.log_probs_from_logits", labelled(ignored=-100)),
-    Case("verl.logprobs_from_logits", labelled(ignored=-100, inplace_backward=BOOLEANS)),
-    Case("verl.logprobs_from_logits_v2", labelled()),
-    Case("verl.logprobs_from_logits_naive", labelled()),
-    Case("verl.gather_from_labels", labelled()),
-    Case("verl.entropy_from_logits", unlabelled()),
-    Case("verl.entropy_from_logits_with_chunking", unlabelled(1, chunk_size=CHUNKS)),
-    Case("verl.calculate_sum_pi_squared_from_logits", unlabelled()),
-    Case("verl.log_probs_from_logits_response", verl_response),
-    Case("skyrl.logprobs_from_logits", labelled(2, ignored=-100, inplace_backward=BOOLEANS)),
-    Case("skyrl.chunked_entropy_from_logits", skyrl_entropy),
-    Case("trl.selective_log_softmax", trl_selected),
-    Case("trl.selective_log_softmax_and_entropy", trl_both),
-    Case("trl.entropy_from_logits", unlabelled(chunk_size=CHUNKS)),
-    Case("openrlhf.log_probs_from_logits", labelled(ignored=-100, temperature=True)),
-    Case("openrlhf.compute_entropy", unlabelled()),
-    Case("areal.gather_logprobs", labelled(temperature=True, chunk_size=CHUNKS)),
-    Case("areal.gather_logprobs_entropy", labelled(temperature=True, chunk_size=CHUNKS)),
-    Case("slime.calculate_log_probs_and_entropy", slime_both),
-    Case("prime_rl.selective_log_softmax", labelled(2)),
-    Case("prime_rl.compute_entropy", unlabelled(2)),
-    Case("torchtune.logits_to_logprobs", labelled(2, temperature=True)),
-    Case("torchtune.batched_logits_to_logprobs", labelled(2, temperature=True, chunk_size=CHUNKS)),
-    Case("torchtune.get_batch_log_probs", labelled(2, ignored=-100, return_average_logprobs=BOOLEANS)),
-    Case("torchtune.truncate_sequence_for_logprobs", unlabelled(2, 1)),
-    Case("torchforge.compute_logprobs", torchforge_aligned),
-    Case("torchtitan.compute_logprobs", labelled(ignored=-100, return_entropy=BOOLEANS)),
-    Case("roll.log_probs_from_logits", labelled()),
-    Case("roll.entropy_from_logits", unlabelled()),
-    Case("roll.vocab_parallel_logprobs", labelled(2, use_fused_kernel=BOOLEANS)),
-    Case("rlinf.compute_logprobs_from_logits", labelled(ignored=-100, op_type=["torch", "flash_attn", "liger_kernel"])),
-    Case("rlinf.compute_entropy_from_logits", unlabelled(2, dim=[-1, 2])),
-    Case("nemo_rl.get_next_token_logprobs_from_logits", nemo_next),
+PAIRS = [
+    Pair("easyr1.log_probs_from_logits", labelled(ignored=-100)),
+    Pair("verl.logprobs_from_logits", labelled(ignored=-100, inplace_backward=BOOLEANS)),
+    Pair("verl.logprobs_from_logits_v2", labelled()),
+    Pair("verl.logprobs_from_logits_naive", labelled()),
+    Pair("verl.gather_from_labels", labelled()),
+    Pair("verl.entropy_from_logits", unlabelled()),
+    Pair("verl.entropy_from_logits_with_chunking", unlabelled(1, chunk_size=CHUNKS)),
+    Pair("verl.calculate_sum_pi_squared_from_logits", unlabelled()),
+    Pair("verl.log_probs_from_logits_response", verl_response),
+    Pair("skyrl.logprobs_from_logits", labelled(2, ignored=-100, inplace_backward=BOOLEANS)),
+    Pair("skyrl.chunked_entropy_from_logits", skyrl_entropy),
+    Pair("trl.selective_log_softmax", trl_selected),
+    Pair("trl.selective_log_softmax_and_entropy", trl_both),
+    Pair("trl.entropy_from_logits", unlabelled(chunk_size=CHUNKS)),
+    Pair("openrlhf.log_probs_from_logits", labelled(ignored=-100, temperature=True)),
+    Pair("openrlhf.compute_entropy", unlabelled()),
+    Pair("areal.gather_logprobs", labelled(temperature=True, chunk_size=CHUNKS)),
+    Pair("areal.gather_logprobs_entropy", labelled(temperature=True, chunk_size=CHUNKS)),
+    Pair("slime.calculate_log_probs_and_entropy", slime_both),
+    Pair("prime_rl.selective_log_softmax", labelled(2)),
+    Pair("prime_rl.compute_entropy", unlabelled(2)),
+    Pair("torchtune.logits_to_logprobs", labelled(2, temperature=True)),
+    Pair("torchtune.batched_logits_to_logprobs", labelled(2, temperature=True, chunk_size=CHUNKS)),
+    Pair("torchtune.get_batch_log_probs", labelled(2, ignored=-100, return_average_logprobs=BOOLEANS)),
+    Pair("torchtune.truncate_sequence_for_logprobs", unlabelled(2, 1)),
+    Pair("torchforge.compute_logprobs", torchforge_aligned),
+    Pair("torchtitan.compute_logprobs", labelled(ignored=-100, return_entropy=BOOLEANS)),
+    Pair("roll.log_probs_from_logits", labelled()),
+    Pair("roll.entropy_from_logits", unlabelled()),
+    Pair("roll.vocab_parallel_logprobs", labelled(2, use_fused_kernel=BOOLEANS)),
+    Pair("rlinf.compute_logprobs_from_logits", labelled(ignored=-100, op_type=["torch", "flash_attn", "liger_kernel"])),
+    Pair("rlinf.compute_entropy_from_logits", unlabelled(2, dim=[-1, 2])),
+    Pair("nemo_rl.get_next_token_logprobs_from_logits", nemo_next),
     # Random float32 numbers have no ties, of which top-k and top-p may keep either.
-    Case("nemo_rl.get_next_token_logprobs_from_logits", nemo_sampled, dtypes=(torch.float32,)),
-    Case("nemo_rl.from_parallel_logits_to_logprobs", nemo_parallel),
-    Case("nemo_rl.DistributedLogprob.apply", nemo_class()),
-    Case("nemo_rl.ChunkedDistributedLogprob.apply", nemo_class(2)),
-    Case("nemo_rl.ChunkedDistributedEntropy.apply", unlabelled(2, 2, None, inference_only=BOOLEANS)),
+    Pair("nemo_rl.get_next_token_logprobs_from_logits", nemo_sampled, dtypes=(torch.float32,)),
+    Pair("nemo_rl.from_parallel_logits_to_logprobs", nemo_parallel),
+    Pair("nemo_rl.DistributedLogprob.apply", nemo_class()),
+    Pair("nemo_rl.ChunkedDistributedLogprob.apply", nemo_class(2)),
+    Pair("nemo_rl.ChunkedDistributedEntropy.apply", unlabelled(2, 2, None, inference_only=BOOLEANS)),
 ]
 
 
-def run(call: Call, function: Callable[..., Any], logits: Tensor, grads: list[Tensor] | None):
-    """Results, and the gradient of their sum weighted with `grads` (fresh ones if None), or None where nothing needs one.
+def run(inputs: Inputs, function: Callable[..., Any], logits: Tensor, grads: list[Tensor] | None):
+    """Results, the gradient of their sum weighted with `grads` (fresh if None), or None without one, and the `grads`.
 
     The logits are no leaf, as a model's are not: over a leaf nothing would write its gradient.
     """
     leaf = logits.detach().clone().requires_grad_()
     x = leaf * 1
-    results = call.of(function, x)
+    results = inputs.of(function, x)
     assert torch.equal(x.detach(), logits)
     if grads is None:
         grads = [torch.randn(one.shape).to(one.dtype) for one in results]
@@ -242,7 +242,7 @@ def run(call: Call, function: Callable[..., Any], logits: Tensor, grads: list[Te
     if not pairs:
         return results, None, grads
     torch.autograd.backward([one for one, _ in pairs], [g for _, g in pairs])
-    if not call.may_overwrite:
+    if not inputs.may_overwrite:
         assert torch.equal(x.detach(), logits)
     return results, leaf.grad, grads
 
@@ -255,29 +255,29 @@ def error(got: Tensor, true: Tensor) -> Tensor:
     return torch.where(same, 0.0, (got.double() - true).abs())
 
 
-def compare(case: Case, seed: int) -> None:
+def compare(pair: Pair, seed: int) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    dtype = case.dtypes[seed % len(case.dtypes)]
-    call = case.call(rng, dtype)
-    want, want_gradient, grads = run(call, case.original, call.logits, None)
-    got, gradient, _ = run(call, case.ours, call.logits, grads)
-    true, true_gradient, _ = run(call, case.original, call.logits.double(), grads)
+    dtype = pair.dtypes[seed % len(pair.dtypes)]
+    inputs = pair.draw(rng, dtype)
+    want, want_gradient, grads = run(inputs, pair.original, inputs.logits, None)
+    got, gradient, _ = run(inputs, pair.ours, inputs.logits, grads)
+    true, true_gradient, _ = run(inputs, pair.original, inputs.logits.double(), grads)
 
     assert [(one.shape, one.dtype) for one in got] == [(one.shape, one.dtype) for one in want]
-    empty = call.logits.numel() == 0
+    empty = inputs.logits.numel() == 0
     assert empty or [one.requires_grad for one in got] == [one.requires_grad for one in want]
-    scale = max(1.0, call.logits.double().abs().max().item() / call.temperature) if not empty else 1.0
+    scale = max(1.0, inputs.logits.double().abs().max().item() / inputs.temperature) if not empty else 1.0
     for ours, theirs, truth in zip(got, want, true, strict=True):
         # The first for what both round in float32, the second for 16 bits, rounded the other way next to a tie.
-        summed = ours.ndim < call.logits.ndim - 1  # torchtune's, over the tokens of a sequence
-        slack = 8 * EPS * scale * (max(1, call.logits.shape[-2]) if summed else 1)
+        summed = ours.ndim < inputs.logits.ndim - 1  # torchtune's, over the tokens of a sequence
+        slack = 8 * EPS * scale * (max(1, inputs.logits.shape[-2]) if summed else 1)
         assert (error(ours, truth) <= error(theirs, truth) + slack).all()
         if dtype == torch.float32:
             assert (error(ours, theirs.double()) <= slack).all()
     if gradient is not None and want_gradient is not None:
         size = max([1.0, *(g.double().abs().max().item() for g in grads if g.numel())])
-        slack = 16 * EPS * scale * size / call.temperature
+        slack = 16 * EPS * scale * size / inputs.temperature
         assert gradient.dtype == dtype
         theirs = error(want_gradient, true_gradient)
         # NaN is torchtune's, of a mean of no label in float16.
@@ -286,11 +286,11 @@ def compare(case: Case, seed: int) -> None:
             assert (error(gradient, want_gradient.double()) <= slack).all()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_each_agrees_with_its_original(case):
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_each_agrees_with_its_original(pair):
     """In float32 to rounding; in 16 bits never further from float64 than the original, in value and gradient."""
     for seed in range(SEEDS):
-        compare(case, seed)
+        compare(pair, seed)
 
 
 def public_functions(module: ModuleType) -> list[str]:
@@ -304,22 +304,24 @@ def public_functions(module: ModuleType) -> list[str]:
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_every_function_has_a_case_and_the_arguments_and_docstring_that_are_promised(framework):
     module = import_module(f"compiled_logprobs.compat.{framework}")
-    assert {f"{framework}.{name}" for name in public_functions(module)} <= {case.name for case in CASES}
+    assert {f"{framework}.{name}" for name in public_functions(module)} <= {pair.name for pair in PAIRS}
     assert all(getattr(module, name).__doc__ for name in public_functions(module))
     assert "\nKept: " in module.__doc__ and "\nNot kept: " in module.__doc__
     for names in FRAMEWORKS[framework].functions.values():
         for name in names:
-            case = Case(f"{framework}.{name}", unlabelled())
-            assert _arguments(case.ours) == _arguments(case.original)
+            pair = Pair(f"{framework}.{name}", unlabelled())
+            assert _arguments(pair.ours) == _arguments(pair.original)
 
 
-def some_call(case: Case) -> Call:
+def some_inputs(pair: Pair) -> Inputs:
     """The same each time, in float32, not empty and without filters, which look at values."""
     torch.manual_seed(0)
-    calls = (case.call(random.Random(seed), torch.float32) for seed in range(SEEDS))
-    call = next(call for call in calls if call.logits.numel() and call.of(case.original, call.logits)[0].numel())
-    call.options.pop("sampling_params", None)
-    return call
+    drawn = (pair.draw(random.Random(seed), torch.float32) for seed in range(SEEDS))
+    inputs = next(
+        inputs for inputs in drawn if inputs.logits.numel() and inputs.of(pair.original, inputs.logits)[0].numel()
+    )
+    inputs.options.pop("sampling_params", None)
+    return inputs
 
 
 TRACED = {
@@ -339,18 +341,18 @@ TRACED = {
     "rlinf.compute_entropy_from_logits",
     "nemo_rl.from_parallel_logits_to_logprobs",
 }
-"""One a framework, and what does most of its own."""
+"""One a framework, that does most of its own."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in TRACED], ids=str)
-def test_each_framework_can_be_traced_whole(case):
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.name in TRACED], ids=str)
+def test_each_framework_can_be_traced_whole(pair):
     """EasyR1 and SkyRL compile what they get from these modules."""
     torch._dynamo.reset()
-    call = some_call(case)
-    plain, gradient, grads = run(call, case.ours, call.logits, None)
-    compiled = torch.compile(case.ours, fullgraph=True, backend="aot_eager")
-    traced, traced_gradient, _ = run(call, compiled, call.logits, grads)
+    inputs = some_inputs(pair)
+    plain, gradient, grads = run(inputs, pair.ours, inputs.logits, None)
+    compiled = torch.compile(pair.ours, fullgraph=True, backend="aot_eager")
+    traced, traced_gradient, _ = run(inputs, compiled, inputs.logits, grads)
     for one, other in zip(plain, traced, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
     if gradient is not None:
@@ -358,16 +360,16 @@ def test_each_framework_can_be_traced_whole(case):
 
 
 # exp keeps its result for the gradient, in the original as well.
-WRITABLE = [case for case in CASES if case.name != "verl.calculate_sum_pi_squared_from_logits"]
+WRITABLE = [pair for pair in PAIRS if pair.name != "verl.calculate_sum_pi_squared_from_logits"]
 
 
-@pytest.mark.parametrize("case", WRITABLE, ids=str)
-def test_each_result_can_be_written_into(case):
+@pytest.mark.parametrize("pair", WRITABLE, ids=str)
+def test_each_result_can_be_written_into(pair):
     """Trainers do `log_probs[mask == 0] = 0`."""
-    call = some_call(case)
-    _, gradient, grads = run(call, case.ours, call.logits, None)
-    leaf = call.logits.clone().requires_grad_()
-    results = call.of(case.ours, leaf * 1)
+    inputs = some_inputs(pair)
+    _, gradient, grads = run(inputs, pair.ours, inputs.logits, None)
+    leaf = inputs.logits.clone().requires_grad_()
+    results = inputs.of(pair.ours, leaf * 1)
     for one in results:
         one.mul_(2)
     pairs = [(one, g) for one, g in zip(results, grads, strict=True) if one.requires_grad]

@@ -1,4 +1,4 @@
-"""The edges of `compat`: what each original does with unusual input, options, labels and process groups; and its import."""
+"""The edges of `compat`: unusual input, options, labels and process groups; and what it imports."""
 
 import json
 import math

@@ -1,8 +1,8 @@
-"""What each framework's function computes, stated anew from its description: one formula each, in torch's plain operations.
+"""What each framework's function computes, stated anew from its description: one formula each, in plain torch.
 
-Two things are left as the originals have them, since they are what is compared: the dtype that each step is computed in, and
-what is done with labels that do not count. Loops over rows and chunks, which change no number, are left out. Where an original
-converts to float32, float64 stays as it is here, so that the same statement, given float64, is the truth.
+Three things are as in the originals, since they are compared: the arguments, the dtype of each step, and what is done
+with labels that do not count. Loops over rows and chunks, which change no number, are left out. Where an original
+converts to float32, float64 stays, so that the same statement, given float64, is the truth.
 """
 
 from typing import Any
