@@ -49,7 +49,7 @@ class Patch:
         lines = [f"{self.framework} {self.version}: replaced in {number} place{'' if number == 1 else 's'}"]
         lines += [f"  {place}" for place in self.places]
         if {place.rpartition(".")[0] for place in self.places} <= FRAMEWORKS[self.framework].functions.keys():
-            lines.append("No other loaded module holds them; one imported from now on takes the replacement.")
+            lines.append("No other loaded module holds them; those that import them from now on get the replacement.")
         return "\n".join(lines)
 
 

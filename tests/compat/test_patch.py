@@ -115,7 +115,7 @@ def test_every_name_is_replaced_whatever_it_is_called_and_callers_through_a_modu
 
 def test_what_is_imported_later_gets_ours_and_then_its_own_back(package, utils):
     package("trl.trainer.grpo_trainer", "from trl.trainer.utils import selective_log_softmax\n")
-    assert "No other loaded module holds them; one imported from now on" in str(patch("trl"))
+    assert "No other loaded module holds them; those that import" in str(patch("trl"))
     grpo = importlib.import_module("trl.trainer.grpo_trainer")
     assert grpo.selective_log_softmax(X, LABELS).shape == (2, 3)
     assert "trl.trainer.grpo_trainer.selective_log_softmax" in patch("trl").places
