@@ -23,6 +23,7 @@ from compiled_logprobs.backends import get_backend, why_not
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.choose.serving import tune_all
+from compiled_logprobs.operation.formula import Computed
 from compiled_logprobs.problem import Problem, as_it_lies
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.rounds import Measurement
@@ -49,9 +50,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 class Slowed(Eager):
     """The baseline with some rows more to compute."""
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
         more = max(1, round(EXTRA * len(logits)))
         super().forward(logits[:more], labels[:more], temperature, entropy=entropy)
         return super().forward(logits, labels, temperature, entropy=entropy)

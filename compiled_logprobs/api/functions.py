@@ -24,6 +24,7 @@ from compiled_logprobs.choose.explain import Explanation, explain_problem
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import BackendUnavailable, InputError, nothing_can_serve_after
 from compiled_logprobs.operation.autograd import ForwardBackward, PlainFormula, compute
+from compiled_logprobs.operation.formula import Computed, Saved, Upstream
 from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import Layout, Problem, Temperature, as_it_lies, collapse, layout_of
 
@@ -373,9 +374,7 @@ class _WithFallback:
         self._name, self._problem = name, problem
         self._backend = get_backend(name)
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
         try:
             return self._backend.forward(logits, labels, temperature, entropy=entropy)
         except Exception as error:
@@ -391,21 +390,8 @@ class _WithFallback:
             )
         return served
 
-    def backward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        temperature: float | Tensor,
-        residuals: tuple[Tensor, ...],
-        ignored: Tensor,
-        grad_log_probs: Tensor,
-        grad_entropy: Tensor | None,
-        *,
-        inplace: bool,
-    ) -> Tensor:
-        return self._backend.backward(
-            logits, labels, temperature, residuals, ignored, grad_log_probs, grad_entropy, inplace=inplace
-        )
+    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
+        return self._backend.backward(saved, upstream, inplace=inplace)
 
 
 def _warn(text: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from compiled_logprobs.backends.fingerprint import digest_of
 from compiled_logprobs.operation import formula
+from compiled_logprobs.operation.formula import Computed, Saved, Upstream
 from compiled_logprobs.problem import Problem
 
 
@@ -33,31 +34,17 @@ class Backend(ABC):
     """
 
     @abstractmethod
-    def forward(
-        self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """Log-probabilities [..., K], entropy [...] or None, and the residuals that `backward` needs; float32.
+    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
+        """Log-probabilities, entropy where it is asked for, and the residuals that `backward` needs.
 
-        Does not write to its arguments. The same row gives the same bits whether or not a gradient will be asked for.
+        Do not write to the arguments. The same row gives the same bits whether or not a gradient will be asked for.
         """
 
     @abstractmethod
-    def backward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        temperature: float | Tensor,
-        residuals: tuple[Tensor, ...],
-        ignored: Tensor,
-        grad_log_probs: Tensor,
-        grad_entropy: Tensor | None,
-        *,
-        inplace: bool,
-    ) -> Tensor:
+    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
         """The gradient in the logits, [..., V] in their dtype: contiguous and new, or `logits` overwritten if `inplace`.
 
-        `ignored` [...] bool: rows that get exactly 0, whatever they hold. `grad_log_probs` [..., K] is contiguous;
-        `grad_entropy` [...] is None where no gradient comes through the entropy.
+        The rows of `saved.ignored` get exactly 0, whatever they hold.
         """
 
     def why_not(self, problem: Problem) -> str | None:

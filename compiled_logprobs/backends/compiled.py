@@ -33,6 +33,7 @@ from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.machine.environment import cpp_compiler
 from compiled_logprobs.operation import formula
+from compiled_logprobs.operation.formula import Computed, Saved, Upstream
 from compiled_logprobs.problem import Layout, Problem, layout_of
 
 RECOMPILE_LIMIT = 32
@@ -87,9 +88,7 @@ class Compiled(Backend):
         backward = [("backward", key, entropy, problem.inplace_backward) for entropy in (False, True)]
         return forward in self._warm and (not problem.needs_grad or any(b in self._warm for b in backward))
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
         t = _as_tensor(temperature, logits)
         key = _key_of(logits, labels, t)
         hints = None
@@ -100,32 +99,22 @@ class Compiled(Backend):
         log_probs, entropies, residuals = _run(_compiled_forward(key, entropy), logits, labels, t, hints=hints)
         self._warm.add(("forward", key, entropy))
         if logits.shape[0] > 1:
-            return log_probs, entropies, residuals
-        return log_probs[:1], None if entropies is None else entropies[:1], tuple(r[:1] for r in residuals)
+            return Computed(log_probs, entropies, residuals)
+        return Computed(log_probs[:1], None if entropies is None else entropies[:1], tuple(r[:1] for r in residuals))
 
-    def backward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        temperature: float | Tensor,
-        residuals: tuple[Tensor, ...],
-        ignored: Tensor,
-        grad_log_probs: Tensor,
-        grad_entropy: Tensor | None,
-        *,
-        inplace: bool,
-    ) -> Tensor:
-        t = _as_tensor(temperature, logits)
+    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
+        logits, labels = saved.logits, saved.labels
+        t = _as_tensor(saved.temperature, logits)
         key = _key_of(logits, labels, t)
-        m, log_s = residuals[:2]
-        through_entropy = () if grad_entropy is None else (residuals[2], grad_entropy)
+        m, log_s = saved.residuals[:2]
+        through_entropy = () if upstream.entropy is None else (saved.residuals[2], upstream.entropy)
         gradient: Tensor
         at_labels: Tensor | None
         gradient, at_labels = _run(
-            _compiled_backward(key, grad_entropy is not None, inplace),
-            *(logits, labels, t, m, log_s, ignored, grad_log_probs, *through_entropy),
+            _compiled_backward(key, upstream.entropy is not None, inplace),
+            *(logits, labels, t, m, log_s, saved.ignored, upstream.log_probs, *through_entropy),
         )
-        self._warm.add(("backward", key, grad_entropy is not None, inplace))
+        self._warm.add(("backward", key, upstream.entropy is not None, inplace))
         if logits.shape[0] == 1:
             gradient = logits.copy_(gradient[:1]) if inplace else gradient[:1].clone()
             at_labels = None if at_labels is None else at_labels[:1]
@@ -133,9 +122,7 @@ class Compiled(Backend):
             formula.write_label_columns(gradient, labels, at_labels)
         return gradient
 
-    def _forward_in_parts(
-        self, logits: Tensor, labels: Tensor, temperature: Tensor, *, entropy: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    def _forward_in_parts(self, logits: Tensor, labels: Tensor, temperature: Tensor, *, entropy: bool) -> Computed:
         """Forward over parts of the rows that 32-bit indices reach; what it returns is small, and put together again.
 
         Inductor indexes with 32 bits where it is told of few blocks, and guards that these suffice.
@@ -150,10 +137,10 @@ class Compiled(Backend):
         ]
         together = torch.cat if rows > 1 else torch.stack
         log_probs, entropies, residuals = zip(*parts, strict=True)
-        return (
+        return Computed(
             together(log_probs),
             together(entropies) if entropy else None,
-            tuple(together(one) for one in zip(*residuals, strict=True)),
+            tuple(together(parts) for parts in zip(*residuals, strict=True)),
         )
 
 
@@ -220,8 +207,8 @@ def backward_function(key: Key, inplace: bool) -> Callable[..., Any]:
         grad_entropy: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         residuals = (m, log_s) if entropy is None else (m, log_s, entropy)
-        arguments = (logits, labels, temperature, residuals, ignored, grad_log_probs, grad_entropy)
-        gradient, at_labels = (formula.gradient(*arguments), None) if in_one_pass else formula.backward(*arguments)
+        bundles = Saved(logits, labels, temperature, residuals, ignored), Upstream(grad_log_probs, grad_entropy)
+        gradient, at_labels = (formula.gradient(*bundles), None) if in_one_pass else formula.backward(*bundles)
         return logits.copy_(gradient) if inplace else gradient, at_labels
 
     return backward

@@ -17,6 +17,7 @@ from compiled_logprobs.backends.cpp_build import TORCH_HEADERS, shared_library
 from compiled_logprobs.backends.fingerprint import digest_of
 from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.machine.environment import cpp_compiler
+from compiled_logprobs.operation.formula import Computed, Saved, Upstream
 from compiled_logprobs.problem import Problem
 
 SOURCE = Path(__file__).with_name("cpp_kernels.cpp")
@@ -46,9 +47,7 @@ class Cpp(Backend):
     def is_warm(self, problem: Problem) -> bool:
         return _library.cache_info().currsize > 0
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
         library = self._loaded()
         rows = _Rows.of(logits, labels, temperature)
         leading = logits.shape[:-1]
@@ -60,26 +59,22 @@ class Cpp(Backend):
             *(DTYPES[logits.dtype], logits.data_ptr(), rows, partials.data_ptr(), log_probs.data_ptr()),
             *(m.data_ptr(), log_s.data_ptr(), entropies[0].data_ptr() if entropy else None),
         )
-        return log_probs, entropies[0].squeeze(-1) if entropy else None, (m, log_s, *entropies)
+        return Computed(log_probs, entropies[0].squeeze(-1) if entropy else None, (m, log_s, *entropies))
 
-    def backward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        temperature: float | Tensor,
-        residuals: tuple[Tensor, ...],
-        ignored: Tensor,
-        grad_log_probs: Tensor,
-        grad_entropy: Tensor | None,
-        *,
-        inplace: bool,
-    ) -> Tensor:
-        rows = _Rows.of(logits, labels, temperature)
-        upstream = _Upstream.of(residuals, ignored, grad_log_probs, grad_entropy)
+    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
+        logits, labels = saved.logits, saved.labels
+        rows = _Rows.of(logits, labels, saved.temperature)
         gradient = logits if inplace else logits.new_empty(logits.shape)
         at_labels = logits.new_empty(labels.shape)
         self._loaded().log_probs_backward(
-            *(DTYPES[logits.dtype], logits.data_ptr(), rows, upstream, gradient.data_ptr(), at_labels.data_ptr())
+            *(
+                DTYPES[logits.dtype],
+                logits.data_ptr(),
+                rows,
+                _Upstream.of(saved, upstream),
+                gradient.data_ptr(),
+                at_labels.data_ptr(),
+            )
         )
         return gradient
 
@@ -138,21 +133,19 @@ class _Upstream(ctypes.Structure):
     )
 
     @classmethod
-    def of(
-        cls, residuals: tuple[Tensor, ...], ignored: Tensor, grad_log_probs: Tensor, grad_entropy: Tensor | None
-    ) -> "_Upstream":
-        m, log_s, *entropy = (residual.contiguous() for residual in residuals)
+    def of(cls, saved: Saved, upstream: Upstream) -> "_Upstream":
+        m, log_s, *entropy = (residual.contiguous() for residual in saved.residuals)
         tensors = {
             "m": m,
             "log_s": log_s,
             "entropy": entropy[0] if entropy else None,
-            "ignored": ignored.contiguous(),
-            "grad_log_probs": grad_log_probs.contiguous(),
-            "grad_entropy": None if grad_entropy is None else grad_entropy.contiguous(),
+            "ignored": saved.ignored.contiguous(),
+            "grad_log_probs": upstream.log_probs.contiguous(),
+            "grad_entropy": None if upstream.entropy is None else upstream.entropy.contiguous(),
         }
-        upstream = cls(**{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()})
-        upstream.kept = tensors
-        return upstream
+        pointers = cls(**{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()})
+        pointers.kept = tensors
+        return pointers
 
 
 def _offsets(logits: Tensor) -> Tensor:

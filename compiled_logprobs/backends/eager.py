@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.operation.formula import finite, per_row
+from compiled_logprobs.operation.formula import Computed, Saved, Upstream, finite, per_row
 from compiled_logprobs.problem import accumulation_dtype
 
 CHUNK_ELEMENTS = {"cpu": 2**20}
@@ -27,9 +27,7 @@ class Eager(Backend):
     summary = "plain torch: log_softmax over chunks of rows"
     # Not row_invariant: torch divides the sum of a lone row among threads, and on a GPU chooses how to sum by the number of rows.
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
         results = logits.new_empty(labels.shape, dtype=accumulation_dtype(logits.dtype))
         entropies = results.new_empty(labels.shape[:-1]) if entropy else None
         for chunk in row_chunks(logits):
@@ -37,31 +35,21 @@ class Eager(Backend):
             results[chunk] = log_p_CV.gather(-1, labels[chunk])
             if entropies is not None:
                 entropies[chunk] = -(log_p_CV.exp() * finite(log_p_CV)).sum(-1)
-        return results, entropies, () if entropies is None else (entropies,)
+        return Computed(results, entropies, () if entropies is None else (entropies,))
 
-    def backward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        temperature: float | Tensor,
-        residuals: tuple[Tensor, ...],
-        ignored: Tensor,
-        grad_log_probs: Tensor,
-        grad_entropy: Tensor | None,
-        *,
-        inplace: bool,
-    ) -> Tensor:
+    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
+        logits, labels, temperature, residuals, ignored = saved
         gradient = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         for chunk in row_chunks(logits):
             t = _rows_of(temperature, chunk)
             log_p_CV = _log_softmax(logits[chunk], t)
-            weight = grad_log_probs[chunk].sum(-1, keepdim=True)
-            if grad_entropy is not None:
-                weight = weight + grad_entropy[chunk].unsqueeze(-1) * (
+            weight = upstream.log_probs[chunk].sum(-1, keepdim=True)
+            if upstream.entropy is not None:
+                weight = weight + upstream.entropy[chunk].unsqueeze(-1) * (
                     finite(log_p_CV) + residuals[0][chunk].unsqueeze(-1)
                 )
             gradient_CV = log_p_CV.exp_().mul_(weight).neg_()
-            gradient_CV.scatter_add_(-1, labels[chunk], grad_log_probs[chunk])
+            gradient_CV.scatter_add_(-1, labels[chunk], upstream.log_probs[chunk])
             gradient_CV.div_(per_row(t)).masked_fill_(ignored[chunk].unsqueeze(-1), 0.0)
             gradient[chunk] = gradient_CV
         return gradient

@@ -24,6 +24,7 @@ from torch import Tensor
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.backends.fingerprint import digest_of
 from compiled_logprobs.operation import formula
+from compiled_logprobs.operation.formula import Computed, Saved, Upstream
 from compiled_logprobs.problem import Layout, Problem, layout_of
 
 FORWARD_BLOCK = 16 * 1024
@@ -71,9 +72,7 @@ class FlashAttn(Backend):
         needed = directions if problem.needs_grad else directions[:1]
         return all(_key(direction, problem.vocab, problem.dtype, problem.layout) in self._warm for direction in needed)
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
         kernel = kernel_module().cross_entropy_fwd_kernel
         losses, lse, z_losses = (_aligned_empty(logits.shape[:-1], torch.float32, logits.device) for _ in range(3))
         y = _aligned(labels.squeeze(-1))
@@ -91,27 +90,17 @@ class FlashAttn(Backend):
                     **_settings(logits.shape[-1], temperature, FORWARD_BLOCK),
                 )
         self._remember("forward", logits)
-        return losses.neg_().unsqueeze(-1), None, (lse,)
+        return Computed(losses.neg_().unsqueeze(-1), None, (lse,))
 
-    def backward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        temperature: float | Tensor,
-        residuals: tuple[Tensor, ...],
-        ignored: Tensor,
-        grad_log_probs: Tensor,
-        grad_entropy: Tensor | None,
-        *,
-        inplace: bool,
-    ) -> Tensor:
+    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
         kernels = kernel_module()
         from compiled_logprobs.backends import flash_attn_rows  # imports triton
 
+        logits, labels, temperature, residuals, ignored = saved
         vocab, settings = logits.shape[-1], _settings(logits.shape[-1], temperature, BACKWARD_BLOCK)
         blocks = -(-vocab // settings["BLOCK_SIZE"])
         gradient = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
-        grad_losses = _aligned(-grad_log_probs.squeeze(-1))
+        grad_losses = _aligned(-upstream.log_probs.squeeze(-1))
         y, lse, ignored = _aligned(labels.squeeze(-1)), _aligned(residuals[0]), _aligned(ignored)
         with _device_of(logits):
             for rows in _launches(logits):

@@ -15,54 +15,27 @@ from torch import Tensor
 
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.operation import formula
+from compiled_logprobs.operation.formula import Computed, Saved, Upstream
 from compiled_logprobs.problem import accumulation_dtype, collapse, overlaps
 
 
 class ForwardBackward(Protocol):
     """The pair of functions that `compute` wraps; `compiled_logprobs.backends.base.Backend`, a layer above, documents them."""
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]: ...
+    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed: ...
 
-    def backward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        temperature: float | Tensor,
-        residuals: tuple[Tensor, ...],
-        ignored: Tensor,
-        grad_log_probs: Tensor,
-        grad_entropy: Tensor | None,
-        *,
-        inplace: bool,
-    ) -> Tensor: ...
+    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor: ...
 
 
 class PlainFormula:
     """The formula as it stands, for a user's graph to inline; a graph cannot overwrite its logits."""
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
         return formula.forward(logits, labels, temperature, entropy=entropy)
 
-    def backward(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        temperature: float | Tensor,
-        residuals: tuple[Tensor, ...],
-        ignored: Tensor,
-        grad_log_probs: Tensor,
-        grad_entropy: Tensor | None,
-        *,
-        inplace: bool,
-    ) -> Tensor:
-        gradient, at_labels = formula.backward(
-            logits, labels, temperature, residuals, ignored, grad_log_probs, grad_entropy
-        )
-        formula.write_label_columns(gradient, labels, at_labels)
+    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
+        gradient, at_labels = formula.backward(saved, upstream)
+        formula.write_label_columns(gradient, saved.labels, at_labels)
         return gradient
 
 
@@ -179,16 +152,9 @@ class _LogProbs(torch.autograd.Function):
         grad_log_probs = grad_log_probs.masked_fill(invalid.unsqueeze(-1), torch.nan)
         if grad_entropy is not None:
             grad_entropy = grad_entropy.reshape(invalid.shape).contiguous().masked_fill(invalid, torch.nan)
-        gradient = ctx.backend.backward(
-            x,
-            labels,
-            ctx.temperature if temperature is None else temperature,
-            tuple(residuals),
-            ignored.all(-1),
-            grad_log_probs,
-            grad_entropy,
-            inplace=ctx.inplace,
-        )
+        t = ctx.temperature if temperature is None else temperature
+        saved = Saved(x, labels, t, tuple(residuals), ignored.all(-1))
+        gradient = ctx.backend.backward(saved, Upstream(grad_log_probs, grad_entropy), inplace=ctx.inplace)
         if ctx.inplace:
             ctx.spent = True
             # Kernels write without telling autograd; whoever saved the logits must hear of it.

@@ -21,6 +21,7 @@ There are two forms of each direction, of which `compiled` takes one for a devic
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,40 @@ BLOCK = 1024
 """Columns that `forward_in_blocks` reads at a time: as many as Inductor keeps in registers (a persistent reduction)."""
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
+
+
+class Computed(NamedTuple):
+    """What `forward` returns, in float32 (float64 for float64 logits)."""
+
+    log_probs: Tensor
+    """[..., K], in nats."""
+    entropy: Tensor | None
+    """[...], in nats; None where it was not asked for."""
+    residuals: tuple[Tensor, ...]
+    """What the backward needs of each row."""
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward: its arguments, and what it found."""
+
+    logits: Tensor
+    """[..., V]."""
+    labels: Tensor
+    """[..., K] int64 in [0, V)."""
+    temperature: float | Tensor
+    residuals: tuple[Tensor, ...]
+    """As `forward` returned them."""
+    ignored: Tensor
+    """[...] bool: rows whose gradient is exactly 0, whatever they hold."""
+
+
+class Upstream(NamedTuple):
+    """The gradients that come from above."""
+
+    log_probs: Tensor
+    """[..., K], contiguous."""
+    entropy: Tensor | None = None
+    """[...]; None where no gradient comes through the entropy."""
 
 
 def per_row(temperature: float | Tensor) -> float | Tensor:
@@ -46,9 +81,7 @@ def finite(log_p: Tensor) -> Tensor:
     return log_p.clamp(min=-1000.0)
 
 
-def forward(
-    logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+def forward(logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
     """Log-probabilities, entropy, and the row statistics that the backward needs.
 
     Args:
@@ -58,8 +91,7 @@ def forward(
         entropy: whether to compute the entropy.
 
     Returns:
-        log_probs [..., K]; entropy [...] or None; (m [..., 1], log s [..., 1] and, if computed, entropy [..., 1]);
-        all in the accumulation dtype.
+        With the residuals m [..., 1], log s [..., 1] and, if computed, the entropy [..., 1].
     """
     x = logits.to(accumulation_dtype(logits.dtype))
     t = per_row(temperature)
@@ -71,14 +103,12 @@ def forward(
     log_s = s.log()
     log_probs = (logits.gather(-1, labels).to(x.dtype) - m) / t - log_s
     if not entropy:
-        return log_probs, None, (m, log_s)
+        return Computed(log_probs, None, (m, log_s))
     h = log_s - (e * finite(d)).sum(-1, keepdim=True) / s
-    return log_probs, h.squeeze(-1), (m, log_s, h)
+    return Computed(log_probs, h.squeeze(-1), (m, log_s, h))
 
 
-def forward_in_blocks(
-    logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+def forward_in_blocks(logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
     """As `forward`, in two levels: each block of `BLOCK` columns by itself, and then the blocks of a row together.
 
     With B a block, m_B its maximum and d_B = (x - m_B) / T:
@@ -115,78 +145,57 @@ def forward_in_blocks(
     log_s = s.log()
     log_probs = (_at(logits, labels).to(m.dtype) - m) * inverse_t - log_s
     if not entropy:
-        return log_probs, None, (m, log_s)
+        return Computed(log_probs, None, (m, log_s))
     block_q = (e * finite(d)).sum(-1)
     q = (weight * block_q + weighted_s * finite(shift)).sum(-1, keepdim=True)
     h = log_s - q * LN_2 / s
-    return log_probs, h.squeeze(-1), (m, log_s, h)
+    return Computed(log_probs, h.squeeze(-1), (m, log_s, h))
 
 
-def gradient(
-    logits: Tensor,
-    labels: Tensor,
-    temperature: float | Tensor,
-    residuals: tuple[Tensor, ...],
-    ignored: Tensor,
-    grad_log_probs: Tensor,
-    grad_entropy: Tensor | None,
-) -> Tensor:
+def gradient(saved: Saved, upstream: Upstream) -> Tensor:
     """The gradient in the logits, [..., V] in their dtype, in one pointwise pass for one label a row.
 
-    Arguments as of `backward`, with K = 1. A GPU waits for memory here, and compares each column with the label meanwhile.
+    With K = 1. A GPU waits for memory here, and compares each column with the label meanwhile.
     """
+    logits, labels, temperature, residuals, ignored = saved
     m, log_s = residuals[:2]
     inverse_t = 1.0 / per_row(temperature)
     log2_p = (logits.to(m.dtype) - m) * (inverse_t * LOG2_E) - log_s * LOG2_E
-    weight = grad_log_probs
-    if grad_entropy is not None:
-        weight = weight + grad_entropy.unsqueeze(-1) * (finite(log2_p) * LN_2 + residuals[2])
+    weight = upstream.log_probs
+    if upstream.entropy is not None:
+        weight = weight + upstream.entropy.unsqueeze(-1) * (finite(log2_p) * LN_2 + residuals[2])
     columns = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
-    at_label = torch.where(columns == labels.to(torch.int32), grad_log_probs, 0.0)
+    at_label = torch.where(columns == labels.to(torch.int32), upstream.log_probs, 0.0)
     whole = (at_label - log2_p.exp2() * weight) * inverse_t
     return whole.masked_fill(ignored.unsqueeze(-1), 0.0).to(logits.dtype)
 
 
-def backward(
-    logits: Tensor,
-    labels: Tensor,
-    temperature: float | Tensor,
-    residuals: tuple[Tensor, ...],
-    ignored: Tensor,
-    grad_log_probs: Tensor,
-    grad_entropy: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def backward(saved: Saved, upstream: Upstream) -> tuple[Tensor, Tensor]:
     """The gradient in the logits: one pointwise pass that leaves the labels out, and the values at the labels.
-
-    Args:
-        logits, labels, temperature: as in `forward`.
-        residuals: what `forward` returned; with the entropy where `grad_entropy` is given.
-        ignored: [...] bool, rows whose gradient is exactly 0 whatever they hold.
-        grad_log_probs: [..., K].
-        grad_entropy: [...] or None.
 
     Returns:
         gradient [..., V] in the dtype of `logits`, right everywhere but in the label columns; and
         the gradient at the label columns, [..., K], in the same dtype, for `write_label_columns`.
     """
+    logits, labels, temperature, residuals, ignored = saved
     m, log_s = residuals[:2]
     t = per_row(temperature)
     inverse_t = 1.0 / t
-    total = grad_log_probs.sum(-1, keepdim=True)
+    total = upstream.log_probs.sum(-1, keepdim=True)
     drop = ignored.unsqueeze(-1)
 
     def without_label_term(columns: Tensor) -> Tensor:
         log_p = (columns.to(m.dtype) - m) * inverse_t - log_s
         weight = total
-        if grad_entropy is not None:
-            weight = total + grad_entropy.unsqueeze(-1) * (finite(log_p) + residuals[2])
+        if upstream.entropy is not None:
+            weight = total + upstream.entropy.unsqueeze(-1) * (finite(log_p) + residuals[2])
         return -(log_p.exp() * weight) * inverse_t
 
     gradient = without_label_term(logits).masked_fill(drop, 0.0).to(logits.dtype)
     # A repeated label writes the whole sum each time, so that the order of the writes does not matter.
     same_label = labels.unsqueeze(-1) == labels.unsqueeze(-2)
     label_term = (
-        grad_log_probs.unsqueeze(-2).expand_as(same_label).masked_fill(same_label.logical_not(), 0.0).sum(-1)
+        upstream.log_probs.unsqueeze(-2).expand_as(same_label).masked_fill(same_label.logical_not(), 0.0).sum(-1)
         * inverse_t
     )
     at_labels = without_label_term(logits.gather(-1, labels)) + label_term

@@ -16,6 +16,7 @@ from compiled_logprobs.backends import get_backend
 from compiled_logprobs.backends.compiled import _why_no_cpp_compiler
 from compiled_logprobs.operation import formula
 from compiled_logprobs.operation.autograd import compute
+from compiled_logprobs.operation.formula import Saved, Upstream
 from compiled_logprobs.problem import Problem
 
 ROWS = [0, 1, 2, 3, 5, 7, 8, 16, 17, 31, 64, 100, 128, 255, 512, 1000, 1024, 2048, 4095, 4096]
@@ -155,11 +156,12 @@ def test_the_forms_for_gpus_agree_with_the_others_in_float64(vocab, leading, per
     labels, residuals = labels[..., :1], formula.forward(logits.double(), labels, exact, entropy=True)[2]
     ignored, upstream, through_entropy = torch.rand(leading) < 0.3, torch.randn(*leading, 1), torch.randn(leading)
     for grad_entropy in (None, through_entropy):
+        in_float32 = tuple(residual.float() for residual in residuals)
         mine = formula.gradient(
-            logits, labels, temperature, tuple(r.float() for r in residuals), ignored, upstream, grad_entropy
+            Saved(logits, labels, temperature, in_float32, ignored), Upstream(upstream, grad_entropy)
         )
         true, at_labels = formula.backward(
-            logits.double(), labels, exact, residuals, ignored, upstream.double(), grad_entropy
+            Saved(logits.double(), labels, exact, residuals, ignored), Upstream(upstream.double(), grad_entropy)
         )
         formula.write_label_columns(true, labels, at_labels)
         torch.testing.assert_close(mine.double(), true, rtol=3e-5, atol=1e-5, equal_nan=True)

@@ -55,8 +55,8 @@ class WrongFrom(Eager):
             entropies[50:] = entropies[: len(logits) - 50].clone()
         return log_probs, entropies, residuals
 
-    def backward(self, logits, *rest, inplace):
-        gradient = super().backward(logits, *rest, inplace=inplace)
+    def backward(self, saved, upstream, *, inplace):
+        gradient = super().backward(saved, upstream, inplace=inplace)
         if self.what == "gradient" and len(gradient) > 50:
             gradient[50:] = gradient[: len(gradient) - 50].clone()
         return gradient

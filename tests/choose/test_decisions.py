@@ -10,6 +10,7 @@ from compiled_logprobs.backends.compiled import Compiled
 from compiled_logprobs.backends.cpp import Cpp
 from compiled_logprobs.choose import rule as decisions
 from compiled_logprobs.choose import serving
+from compiled_logprobs.operation.formula import Saved, Upstream
 from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import Problem, bucket
 
@@ -135,5 +136,6 @@ def test_warmth_is_known():
     logits, labels = torch.randn(8, 1031), torch.randint(1031, (8, 1))
     log_probs, _, residuals = backend.forward(logits, labels, 1.0, entropy=False)
     assert backend.is_warm(p._replace(needs_grad=False)) and not backend.is_warm(p)
-    backend.backward(logits, labels, 1.0, residuals, torch.zeros(8, dtype=torch.bool), log_probs, None, inplace=False)
+    saved = Saved(logits, labels, 1.0, residuals, torch.zeros(8, dtype=torch.bool))
+    backend.backward(saved, Upstream(log_probs), inplace=False)
     assert backend.is_warm(p) and not backend.is_warm(p._replace(vocab=1000))

@@ -24,6 +24,7 @@ from compiled_logprobs.backends import compiled, get_backend
 from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.machine.bandwidth import backward_bytes, forward_bytes
 from compiled_logprobs.operation import formula
+from compiled_logprobs.operation.formula import Saved, Upstream
 from compiled_logprobs.problem import Problem, as_it_lies, short_name
 from tests.gpu_code.data_sheets import Gpu
 from tests.gpu_code.generated_code import (
@@ -289,7 +290,7 @@ def _flash_attn(problem: Problem, gpu: Gpu) -> FlashAttnInspection | str:
     def backward() -> list[Tensor]:
         ignored, upstream = _empty(problem.rows, dtype=torch.bool), _empty(problem.rows, 1)
         residuals, inplace = results[2], problem.inplace_backward
-        return [backend.backward(logits, labels, 1.0, residuals, ignored, upstream, None, inplace=inplace)]
+        return [backend.backward(Saved(logits, labels, 1.0, residuals, ignored), Upstream(upstream), inplace=inplace)]
 
     def recorded(function: Callable[[], list[Tensor]]) -> Program:
         return record_launches(function, kernels, gpu, lambda name, kernel: setattr(owners[name], name, kernel))

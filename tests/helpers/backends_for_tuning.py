@@ -90,10 +90,10 @@ class Right(Eager):
         log_p_NV = torch.log_softmax(logits, -1)
         return log_p_NV.gather(-1, labels), None, (log_p_NV,)
 
-    def backward(self, logits, labels, temperature, residuals, ignored, grad_log_probs, grad_entropy, *, inplace):
-        gradient = residuals[0].exp().mul_(-grad_log_probs.sum(-1, keepdim=True))
-        gradient.scatter_add_(-1, labels, grad_log_probs)
-        return gradient.masked_fill_(ignored.unsqueeze(-1), 0.0) if ignored.any() else gradient
+    def backward(self, saved, upstream, *, inplace):
+        gradient = saved.residuals[0].exp().mul_(-upstream.log_probs.sum(-1, keepdim=True))
+        gradient.scatter_add_(-1, saved.labels, upstream.log_probs)
+        return gradient.masked_fill_(saved.ignored.unsqueeze(-1), 0.0) if saved.ignored.any() else gradient
 
     def why_not(self, problem):
         fits = problem.dtype == torch.float32 and problem.temperature == "none" and not problem.entropy
@@ -106,8 +106,8 @@ class Wrong(Right):
     def forward(self, logits, labels, temperature, *, entropy):
         return logits.new_full(labels.shape, -1.0), None, ()
 
-    def backward(self, logits, *rest, inplace):
-        return torch.empty_like(logits)
+    def backward(self, saved, upstream, *, inplace):
+        return torch.empty_like(saved.logits)
 
 
 class WrongForMany(Right):

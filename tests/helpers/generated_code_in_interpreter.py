@@ -74,15 +74,14 @@ class InterpretedCompiled(Backend):
         log_probs, *rest = self.run(("forward", key, entropy), arguments, hints)
         return (log_probs, rest[0], tuple(rest[1:])) if entropy else (log_probs, None, tuple(rest[-2:]))
 
-    def backward(
-        self, logits, labels, temperature, residuals, ignored, grad_log_probs, grad_entropy, *, inplace
-    ) -> Tensor:
+    def backward(self, saved, upstream, *, inplace) -> Tensor:
+        logits, labels, temperature, residuals, ignored = saved
         t = temperature if isinstance(temperature, Tensor) else torch.tensor(temperature)
         key = self.key(logits, labels, t)
         arguments = {"logits": logits, "labels": labels, "temperature": t, "m": residuals[0], "log_s": residuals[1]}
-        arguments |= {"ignored": ignored, "grad_log_probs": grad_log_probs}
-        if grad_entropy is not None:
-            arguments |= {"entropy": residuals[2], "grad_entropy": grad_entropy}
+        arguments |= {"ignored": ignored, "grad_log_probs": upstream.log_probs}
+        if upstream.entropy is not None:
+            arguments |= {"entropy": residuals[2], "grad_entropy": upstream.entropy}
         gradient, *at_labels = self.run(("backward", key, inplace), arguments, None)
         if at_labels and at_labels[0] is not None:
             formula.write_label_columns(gradient, labels, at_labels[0])

@@ -33,10 +33,10 @@ class Watched(Eager):
         self.before_forward(self.calls, logits)
         return super().forward(logits, labels, temperature, entropy=entropy)
 
-    def backward(self, logits, *rest, inplace):
+    def backward(self, saved, upstream, *, inplace):
         self.backwards += 1
-        self.before_backward(logits)
-        return super().backward(logits, *rest, inplace=inplace)
+        self.before_backward(saved.logits)
+        return super().backward(saved, upstream, inplace=inplace)
 
 
 def fail(error, at=1):
@@ -139,9 +139,9 @@ def test_fresh_logits_are_made_outside_of_the_clock(monkeypatch):
         def forward(self, logits, labels, temperature, *, entropy):
             return torch.zeros(labels.shape), None, ()
 
-        def backward(self, logits, *rest, inplace):
+        def backward(self, saved, upstream, *, inplace):
             assert inplace
-            return logits
+            return saved.logits
 
     monkeypatch.setattr(clock, "time_call", time_call)
     problem = WITH_GRADIENT._replace(inplace_backward=True)
