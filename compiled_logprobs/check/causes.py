@@ -158,7 +158,7 @@ def _about_calling(probe: _Probe, failed: Failed, ignore_index: bool) -> Iterato
     if raised is not None:
         other = probe.function.swapped()
         if _returns(lambda: replace(probe, function=other).run().result):
-            yield f'takes ({other.signature}), the other way round: say --signature "{other.signature}"'
+            yield f'takes logits and labels the other way round: say --call "{other.call}"'
         return
     ignored = probe.labels.clone()
     ignored[1::3] = IGNORE_INDEX

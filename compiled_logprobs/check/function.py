@@ -1,10 +1,9 @@
-"""Somebody's function: in which order it takes what, and what it returns.
+"""Somebody's function: how it is called, and what it returns.
 
 Shapes: N rows, V vocabulary.
 """
 
 import ast
-import copy
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal
@@ -19,33 +18,33 @@ from compiled_logprobs.problem import Problem
 Returns = Literal["log_prob", "loss"]
 """What the numbers that a function returns are: log-probabilities, or losses, which are minus that."""
 OPTIONS = ("temperature", "ignore_index", "return_entropy", "masked_logits", "inplace_backward", "out_dtype")
-"""What a signature may name beside logits and labels."""
+"""What a call may name beside f, logits and labels."""
 
-_SWAPPED = {"logits": "labels", "labels": "logits"}
-_EXAMPLE = "e.g. --signature \"labels, logits, temp=temperature, reduction='none'\" is valid"
+_EXAMPLE = "e.g. --call \"f(labels, logits, temp=temperature, reduction='none')\""
 
 
 class Function:
     """A function of logits [N, V] and labels [N], called the way it wants to be.
 
-    Without a `signature` that is function(logits, labels), with those of `OPTIONS` that its own signature names. A
-    `signature` lists the arguments of a call as Python does: logits, labels and options stand for their values, by position
-    or behind a keyword; `[None]` behind logits, labels or temperature adds a leading dimension of 1, which the results lose
-    again; everything else is a literal.
+    That is `call`, an expression of f, the function, and of logits, labels and `OPTIONS`; by default "f(logits, labels)" with
+    those of `OPTIONS` that the function's own signature names. A batch dimension that a given call adds, as in
+    "f(logits[None], labels[None])", is taken from the results again.
     """
 
-    def __init__(
-        self, function: Callable[..., Any], signature: str | None = None, returns: Returns = "log_prob"
-    ) -> None:
+    row_invariant = False
+    """Nobody has declared it."""
+
+    def __init__(self, function: Callable[..., Any], call: str | None = None, returns: Returns = "log_prob") -> None:
         if returns not in ("log_prob", "loss"):
             raise InputError(f"got returns={returns!r}; 'log_prob' or 'loss' is valid.")
         self.name = getattr(function, "__qualname__", type(function).__name__)
         self.returns = returns
+        self.call = _own_call(function) if call is None else call
         self._function = function
-        self._arguments = _own_arguments(function) if signature is None else _arguments(signature)
-        self._options = {word for one in self._arguments for word in (one.names & set(OPTIONS))}
-        self._batched = any(one.batched for one in self._arguments)
-        self.row_invariant = False  # which nobody has declared of it
+        self._may_batch = call is not None
+        tree = _parsed(self.call)
+        self._code = compile(tree, "--call", "eval")
+        self._options = _names(tree) & set(OPTIONS)
 
     def within(self, problem: Problem) -> Problem:
         """`problem` without the options that the function does not have."""
@@ -62,13 +61,13 @@ class Function:
 
     def default_problems(self, plain: Problem) -> list[Problem]:
         """`plain` in float32 and bfloat16, alone and with what the function has."""
-        found = []
+        problems = []
         for dtype in (torch.float32, torch.bfloat16):
-            one = plain._replace(dtype=dtype)
-            rich = self.within(one._replace(entropy=True, temperature="number", masked_logits=True))
-            in_place = self.within(one._replace(inplace_backward=True))
-            found += list(dict.fromkeys((one, rich, in_place)))
-        return found
+            bare = plain._replace(dtype=dtype)
+            rich = self.within(bare._replace(entropy=True, temperature="number", masked_logits=True))
+            in_place = self.within(bare._replace(inplace_backward=True))
+            problems += list(dict.fromkeys((bare, rich, in_place)))
+        return problems
 
     def __call__(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, problem: Problem) -> Any:
         """What it returns for labels [N, 1], with log-probabilities [N, 1] where that can be."""
@@ -81,8 +80,9 @@ class Function:
         return (log_probs.unsqueeze(-1), *entropy) if entropy else log_probs.unsqueeze(-1)
 
     def returned(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, problem: Problem) -> Any:
-        """What it returns for labels [N, 1], as it is, but for the dimension that `[None]` has added."""
-        values: dict[str, Any] = {
+        """What it returns for labels [N, 1], as it is, but for a batch dimension that a given call has added."""
+        values = {
+            "f": self._function,
             "logits": logits,
             "labels": labels.squeeze(-1),
             "temperature": temperature,
@@ -92,102 +92,57 @@ class Function:
             "inplace_backward": problem.inplace_backward,
             "out_dtype": problem.out_dtype,
         }
-        positional = [one.value(values) for one in self._arguments if one.keyword is None]
-        result = self._function(
-            *positional, **{one.keyword: one.value(values) for one in self._arguments if one.keyword is not None}
-        )
-        if not self._batched:
+        result = eval(self._code, values)
+        if not self._may_batch:
             return result
-        return tuple(map(_first, result)) if isinstance(result, tuple) else _first(result)
+        return tuple(map(_without_batch, result)) if isinstance(result, tuple) else _without_batch(result)
 
     def swapped(self) -> "Function":
         """The same function, called with logits and labels in each other's place."""
-        other = copy.copy(self)
-        other._arguments = [one.swapped() for one in self._arguments]
-        return other
-
-    @property
-    def signature(self) -> str:
-        """The arguments of a call, as they are given to `--signature`."""
-        return ", ".join(map(str, self._arguments))
+        return Function(self._function, ast.unparse(_Swap().visit(_parsed(self.call))), self.returns)
 
 
-def _first(part: Any) -> Any:
-    return part[0] if isinstance(part, Tensor) and part.ndim and len(part) == 1 else part
+def _without_batch(part: Any) -> Any:
+    return part[0] if isinstance(part, Tensor) and part.ndim == 2 and len(part) == 1 else part
 
 
-class _Argument:
-    """One argument of a call: a name, with or without [None], or a literal."""
-
-    def __init__(self, keyword: str | None, node: ast.expr) -> None:
-        self.keyword = keyword
-        self._node = node
-        self.batched = _is_batched(node)
-        inner = node.value if isinstance(node, ast.Subscript) and self.batched else node
-        self.names = {inner.id} if isinstance(inner, ast.Name) else set()
-        self._literal = None if self.names else ast.literal_eval(inner)
-
-    def value(self, values: dict[str, Any]) -> Any:
-        if not self.names:
-            return self._literal
-        (name,) = self.names
-        value = values[name]
-        return value[None] if self.batched and isinstance(value, Tensor) else value
-
-    def swapped(self) -> "_Argument":
-        """The same with labels for logits and logits for labels."""
-        name = next((other for one, other in _SWAPPED.items() if one in self.names), None)
-        if name is None:
-            return self
-        return _Argument(self.keyword, ast.parse(f"{name}[None]" if self.batched else name, mode="eval").body)
-
-    def __str__(self) -> str:
-        value = ast.unparse(self._node)
-        return value if self.keyword is None else f"{self.keyword}={value}"
+class _Swap(ast.NodeTransformer):
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        return ast.Name({"logits": "labels", "labels": "logits"}.get(node.id, node.id), node.ctx)
 
 
-def _is_batched(node: ast.expr) -> bool:
-    return (
-        isinstance(node, ast.Subscript)
-        and isinstance(node.value, ast.Name)
-        and isinstance(node.slice, ast.Constant)
-        and node.slice.value is None
-    )
-
-
-def _arguments(signature: str) -> list[_Argument]:
-    """The arguments that `signature` lists."""
-    valid = ("logits", "labels", *OPTIONS)
+def _parsed(call: str) -> ast.Expression:
+    """The expression. Raises InputError for any that is not a call of the function with logits and labels."""
+    valid = ("f", "logits", "labels", *OPTIONS)
     try:
-        call = ast.parse(f"function({signature})", mode="eval").body
-        if not isinstance(call, ast.Call) or any(one.arg is None for one in call.keywords):
-            raise ValueError(signature)
-        nodes = [(None, node) for node in call.args] + [(one.arg, one.value) for one in call.keywords]
-        found = [_Argument(keyword, node) for keyword, node in nodes]
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        tree = ast.parse(call.strip(), "--call", "eval")
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise InputError(
-            f"got signature {signature!r}, which are not the arguments of a call; names ({', '.join(valid)}), "
-            f"keywords and literals are valid, {_EXAMPLE}."
+            f"got call {call!r}, which is no expression of Python: {error}. Valid is {_EXAMPLE}."
         ) from error
-    named = [name for one in found for name in one.names]
-    unknown = [name for name in named if name not in valid]
-    missing = [name for name in ("logits", "labels") if name not in named]
-    if unknown or missing or len(named) > len(set(named)):
-        what = f"no {missing[0]}" if missing else f"{(unknown or named)[0]!r} in it, or a name twice"
+    names = _names(tree)
+    unknown, missing = sorted(names - set(valid)), [name for name in valid[:3] if name not in names]
+    if unknown or missing:
+        what = f"the name {unknown[0]!r}" if unknown else f"no {missing[0]}"
         raise InputError(
-            f"got signature {signature!r} with {what}; of {', '.join(valid)} each may stand once; {_EXAMPLE}."
+            f"got call {call!r} with {what} in it; it has to name f, which is the function, logits and labels, and may "
+            f"name {', '.join(OPTIONS)}. Valid is {_EXAMPLE}."
         )
-    return found
+    return tree
 
 
-def _own_arguments(function: Callable[..., Any]) -> list[_Argument]:
-    """(logits, labels), and the options that the function itself names."""
+def _names(tree: ast.Expression) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def _own_call(function: Callable[..., Any]) -> str:
+    """f(logits, labels), with the options that the function itself names."""
     try:
         own = inspect.signature(function)
     except Exception as error:  # TypeError and ValueError are Python's own; who computes a signature may raise anything
         raise InputError(
             f"got {function!r}, whose signature cannot be read ({type(error).__name__}: {error}); "
-            f"a function of (logits, labels) is valid. Wrap it in one, or say what it takes: {_EXAMPLE}."
+            f"a function of (logits, labels) is valid. Wrap it in one, or say how it is called, {_EXAMPLE}."
         ) from error
     options = [name for name in OPTIONS if name in own.parameters]
     try:
@@ -195,6 +150,6 @@ def _own_arguments(function: Callable[..., Any]) -> list[_Argument]:
     except TypeError as error:
         raise InputError(
             f"got a function of {own}, which cannot be called with (logits, labels): {error}. "
-            f"Say what it takes: {_EXAMPLE}."
+            f"Say how it is called, {_EXAMPLE}."
         ) from error
-    return _arguments(", ".join(["logits", "labels", *(f"{name}={name}" for name in options)]))
+    return f"f({', '.join(['logits', 'labels', *(f'{name}={name}' for name in options)])})"

@@ -114,7 +114,8 @@ def check_backend(
     ignore_index: bool = True,
     device: str | None = None,
     seed: int | None = None,
-    signature: str | None = None,
+    vocab: int | None = None,
+    call: str | None = None,
     returns: Returns = "log_prob",
 ) -> CheckReport:
     """Hold a backend, or any function of logits and labels, against the contract.
@@ -128,23 +129,31 @@ def check_backend(
         ignore_index: whether labels of -100 are among the inputs.
         device: where the inputs lie, e.g. "cuda:1"; by default where `problem` says, or the accelerator if there is one.
         seed: of the inputs; fresh at random by default.
-        signature: of a function that takes something else than (logits, labels): the arguments of a call, in Python's
-            words, such as "labels, logits", or "logits[None], targets=labels[None], reduction='none'", where `[None]` adds a
-            dimension that the results lose again. Only the options that stand in it are used.
+        vocab: V of the default problems; by default one that is off every block size.
+        call: how to call a function that takes something else than (logits, labels): an expression of Python such as
+            "f(labels, logits, temp=temperature)" or "f(logits[None], targets=labels[None], reduction='none')", where f is the
+            function. It may name the options above, and only those in it are tried. A batch dimension of 1 in the results is
+            taken away.
         returns: what the function's numbers are: "log_prob", or "loss" for minus that.
 
     Returns:
         A `CheckReport`; `.passed`, and if not, `.reasons`, and in `.causes` what is probably wrong.
 
     Raises:
-        InputError: the function cannot be called like this, or `signature` is none.
+        InputError: the function cannot be called like this, `call` is no such expression, or `vocab` comes with a problem.
         BackendUnavailable: the named backend is unknown, or cannot run the problem here.
     """
     # Not from torch's generator, whose numbers belong to the caller.
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
-    subject = _subject(name_or_callable, signature, returns)
+    subject = _subject(name_or_callable, call, returns)
+    if vocab is not None and (vocab < 2 or problem is not None):
+        raise InputError(
+            f"got vocab={vocab}{'' if problem is None else f' beside {problem}'}; 2 or more is valid, without a problem."
+        )
     place = torch.device(device or (_default_device() if problem is None else problem.device_type))
-    problems = subject.default_problems(_default_problem(place.type)) if problem is None else [subject.within(problem)]
+    problems = (
+        subject.default_problems(_default_problem(place.type, vocab)) if problem is None else [subject.within(problem)]
+    )
     checks: list[Check] = []
     by_case: list[tuple[CaseEvidence, ...]] = []
     causes: dict[str, list[Problem]] = {}
@@ -173,13 +182,13 @@ def check_backend(
     )
 
 
-def _subject(given: str | Callable[..., Any], signature: str | None, returns: Returns) -> "_Subject":
+def _subject(given: str | Callable[..., Any], call: str | None, returns: Returns) -> "_Subject":
     if not isinstance(given, str):
-        return Function(given, signature, returns)
-    if signature is not None or returns != "log_prob":
+        return Function(given, call, returns)
+    if call is not None or returns != "log_prob":
         raise InputError(
-            f"got backend {given!r} with a signature or with returns={returns!r}; both say how a function is to be "
-            "called, and a backend is known. Leave them out."
+            f"got backend {given!r} with call={call!r} and returns={returns!r}; these say how a function is to be called, "
+            "which is known of a backend. Leave them out."
         )
     return _Named(given)
 
@@ -232,9 +241,9 @@ def _default_device() -> str:
     return "cpu" if accelerator is None else accelerator.type
 
 
-def _default_problem(device_type: str) -> Problem:
-    """V is odd and off every block size; flash-attn needs three blocks for it."""
-    return Problem(device_type, rows=48, vocab=32771, dtype=torch.float32, needs_grad=True)
+def _default_problem(device_type: str, vocab: int | None) -> Problem:
+    """By default, V is odd and off every block size; flash-attn needs three blocks for it."""
+    return Problem(device_type, rows=48, vocab=vocab or 32771, dtype=torch.float32, needs_grad=True)
 
 
 class _Named:

@@ -37,19 +37,22 @@ def check(
             "may lie in the current directory. Without it, every backend is checked.",
         ),
     ] = None,
-    signature: Annotated[
+    call: Annotated[
         str | None,
         typer.Option(
             show_default=False,
-            help="What the function takes, if not (logits, labels): the arguments of a call, such as "
-            "\"labels, logits, temp=temperature, reduction='none'\". logits, labels, temperature, ignore_index, "
-            "return_entropy, masked_logits, inplace_backward and out_dtype stand for their values; logits[None] and "
-            "labels[None] add a batch dimension.",
+            help="How to call the function, if not as f(logits, labels): an expression such as "
+            "\"f(labels, logits, temp=temperature, reduction='none')\". It may name temperature, ignore_index, "
+            "return_entropy, masked_logits, inplace_backward and out_dtype, which are then tried. With f(logits[None], "
+            "labels[None]) the results lose the batch dimension again.",
         ),
     ] = None,
     returns: Annotated[
         Returned, typer.Option(help="What the function's numbers are: log-probabilities, or losses.")
     ] = Returned.log_prob,
+    vocab: Annotated[
+        int | None, typer.Option(show_default=False, min=2, help="Size of the vocabulary; by default 32771.")
+    ] = None,
     device: Annotated[
         Device | None, typer.Option(show_default=False, help="Where to check; by default on the GPU if there is one.")
     ] = None,
@@ -83,7 +86,8 @@ def check(
                         ignore_index=ignore_index,
                         device=device_type,
                         seed=seed,
-                        signature=signature,
+                        vocab=vocab,
+                        call=call,
                         returns=returns.value,
                     )
             except BackendUnavailable as error:

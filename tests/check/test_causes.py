@@ -1,0 +1,85 @@
+"""The likely cause of what is wrong with anyone's function."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+import compiled_logprobs as clp
+from compiled_logprobs.backends.eager import Eager
+from tests.helpers.wrong_backends import PROBLEM, RIGHT_BACKENDS, WRONG_BACKENDS, good
+
+
+def loss(logits, labels):
+    return -good(logits, labels)
+
+
+@pytest.mark.parametrize("wrong", WRONG_BACKENDS, ids=lambda wrong: wrong.call.__name__)
+def test_a_wrong_backend_is_stopped_for_the_right_reason_and_given_the_right_cause(wrong):
+    report = clp.check_backend(wrong.call, wrong.problem)
+    assert not report.passed and wrong.reason in report.reasons
+    assert next(check for check in report.checks if check.name == wrong.reason and not check.passed).detail
+    assert report.causes[0].startswith(wrong.cause), report.causes
+
+
+@pytest.mark.parametrize("right", RIGHT_BACKENDS, ids=lambda right: right.__name__)
+def test_a_right_function_has_no_causes(right):
+    assert clp.check_backend(right, PROBLEM).causes == ()
+
+
+def test_a_cause_says_with_which_logits_it_was_seen():
+    def in_the_dtype_of_the_logits(logits, labels):
+        return good(logits, labels).to(logits.dtype)
+
+    report = clp.check_backend(in_the_dtype_of_the_logits, vocab=301)
+    assert report.causes[0].startswith("with bfloat16 logits: returns bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("call", "right"),
+    [
+        ("f(labels, logits)", "f(logits, labels)"),
+        ("f(labels[None], logits[None])[0]", "f(logits[None], labels[None])[0]"),
+        ("f(labels=logits, logits=labels)", "f(labels=labels, logits=logits)"),
+    ],
+)
+def test_a_call_with_logits_and_labels_in_each_others_place_is_said_to_be(call, right):
+    def batched(logits, labels):
+        return good(logits, labels) if logits.ndim == 2 else good(logits[0], labels[0])[None]
+
+    report = clp.check_backend(batched, PROBLEM, call=call)
+    assert report.causes[0] == f'takes logits and labels the other way round: say --call "{right}"'
+    assert clp.check_backend(batched, PROBLEM, call=right).passed
+
+
+def test_what_fails_on_no_rows_is_checked_on_the_others_all_the_same():
+    def needs_rows(logits, labels):
+        return loss(logits, labels) if len(labels) else torch.stack([])
+
+    report = clp.check_backend(needs_rows, PROBLEM)
+    assert {"runs", "log_prob_sign"} <= set(report.reasons)
+    assert report.causes[0].startswith("raises for an empty batch (RuntimeError: stack expects")
+    assert report.causes[1].startswith("returns the loss")
+
+
+def test_several_things_wrong_at_once_are_all_named():
+    report = clp.check_backend(lambda logits, labels: (loss(logits, labels), torch.zeros(len(labels))), PROBLEM)
+    assert report.causes[0].startswith("returns 2 results ([12], [12]) where one is expected")
+    assert report.causes[1].startswith("returns the loss")
+
+
+def test_a_log_probability_where_a_loss_was_promised():
+    assert clp.check_backend(good, PROBLEM, returns="loss").causes == (
+        "returns the log-probability: negative where a loss must be positive. Say --returns log_prob",
+    )
+
+
+def test_a_wrong_backend_of_ones_own_is_given_a_cause_where_people_ask(monkeypatch):
+    def forward(self, logits, labels, temperature, *, entropy):
+        return Eager.forward(self, logits, labels, 1.0, entropy=entropy)
+
+    registry = import_module("compiled_logprobs.backends")
+    monkeypatch.setattr(registry, "_targets", dict(registry._targets))
+    clp.register_backend("coldness", type("Coldness", (Eager,), {"name": "coldness", "forward": forward})())
+    assert clp.check_backend("coldness", device="cpu", vocab=301).causes[0] == "ignores the temperature"
+    assert clp.check_backend("coldness", PROBLEM).causes == ()  # the autotuner asks like this, and needs none

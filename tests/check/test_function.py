@@ -1,0 +1,131 @@
+"""Anyone's function: how it is called, and what it returns."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional
+from typer.testing import CliRunner
+
+import compiled_logprobs as clp
+from compiled_logprobs.check.function import Function
+from compiled_logprobs.cli.main import app
+from tests.helpers.wrong_backends import PROBLEM, good, labels_first
+
+
+def of_other_names(scores, *, targets, temp=1.0, reduction="mean"):
+    """Right, where `reduction` is 'none' and `temp` the temperature; a loss."""
+    return functional.cross_entropy(scores.float() / temp, targets, reduction=reduction)
+
+
+def of_batches(logits, labels):
+    """logits [B, T, V], labels [B, T] -> [B, T]."""
+    return torch.stack([good(x, y) for x, y in zip(logits, labels, strict=True)])
+
+
+def with_a_required_length(logits, labels, length):
+    return good(logits, labels)[:length]
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "returns"),
+    [
+        (labels_first, "f(labels, logits)", "log_prob"),
+        (of_other_names, "f(logits, targets=labels, temp=temperature, reduction='none')", "loss"),
+        (of_batches, "f(logits[None], labels[None])", "log_prob"),
+        (of_batches, "f(logits.unsqueeze(0), labels.unsqueeze(0)).squeeze(0)", "log_prob"),
+        (with_a_required_length, " f(logits, labels, 48)", "log_prob"),
+        (good, "-f(logits, labels)", "loss"),
+        (functional.cross_entropy, "f(logits, labels, reduction='none', ignore_index=ignore_index)", "loss"),
+    ],
+)
+def test_a_right_function_of_other_arguments_passes(function, call, returns):
+    report = clp.check_backend(function, PROBLEM, call=call, returns=returns)
+    assert report.passed and report.causes == (), (report.reasons, report.causes)
+
+
+def test_the_options_in_a_call_are_tried_and_no_others():
+    seen = []
+
+    def spy(logits, labels, **options):
+        seen.append(options)
+        return good(logits / options.get("temp", 1.0), labels)
+
+    assert clp.check_backend(spy, PROBLEM, call="f(logits, labels, temp=temperature, flag=True)").passed
+    assert all(options.keys() == {"temp", "flag"} and options["flag"] is True for options in seen)
+    assert any(options["temp"] != 1.0 for options in seen)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("f(logits, labels", "no expression of Python: '\\(' was never closed"),
+        ("", "no expression of Python: invalid syntax"),
+        ("labels, logits", "no f in it"),
+        ("f(logits)", "no labels in it"),
+        ("f(labels=labels)", "no logits in it"),
+        ("f(logits, labels, temp)", "the name 'temp' in it"),
+        ("__import__('os').remove(f(logits, labels))", "the name '__import__' in it"),
+    ],
+)
+def test_a_call_that_is_none_is_refused_with_an_example(call, said):
+    with pytest.raises(clp.InputError, match=rf"got call .*{said}.*Valid is e.g. --call \"f\(labels, logits"):
+        clp.check_backend(good, call=call)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ImportError, NameError])
+def test_a_signature_that_raises_is_said_to(error):
+    """As lazily imported placeholders do, and annotations that Python evaluates late."""
+
+    class Lazy:
+        @property
+        def __signature__(self):
+            raise error("libcudart.so.12")
+
+        def __call__(self, logits, labels):
+            return good(logits, labels)
+
+    with pytest.raises(clp.InputError, match=rf"cannot be read \({error.__name__}: libcudart.so.12\).*--call"):
+        clp.check_backend(Lazy())
+    assert clp.check_backend(Lazy(), PROBLEM, call="f(logits, labels)").passed
+
+
+def test_a_function_that_needs_more_is_told_how_to_say_so():
+    with pytest.raises(
+        clp.InputError, match="missing a required argument: 'length'. Say how it is called, e.g. --call"
+    ):
+        clp.check_backend(with_a_required_length)
+    with pytest.raises(clp.InputError, match="whose signature cannot be read"):
+        clp.check_backend(torch.rsub)
+
+
+def test_a_backend_needs_no_call():
+    with pytest.raises(clp.InputError, match="which is known of a backend. Leave them out."):
+        clp.check_backend("eager", returns="loss")
+    with pytest.raises(clp.InputError, match="'log_prob' or 'loss' is valid"):
+        clp.check_backend(good, returns="probability")
+
+
+def test_a_vocabulary_beside_a_problem_is_refused():
+    with pytest.raises(
+        clp.InputError, match="got vocab=301 beside 12 x 3001 .*; 2 or more is valid, without a problem."
+    ):
+        clp.check_backend(good, PROBLEM, vocab=301)
+
+
+def test_a_function_is_called_with_labels_of_one_dimension():
+    logits, labels = torch.randn(5, 7), torch.randint(7, (5, 1))
+    log_probs = Function(good)(logits, labels, 1.0, PROBLEM)
+    torch.testing.assert_close(log_probs, good(logits, labels[:, 0])[:, None])
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code"), [((), 1), (("--call", "f(labels, logits)"), 0), (("--call", "f(labels)"), 2)]
+)
+def test_the_command_line_takes_a_call_and_a_vocabulary(options, exit_code):
+    target = "tests.helpers.wrong_backends:labels_first"
+    result = CliRunner().invoke(app, ["check", target, "--vocab", "301", "--seed", "3", "--json", *options])
+    assert result.exit_code == exit_code, result.output
+    if exit_code < 2:
+        (report,) = json.loads(result.stdout, parse_constant=pytest.fail)["reports"]
+        assert bool(report["causes"]) == bool(exit_code) and "48 x 301 float32" in report["checks"][0]["problem"]
