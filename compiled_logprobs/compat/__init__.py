@@ -5,6 +5,14 @@ compat.patch("verl")                                               # or: everywh
 
 Each module has the names, order of arguments, shapes and dtypes of the framework's own functions. Its docstring says
 what is kept and what is not. It calls this library's public functions and does not import its framework.
+
+In all of them, whatever the original does:
+
+* 16-bit logits are divided by the temperature and summed in float32, and the result is rounded once.
+* A label outside [0, V) is an error (on an accelerator NaN), where several originals return 0, a certainty.
+* A token of probability 0 counts 0 in an entropy, where most originals give NaN.
+* No backend copies all logits, so `chunk_size` changes nothing.
+* Logits that are split over more than one rank are refused, where a function can see it.
 """
 
 from compiled_logprobs.compat.originals import FRAMEWORKS

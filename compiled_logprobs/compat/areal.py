@@ -2,9 +2,8 @@
 
 Kept: float32 results of logits of any dtype, divided by the temperature in float32.
 
-Not kept: a `tp_group` of more than one rank is refused. Empty input gives an empty result, where the original fails. A
-token of probability 0 counts 0 in the entropy, where the original gives NaN. The gradient takes one tensor of the size
-and dtype of the logits, whatever `chunk_size` is.
+Not kept: empty input gives an empty result, where the original fails. The gradient takes one tensor of the size and
+dtype of the logits.
 """
 
 from typing import Any
@@ -24,7 +23,7 @@ def gather_logprobs(
         labels: [...].
         temperature: > 0.
         tp_group: None or a process group of one rank, else InputError.
-        chunk_size: changes nothing: no backend copies all logits.
+        chunk_size: changes nothing.
     """
     conventions.require_one_rank(tp_group=tp_group)
     return conventions.gathered_log_probs(logits, labels, temperature=temperature)

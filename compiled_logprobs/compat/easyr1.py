@@ -3,8 +3,7 @@
 Kept: float32 results, labels of -100 (result 0, gradient 0), labels of any shape with as many elements.
 
 Not kept: the gradient takes a tensor of its own, where the original with flash-attn always writes it over `logits`.
-Whether flash-attn can be imported makes no difference. Logits that are a slice are not copied. A label outside [0, V)
-is an error (on an accelerator NaN), where flash-attn returns 0, the log-probability of a certainty. The result is never
+Whether flash-attn can be imported makes no difference. Logits that are a slice are not copied. The result is never
 positive: before June 2025 EasyR1 without flash-attn returned the loss.
 """
 

@@ -5,10 +5,8 @@ shift. `ChunkedDistributedEntropy` returns the sum of p log p: minus the entropy
 parameters filter the logits as in the originals, which do not apply their temperature; a label that was filtered out
 has -inf.
 
-Not kept: groups of more than one rank, and a part of the vocabulary, are refused. A label outside [0, V) is an error
-(on an accelerator NaN), where the originals return 0, the log-probability of a certainty. With `inference_only=True`
-the result carries no gradient, where the originals' backward fails. A token of probability 0 counts 0 in the entropy,
-where the original gives NaN. Functions for packed sequences and from hidden states are not here.
+Not kept: a part of the vocabulary is refused. With `inference_only=True` the result carries no gradient, where the
+originals' backward fails. Functions for packed sequences and from hidden states are not here.
 """
 
 from typing import Any

@@ -4,9 +4,8 @@ Kept: results in the dtype of the logits. A label of -100 counts 0 in every dtyp
 flash-attn; elsewhere it is an error there.
 
 Not kept: the logits are not modified, where the original divides them by the temperature in place and its caller passes
-them on: divide them yourself if you counted on that. 16-bit logits are divided and summed in float32 and rounded once
-at the end. A token of probability 0 counts 0 in the entropy, where the original gives NaN. Before September 2026
-OpenRLHF's actor takes the entropy of logits that are not yet divided by the temperature: pass what you mean.
+them on: divide them yourself if you counted on that. Before September 2026 OpenRLHF's actor takes the entropy of logits
+that are not yet divided by the temperature: pass what you mean.
 """
 
 from torch import Tensor

@@ -2,9 +2,8 @@
 
 Kept: results in the dtype of the logits; the entropy carries no gradient.
 
-Not kept: shapes are not checked by jaxtyping. A token of probability 0 counts 0 in the entropy, where the original
-gives NaN. prime-rl divides the logits by a temperature a token before the call; this library's
-`log_probs_from_logits(..., temperature=temperatures)` divides in float32, without the copy.
+Not kept: shapes are not checked by jaxtyping. prime-rl divides the logits by a temperature a token before the call;
+this library's `log_probs_from_logits(..., temperature=temperatures)` divides in float32, without the copy.
 """
 
 from torch import Tensor

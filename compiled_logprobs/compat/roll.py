@@ -3,8 +3,7 @@
 Kept: float32 results of logits of any dtype.
 
 Not kept: `vocab_parallel_logprobs` does not modify the logits, where the original without the fused kernel overwrites
-float32 ones with their exponentials; it is refused where Megatron has more than one tensor-parallel rank. A token of
-probability 0 counts 0 in the entropy, where the original gives NaN. No float32 copy of the logits is made.
+float32 ones with their exponentials; it is refused where Megatron has more than one tensor-parallel rank.
 """
 
 import sys

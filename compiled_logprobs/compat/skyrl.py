@@ -4,7 +4,7 @@ Kept: names, order of arguments, dtypes. `logprobs_from_logits` is as with flash
 counts 0. `inplace_backward=True`, the default, writes the gradient over `logits`. Entropies have the dtype of the
 logits.
 
-Not kept: as in `compat.verl`, rounding, tokens of probability 0 and the error after an in-place gradient.
+Not kept: if something else needs the logits after an in-place gradient, autograd raises an error, as in `compat.verl`.
 """
 
 from torch import Tensor
@@ -27,7 +27,7 @@ def chunked_entropy_from_logits(
         logits: [B, S, V]. Not modified.
         requires_grad: whether the entropy carries a gradient.
         attention_mask: [B, S], what each entropy is multiplied by; InputError (a ValueError) for another shape.
-        chunk_size: changes nothing: no backend copies all logits.
+        chunk_size: changes nothing.
     """
     if attention_mask is not None and attention_mask.shape != logits.shape[:-1]:
         raise InputError(

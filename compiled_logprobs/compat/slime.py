@@ -3,10 +3,8 @@
 Kept: log-probabilities [T, 1] beside entropies [T], both float32; for T = 0 both are [0], in the dtype of the logits.
 The entropy is that of all logits, whatever `log_prob_keep_mask` leaves out. The mask cannot leave out the label itself.
 
-Not kept: a `tp_group` of more than one rank is refused. None means one rank, where the original takes all ranks of an
-initialised torch.distributed. A token outside [0, V), -100 too, is an error (on an accelerator NaN), where the original
-returns a meaningless number. The graph can be kept for a second backward, and no float32 softmax of all logits is
-stored.
+Not kept: a `tp_group` of None means one rank, where the original takes all ranks of an initialised torch.distributed. A
+token of -100 is an error. The graph can be kept for a second backward, and no float32 softmax of all logits is stored.
 """
 
 from typing import Any
@@ -35,7 +33,7 @@ def calculate_log_probs_and_entropy(
         tokens: [T].
         tp_group: None or a process group of one rank, else InputError.
         with_entropy: whether to return the entropy.
-        chunk_size: changes nothing: without a mask no backend copies all logits.
+        chunk_size: changes nothing.
         log_prob_keep_mask: [T, V] bool, what each token was sampled from (top-p); costs a copy of the logits.
         with_entropy_grad: whether the entropy carries a gradient.
 

@@ -3,8 +3,8 @@
 Kept: float32 results; a label of -100 counts 0, but its row has an entropy; the entropy carries no gradient. Of a
 DTensor the local part is taken, as in the original.
 
-Not kept: logits whose vocabulary is split over ranks are refused, as a DTensor and as the plain part that the
-"spmd_types" backend passes. A token of probability 0 counts 0 in the entropy, where the original gives NaN.
+Not kept: a vocabulary that is split over ranks is refused, as a DTensor and as the plain part that the "spmd_types"
+backend passes.
 """
 
 import sys

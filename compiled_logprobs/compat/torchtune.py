@@ -4,8 +4,7 @@ Kept: `logits_to_logprobs` and the sums of `get_batch_log_probs` have the dtype 
 `batched_logits_to_logprobs` are float32. `get_batch_log_probs` shifts by itself: the logits at one position predict the
 label at the next.
 
-Not kept: 16-bit logits are divided and summed in float32, whole sequences too, and rounded once at the end. The mean of
-a sequence without a label has gradient 0, where the original's is NaN in float16.
+Not kept: the mean of a sequence without a label has gradient 0, where the original's is NaN in float16.
 """
 
 from torch import Tensor
@@ -28,7 +27,7 @@ def logits_to_logprobs(logits: Tensor, sequences: Tensor, temperature: float = 1
 def batched_logits_to_logprobs(
     logits: Tensor, sequences: Tensor, temperature: float = 1.0, chunk_size: int = 4
 ) -> Tensor:
-    """As `logits_to_logprobs`, but float32. `chunk_size` changes nothing: no backend copies all logits."""
+    """As `logits_to_logprobs`, but float32. `chunk_size` changes nothing."""
     return conventions.gathered_log_probs(logits, sequences, temperature=temperature)
 
 

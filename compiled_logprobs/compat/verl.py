@@ -4,10 +4,8 @@ Kept: names, order of arguments, and dtypes. `logprobs_from_logits` is as with f
 counts 0; verl without flash-attn returns the dtype of the logits. `inplace_backward=True`, the default, writes the
 gradient over `logits`, as flash-attn does.
 
-Not kept: 16-bit logits are summed in float32 and rounded once at the end, where verl without flash-attn rounds on the
-way. A token of probability 0 counts 0 in an entropy, where verl gives NaN. If something else needs the logits after an
-in-place gradient, autograd raises an error; flash-attn's kernel does not tell autograd that it wrote.
-VERL_DISABLE_FLASH_ATTN_CE is not read: `compiled_logprobs.autotune` chooses.
+Not kept: if something else needs the logits after an in-place gradient, autograd raises an error; flash-attn's kernel
+does not tell autograd that it wrote. VERL_DISABLE_FLASH_ATTN_CE is not read: `compiled_logprobs.autotune` chooses.
 """
 
 import torch
