@@ -14,6 +14,7 @@ from compiled_logprobs.cli.options import AsJson, busy, reported_errors
 from compiled_logprobs.cli.output import print_inspection, print_json
 from compiled_logprobs.cli.profile import profile, verify
 from compiled_logprobs.cli.show import doctor, explain, show
+from compiled_logprobs.cli.transfer import export, import_, prune
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning import presets
 from tests.gpu_code import inspection
@@ -99,6 +100,9 @@ app.command()(check)
 app.command()(profile)
 app.command()(explain)
 app.command()(show)
+app.command()(export)
+app.command("import")(import_)
+app.command()(prune)
 app.command()(verify)
 app.command()(doctor)
 app.command()(inspect)

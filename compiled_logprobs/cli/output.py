@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -15,6 +16,7 @@ from compiled_logprobs.choose.verify import Verification
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.machine.environment import Environment
 from compiled_logprobs.problem import Problem, mode_name, short_name
+from compiled_logprobs.store.transfer import Imported, Pruned
 from tests.gpu_code.inspection import NOT_MEASURED, Direction, Inspection
 
 WIDTH_ELSEWHERE = 160
@@ -146,6 +148,29 @@ def print_inspection(found: Inspection) -> None:
     print_line(f"Bandwidth of the {gpu.name}: {gpu.source}. All figures {NOT_MEASURED}.")
 
 
+def print_imported(imported: list[Imported], here: set[str]) -> None:
+    """A row for each decision of an archive, by environment, and a line for what was passed over."""
+    for environment in dict.fromkeys(one.environment for one in imported if one.decision is not None):
+        where = "" if environment in here else ", not this machine"
+        table = new_table(f"Environment {environment}{where}", "decision", "problem", "winner", "measured", "why")
+        for one in imported:
+            if one.environment == environment and one.decision is not None:
+                decision = one.decision
+                winner = Text(_printable(decision.chosen))
+                table.add_row(one.fate, short(decision.problem), winner, decision.measured_at[:10], Text(one.why))
+        console().print(table)
+    for one in imported:
+        if one.decision is None:
+            print_line(_printable(f"broken: {one.name:.200}: {one.why:.400}"))
+
+
+def print_pruned(pruned: list[Pruned], root: Path) -> None:
+    """A line for each file that goes."""
+    for one in pruned:
+        still = "" if one.failed is None else f"; it is still there: {one.failed}"
+        print_line(_printable(f"{one.kind}: {one.path.relative_to(root)} ({one.bytes} bytes): {one.why}{still}"))
+
+
 def print_verifications(title: str, found: list[Verification]) -> None:
     """A row for each decision, and a line for each that does not hold."""
     table = new_table(title, "rows", "vocabulary", "dtype", "mode", "winner", "then", "now", "decision", "from")
@@ -209,10 +234,6 @@ def _speedup(decision: Decision) -> str:
     if decision.chosen == decision.baseline or winner.speedup is None:
         return "baseline"
     return f"{winner.speedup}" + ("" if decision.baseline == "eager" else f" over {decision.baseline}")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _printable(text: str) -> str:

@@ -53,13 +53,10 @@ class Store:
         path = self.path(environment, decision.problem).with_suffix(EVIDENCE)
         try:
             data = read_bytes(path, EVIDENCE_LIMIT)
-            evidence = None if data is None else Evidence.from_json(data)
+            return None if data is None else parse_evidence(data, decision)
         except ProfileError as error:
             pass_over(path, error)
             return None
-        # Two writers at once, or one killed between its two files, can leave the evidence of another decision.
-        same = evidence is not None and (evidence.seed, evidence.measured_at) == (decision.seed, decision.measured_at)
-        return evidence if same else None
 
     def decisions(self, environment: str | None = None) -> Iterator[tuple[str, Decision]]:
         """Environment and decision of all that is stored and can be read, or of one environment's."""
@@ -91,7 +88,7 @@ class Store:
         path = self.path(environment.fingerprint(), decision.problem)
         facts = path.parents[1] / FACTS
         with self._writing(path):
-            if not facts.exists():
+            if not _is_usable(facts):
                 write_bytes(facts, json.dumps(environment.to_dict(), indent=2, allow_nan=False).encode() + b"\n")
             if evidence is None:
                 path.with_suffix(EVIDENCE).unlink(missing_ok=True)
@@ -139,20 +136,30 @@ class Store:
 
 
 def read_decision(path: Path) -> Decision | None:
-    """The decision in the file at `path`; None if there is no file.
+    """The decision in the file at `path`; None if there is no file. Raises ProfileError if it cannot be used."""
+    data = read_bytes(path, LIMIT)
+    return None if data is None else parse_decision(data, path.stem)
+
+
+def parse_decision(data: bytes, name: str) -> Decision:
+    """The decision in a file with this content, and this name without its end.
 
     Raises:
         ProfileError: it cannot be read, or is of another problem than its name says.
     """
-    data = read_bytes(path, LIMIT)
-    if data is None:
-        return None
     if b'"sha256"' in data and b'"record"' in data:
         raise EarlierForm("an earlier release wrote it, in another form")
     decision = Decision.from_json(data)
-    if problem_name(decision.problem) != path.stem:
+    if problem_name(decision.problem) != name:
         raise ProfileError(f"it is of another problem, {problem_name(decision.problem)}")
     return decision
+
+
+def parse_evidence(data: bytes, decision: Decision) -> Evidence | None:
+    """The evidence in a file with this content, if it is that of `decision`. Raises ProfileError if it cannot be read."""
+    evidence = Evidence.from_json(data)
+    # Two writers at once, or one killed between its two files, can leave the evidence of another decision.
+    return evidence if (evidence.seed, evidence.measured_at) == (decision.seed, decision.measured_at) else None
 
 
 class EarlierForm(ProfileError):
@@ -257,6 +264,13 @@ def _facts_or_warn(path: Path) -> dict[str, Any] | None:
     except ProfileError as error:
         pass_over(path, error)
         return None
+
+
+def _is_usable(facts: Path) -> bool:
+    try:
+        return read_facts(facts) is not None
+    except ProfileError:
+        return False
 
 
 def _unwritable(path: Path, why: str) -> ProfileError:

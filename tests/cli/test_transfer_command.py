@@ -1,0 +1,161 @@
+"""`export`, `import` and `prune` on the command line: what they print and write, and their exit codes."""
+
+import dataclasses
+import io
+import json
+import sys
+import tarfile
+
+import pytest
+from typer.testing import CliRunner
+
+from compiled_logprobs.cli.main import app
+from compiled_logprobs.machine.environment import environment_of, fingerprint_of
+from compiled_logprobs.store import user_store
+from compiled_logprobs.store.files import Store
+from tests.helpers.stored_decisions import CPU, LARGE, all_measured, decided, measured, publish
+
+ELSEWHERE = dataclasses.replace(environment_of(), cpu_threads=96)
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(app, arguments, **options)
+
+
+def files(store: Store) -> dict[str, bytes]:
+    return {str(path.relative_to(store.root)): path.read_bytes() for path in store.root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder, and a user's store with two decisions for this machine and one for another."""
+    monkeypatch.chdir(tmp_path)
+    for problem in (LARGE, LARGE._replace(rows=2048)):
+        publish(decided(problem))
+    user_store().publish(ELSEWHERE, decided(environment=ELSEWHERE.to_dict()))
+    return tmp_path
+
+
+@pytest.fixture
+def target(tmp_path_factory) -> Store:
+    return Store(tmp_path_factory.mktemp("target") / "profiles")
+
+
+def test_export_and_import(here, target):
+    first = run("export")
+    assert first.exit_code == 0, first.output
+    file = here / f"compiled-logprobs-{fingerprint_of(CPU)}.tar.gz"
+    assert first.stdout == f"{file.name}: 2 decisions, {file.stat().st_size} bytes\n"
+    assert list(here.iterdir()) == [file]
+    result = run("import", file.name, "--out", str(target.root))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("nothing was stored for it") == 2
+    assert result.stdout.endswith(f"2 decisions: 2 added; in {target.root}\n")
+    told = json.loads(run("import", file.name, "--out", str(target.root), "--json").stdout)
+    assert [one["fate"] for one in told["decisions"]] == ["same"] * 2
+    assert told["decisions"][0].keys() == {"name", "fate", "why", "environment", "chosen", "measured_at", "problem"}
+
+
+def test_an_import_for_another_machine_says_so(here, target):
+    run("export", "all", "--environment", ELSEWHERE.fingerprint())
+    result = run("import", "all", "--out", str(target.root))
+    assert result.exit_code == 0
+    assert f"Environment {ELSEWHERE.fingerprint()}, not this machine" in result.stdout
+    assert "None is for this machine" in result.stdout
+
+
+def test_an_archive_through_pipes(here, target):
+    sent = run("export", "-", "--all")
+    assert sent.exit_code == 0 and sent.stderr.startswith("3 decisions, ")
+    assert run("import", "-", "--out", str(target.root), input=sent.stdout_bytes).exit_code == 0
+    assert files(target) == files(user_store())
+
+
+def test_what_is_broken_in_an_archive_is_told_and_exit_1(here, target):
+    run("export", "archive")
+    with tarfile.open("archive") as archive:
+        members = {one.name: archive.extractfile(one).read() for one in archive}
+    with tarfile.open("archive", "w:gz") as archive:
+        for name, data in {**members, "\x1b[2J.json": b"{}"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    result = run("import", "archive", "--out", str(target.root))
+    assert result.exit_code == 1 and "2 added" in result.stdout
+    assert "broken: ?[2J.json: it is no file of a store" in result.stdout
+
+
+@pytest.mark.parametrize("source", ["project", "./profiles"])
+def test_where_to_export_from(here, source):
+    publish(decided(), Store(here / "profiles"))
+    told = json.loads(run("export", "archive", "--from", source, "--all", "--json").stdout)
+    assert told == {
+        "file": "archive",
+        "decisions": 1,
+        "environments": [fingerprint_of(CPU)],
+        "bytes": (here / "archive").stat().st_size,
+    }
+
+
+def test_a_file_that_exists_is_replaced_on_demand_only(here):
+    (here / "archive").write_text("precious")
+    (here / "link").symlink_to("archive")
+    for name in ("archive", "link"):
+        result = run("export", name)
+        assert result.exit_code == 2 and "which exists; a new file is valid" in result.stderr
+    assert (here / "archive").read_text() == "precious"
+    assert run("export", "link", "--overwrite").exit_code == 0
+    assert (here / "link").is_symlink() and tarfile.is_tarfile(here / "archive")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("export", "/dev/null", "--overwrite"), "got /dev/null, which is no file; the name of a file is valid, or -"),
+        (("export", "/dev/null/archive"), "got /dev/null/archive, which cannot be written ("),
+        (("export", "-", "--json"), "got - and --json, which both write to standard output"),
+        (("export", "--all", "--environment", "0" * 16), "got --environment and --all; one of them is valid"),
+        (("export", "--environment", "0" * 16), f"holds no decision for {'0' * 16}"),
+        (("export", "--from", "project"), "got 'project'; a current folder that holds profiles is valid"),
+        (("import", "no such file"), "got 'no such file', which cannot be opened (No such file or directory)"),
+        (("import", "."), "got '.', which cannot be opened (Is a directory)"),
+        (("import", __file__), "the archive cannot be used: "),
+    ],
+)
+def test_what_cannot_be_done_is_said(here, arguments, said):
+    result = run(*arguments)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert said in result.stderr and "Traceback" not in result.stderr
+    assert list(here.iterdir()) == []
+
+
+def test_a_foreign_backend_in_an_archive_is_never_imported(here, target, tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    candidates = {**all_measured(), "evil": dataclasses.replace(measured("eager"), fingerprint="0" * 16)}
+    publish(decided(LARGE, "evil", candidates=candidates))
+    result = run("import", "-", "--out", str(target.root), input=run("export", "-").stdout_bytes)
+    assert result.exit_code == 0, result.output
+    assert "evil" in result.stdout and "evil" not in sys.modules
+
+
+def test_prune_says_what_goes(here):
+    path = user_store().path(fingerprint_of(CPU), LARGE)
+    path.write_text("{")
+    dry = run("prune", "--dry-run")
+    assert dry.exit_code == 0 and path.exists()
+    assert f"broken: {path.relative_to(user_store().root)} (1 bytes): " in dry.stdout
+    assert f" would be removed from {user_store().root}" in dry.stdout
+    told = json.loads(run("prune", "--json").stdout)
+    assert str(path) in {one["path"] for one in told["files"]} and not told["dry_run"] and not path.exists()
+    assert run("prune").stdout == f"0 files, 0 bytes, removed from {user_store().root}\n"
+    assert json.loads(run("prune", "--other-environments", "--json").stdout)["files"]
+    assert json.loads(run("prune", "--older-than", "0", "--json").stdout)["files"]
+    assert list(user_store().decisions()) == []
+
+
+def test_what_cannot_be_pruned_is_exit_2(here, monkeypatch):
+    user_store().path(fingerprint_of(CPU), LARGE).write_text("{")
+    monkeypatch.setattr("pathlib.Path.unlink", lambda self: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    result = run("prune")
+    assert result.exit_code == 2 and "it is still there: Read-only file system" in result.stdout
