@@ -5,6 +5,7 @@
 # make dashboard set up .venv, then show the profiles in a browser, until Ctrl-C
 # make example   set up .venv, then train a small language model with right and with wrong log-probabilities
 # make benchmark set up .venv, then time this library beside the idioms that people use today, for up to an hour
+# make inspect   set up .venv, then count what the code generated for a GPU does, without one
 # make check     format, lint and types, as CI does
 # make format    mend what can be mended by itself
 
@@ -21,7 +22,7 @@ endef
 # Without the constraints, pip would take the newest torch, which is larger and not the one that was tested.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup quick test test-integrations profile dashboard example benchmark check format clean
+.PHONY: setup quick test test-integrations profile dashboard example benchmark inspect check format clean
 
 setup: .venv/.installed-flash-attn
 
@@ -52,6 +53,9 @@ example: .venv/.installed
 
 benchmark: .venv/.installed-flash-attn
 	$(BIN)/python -m benchmarks.peers --json build/benchmarks/peers.json --html build/benchmarks/peers.html
+
+inspect: .venv/.installed-flash-attn
+	$(BIN)/python -m tests.gpu_code --arch sm_90 --rows 8192 --vocab 151936 --dtype bfloat16 --grad
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .

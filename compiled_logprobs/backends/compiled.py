@@ -14,7 +14,7 @@ Which form of the formula is compiled depends on the device:
 * Backward on a GPU is `formula.gradient` for one label a row, a single kernel; for several, and on a CPU, `formula.backward`
   and a write to the label columns. On a CPU the comparison of each column with the label would cost more than that write.
 
-None of this was timed on a GPU: `compiled-logprobs inspect` shows what the generated code does.
+None of this was timed on a GPU: `python -m tests.gpu_code` shows what the generated code does.
 
 Shapes: N rows (or A x B, where two strides lead from row to row), V vocabulary, K labels a row.
 """

@@ -1,7 +1,6 @@
 """How the command line shows what the library returns: tables and lines on standard output."""
 
 import json
-from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from compiled_logprobs.decision import Decision
 from compiled_logprobs.machine.environment import Environment
 from compiled_logprobs.problem import Problem, mode_name, short_name
 from compiled_logprobs.store.transfer import Imported, Pruned
-from tests.gpu_code.inspection import NOT_MEASURED, Direction, Inspection
 
 WIDTH_ELSEWHERE = 160
 
@@ -97,55 +95,6 @@ def print_decisions(title: str, decisions: list[tuple[Decision, str]]) -> None:
         print_line(
             f"Where time or memory was short, fewer rows were timed ({', '.join(map(str, shrunk))}); --json says where."
         )
-
-
-def print_inspection(found: Inspection) -> None:
-    """A column for each direction of each backend, and then what the columns cannot hold."""
-    problem, gpu = found.problem, found.gpu
-    columns: dict[str, Direction | None] = {"compiled, forward": found.forward, "compiled, backward": found.backward}
-    if not isinstance(found.flash_attn, str):
-        columns |= {
-            "flash_attn, forward": found.flash_attn.forward,
-            "flash_attn, backward": found.flash_attn.backward,
-        }
-    shown = {name: one for name, one in columns.items() if one is not None}
-    details = f", {problem.details()}" if problem.details() else ""
-    table = new_table(
-        f"{problem.rows} x {problem.vocab} {short_name(problem.dtype)}{details}, for {gpu.arch}: {NOT_MEASURED}",
-        "",
-        *shown,
-    )
-    facts: dict[str, Callable[[Direction], str]] = {
-        "kernels": lambda one: str(one.kernels),
-        "reads of the logits": lambda one: str(one.logits_reads),
-        "writes of the gradient": lambda one: str(one.gradient_writes),
-        "float32 buffers of N x V": lambda one: str(one.nxv_float32_buffers),
-        "registers a thread": lambda one: str(one.registers),
-        "spills, bytes a thread": lambda one: str(one.spills),
-        "shared memory, bytes a program": lambda one: str(one.shared_bytes),
-        "exponentials a logit": lambda one: f"{one.exponentials_per_logit:.4g}",
-        "bytes": lambda one: f"{one.bytes / 1e9:.4g} GB",
-        "of the minimum": lambda one: "" if not one.minimum_bytes else f"{one.bytes / one.minimum_bytes:.4f} x",
-        f"at {gpu.bandwidth / 1e12:.4g} TB/s ({gpu.name})": lambda one: f"{one.seconds_by_bandwidth * 1e6:.4g} us",
-    }
-    for fact, of in facts.items():
-        table.add_row(Text(fact), *(of(one) for one in shown.values()))
-    console().print(table)
-    for name, one in shown.items():
-        for kernel in one.kernel_reports:
-            warps = " or ".join(map(str, kernel.warps))
-            choice = "" if kernel.candidates == 1 else f", the worst of {kernel.candidates} configurations"
-            print_line(
-                f"{name}: {kernel.launches} x {kernel.name}: {kernel.registers} registers, {kernel.spills} bytes spilled, "
-                f"{warps} warps, {kernel.index_bits}-bit indices{choice}"
-            )
-        for operation in one.operations:
-            print_line(f"{name}: torch's own {operation}")
-        for note in one.notes:
-            print_line(f"{name}: {note}")
-    if isinstance(found.flash_attn, str):
-        print_line(f"flash_attn: {found.flash_attn}")
-    print_line(f"Bandwidth of the {gpu.name}: {gpu.source}. All figures {NOT_MEASURED}.")
 
 
 def print_imported(imported: list[Imported], here: set[str]) -> None:

@@ -1,21 +1,22 @@
 """The code that torch.compile would run on a GPU, generated and assembled on a machine that has none.
 
-All of torch's and triton's private interfaces that `inspect` needs are used here and nowhere else. Inductor compiles for fake
-CUDA tensors and a described device, and is stopped when the code is written. That code is then run on tensors without memory,
-where its launches are recorded, and each kernel is assembled with the ptxas of triton's wheel, in every configuration that
-the autotuner could choose.
+All private interfaces of torch and triton that `python -m tests.gpu_code` needs are used here and nowhere else.
+Inductor compiles for fake CUDA tensors and a described device, and is stopped when the code is written. That code is
+then run on tensors without memory, where its launches are recorded, and each kernel is assembled with the ptxas of
+triton's wheel, in every configuration that the autotuner could choose.
 """
 
+import itertools
 import os
 import re
 import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -24,17 +25,27 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compiled_logprobs.errors import BackendUnavailable, LogProbsError
-from tests.gpu_code.data_sheets import Gpu
+from tests.gpu_code.data_sheets import DataSheet
 
 TESTED_WITH = "torch 2.13.0 and triton 3.7.1"
+TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+"""Triton's."""
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One configuration of a kernel, and what the assembler says of it."""
+class Assembled:
+    """A kernel in one configuration: what was assembled, and what the assembler says of it."""
 
     constants: dict[str, Any]
     """Block sizes and other parameters that are known when it is compiled."""
+    parameters: tuple[str, ...]
+    """The others, in order."""
     warps: int
     registers: int
     """A thread."""
@@ -42,6 +53,8 @@ class Candidate:
     """Stack and local memory a thread."""
     shared_bytes: int
     """Of a program."""
+    ptx: str
+    sass: str
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ class Kernel:
     name: str
     source: str
     """Of the function alone."""
-    candidates: tuple[Candidate, ...]
+    configurations: tuple[Assembled, ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ class Launch:
     arguments: dict[str, Any]
     """By the names of the kernel's parameters: tensors and numbers."""
     grid: tuple[int, ...] = ()
-    """Where it is known."""
+    """Where it does not follow from sizes and blocks, as Inductor's does."""
 
 
 @dataclass
@@ -93,7 +106,7 @@ class _Written(BaseException):
 def generate(
     function: Callable[..., Any],
     arguments: Mapping[str, Tensor],
-    gpu: Gpu,
+    gpu: DataSheet,
     mark: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> Generated:
     """What Inductor writes for `function(**arguments)` on `gpu`.
@@ -144,34 +157,32 @@ def generate(
         if mark is not None:
             mark(list(fakes.values()))
         with suppress(_Written):
-            torch.compile(function, fullgraph=True, backend=backend)(**fakes)
+            torch.compile(_renamed(function), fullgraph=True, backend=backend)(**fakes)
         if len(found) != 1:
             raise RuntimeError(f"Inductor wrote {len(found)} modules")
     return Generated(found[0], tuple(inputs))
 
 
-def run(
-    generated: Generated,
-    arguments: Mapping[str, Any],
-    kernel: Callable[[str, str], Any],
-    allocate: Callable[..., Tensor],
-) -> Any:
-    """Execute the module that Inductor wrote, with other kernels and another allocator than its own.
+def _renamed(function: Any) -> Callable[..., Any]:
+    """`function` with a code object and a name of its own: by these torch.compile remembers which sizes have changed."""
+    name = f"{function.__name__}_{next(_NUMBERS)}"
+    code = function.__code__.replace(co_name=name)
+    return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
-    Args:
-        generated: the module.
-        arguments: of the function, on any device.
-        kernel: makes an object that has `run` from a kernel's name and source.
-        allocate: makes a tensor from shape, stride and dtype.
-    """
-    call = load(generated, kernel, allocate)
-    return call([eval(expression, {"L": arguments}) for expression in generated.inputs])
+
+_NUMBERS = itertools.count()
 
 
 def load(
     generated: Generated, kernel: Callable[[str, str], Any], allocate: Callable[..., Tensor]
 ) -> Callable[[list[Any]], Any]:
-    """The function `call` of the module that Inductor wrote, with other kernels and another allocator than its own."""
+    """The function `call` of the module that Inductor wrote, with other kernels and another allocator than its own.
+
+    Args:
+        generated: the module.
+        kernel: makes an object that has `run` from a kernel's name and source.
+        allocate: makes a tensor from shape, stride and dtype.
+    """
     with _translated("execute the generated code"):
         import torch._C
         import torch._inductor.async_compile as async_compile
@@ -195,7 +206,7 @@ def load(
 
     def call(arguments: list[Any]) -> Any:
         with (
-            patch.object(torch.cuda, "_DeviceGuard", _no_device_guard),
+            patch.object(torch.cuda, "_DeviceGuard", nullcontext),
             patch.object(torch.cuda, "set_device", lambda index: None),
         ):
             return inner(arguments)
@@ -203,7 +214,7 @@ def load(
     return call
 
 
-def record(generated: Generated, calls: Sequence[Mapping[str, Tensor]], gpu: Gpu) -> Program:
+def record(generated: Generated, calls: Sequence[Mapping[str, Tensor]], gpu: DataSheet) -> Program:
     """Run the generated module on tensors without memory, once for each of `calls`, and assemble its kernels for `gpu`."""
     program = Program()
     kernels: dict[str, tuple[Kernel, list[str]]] = {}
@@ -211,41 +222,34 @@ def record(generated: Generated, calls: Sequence[Mapping[str, Tensor]], gpu: Gpu
     class Recorder:
         def __init__(self, name: str, source: str) -> None:
             if name not in kernels:
-                kernels[name] = _assembled(name, source, gpu)
+                kernels[name] = _assemble_generated(name, source, gpu)
             self.kernel, self.parameters = kernels[name]
 
         def run(self, *arguments: Any, stream: int) -> None:
-            named = dict(zip(self.parameters, arguments, strict=False))
-            program.launches.append(Launch(self.kernel, named))
+            program.launches.append(Launch(self.kernel, dict(zip(self.parameters, arguments, strict=False))))
 
     def allocate(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-        with recorded.paused():
-            tensor = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        operations.off = True  # it is noted as a buffer, below, and only once
+        tensor = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        operations.off = False
         program.buffers.append(tensor)
         return tensor
 
-    recorded = _Operations(program)
-    with _translated("execute the generated code"), recorded:
+    operations = _Operations(program)
+    with _translated("execute the generated code"), operations:
         for arguments in calls:
-            results = run(generated, arguments, Recorder, allocate)
+            call = load(generated, Recorder, allocate)
+            results = call([eval(expression, {"L": arguments}) for expression in generated.inputs])
             program.results += [result for result in results if isinstance(result, Tensor)]
     return program
 
 
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's gap
+class _Operations(TorchDispatchMode):
     """Notes the operations of torch that are executed, apart from views and allocations."""
 
     def __init__(self, program: Program) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # likewise
+        super().__init__()
         self.program, self.off = program, False
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self.off = True
-        try:
-            yield
-        finally:
-            self.off = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -269,7 +273,7 @@ def record_eager(function: Callable[[], Any]) -> list[tuple[str, int]]:
 
 
 def record_launches(
-    function: Callable[[], Any], kernels: Mapping[str, Any], gpu: Gpu, install: Callable[[str, Any], None]
+    function: Callable[[], Any], kernels: Mapping[str, Any], gpu: DataSheet, install: Callable[[str, Any], None]
 ) -> Program:
     """What `function` launches, of kernels that are written by hand.
 
@@ -280,6 +284,7 @@ def record_launches(
         install: puts something else in the place of the kernel of that name.
     """
     program = Program()
+    assembled: dict[Any, Kernel] = {}
 
     class Recorder:
         def __init__(self, name: str, kernel: Any) -> None:
@@ -288,7 +293,7 @@ def record_launches(
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             def launch(*arguments: Any, **options: Any) -> None:
                 named = {**dict(zip(self.kernel.arg_names, arguments, strict=False)), **options}
-                program.launches.append(_hand_written(self.name, self.kernel, named, grid, gpu))
+                program.launches.append(_assemble_launch(self.name, self.kernel, named, grid, gpu, assembled))
 
             return launch
 
@@ -338,82 +343,83 @@ def _executed(source: str) -> Any:
     return module
 
 
-def _assembled(name: str, source: str, gpu: Gpu) -> tuple[Kernel, list[str]]:
+def _assemble_generated(name: str, source: str, gpu: DataSheet) -> tuple[Kernel, list[str]]:
     with _translated("assemble the kernels"), _described(gpu):
-        import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]  # no stubs, and optional
-        from triton.compiler import ASTSource  # type: ignore[import-untyped, import-not-found, unused-ignore]
-
         tuner = _executed(source)[name]
-        candidates = []
+        configurations = []
         for configuration in tuner.configs:
             meta = tuner._create_compile_meta(configuration)
-            binary = triton.compile(
-                ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0]),
-                target=_target(gpu),
-                options=tuner._create_compile_options(configuration, meta),
-            )
-            candidates.append(_candidate(binary, configuration.kwargs, configuration.num_warps))
+            options = tuner._create_compile_options(configuration, meta)
+            # Block sizes and warps of the configuration; the rest of the constants is in the source.
+            parts = (tuner.fn, meta["signature"], meta["constants"], meta["configs"][0])
+            configurations.append(_assemble(parts, options, configuration.kwargs, configuration.num_warps, gpu))
         function = "@triton.jit\n" + source.split("@triton.jit\n", 1)[1]
-        return Kernel(name, function, tuple(candidates)), list(tuner.fn.arg_names)
+        return Kernel(name, function, tuple(configurations)), list(tuner.fn.arg_names)
 
 
-def _hand_written(name: str, kernel: Any, named: dict[str, Any], grid: tuple[int, ...], gpu: Gpu) -> Launch:
-    with _described(gpu):
-        import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
-        from triton.compiler import ASTSource  # type: ignore[import-untyped, import-not-found, unused-ignore]
-
-        named = {**named, **{key: rule(named) for key, rule in getattr(kernel, "values", {}).items()}}
-        function = kernel.fn if hasattr(kernel, "values") else kernel
-        warps = named.pop("num_warps", 4)
-        constants = {p.name: named[p.name] for p in function.params if p.is_constexpr}
-        signature, attributes = {}, {}
-        for index, parameter in enumerate(function.params):
-            value = named[parameter.name]
-            signature[parameter.name] = "constexpr" if parameter.is_constexpr else _type_name(value)
-            # As at a launch: triton looks at which pointers and integers are multiples of 16, and where rows begin.
-            if not parameter.is_constexpr and not isinstance(value, float):
-                if isinstance(value, Tensor) or value % 16 == 0:
-                    attributes[(index,)] = [["tt.divisibility", 16]]
-                elif value == 1:
-                    signature[parameter.name], constants[parameter.name] = "constexpr", 1
-        binary = triton.compile(
-            ASTSource(function, signature, constants, attributes), target=_target(gpu), options={"num_warps": warps}
-        )
-        one = _candidate(binary, constants, warps)
-        return Launch(Kernel(name, function.src, (one,)), named, grid)
+def _assemble_launch(
+    name: str, kernel: Any, named: dict[str, Any], grid: tuple[int, ...], gpu: DataSheet, kernels: dict[Any, Kernel]
+) -> Launch:
+    """Assemble a kernel as triton would at this launch, unless `kernels` has it."""
+    named = {**named, **{key: rule(named) for key, rule in getattr(kernel, "values", {}).items()}}
+    function = kernel.fn if hasattr(kernel, "values") else kernel
+    warps = named.pop("num_warps", 4)
+    constants = {p.name: named[p.name] for p in function.params if p.is_constexpr}
+    signature, attributes = {}, {}
+    for index, parameter in enumerate(function.params):
+        value = named[parameter.name]
+        signature[parameter.name] = "constexpr" if parameter.is_constexpr else _type_name(value)
+        # Triton looks at which pointers and integers are multiples of 16, and where rows begin.
+        if not parameter.is_constexpr and not isinstance(value, float):
+            if isinstance(value, Tensor) or value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            elif value == 1:
+                signature[parameter.name], constants[parameter.name] = "constexpr", 1
+    key = name, warps, *map(str, (constants, signature, attributes))
+    if key not in kernels:
+        parts = (function, signature, constants, attributes)
+        with _described(gpu):
+            assembled = _assemble(parts, {"num_warps": warps}, constants, warps, gpu)
+        kernels[key] = Kernel(name, function.src, (assembled,))
+    return Launch(kernels[key], named, grid)
 
 
 def _type_name(value: Any) -> str:
     if isinstance(value, Tensor):
-        names = {
-            torch.float32: "fp32",
-            torch.bfloat16: "bf16",
-            torch.float16: "fp16",
-            torch.int64: "i64",
-            torch.bool: "i1",
-        }
-        return "*" + names[value.dtype]
+        return "*" + TYPE_NAMES[value.dtype]
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def _candidate(binary: Any, constants: Mapping[str, Any], warps: int) -> Candidate:
+def _assemble(
+    parts: tuple[Any, dict[str, str], Any, Any], options: Any, constants: Mapping[str, Any], warps: int, gpu: DataSheet
+) -> Assembled:
+    """Assemble what `ASTSource` is made of: function, types of its parameters, constants and attributes."""
     import triton
+    from triton.compiler import ASTSource
 
+    binary = triton.compile(ASTSource(*parts), target=_target(gpu), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown)}
-    return Candidate(
-        dict(constants), warps, usage["REG"], max(usage["STACK"], usage["LOCAL"]), int(binary.metadata.shared)
+    return Assembled(
+        constants=dict(constants),
+        parameters=tuple(name for name, kind in parts[1].items() if kind != "constexpr"),
+        warps=warps,
+        registers=usage["REG"],
+        spilled_bytes=max(usage["STACK"], usage["LOCAL"]),
+        shared_bytes=int(binary.metadata.shared),
+        ptx=binary.asm["ptx"],
+        sass=shown,
     )
 
 
-def _target(gpu: Gpu) -> Any:
-    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped, import-not-found, unused-ignore]
+def _target(gpu: DataSheet) -> Any:
+    from triton.backends.compiler import GPUTarget
 
     major, minor = gpu.capability
     return GPUTarget("cuda", 10 * major + minor, 32)
@@ -433,31 +439,25 @@ def _translated(doing: str) -> Iterator[None]:
     except LogProbsError:
         raise
     except Exception as error:
-        import importlib.metadata
-
-        def found(package: str) -> str:
-            try:
-                return importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                return "missing"
+        import triton
 
         lines = str(error).strip().splitlines() or [""]
         raise BackendUnavailable(
-            f"inspect could not {doing}: it relies on what is inside torch and triton, was tested with {TESTED_WITH}, and found "
-            f"torch {torch.__version__} and triton {found('triton')}: {type(error).__name__}: {lines[0]}"
+            f"could not {doing}: this relies on what is inside torch and triton, was tested with {TESTED_WITH}, and found "
+            f"torch {torch.__version__} and triton {triton.__version__}: {type(error).__name__}: {lines[0]}"
         ) from error
 
 
 @contextmanager
-def _described(gpu: Gpu) -> Iterator[ExitStack]:
+def _described(gpu: DataSheet) -> Iterator[ExitStack]:
     """Within it, torch and triton believe that there is one device, `gpu`. Nothing of it stays."""
     import torch._dynamo.device_interface as interfaces
     import torch._inductor.fx_passes.joint_graph as joint_graph
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.runtime.hints import DeviceProperties
-    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses import fake_tensor
     from torch.utils import _triton
-    from triton.runtime.driver import driver  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    from triton.runtime.driver import driver
 
     major, minor = gpu.capability
     properties = SimpleNamespace(
@@ -479,19 +479,37 @@ def _described(gpu: Gpu) -> Iterator[ExitStack]:
         "get_device_capability": lambda device=None: (major, minor),
         "is_initialized": lambda: False,
         "is_bf16_supported": lambda *arguments, **options: True,
+        "is_current_stream_capturing": lambda: False,
         "synchronize": lambda device=None: None,
         "get_rng_state": lambda *arguments, **options: torch.zeros(1, device="cpu"),
         "set_rng_state": lambda *arguments, **options: None,
         "_exchange_device": lambda index: 0,
         "_maybe_exchange_device": lambda index: 0,
     }
-    # What looks at the device once and remembers it.
-    remembered = (DeviceProperties.create, _triton.has_triton, _triton.triton_backend, _triton.triton_hash_with_backend)
     deduce = joint_graph.UniformValueConstantFolder._deduce_value
+    copy, invert = torch.ops.aten.copy_.default, torch.ops.aten.bitwise_not.default
 
     def deduce_on_cpu(self: Any, node: Any) -> Any:
-        with _OnCpu():  # type: ignore[no-untyped-call]  # torch's gap
+        with _OnCpu():
             return deduce(self, node)
+
+    others = [
+        (CudaInterface.Worker, "get_device_properties", staticmethod(device["get_device_properties"])),
+        # Patterns of attention and matrix products, which would be traced on the device, and which nothing here has.
+        (joint_graph, "lazy_init", lambda device=None: None),
+        # Constants are evaluated, on the device.
+        (joint_graph.UniformValueConstantFolder, "_deduce_value", deduce_on_cpu),
+        # The Python bindings of these ask for the device's driver, and the operators do not.
+        (fake_tensor.FakeTensor, "copy_", lambda a, b: copy(a, b)),
+        (fake_tensor.FakeTensor, "__invert__", lambda a: invert(a)),
+        (driver, "_active", SimpleNamespace(get_current_target=lambda: _target(gpu))),
+        # These three matter to a torch built for CUDA, which looks for a driver where others know that there is none.
+        (fake_tensor, "init_gpu_context", lambda device: None),
+        (torch.cuda.graphs, "is_current_stream_capturing", lambda: False),
+        (torch.accelerator, "is_available", lambda: False),
+    ]
+    # What looks at the device once and remembers it.
+    remembered = (DeviceProperties.create, _triton.has_triton, _triton.triton_backend, _triton.triton_hash_with_backend)
 
     def forget() -> None:
         for one in remembered:
@@ -505,19 +523,9 @@ def _described(gpu: Gpu) -> Iterator[ExitStack]:
             stack.enter_context(patch.object(torch.cuda, name, value))
             if name in vars(CudaInterface):
                 stack.enter_context(patch.object(CudaInterface, name, staticmethod(value)))
-        stack.enter_context(
-            patch.object(CudaInterface.Worker, "get_device_properties", staticmethod(device["get_device_properties"]))
-        )
+        for owner, name, value in others:
+            stack.enter_context(patch.object(owner, name, value, create=True))
         stack.enter_context(patch.dict(interfaces.caching_worker_device_properties))
-        # Patterns of attention and matrix products, which would be traced on the device, and which nothing here has.
-        stack.enter_context(patch.object(joint_graph, "lazy_init", lambda device=None: None))
-        # Constants are evaluated, on the device.
-        stack.enter_context(patch.object(joint_graph.UniformValueConstantFolder, "_deduce_value", deduce_on_cpu))
-        # The Python bindings of these ask for the device's driver, and the operators do not.
-        copy, invert = torch.ops.aten.copy_.default, torch.ops.aten.bitwise_not.default
-        stack.enter_context(patch.object(FakeTensor, "copy_", lambda a, b: copy(a, b), create=True))
-        stack.enter_context(patch.object(FakeTensor, "__invert__", lambda a: invert(a), create=True))
-        stack.enter_context(patch.object(driver, "_active", SimpleNamespace(get_current_target=lambda: _target(gpu))))
         try:
             yield stack
         finally:
@@ -525,7 +533,7 @@ def _described(gpu: Gpu) -> Iterator[ExitStack]:
                 os.environ.pop("TRITON_CACHE_DIR", None)
 
 
-class _OnCpu(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's gap
+class _OnCpu(TorchDispatchMode):
     """What is allocated on a device is allocated on the CPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -533,8 +541,3 @@ class _OnCpu(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's gap
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu")
         return func(*args, **kwargs)
-
-
-@contextmanager
-def _no_device_guard(index: int) -> Iterator[None]:
-    yield

@@ -1,34 +1,35 @@
-"""What the compiled backend does on a GPU, read from the code that is generated for it. Nothing here is measured.
+"""What backends do on a GPU, read from the code that is generated and assembled for it. Nothing here is measured.
 
-How often the logits are read is counted in the kernels' source. Each load and store stands in loops over rows, columns or both,
-and so touches as many elements as these have, at most as many as its tensor has. Two rules are not obvious:
+A kernel's time is the largest of three: its bytes over the bandwidth, its exponentials over the rate of the special function
+units, its instructions over the rate at which warps are issued. `machine_code.py` counts all three a thread; here they are
+multiplied with the threads of all launches. Two rules are not obvious:
 
-* Loads of one kernel from the same address count once if they are in the same loop. In a later loop they count again, as a
-  pass over memory, unless what all programs on a multiprocessor have read since then fits into `STAYS_IN_L1`.
-* What is done to ignored rows only, under a condition that is loaded, is left out: a call without ignored labels.
+* What threads load of a small tensor, such as labels, is moved once. Of the logits and whatever else has their size,
+  whole passes are counted; a second one not where what all programs on a multiprocessor read fits into `STAYS_IN_L1`.
+* Of several configurations that Inductor's autotuner tries on the device, the one of the fewest instructions is timed.
+  Registers and spills are those of the worst.
 
-Shapes: N rows, V vocabulary, K labels a row.
+Shapes: N rows, V vocabulary, K labels a row; B sequences of T positions, N = B x T.
 """
 
-import ast
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from compiled_logprobs.backends import compiled, get_backend
-from compiled_logprobs.errors import BackendUnavailable
+from compiled_logprobs.errors import BackendUnavailable, InputError
 from compiled_logprobs.machine.bandwidth import backward_bytes, forward_bytes
 from compiled_logprobs.operation import formula
 from compiled_logprobs.operation.formula import Saved, Upstream
-from compiled_logprobs.problem import Problem, as_it_lies, short_name
-from tests.gpu_code.data_sheets import Gpu
+from compiled_logprobs.problem import Problem, layout_of, short_name
+from tests.gpu_code.data_sheets import WARP, DataSheet
 from tests.gpu_code.generated_code import (
-    Candidate,
+    Assembled,
     Kernel,
     Launch,
     Program,
@@ -37,44 +38,25 @@ from tests.gpu_code.generated_code import (
     record_eager,
     record_launches,
 )
+from tests.gpu_code.machine_code import Work, read, trips
 
 NOT_MEASURED = "from generated code, not measured"
 STAYS_IN_L1 = 64 * 1024
 """Bytes: half of the L1 of the smallest of the GPUs here, an L40S."""
 PART_OF_A_PASS = 0.05
-"""Of the logits; accesses to fewer elements, such as those at the labels and results by row or block, are no part of a pass."""
+"""Of the logits; tensors with fewer elements are small."""
+LARGEST_BLOCK = 16384
+"""Columns that a program reads at most at a time. Rows may be padded to whole blocks, and what is loaded with them."""
 RESIDENT_PROGRAMS = 32
 """On a multiprocessor, at most."""
-EXPONENTIALS = {"exp": 1, "exp2": 1, "fast_expf": 1, "online_softmax_combine": 2}
-"""Functions by the exponentials that each element costs."""
 INDEXES_WITH_64_BITS = re.compile(r"(program_id\(0\)|row|row_stride)\.to\(tl\.int64\)")
-ACROSS = {"row_idx": "x", "row": "x", "cols": "c", "col_offsets": "c", "columns": "c"}
-"""Variables of hand-written kernels that run over rows (x) and over columns (c)."""
+SEQUENCES = 8
+"""B of a slice, at most."""
 
-
-@dataclass(frozen=True)
-class Access:
-    """A load or a store in a kernel's source."""
-
-    parameter: str
-    address: str
-    is_store: bool
-    axes: frozenset[str]
-    """What its address runs over: x and y for elements of a pointwise kernel or rows of a reduction, r0_ for what is reduced."""
-    loop: int | None
-    """Which of the kernel's loops it stands in."""
-    conditional: bool
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """A kernel's source, looked through once."""
-
-    accesses: tuple[Access, ...]
-    exponentials: tuple[tuple[int, frozenset[str]], ...]
-    """How many at a place, and what it runs over."""
-    sizes: dict[str, int]
-    """Sizes that stand in the source, such as r0_numel."""
+Lying = Literal["flat", "rows", "slice"]
+"""How the logits lie: one row after another; with a gap after each; or as `logits[:, :-1]` of [B, T + 1, V]."""
+LAYOUTS: tuple[Lying, ...] = get_args(Lying)
+Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -84,7 +66,7 @@ class KernelReport:
     name: str
     launches: int
     candidates: int
-    """Configurations that the autotuner chooses from on the device; the next four are the worst of them."""
+    """Configurations that the autotuner chooses from on the device; the next three are the worst of them."""
     registers: int
     spills: int
     """Bytes a thread."""
@@ -96,6 +78,11 @@ class KernelReport:
     """Passes over the logits' memory; less than 1 where only single elements are read."""
     repeated_loads_in_l1: int
     bytes: int
+    instructions_per_logit: float
+    """The fewest of any configuration."""
+    exponentials_per_logit: float
+    seconds: float
+    """The largest of its three times."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +107,14 @@ class Direction:
     minimum_bytes: int | None
     """That every backend has to move; None where the function is not this library's operation."""
     exponentials_per_logit: float
+    instructions_per_logit: float
     seconds_by_bandwidth: float
-    """What `bytes` take at the data sheet's bandwidth."""
+    """What `bytes` take at the data sheet's bandwidth; the next two likewise."""
+    seconds_by_exponentials: float
+    """With logarithms and reciprocals, which the same units compute."""
+    seconds_by_issue: float
+    seconds: float
+    """The sum over the kernels of the largest of their three times."""
     kernel_reports: tuple[KernelReport, ...]
     operations: tuple[str, ...] = ()
     """Those of torch that are not generated."""
@@ -130,74 +123,81 @@ class Direction:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found."""
+    """One problem on one GPU. A backend's `backward` is None where none is asked for."""
 
-    gpu: Gpu
+    gpu: DataSheet
     problem: Problem
+    layout: Lying
     forward: Direction
     backward: Direction | None
-    flash_attn: "FlashAttnInspection | str"
-    """Or the reason why its kernels are not here."""
+    flash_attn: dict[str, Direction | None] | str
+    """flash-attn's forward and backward on the same problem, or the reason why its kernels are not here."""
 
     def to_dict(self) -> dict[str, Any]:
         """For programs: numbers, strings, lists and dictionaries."""
-        problem = self.problem
+        problem, flash_attn = self.problem, self.flash_attn
+        names = ("rows", "vocab", "labels_per_row", "needs_grad", "entropy", "inplace_backward", "aligned")
+        rates = {name: getattr(self.gpu, name) for name in ("instructions_per_second", "special_per_second")}
         return {
             "note": NOT_MEASURED,
-            "gpu": {**asdict(self.gpu), "bandwidth_from": "data sheet"},
+            "gpu": {**asdict(self.gpu), **rates, "bandwidth_from": "data sheet"},
             "arch": self.gpu.arch,
             "torch": torch.__version__,
             "problem": {
-                **{
-                    name: getattr(problem, name)
-                    for name in ("rows", "vocab", "labels_per_row", "needs_grad", "entropy")
-                },
+                **{name: getattr(problem, name) for name in names},
                 "dtype": short_name(problem.dtype),
-                "inplace_backward": problem.inplace_backward,
+                "layout": self.layout,
             },
             "forward": asdict(self.forward),
-            "backward": None if self.backward is None else asdict(self.backward),
-            "flash_attn": {"why_not": self.flash_attn} if isinstance(self.flash_attn, str) else asdict(self.flash_attn),
+            "backward": self.backward and asdict(self.backward),
+            "flash_attn": {"why_not": flash_attn}
+            if isinstance(flash_attn, str)
+            else {name: one and asdict(one) for name, one in flash_attn.items()},
         }
 
 
-@dataclass(frozen=True)
-class FlashAttnInspection:
-    """flash-attn's kernels on the same problem."""
-
-    forward: Direction
-    backward: Direction | None
-
-
-def inspect(problem: Problem, gpu: Gpu) -> Inspection:
+def inspect(problem: Problem, gpu: DataSheet, layout: Lying = "flat") -> Inspection:
     """Generate, assemble and count the kernels of the `compiled` backend, and of flash-attn beside it.
 
     Args:
-        problem: on cuda; contiguous logits and a temperature for all rows.
+        problem: on cuda, with a temperature for all rows. Its layout and alignment become those of `layout`.
         gpu: what to compile for.
+        layout: how the logits lie.
 
     Raises:
         BackendUnavailable: triton is missing, or torch's or triton's internals are not as expected.
+        InputError: these rows cannot be a slice.
     """
     try:
-        import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: F401  no stubs, and optional
+        import triton  # noqa: F401
     except ImportError as error:
         raise BackendUnavailable(
-            "inspect assembles kernels with triton, which is not installed here. It needs no GPU: pip install triton."
+            "triton assembles the kernels, and is not installed here. It needs no GPU: pip install triton."
         ) from error
-    problem = as_it_lies(problem)
-    forward = _forward(problem, gpu)
-    backward = _backward(problem, gpu) if problem.needs_grad else None
-    return Inspection(gpu, problem, forward, backward, _flash_attn(problem, gpu))
+    logits = logits_of(problem.rows, problem.vocab, problem.dtype, layout)
+    lies, aligned = layout_of(logits)
+    problem = problem._replace(layout=lies, aligned=aligned)
+    backward = _backward(problem, logits, gpu) if problem.needs_grad else None
+    return Inspection(gpu, problem, layout, _forward(problem, logits, gpu), backward, _flash_attn(problem, logits, gpu))
+
+
+def logits_of(rows: int, vocab: int, dtype: torch.dtype, layout: Lying = "flat") -> Tensor:
+    """Logits without memory: [N, V], or for a slice [B, T, V] with B as large as it can be, up to `SEQUENCES`."""
+    if layout == "flat":
+        return _empty(rows, vocab, dtype=dtype)
+    if layout == "rows":
+        return _empty(rows, vocab + 64, dtype=dtype)[:, :vocab]
+    batch = max(n for n in range(1, SEQUENCES + 1) if rows % n == 0)
+    if batch in (1, rows):
+        raise InputError(
+            f"got {rows} rows for a slice, which are no several sequences of several positions; 8192 = 8 x 1024 is valid. "
+            "Take another number."
+        )
+    return _empty(batch, rows // batch + 1, vocab, dtype=dtype)[:, :-1]
 
 
 def inspect_function(
-    function: Callable[..., Any],
-    arguments: Mapping[str, Tensor],
-    gpu: Gpu,
-    *,
-    least: int | None = None,
-    hints: list[int] | None = None,
+    function: Function, arguments: Mapping[str, Tensor], gpu: DataSheet, *, hints: list[int] | None = None
 ) -> Direction:
     """What torch.compile makes of any `function(**arguments)` with N dynamic.
 
@@ -205,52 +205,56 @@ def inspect_function(
         function: takes tensors by name, among them `logits` [N, V].
         arguments: on the meta device.
         gpu: what to compile for.
-        least: the bytes that have to move.
         hints: the sizes that the leading dimensions are optimised for, in place of their own.
     """
-    generated = generate(function, arguments, gpu, lambda fakes: compiled.mark(fakes, 1, hints))
-    return _direction(record(generated, [arguments], gpu), [arguments["logits"]], gpu, least)
+    return _direction(_recorded(function, [arguments], gpu, hints), [arguments["logits"]], gpu, None)
 
 
-def _forward(problem: Problem, gpu: Gpu) -> Direction:
-    logits = _empty(problem.rows, problem.vocab, dtype=problem.dtype)
-    key = compiled.key_for(problem)
-    rows, hints = problem.rows, None
+def _recorded(
+    function: Function, calls: Sequence[Mapping[str, Tensor]], gpu: DataSheet, hints: list[int] | None = None
+) -> Program:
+    leading = calls[0]["logits"].ndim - 1
+    return record(generate(function, calls[0], gpu, lambda fakes: compiled.mark(fakes, leading, hints)), calls, gpu)
+
+
+def _forward(problem: Problem, logits: Tensor, gpu: DataSheet) -> Direction:
+    key, rows, hints = compiled.key_for(problem), len(logits), None
     if compiled.reads_blocks(key.device_type, key.vocab):
-        hints = compiled.hints_for(logits)
-        rows = compiled.rows_at_a_time(logits)
+        rows, hints = compiled.rows_at_a_time(logits), compiled.hints_for(logits)
+    if rows < 2 and len(logits) > rows:
+        raise InputError(
+            f"got {problem.rows} rows, of which too many lie between two strides. Take fewer than 2^31 logits."
+        )
+    parts = logits.split(rows)
     calls = [
         {
-            "logits": logits[start : start + rows],
-            "labels": _empty(min(rows, problem.rows - start), problem.labels_per_row, dtype=torch.int64),
+            "logits": part,
+            "labels": _empty(*part.shape[:-1], problem.labels_per_row, dtype=torch.int64),
             "temperature": _empty(),
         }
-        for start in range(0, problem.rows, rows)
+        for part in parts
     ]
-    function = compiled.forward_function(key, problem.entropy)
-    generated = generate(function, calls[0], gpu, lambda fakes: compiled.mark(fakes, 1, hints))
-    notes = [] if len(calls) == 1 else [f"in {len(calls)} parts of {rows} rows at most, which 32-bit indices reach"]
-    return _direction(
-        record(generated, calls, gpu), [call["logits"] for call in calls], gpu, forward_bytes(problem), notes
-    )
+    program = _recorded(compiled.forward_function(key, problem.entropy), calls, gpu, hints)
+    notes = () if len(parts) == 1 else (f"in {len(parts)} parts of {rows} rows at most, which 32-bit indices reach",)
+    return _direction(program, parts, gpu, forward_bytes(problem), notes)
 
 
-def _backward(problem: Problem, gpu: Gpu) -> Direction:
-    rows, labels_per_row = problem.rows, problem.labels_per_row
-    logits = _empty(rows, problem.vocab, dtype=problem.dtype)
+def _backward(problem: Problem, logits: Tensor, gpu: DataSheet) -> Direction:
+    rows = logits.shape[:-1]
     arguments = {
         "logits": logits,
-        "labels": _empty(rows, labels_per_row, dtype=torch.int64),
+        "labels": _empty(*rows, problem.labels_per_row, dtype=torch.int64),
         "temperature": _empty(),
-        "m": _empty(rows, 1),
-        "log_s": _empty(rows, 1),
-        "ignored": _empty(rows, dtype=torch.bool),
-        "grad_log_probs": _empty(rows, labels_per_row),
+        "m": _empty(*rows, 1),
+        "log_s": _empty(*rows, 1),
+        "ignored": _empty(*rows, dtype=torch.bool),
+        "grad_log_probs": _empty(*rows, problem.labels_per_row),
     }
     if problem.entropy:
-        arguments |= {"entropy": _empty(rows, 1), "grad_entropy": _empty(rows)}
-    function = compiled.backward_function(compiled.key_for(problem), problem.inplace_backward)
-    program = record(generate(function, arguments, gpu, lambda fakes: compiled.mark(fakes, 1, None)), [arguments], gpu)
+        arguments |= {"entropy": _empty(*rows, 1), "grad_entropy": _empty(*rows)}
+    program = _recorded(
+        compiled.backward_function(compiled.key_for(problem), problem.inplace_backward), [arguments], gpu
+    )
     if len(program.results) > 1:  # the values at the labels, which the backend writes afterwards
         gradient, at_labels = program.results
         program.operations += [
@@ -261,16 +265,13 @@ def _backward(problem: Problem, gpu: Gpu) -> Direction:
     return _direction(program, [logits], gpu, backward_bytes(problem))
 
 
-def _flash_attn(problem: Problem, gpu: Gpu) -> FlashAttnInspection | str:
+def _flash_attn(problem: Problem, logits: Tensor, gpu: DataSheet) -> dict[str, Direction | None] | str:
     """flash-attn's kernels as its backend launches them, on tensors without memory."""
     backend = get_backend("flash_attn")
     reason = backend.why_not(problem)
     if reason is not None:
         return reason
-    from compiled_logprobs.backends import (
-        flash_attn,
-        flash_attn_rows,  # the second imports triton
-    )
+    from compiled_logprobs.backends import flash_attn, flash_attn_rows  # the second imports triton
 
     module = flash_attn.kernel_module()
     owners = {
@@ -279,26 +280,26 @@ def _flash_attn(problem: Problem, gpu: Gpu) -> FlashAttnInspection | str:
         "zero_ignored_rows": flash_attn_rows,
     }
     kernels = {name: getattr(owner, name) for name, owner in owners.items()}
-    logits = _empty(problem.rows, problem.vocab, dtype=problem.dtype)
-    labels = _empty(problem.rows, 1, dtype=torch.int64)
-    results: list[Any] = []
+    rows, labels = logits.shape[:-1], _empty(*logits.shape[:-1], 1, dtype=torch.int64)
+    residuals: list[Tensor] = []
 
     def forward() -> list[Tensor]:
-        results[:] = backend.forward(logits, labels, 1.0, entropy=False)
-        return [results[0]]
+        log_probs, _, kept = backend.forward(logits, labels, 1.0, entropy=False)
+        residuals[:] = kept
+        return [log_probs]
 
     def backward() -> list[Tensor]:
-        ignored, upstream = _empty(problem.rows, dtype=torch.bool), _empty(problem.rows, 1)
-        residuals, inplace = results[2], problem.inplace_backward
-        return [backend.backward(Saved(logits, labels, 1.0, residuals, ignored), Upstream(upstream), inplace=inplace)]
+        saved = Saved(logits, labels, 1.0, tuple(residuals), _empty(*rows, dtype=torch.bool))
+        return [backend.backward(saved, Upstream(_empty(*rows, 1)), inplace=problem.inplace_backward)]
 
-    def recorded(function: Callable[[], list[Tensor]]) -> Program:
-        return record_launches(function, kernels, gpu, lambda name, kernel: setattr(owners[name], name, kernel))
+    def direction(function: Callable[[], list[Tensor]], least: int) -> Direction:
+        program = record_launches(function, kernels, gpu, lambda name, kernel: setattr(owners[name], name, kernel))
+        return _direction(program, [logits], gpu, least)
 
-    forward_report = _direction(recorded(forward), [logits], gpu, forward_bytes(problem))
-    if not problem.needs_grad:
-        return FlashAttnInspection(forward_report, None)
-    return FlashAttnInspection(forward_report, _direction(recorded(backward), [logits], gpu, backward_bytes(problem)))
+    return {
+        "forward": direction(forward, forward_bytes(problem)),
+        "backward": direction(backward, backward_bytes(problem)) if problem.needs_grad else None,
+    }
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -311,257 +312,148 @@ class _Sum:
 
     kernel: Kernel
     launches: int = 0
-    elements_read: int = 0
-    repeated_in_l1: int = 0
+    instructions: int = 0
+    special: int = 0
+    exponentials: int = 0
     bytes: int = 0
+    logits_read: float = 0
+    """Elements; the next two count what is read and written in whole passes."""
     read_in_passes: int = 0
     written_in_passes: int = 0
-    exponentials: int = 0
+    repeated_in_l1: int = 0
+
+    def seconds(self, gpu: DataSheet) -> tuple[float, float, float]:
+        issue = self.instructions / gpu.instructions_per_second
+        return self.bytes / gpu.bandwidth, self.special / gpu.special_per_second, issue
 
 
 def _direction(
-    program: Program, parts: Sequence[Tensor], gpu: Gpu, least: int | None, notes: Sequence[str] = ()
+    program: Program, parts: Sequence[Tensor], gpu: DataSheet, least: int | None, notes: tuple[str, ...] = ()
 ) -> Direction:
     """Add up what a program does. `parts` are the logits, in one or several tensors."""
     whole = sum(part.numel() for part in parts)
-    storages = {_identity(part) for part in parts}
     sums: dict[str, _Sum] = {}
     for launch in program.launches:
-        one = sums.setdefault(launch.kernel.name, _Sum(launch.kernel))
-        one.launches += 1
-        _add(one, launch, storages, whole)
-    reports = tuple(
-        KernelReport(
-            one.kernel.name,
-            one.launches,
-            len(one.kernel.candidates),
-            *_worst(one.kernel.candidates),
-            tuple(sorted({candidate.warps for candidate in one.kernel.candidates})),
-            64 if INDEXES_WITH_64_BITS.search(one.kernel.source) else 32,
-            one.elements_read / whole,
-            one.repeated_in_l1,
-            one.bytes,
-        )
-        for one in sums.values()
-    )
+        _add(sums.setdefault(launch.kernel.name, _Sum(launch.kernel)), launch, parts, whole)
+    reports = tuple(_report(one, gpu, whole) for one in sums.values())
     results = {_identity(result) for result in program.results if result.dtype == parts[0].dtype}
     wide = [
-        buffer
+        buffer.numel()
         for buffer in program.buffers
         if buffer.numel() >= PART_OF_A_PASS * whole
         and buffer.dtype.is_floating_point
         and buffer.dtype.itemsize >= 4
         and _identity(buffer) not in results
     ]
-    moved = sum(one.bytes for one in sums.values()) + sum(size for _, size in program.operations)
+    by_torch = sum(size for _, size in program.operations)
+    moved = sum(one.bytes for one in sums.values()) + by_torch
     if moved < 0.99 * (least or 1):
         raise BackendUnavailable(
-            f"inspect cannot follow the kernels that torch {torch.__version__} generated: it finds {moved} bytes moved, fewer "
-            "than there have to be. Nothing else in this library depends on it."
+            f"the kernels that torch {torch.__version__} generated cannot be followed: {moved} bytes are moved, fewer than there "
+            "have to be. Nothing in the library depends on it."
         )
+    times = [one.seconds(gpu) for one in sums.values()]
     return Direction(
         kernels=len(program.launches) + len(program.operations),
         logits_reads=_passes(sum(one.read_in_passes for one in sums.values()), whole),
         gradient_writes=_passes(sum(one.written_in_passes for one in sums.values()), whole),
-        nxv_float32_buffers=_passes(sum(buffer.numel() for buffer in wide), whole),
+        nxv_float32_buffers=_passes(sum(wide), whole),
         registers=max((report.registers for report in reports), default=0),
         spills=max((report.spills for report in reports), default=0),
         shared_bytes=max((report.shared_bytes for report in reports), default=0),
         bytes=moved,
         minimum_bytes=least,
         exponentials_per_logit=round(sum(one.exponentials for one in sums.values()) / whole, 3),
+        instructions_per_logit=round(sum(one.instructions for one in sums.values()) / whole, 2),
         seconds_by_bandwidth=moved / gpu.bandwidth,
+        seconds_by_exponentials=sum(special for _, special, _ in times),
+        seconds_by_issue=sum(issue for _, _, issue in times),
+        seconds=sum(map(max, times)) + by_torch / gpu.bandwidth,
         kernel_reports=reports,
         operations=tuple(name for name, _ in program.operations),
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
-def _passes(elements: int, whole: int) -> int:
+def _report(one: _Sum, gpu: DataSheet, whole: int) -> KernelReport:
+    configurations = one.kernel.configurations
+    return KernelReport(
+        name=one.kernel.name,
+        launches=one.launches,
+        candidates=len(configurations),
+        registers=max(each.registers for each in configurations),
+        spills=max(each.spilled_bytes for each in configurations),
+        shared_bytes=max(each.shared_bytes for each in configurations),
+        warps=tuple(sorted({each.warps for each in configurations})),
+        index_bits=64 if INDEXES_WITH_64_BITS.search(one.kernel.source) else 32,
+        logits_reads=one.logits_read / whole,
+        repeated_loads_in_l1=one.repeated_in_l1,
+        bytes=one.bytes,
+        instructions_per_logit=round(one.instructions / whole, 3),
+        exponentials_per_logit=round(one.exponentials / whole, 3),
+        seconds=max(one.seconds(gpu)),
+    )
+
+
+def _passes(elements: float, whole: int) -> int:
     return math.ceil(elements / whole - 1e-6)
-
-
-def _worst(candidates: tuple[Candidate, ...]) -> tuple[int, int, int]:
-    return (
-        max(one.registers for one in candidates),
-        max(one.spilled_bytes for one in candidates),
-        max(one.shared_bytes for one in candidates),
-    )
-
-
-def _add(one: _Sum, launch: Launch, logits: set[int], whole: int) -> None:
-    constants = launch.kernel.candidates[0].constants
-    analysis = analyse(launch.kernel.source, {**constants, **_numbers(launch.arguments)})
-    sizes = {**analysis.sizes, **_numbers(launch.arguments)}
-
-    def elements(axes: frozenset[str]) -> int:
-        return math.prod(_size(axis, sizes, launch) for axis in axes)
-
-    one.exponentials += sum(count * elements(axes) for count, axes in analysis.exponentials)
-    seen: dict[tuple[str, bool, str], set[int | None]] = {}
-    for access in analysis.accesses:
-        tensor = launch.arguments.get(access.parameter)
-        if not isinstance(tensor, Tensor) or (access.conditional and elements(access.axes) > len(tensor)):
-            continue
-        loops = seen.setdefault((access.parameter, access.is_store, access.address), set())
-        if access.loop in loops:
-            continue
-        again = bool(loops) and not access.is_store
-        loops.add(access.loop)
-        # Padding is masked, and what all columns of a row share is read from memory once.
-        touched = min(elements(access.axes), tensor.numel())
-        if again and _stays(launch, sizes, tensor):
-            one.repeated_in_l1 += 1
-            continue
-        one.bytes += touched * tensor.element_size()
-        in_passes = touched if touched >= PART_OF_A_PASS * whole else 0
-        if access.is_store:
-            one.written_in_passes += in_passes
-        if _identity(tensor) in logits and not access.is_store:
-            one.elements_read += touched
-            one.read_in_passes += in_passes
-
-
-def _stays(launch: Launch, sizes: Mapping[str, int], tensor: Tensor) -> bool:
-    """Whether what a program read in one loop is still in L1 when it comes back to it, in every configuration."""
-    walked = math.prod(size for name, size in sizes.items() if name.startswith("r") and name.endswith("numel"))
-    return all(
-        walked
-        * candidate.constants.get("XBLOCK", 1)
-        * tensor.element_size()
-        * min(RESIDENT_PROGRAMS, 64 // candidate.warps)
-        <= STAYS_IN_L1
-        for candidate in launch.kernel.candidates
-    )
-
-
-def _size(axis: str, sizes: Mapping[str, int], launch: Launch) -> int:
-    if axis == "c":
-        return sizes["n_cols"] if "n_cols" in sizes else sizes["V"]
-    return launch.grid[0] if launch.grid else sizes[f"{axis}numel"]
-
-
-def _numbers(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
 
 
 def _identity(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def analyse(source: str, constants: Mapping[str, Any]) -> Analysis:
-    """Look through the source of one Triton function.
+def _add(one: _Sum, launch: Launch, logits: Sequence[Tensor], whole: int) -> None:
+    """Add a launch in its configuration of the fewest instructions."""
+    numbers = {name: value for name, value in launch.arguments.items() if not isinstance(value, Tensor)}
 
-    Args:
-        source: the function, with or without decorators.
-        constants: what is known of its parameters, to tell which branches are compiled.
-    """
-    function = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)][-1]  # after its helpers
-    reader = _Reader(constants, {argument.arg for argument in function.args.args})
-    reader.read(function.body)
-    return Analysis(tuple(reader.accesses), tuple(reader.exponentials), reader.sizes)
+    def work_of(configuration: Assembled) -> tuple[int, int, Work]:
+        loops = trips(launch.kernel.source, {**numbers, **configuration.constants})
+        work = read(configuration.ptx, configuration.sass, configuration.parameters, loops)
+        programs = math.prod(launch.grid) if launch.grid else _programs(numbers, configuration.constants)
+        return programs * WARP * configuration.warps, programs, work
 
-
-class _Reader:
-    """Follows, statement by statement, what each variable runs over."""
-
-    def __init__(self, constants: Mapping[str, Any], parameters: set[str]) -> None:
-        self.constants, self.parameters = constants, parameters
-        self.axes: dict[str, frozenset[str]] = {}
-        self.origin: dict[str, str] = {}
-        """Variables that are a pointer plus an offset, by the parameter that they come from."""
-        self.accesses: list[Access] = []
-        self.exponentials: list[tuple[int, frozenset[str]]] = []
-        self.sizes: dict[str, int] = {}
-        self.loop: int | None = None
-        self.loops = 0
-        self.conditional = False
-
-    def read(self, statements: list[ast.stmt]) -> None:
-        for statement in statements:
-            if isinstance(statement, ast.For):
-                outer, self.loop, self.loops = self.loop, self.loops, self.loops + 1
-                self.read(statement.body)
-                self.loop = outer
-            elif isinstance(statement, ast.If):
-                self._branch(statement)
-            elif isinstance(statement, ast.Assign | ast.AugAssign | ast.AnnAssign):
-                self._assign(statement)
-            elif isinstance(statement, ast.Expr):
-                self._axes_of(statement.value)
-
-    def _branch(self, statement: ast.If) -> None:
-        try:
-            known = {"__builtins__": {}, **self.constants}
-            taken = eval(compile(ast.Expression(statement.test), "test", "eval"), known)
-        except Exception:  # noqa: BLE001  not known when it is compiled
-            self._axes_of(statement.test)
-            outer, self.conditional = self.conditional, True
-            self.read(statement.body)
-            self.read(statement.orelse)
-            self.conditional = outer
-        else:
-            self.read(statement.body if taken else statement.orelse)
-
-    def _assign(self, statement: ast.Assign | ast.AugAssign | ast.AnnAssign) -> None:
-        target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
-        value = statement.value
-        if value is None:
-            return
-        axes = self._axes_of(value)
-        if isinstance(statement, ast.AugAssign):
-            axes |= self._axes_of(target)
-        for name in target.elts if isinstance(target, ast.Tuple) else [target]:
-            if not isinstance(name, ast.Name):
+    works = [(*work_of(each), each) for each in launch.kernel.configurations]
+    threads, programs, work, configuration = min(works, key=lambda each: each[0] * each[2].instructions)
+    one.launches += 1
+    one.instructions += threads * work.instructions
+    one.special += threads * work.special
+    one.exponentials += threads * work.exponentials
+    resident = min(RESIDENT_PROGRAMS, 64 // configuration.warps)
+    storages = {_identity(part) for part in logits}
+    padding = _padded(logits[0].shape[-1]) / logits[0].shape[-1]
+    for is_read, sizes in ((True, work.loaded), (False, work.stored)):
+        for name, size in sizes.items():
+            tensor = launch.arguments[name]
+            if not isinstance(tensor, Tensor):
                 continue
-            if name.id.endswith("index") and name.id != "rindex":  # xindex, r0_index
-                self.axes[name.id] = frozenset({name.id.removesuffix("index")})
-            else:
-                self.axes[name.id] = frozenset({ACROSS[name.id]}) if name.id in ACROSS else axes
-            pointer = self._pointer(value)
-            if pointer is not None and name.id != pointer:
-                self.origin[name.id] = pointer
-            if name.id.endswith("numel") and isinstance(value, ast.Constant) and isinstance(value.value, int):
-                self.sizes[name.id] = value.value
+            elements = threads * size / tensor.element_size()
+            in_passes = tensor.numel() >= PART_OF_A_PASS * whole and elements >= 0.95 * tensor.numel()
+            passes = max(1, math.ceil(elements / tensor.numel() / padding / 1.02)) if in_passes else 1
+            if (
+                is_read
+                and passes > 1
+                and elements / passes * tensor.element_size() / programs * resident <= STAYS_IN_L1
+            ):
+                one.repeated_in_l1 += passes - 1
+                passes = 1
+            touched = passes * tensor.numel() if in_passes else min(int(elements), tensor.numel())
+            one.bytes += touched * tensor.element_size()
+            counted = touched if touched >= PART_OF_A_PASS * whole else 0
+            if not is_read:
+                one.written_in_passes += counted
+            elif _identity(tensor) in storages:
+                one.logits_read += touched
+                one.read_in_passes += counted
 
-    def _axes_of(self, node: ast.AST) -> frozenset[str]:
-        if isinstance(node, ast.Name):
-            return self.axes.get(node.id, frozenset())
-        if isinstance(node, ast.Call):
-            return self._call(node)
-        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple):
-            # [:, None] follows a reduction, which leaves the rows.
-            return frozenset(axis for axis in self._axes_of(node.value) if not axis.startswith("r"))
-        found: frozenset[str] = frozenset()
-        for child in ast.iter_child_nodes(node):
-            found |= self._axes_of(child)
-        return found
 
-    def _call(self, node: ast.Call) -> frozenset[str]:
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        arguments = frozenset[str]().union(*(self._axes_of(child) for child in (*node.args, *node.keywords)))
-        if isinstance(node.func, ast.Attribute):
-            arguments |= self._axes_of(node.func.value)
-        if name in ("load", "store"):
-            pointer = self._pointer(node.args[0])
-            axes = self._axes_of(node.args[0])
-            if pointer is not None and pointer in self.axes:
-                axes |= self.axes[pointer]
-            access = (ast.unparse(node.args[0]), name == "store", axes, self.loop, self.conditional)
-            self.accesses.append(Access(pointer or "", *access))
-            return axes if name == "load" else frozenset()
-        if name in EXPONENTIALS:
-            self.exponentials.append((EXPONENTIALS[name], arguments))
-        if name in ("sum", "max") and len(node.args) == 1:  # over everything
-            return frozenset()
-        return arguments
+def _programs(numbers: Mapping[str, Any], blocks: Mapping[str, Any]) -> int:
+    """Of a kernel of Inductor's, from its sizes and blocks."""
+    return math.prod(
+        -(-numbers[f"{x}numel"] // blocks.get(f"{x.upper()}BLOCK", 1)) for x in "xyz" if f"{x}numel" in numbers
+    )
 
-    def _pointer(self, node: ast.AST) -> str | None:
-        """The parameter that a sum starts from, if it is one with a pointer."""
-        while isinstance(node, ast.BinOp):
-            node = node.left
-        if not isinstance(node, ast.Name):
-            return None
-        if node.id in self.origin:
-            return self.origin[node.id]
-        return node.id if node.id in self.parameters else None
+
+def _padded(columns: int) -> int:
+    """To whole blocks, or for a short row to a power of two."""
+    return -(-columns // LARGEST_BLOCK) * LARGEST_BLOCK if columns > LARGEST_BLOCK else 1 << (columns - 1).bit_length()

@@ -21,11 +21,11 @@ from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.check.run import check_backend
 from compiled_logprobs.operation import formula
 from compiled_logprobs.problem import Problem, layout_of
-from tests.gpu_code.data_sheets import gpu_for
+from tests.gpu_code.data_sheets import data_sheet
 from tests.gpu_code.generated_code import Generated, generate, heuristics, load
 from tests.helpers.triton_interpreter import like_a_gpu
 
-GPU = gpu_for("sm_90")
+GPU = data_sheet("sm_90")
 
 
 apply_reduction = interpreter.ReduceOps.apply_impl
