@@ -165,7 +165,7 @@ def nemo_next(rng: random.Random, dtype: torch.dtype) -> Inputs:
 def nemo_sampled(rng: random.Random, dtype: torch.dtype) -> Inputs:
     inputs = nemo_next(rng, dtype)
     top_k = rng.choice([None, -1, 1, min(3, inputs.logits.shape[-1])])
-    inputs.options["sampling_params"] = SimpleNamespace(top_k=top_k, top_p=rng.choice([1.0, 0.9, 0.4]))
+    inputs.options["sampling_params"] = SimpleNamespace(top_k=top_k, top_p=rng.choice([1.0, 0.9, 0.4, 0.0]))
     return inputs
 
 

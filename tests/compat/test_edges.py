@@ -69,6 +69,11 @@ def test_something_else_that_needs_the_logits_is_told():
         both.backward()
 
 
+def test_rlinf_takes_the_vocabulary_in_any_dimension():
+    ours = rlinf.compute_entropy_from_logits(X, dim=1)
+    torch.testing.assert_close(ours, originals.rlinf_compute_entropy_from_logits(X, dim=1))
+
+
 KEEP = torch.ones(3, 5, dtype=torch.bool)
 
 
