@@ -22,7 +22,7 @@ from compiled_logprobs import backends
 from compiled_logprobs.backends import get_backend, why_not
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.backends.eager import Eager
-from compiled_logprobs.choose.serving import tune_all
+from compiled_logprobs.choose.tune import tune_all
 from compiled_logprobs.operation.formula import Computed
 from compiled_logprobs.problem import Problem, as_it_lies
 from compiled_logprobs.store.files import Store

@@ -1,7 +1,7 @@
 """What `backend="auto"` may do: whether it may measure, for how long, and which backends it may admit.
 
-The environment variables `COMPILED_LOGPROBS_MODE` and `COMPILED_LOGPROBS_BUDGET_S` set it for a process, as they are when it is
-first asked for; `autotune` sets it for a block.
+The environment variables `COMPILED_LOGPROBS_MODE` and `COMPILED_LOGPROBS_BUDGET_S` set it for a process, as they are
+when it is first asked for; `autotune` sets it for a block.
 """
 
 import math
@@ -52,20 +52,24 @@ def autotune(
     row_invariant: bool | None = None,
     require_hit: bool | None = None,
 ) -> Iterator[None]:
-    """Set what `backend="auto"` may do, for this thread or task, until the block ends; what is not named stays as it is.
+    """Set what `backend="auto"` may do, for this thread or task, until the block ends; what is not named stays as it
+    is.
 
     with autotune("lookup", require_hit=True):
         log_probs = log_probs_from_logits(logits, labels)
 
     Args:
-        mode: "tune" measures a new problem at its first call, where that is possible; "lookup" uses what is stored and never
-            measures; "off" uses neither, but the default rule alone.
+        mode: "tune" measures a new problem at its first call, where that is possible; "lookup" uses what is stored and
+            never measures; "off" uses neither, but the default rule alone.
         budget_s: seconds that a problem's tuning may take; a process may spend three times as much. Default 20.
-        row_invariant: admit only backends whose rows have the same bits whatever N they came with, as the check found here,
-            and let the first that serves a kind of problem serve all N of it in this process, with the gradient and without:
-            then old and new log-probabilities of the same weights are equal, and their ratios start at exactly 1.
-        require_hit: raise ProfileError for a problem that no profile decides, instead of measuring it or guessing. Problems so
-            small that `eager` serves them by rule need no profile.
+        row_invariant: admit only backends that declare the same bits for a row whatever N it came with, and let one
+            serve all calls of a kind (device, vocabulary, dtype, labels a row, masked or not), with the gradient or
+            entropy and without: then old and new log-probabilities of the same weights are equal, and their ratios
+            start at exactly 1. That one is the first in the list of `backends()` that can run all of them and passes
+            the check of its rows here. What was measured does not count, so that all ranks and processes choose the
+            same, whatever they call first.
+        require_hit: raise ProfileError for a problem that no profile decides, instead of measuring it or guessing.
+            Problems so small that `eager` serves them by rule need no profile.
 
     Raises:
         InputError: the mode is none of these, or the budget is no number of seconds.
@@ -95,7 +99,8 @@ def _of_process() -> Policy:
 
 
 def is_rank() -> bool:
-    """Whether this process is one of several ranks, or is to be: none of them may choose for itself, and so never measures."""
+    """Whether this process is one of several ranks, or is to be: none of them may choose for itself, and so never
+    measures."""
     size = os.environ.get("WORLD_SIZE", "")
     return (size.isdigit() and int(size) > 1) or (distributed.is_available() and distributed.is_initialized())
 

@@ -3,8 +3,7 @@
 import pytest
 
 from compiled_logprobs import policy
-from compiled_logprobs.choose import rule as decisions
-from compiled_logprobs.choose import serving, view
+from compiled_logprobs.choose import memory
 from compiled_logprobs.store import ROOT_VARIABLE
 from tests.helpers.dashboard_stores import scenario  # noqa: F401 - a fixture, for the tests that ask for it
 
@@ -14,13 +13,7 @@ def nothing_known(monkeypatch, tmp_path_factory):
     monkeypatch.setenv(policy.MODE_VARIABLE, "off")
     policy._of_process.cache_clear()
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path_factory.mktemp("profiles")))
-    monkeypatch.setattr(decisions, "_served", {})
-    monkeypatch.setattr(decisions, "_decided", {})
-    monkeypatch.setattr(decisions, "_hot", {})
-    monkeypatch.setattr(decisions, "_set_aside", {})
-    monkeypatch.setattr(serving, "_short_checks", {})
-    monkeypatch.setattr(serving, "_spent_s", 0.0)
-    monkeypatch.setattr(view, "_frozen", {})
+    monkeypatch.setattr(memory, "MEMORY", memory.Memory())
     yield
     policy._of_process.cache_clear()
 

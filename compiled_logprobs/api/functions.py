@@ -1,12 +1,10 @@
 """The public functions: check the arguments, choose a backend, call it."""
 
-import warnings
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
 
 from compiled_logprobs.arguments import (
     check_labels,
@@ -16,15 +14,14 @@ from compiled_logprobs.arguments import (
     checked_temperature,
     is_traced,
 )
-from compiled_logprobs.backends import EAGER, backends, get_backend, require_backend
+from compiled_logprobs.backends import backends, get_backend, require_backend
 from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.choose import rule as decisions
-from compiled_logprobs.choose import serving
+from compiled_logprobs.choose.auto import Auto, is_capturing
 from compiled_logprobs.choose.explain import Explanation, explain_problem
+from compiled_logprobs.choose.tune import tune as tune_alone
 from compiled_logprobs.decision import Decision
-from compiled_logprobs.errors import BackendUnavailable, InputError, nothing_can_serve_after
-from compiled_logprobs.operation.autograd import ForwardBackward, PlainFormula, compute
-from compiled_logprobs.operation.formula import Computed, Saved, Upstream
+from compiled_logprobs.errors import BackendUnavailable, InputError
+from compiled_logprobs.operation.autograd import PlainFormula, compute
 from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import Layout, Problem, Temperature, as_it_lies, collapse, layout_of
 
@@ -57,27 +54,27 @@ def log_probs_from_logits(
     With x = logits / temperature:  out[...] = x[..., label] - logsumexp(x[..., :]), accumulated in float32.
 
     Args:
-        logits: [..., V] unnormalised scores; float32, bfloat16 or float16 (float64 through eager). Not modified, and not
-            copied as long as the last stride is 1: slices such as `logits[:, :-1]` are taken as they are.
+        logits: [..., V] unnormalised scores; float32, bfloat16 or float16 (float64 through eager). Not modified, and
+            not copied as long as the last stride is 1: slices such as `logits[:, :-1]` are taken as they are.
         labels: [...] or [..., K], int64 or int32, in [0, V) or `ignore_index`, on the device of `logits`.
-        temperature: dimensionless, > 0; a number, or a tensor broadcastable to [...] (one a token) that needs no gradient.
-        ignore_index: a label that counts 0: result 0, gradient 0 (entropy 0 too where all K labels of a row are ignored).
-        return_entropy: also return the entropy of each row, from the same pass.
+        temperature: dimensionless, > 0; a number, or a tensor broadcastable to [...] (one a token) that needs no
+        gradient. ignore_index: a label that counts 0: result 0, gradient 0 (entropy 0 too where all K labels of a row
+        are ignored). return_entropy: also return the entropy of each row, from the same pass.
         masked_logits: whole regions of the vocabulary are -inf, as top-k and top-p filtering leave them.
-        inplace_backward: write the gradient over `logits`, which saves its memory. Nothing else may need their values by
-            then: whoever saved them for its own backward gets autograd's error (a second slice of the same tensor too), but
-            a plain read afterwards finds the gradient and cannot be detected. Not for leaf tensors. Where memory overlaps
-            (an expanded tensor), where the last stride is not 1, and inside torch.compile the gradient gets memory of its
-            own.
+        inplace_backward: write the gradient over `logits`, which saves its memory. Nothing else may need their values
+            by then: whoever saved them for its own backward gets autograd's error (a second slice of the same tensor
+            too), but a plain read afterwards finds the gradient and cannot be detected. Not for leaf tensors. Where
+            memory overlaps (an expanded tensor), where the last stride is not 1, and inside torch.compile the gradient
+            gets memory of its own.
         out_dtype: dtype of the results; None is the dtype of `logits`.
         backend: "auto", or the name of one of `backends()`, which then runs or raises. Inside torch.compile,
-            torch.export and under a fake-tensor mode the plain formula runs, whatever is named, for the compiler to fuse.
-            Under other dispatch modes (such as a counter of operations) "auto" is eager.
+            torch.export and under a fake-tensor mode the plain formula runs, whatever is named, for the compiler to
+            fuse. Under other dispatch modes (such as a counter of operations) "auto" is eager.
 
     Returns:
         [...] (or [..., K]) log-probabilities in nats, never positive, differentiable in `logits` once; with
-        `return_entropy` a `LogProbs`, whose entropy [...] is never negative and differentiable too. Rows that are all -inf,
-        or hold NaN or +inf, are NaN. On an accelerator, and while tracing, no value is looked at: a label outside
+        `return_entropy` a `LogProbs`, whose entropy [...] is never negative and differentiable too. Rows that are all
+        -inf, or hold NaN or +inf, are NaN. On an accelerator, and while tracing, no value is looked at: a label outside
         [0, V) or a temperature that is not > 0 makes its row NaN.
 
     Raises:
@@ -121,8 +118,8 @@ def cross_entropy_from_logits(
     """Cross entropy of each label: minus `log_probs_from_logits`, whose arguments and errors it shares.
 
     Args:
-        reduction: "none" returns [...] (or [..., K]); "sum" and "mean" a scalar. The mean is over the labels that are not
-            ignored, and NaN where all are, as in torch.nn.functional.cross_entropy.
+        reduction: "none" returns [...] (or [..., K]); "sum" and "mean" a scalar. The mean is over the labels that are
+            not ignored, and NaN where all are, as in torch.nn.functional.cross_entropy.
 
     Returns:
         Nats, never negative.
@@ -194,49 +191,47 @@ def tune(
 ) -> list[Decision]:
     """Measure which backend is fastest, now, and store it in the user's profiles; later calls and processes use it.
 
-    Where it cannot be stored, a warning says so, and this process uses it. Inside `autotune(row_invariant=True)` it measures what
-    serves there: the same problems with the gradient, not in place, and with flat rows.
+    Where it cannot be stored, a warning says so, and this process uses it.
 
     Args:
-        problems_or_logits: problems; or logits, whose shape, layout and options count, not their values. A problem with flat
-            rows of an odd V is taken as not aligned, whatever it says.
+        problems_or_logits: problems; or logits, whose shape, layout and options count, not their values. A problem with
+            flat rows of an odd V is taken as not aligned, whatever it says.
         labels: with logits: as for `log_probs_from_logits`, whose options the next five are.
         device: with problems: where to measure; by default the current device of their type.
         budget_s: seconds for each problem, by default 20; N shrinks where the rounds would take longer.
         again: measure also what the user's profiles hold already.
-        group: a process group of torch.distributed, whose ranks all call this with the same problems: the first rank on each
-            device measures, the times of the slowest count, the first of all stores, and all hold the same decision
-            afterwards. Where something fails on any rank, or it says nothing for four minutes, all hold `eager`, and a
-            warning says why; then nothing is stored.
+        group: a process group of torch.distributed, whose ranks all call this with the same problems: the first
+            measures and stores, and all hold its decisions afterwards. Where it fails, or another rank fails or waits
+            in vain before it is done, all hold `eager`, and a warning says why.
 
     Returns:
         The decision for each bucket of N among the problems, in their order.
 
     Raises:
-        InputError: the arguments do not fit together, here or on another rank of `group`, or are not the same on all.
-        LogProbsError: nothing could be decided for some of them; what was decided before is stored. With `group`: the store
-            that the group was made with does not answer any more.
+        InputError: the arguments do not fit together, or are not those of the first rank of `group`.
+        LogProbsError: nothing could be decided for some of them; what was decided before is stored.
     """
 
     def asked() -> tuple[list[Problem], torch.device]:
         if not isinstance(problems_or_logits, Tensor):
             return _problems_on_one_device(problems_or_logits, labels, device)
         if labels is None or device is not None:
+            got = "without labels" if labels is None else f"and device={device!r}"
             raise InputError(
-                f"got logits {'without labels' if labels is None else f'and device={device!r}'}; logits and labels on the "
-                "device to measure, or problems, are valid. Pass tune(logits, labels)."
+                f"got logits {got}; logits and labels on the device to measure, or problems, are valid. "
+                "Pass tune(logits, labels)."
             )
         problem = _problem_posed(
             problems_or_logits, labels, temperature, return_entropy, masked_logits, inplace_backward, out_dtype
         )
-        return [decisions.posed(problem, policy())], problems_or_logits.device
+        return [problem], problems_or_logits.device
 
     if group is not None:
         from compiled_logprobs.choose.group import tune_together
 
         return tune_together(asked, group, budget_s=budget_s, again=again)
     problems, where = asked()
-    return serving.tuned(problems, where, budget_s=budget_s, again=again)
+    return tune_alone(problems, where, budget_s=budget_s, again=again)
 
 
 def explain(
@@ -252,8 +247,8 @@ def explain(
 ) -> Explanation:
     """Which backend `log_probs_from_logits` takes for these arguments with `backend="auto"`, and why.
 
-    Nothing is computed, checked or measured. The arguments and their errors are those of `log_probs_from_logits`; whether
-    `logits` requires a gradient counts.
+    Nothing is computed, checked or measured. The arguments and their errors are those of `log_probs_from_logits`;
+    whether `logits` requires a gradient counts.
 
     Returns:
         An `Explanation`: `str()` for people, `.to_dict()` for programs.
@@ -305,8 +300,7 @@ def _problems_on_one_device(
         raise InputError(
             f"got problems and devices of types {', '.join(sorted(types))}; one is valid. Tune them apart."
         )
-    posed = [decisions.posed(as_it_lies(problem), policy()) for problem in problems]
-    return posed, where or torch.device(next(iter(types), "cpu"))
+    return [as_it_lies(problem) for problem in problems], where or torch.device(next(iter(types), "cpu"))
 
 
 def _run(
@@ -327,7 +321,7 @@ def _run(
     if is_traced(logits):
         return compute(_PLAIN, logits, labels, temperature, ignore_index=ignore_index, entropy=entropy)
     problem = problem_of(logits, labels, temperature, entropy, masked_logits, inplace_backward, out_dtype)
-    backend: ForwardBackward = _chosen_automatically(problem, logits) if name == "auto" else _named(name, problem)
+    backend = Auto(problem, logits) if name == "auto" else _require_warm(require_backend(name, problem), name, problem)
     return compute(
         backend,
         logits,
@@ -339,67 +333,13 @@ def _run(
     )
 
 
-def _named(name: str, problem: Problem) -> Backend:
-    backend = require_backend(name, problem)
-    if _is_capturing(problem) and not backend.is_warm(problem):
+def _require_warm(backend: Backend, name: str, problem: Problem) -> Backend:
+    if is_capturing(problem) and not backend.is_warm(problem):
         raise BackendUnavailable(
             f"backend {name!r} has not run {problem} yet, and cannot compile while a CUDA graph is captured. "
             "Call the function once before the capture, as torch.cuda.graphs asks of every function."
         )
     return backend
-
-
-def _chosen_automatically(problem: Problem, logits: Tensor) -> ForwardBackward:
-    eager = get_backend(EAGER)
-    if problem.rows == 0 or _is_observed(logits):
-        return eager
-    under = policy()
-    if _is_capturing(problem):
-        known = decisions.served(problem, under)
-        backend = eager if known is None else get_backend(known.name)
-        if under.row_invariant and (known is None or not backend.is_warm(problem)):
-            raise BackendUnavailable(
-                f"no backend has served {problem} with row_invariant=True yet, and none can be checked or compiled while a CUDA "
-                "graph is captured. Call the function once before the capture, or set row_invariant=False."
-            )
-        return backend if backend.is_warm(problem) else eager
-    name = decisions.known(problem, under) or serving.serve(problem, logits.device, under)
-    return eager if name == EAGER else _WithFallback(name, problem)
-
-
-class _WithFallback:
-    """A backend that was chosen automatically: should it raise, eager serves the call, and it is not chosen again."""
-
-    def __init__(self, name: str, problem: Problem) -> None:
-        self._name, self._problem = name, problem
-        self._backend = get_backend(name)
-
-    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
-        try:
-            return self._backend.forward(logits, labels, temperature, entropy=entropy)
-        except Exception as error:
-            if nothing_can_serve_after(error):
-                raise
-            is_first, why = decisions.set_aside(self._name, self._problem, error), str(error)
-        self._backend = get_backend(EAGER)
-        served = self._backend.forward(logits, labels, temperature, entropy=entropy)
-        if is_first:
-            _warn(
-                f"backend {self._name!r} failed on {self._problem} and is set aside for such problems in this process: "
-                f"{why}\neager serves the call. To see the whole error, name the backend."
-            )
-        return served
-
-    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
-        return self._backend.backward(saved, upstream, inplace=inplace)
-
-
-def _warn(text: str) -> None:
-    """Where warnings are errors, too, the call is served."""
-    try:
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
-    except RuntimeWarning:
-        serving.say(text)
 
 
 def problem_of(
@@ -435,12 +375,3 @@ def problem_of(
         layout,
         aligned,
     )
-
-
-def _is_observed(logits: Tensor) -> bool:
-    """Whether something else than torch itself sees each operation: a profiler of operations, or a tensor subclass."""
-    return bool(_len_torch_dispatch_stack()) or type(logits) not in (Tensor, torch.nn.Parameter)
-
-
-def _is_capturing(problem: Problem) -> bool:
-    return problem.device_type == "cuda" and torch.cuda.is_current_stream_capturing()

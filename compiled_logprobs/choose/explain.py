@@ -1,33 +1,48 @@
-"""Why `backend="auto"` takes the backend that it takes, for people and for programs."""
+"""Why `backend="auto"` takes the backend that it takes: the walk through the steps, for people and for programs."""
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from compiled_logprobs.backends import EAGER
-from compiled_logprobs.choose import rule as decisions
-from compiled_logprobs.choose.neighbours import Neighbour, neighbours
-from compiled_logprobs.choose.rule import Served
-from compiled_logprobs.choose.serving import why_no_hit, why_no_tuning
-from compiled_logprobs.choose.view import view
-from compiled_logprobs.decision import Candidate, Decision
-from compiled_logprobs.machine.environment import fingerprint_of
+from compiled_logprobs.choose import rule
+from compiled_logprobs.choose.memory import Choice
+from compiled_logprobs.choose.rule import Context, Pending
+from compiled_logprobs.decision import PLAIN, Decision
+from compiled_logprobs.machine.environment import MATCHED, environment_at
 from compiled_logprobs.policy import Policy
-from compiled_logprobs.problem import Problem, bucket, is_small, problem_to_dict
+from compiled_logprobs.problem import Problem, bucket, problem_to_dict
 
-_WHERE = {
-    "small": "fewer than 2^20 logits, and no profile decides it: eager by rule, since a launch costs more than the work",
+_SOURCES = {
+    "small": "fewer than 2^20 logits, and no profile decides it: eager, since a launch costs more than the work",
     "tuned here": "measured by this process",
     "ranks": "agreed between the ranks by tune(group=...)",
     "user store": "stored in the user's profiles",
     "project profiles": "stored in the profiles of the current folder",
     "bundled profiles": "stored in the profiles that came with the package",
-    "nearest": "stored for another number of rows, the nearest that was measured",
-    "default rule": "by the default rule: the first that can run it and passes a short check here; nothing was measured",
+    "near": "stored for another number of rows, within 4x of it",
+    "related": "stored for another number of rows, the nearest that was measured",
+    "default rule": "by the default rule: the first that can run it and passes a short check; nothing was measured",
+    "row invariant": "the first that declares invariant rows and passes the check of them, for all calls of a kind",
     "set aside": "the backend that served it failed, and is set aside in this process",
 }
+
+
+class Neighbour(NamedTuple):
+    """A stored decision, and the fields of its key that are not those of the problem."""
+
+    store: str
+    """Such as 'user store'."""
+    environment: str
+    """Its fingerprint."""
+    problem: Problem
+    differs: dict[str, tuple[Any, Any]]
+    """By field of the problem, or fact of the environment: there, and here."""
+
+    def __str__(self) -> str:
+        parts = [f"{name} is {there} there, and {here} here" for name, (there, here) in self.differs.items()]
+        return f"{self.problem} ({self.store}): {'; '.join(parts) or 'nothing differs'}"
 
 
 @dataclass(frozen=True)
@@ -38,14 +53,17 @@ class Explanation:
     backend: str | None
     """None where the next call will find out."""
     source: str | None
-    """Where the choice comes from; one of `compiled_logprobs.choose.rule.Source`, None where there is none yet."""
+    """Where the choice comes from, such as "user store" or "default rule"; None where there is none yet."""
     why: str
+    steps: dict[str, str]
+    """What each step of the rule said, in order, up to the one that decides."""
     decision: Decision | None
     """The measurement behind the choice, if there is one."""
     stale: str | None
     """What has changed since that measurement."""
     differs: dict[str, tuple[object, object]]
-    """Facts of the environment that were others then (there, here); those that decide a profile's validity cannot be."""
+    """Facts of the environment that were others then (there, here); those that decide a profile's validity cannot
+    be."""
     measured_rows: tuple[int, ...]
     """N for which profiles of this environment hold a decision of the same problem."""
     nearest: tuple[Neighbour, ...]
@@ -56,102 +74,103 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """For programs: plain values only."""
         return {
+            **vars(self),
             "problem": problem_to_dict(self.problem),
             "bucket_rows": bucket(self.problem).rows,
-            "backend": self.backend,
-            "source": self.source,
-            "why": self.why,
             "decision": None if self.decision is None else self.decision.to_dict(),
-            "stale": self.stale,
             "differs": {name: list(both) for name, both in self.differs.items()},
             "measured_rows": list(self.measured_rows),
-            "nearest": [one.to_dict() for one in self.nearest],
-            "set_aside": self.set_aside,
+            "nearest": [
+                {**neighbour._asdict(), "problem": problem_to_dict(neighbour.problem)} for neighbour in self.nearest
+            ],
         }
 
     def __str__(self) -> str:
-        details = self.problem.details()
-        lines = [
-            f"{self.problem}{f' ({details})' if details else ''}: {self.backend or 'not decided yet'}",
-            f"  {self.why}",
-        ]
+        lines = [f"{rule.describe(self.problem)}: {self.backend or 'not decided yet'}", f"  {self.why}"]
+        *before, _ = self.steps.items()
+        lines += [f"  {step}: {reason}" for step, reason in before]
         if self.measured_rows:
             lines.append(f"  profiles hold it for N of {', '.join(map(str, self.measured_rows))}")
         if self.stale:
             lines.append(f"  stale: {self.stale}")
         lines += [f"  set aside: {name} raised {error}" for name, error in self.set_aside.items()]
-        lines += [f"  near: {one}" for one in self.nearest]
+        lines += [f"  nearest: {neighbour}" for neighbour in self.nearest]
         if self.decision is not None:
-            lines += _of_decision(self.decision)
+            lines += _lines_of(self.decision)
         lines += [f"  {name} was {there} then, and is {here} here" for name, (there, here) in self.differs.items()]
         return "\n".join(lines)
 
 
 def explain_problem(problem: Problem, device: torch.device, under: Policy) -> Explanation:
     """What the next call of `problem` on `device` takes; nothing is measured or checked to find out."""
-    asked, problem = problem, decisions.posed(problem, under)
-    known, still_open = _known(problem, device, under)
-    decision = None if known is None else known.decision
-    takes = None if still_open else known
+    context = rule.context_of(problem, device, under)
+    trace = dict(rule.walk(context))
+    outcome = list(trace.values())[-1]
+    choice = outcome if isinstance(outcome, Choice) else None
+    decision, stale = (None, None) if isinstance(outcome, str) else (outcome.decision, outcome.stale)
     is_exact = decision is not None and decision.problem == bucket(problem)
     return Explanation(
-        problem=asked,
-        backend=None if takes is None else takes.name,
-        source=None if takes is None else takes.source,
-        why=still_open if takes is None else _WHERE[takes.source],
+        problem=problem,
+        backend=None if choice is None else choice.backend,
+        source=None if choice is None else choice.source,
+        why=_why(context, trace),
+        steps={step: _in_words(said) for step, said in trace.items()},
         decision=decision,
-        stale=None if known is None else known.stale,
-        differs={} if decision is None else decisions.what_differs(decision, device),
-        measured_rows=_measured_rows(problem, device),
-        nearest=() if is_exact else tuple(neighbours(problem, device, under)),
-        set_aside=decisions.failures(asked) | decisions.failures(problem),
+        stale=stale,
+        differs={} if decision is None else rule.what_differs(decision, device),
+        measured_rows=_measured_rows(context),
+        nearest=() if is_exact or under.row_invariant else tuple(nearest_stored(context)),
+        set_aside=context.memory.failures(problem),
     )
 
 
-def _known(problem: Problem, device: torch.device, under: Policy) -> tuple[Served | None, str]:
-    """What is known of it, and, where that does not serve the next call, what happens there instead."""
-    known = decisions.served(problem, under)
-    if known is not None:
-        return known, ""
-    known = None if under.mode == "off" else decisions.stored(problem, device, under)
-    no_tuning = why_no_tuning(problem, device, under)
-    if known is not None and (known.stale is None or no_tuning is not None):
-        return known, _what_is_checked(known, problem, under)
-    if under.require_hit and not is_small(problem):
-        return None, f"the next call raises ProfileError: {why_no_hit(problem, under)}"
-    if no_tuning is None:
-        again = "" if known is None else " again, since what is known of it is stale"
-        return known, f"the next call measures it{again}, within its budget"
-    if is_small(problem) and not under.row_invariant:
-        return Served(EAGER, "small"), ""
-    known = None if under.mode == "off" else decisions.nearest(problem, device, under)
-    if known is not None:
-        return known, _what_is_checked(known, problem, under)
-    return None, f"the next call takes the default rule; it does not measure, because {no_tuning}"
+def nearest_stored(context: Context, most: int = 3) -> list[Neighbour]:
+    """The `most` stored decisions whose keys differ in the fewest fields, by the names of the files."""
+    asked, here = bucket(context.problem), environment_at(context.device)
+    facts, names = here.to_dict(), MATCHED.get(context.device.type, MATCHED["cpu"])
+    ranked: list[tuple[float, Neighbour]] = []
+    for label, store in context.stores.items():
+        environments = store.environments()
+        for fingerprint, problem in store.problems():
+            there, mine = problem_to_dict(problem), problem_to_dict(asked)
+            differs = {name: (there[name], mine[name]) for name in mine if there[name] != mine[name]}
+            if fingerprint != here.fingerprint():
+                other = environments.get(fingerprint, {})
+                differs |= {name: (other.get(name), facts[name]) for name in names if other.get(name) != facts[name]}
+            octaves = abs(math.log2(max(1, problem.rows) / max(1, asked.rows)))
+            ranked.append((len(differs) + octaves / 1000, Neighbour(label, fingerprint, problem, differs)))
+    ranked.sort(key=lambda pair: pair[0])
+    return [neighbour for _, neighbour in ranked[:most]]
 
 
-def _what_is_checked(known: Served, problem: Problem, under: Policy) -> str:
-    """What the next call does before it takes `known`; empty where it does nothing."""
-    if not under.row_invariant or decisions.tells_of_rows(known, problem):
-        return ""
-    names = " and ".join(dict.fromkeys((known.name, EAGER)))
-    return (
-        f"the next call checks whether the rows of {names} depend on N, which nothing that was measured tells, and takes the "
-        "first whose do not"
-    )
+def _why(context: Context, trace: dict[str, Choice | Pending | str]) -> str:
+    outcome = list(trace.values())[-1]
+    if isinstance(outcome, Choice):
+        return _SOURCES.get(outcome.source, f"stored in {outcome.source}")
+    if isinstance(outcome, str):
+        error = rule.refusal(context)
+        return f"the next call raises {type(error).__name__}: {error}"
+    reason = trace.get("measure") if "default" in trace else None
+    return f"{outcome.reason}{f'; it does not measure, because {reason}' if reason else ''}"
 
 
-def _measured_rows(problem: Problem, device: torch.device) -> tuple[int, ...]:
-    top, environment = bucket(problem), fingerprint_of(device)
+def _in_words(outcome: Choice | Pending | str) -> str:
+    if isinstance(outcome, Choice):
+        return f"{outcome.backend}, {outcome.source}"
+    return outcome if isinstance(outcome, str) else outcome.reason
+
+
+def _measured_rows(context: Context) -> tuple[int, ...]:
+    top = bucket(context.problem)
     rows: set[int] = set()
-    for store in view(environment).values():
-        rows.update(other.rows for other in store.near(environment, top))
-        if store.read(environment, top) is not None:
+    for store in context.stores.values():
+        rows.update(other.rows for other in store.near(context.environment, top))
+        if store.read(context.environment, top) is not None:
             rows.add(top.rows)
     return tuple(sorted(rows))
 
 
-def _of_decision(decision: Decision) -> list[str]:
+def _lines_of(decision: Decision) -> list[str]:
     how = "short check" if decision.short_check else "full check"
     at = "" if decision.measured_rows == decision.problem.rows else f", timed with {decision.measured_rows} rows"
     lines = [f"  {decision.code}: {decision.reason}"]
@@ -165,15 +184,19 @@ def _of_decision(decision: Decision) -> list[str]:
         figures = candidate_figures(decision, name)
         if figures:
             lines.append(f"  {'':{width}}  {figures}")
+    if decision.plain_seconds is not None:
+        lines.append(f"  {PLAIN} and gather, which people use today: {decision.plain_seconds * 1e3:.3g} ms a call")
     return lines
 
 
 def candidate_figures(decision: Decision, name: str) -> str:
     """The figures of one candidate, in words; empty where nothing was measured."""
-    candidate: Candidate = decision.candidates[name]
+    candidate = decision.candidates[name]
     parts = []
     if candidate.seconds is not None:
         parts.append(f"{candidate.seconds * 1e3:.3g} ms a call")
+    if candidate.speedup_over_plain is not None:
+        parts.append(f"{candidate.speedup_over_plain} the speed of {PLAIN} and gather")
     if candidate.speedup is not None and name != decision.baseline:
         parts.append(f"{candidate.speedup} the speed of {decision.baseline}")
     if candidate.extra_multiple is not None:

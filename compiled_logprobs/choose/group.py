@@ -1,311 +1,137 @@
-"""`tune(group=...)`: ranks measure, each on its own device, and all hold the same decisions afterwards, or the baseline.
+"""`tune(group=...)`: the first rank measures, and all ranks hold its decisions, or all of them eager.
 
-The schedule is the same for every rank, whatever happens on any of them: three steps of a `Meeting`, in each of which all say
-something, if only that they failed, and what the first rank concludes holds for all.
-
-1. arrive   All say which problems they were asked for, their environment, on which device of which machine they are, and which
-            backends they can use. Conclusion: the plan. For each problem either the decision that the first rank's store holds,
-            or the backends to measure, which are those that all ranks have; and the ranks that measure: the first on each device.
-2. measure  These measure, at the same time, and say what they found; the others say nothing. Conclusion: the decisions, on the
-            times of the slowest: each candidate takes in each round what it took on the rank where it took longest, since
-            ranks that work together wait for the last.
-3. hold     All say the digest of each decision as they hold it, or why they cannot. Conclusion: where they agree.
-
-Where there is no conclusion, since something failed or a rank was silent for too long, all hold the baseline, which every rank
-has; so does a rank that comes late, when it gets there. The first rank stores what was measured, once all hold it.
+The answer is one cell of the group's store, written once, by `compare_set`: the decisions of the first rank, or "over"
+by whichever rank failed or ran out of patience first. Every rank obeys what is there, also one that comes late. No
+collective is called: one that times out would end the group.
 """
 
-import dataclasses
-import hashlib
+import contextlib
 import json
-import platform
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
-from compiled_logprobs.backends import BUILT_IN, EAGER, backends, code_of, target_of, why_not
-from compiled_logprobs.choose import rule as decisions
-from compiled_logprobs.choose import serving
-from compiled_logprobs.choose.meeting import Meeting, Over, by_rank
-from compiled_logprobs.choose.rule import Served
-from compiled_logprobs.choose.slowest import on_the_slowest
-from compiled_logprobs.decision import Candidate, Decision, Evidence
-from compiled_logprobs.errors import InputError, LogProbsError
-from compiled_logprobs.machine.environment import MATCHED, environment_at, fingerprint_of
-from compiled_logprobs.policy import Policy, checked_budget, policy
-from compiled_logprobs.problem import Problem, bucket, problem_to_dict
-from compiled_logprobs.store import user_store
-from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on, name_of
+from compiled_logprobs.backends import EAGER, backends, code_of
+from compiled_logprobs.choose import memory
+from compiled_logprobs.choose.rule import holds
+from compiled_logprobs.choose.tune import tune
+from compiled_logprobs.decision import TIME, Candidate, Decision
+from compiled_logprobs.errors import InputError
+from compiled_logprobs.machine.environment import environment_at, fingerprint_of
+from compiled_logprobs.policy import checked_budget, policy
+from compiled_logprobs.problem import Problem, bucket, problem_name
 
-LOCK_S = 120.0
-"""How long a rank waits for another process, none of the group's, that measures on its device."""
+PATIENCE_S = 300.0
+"""How long a rank waits for each problem beyond its budget: the first has to start a program, import, compile and
+check."""
 
-Plain = dict[str, Any]
-"""What ranks tell each other, as JSON has it."""
+Asked = Callable[[], tuple[list[Problem], torch.device]]
 
 
-def tune_together(
-    asked: Callable[[], tuple[list[Problem], torch.device]], group: Any, *, budget_s: float | None, again: bool
-) -> list[Decision]:
-    """Decide the problems that `asked` returns, on all ranks of `group`; see `tune`, and the module for the schedule."""
-    meeting = Meeting(group)
-    rank = _Rank(meeting, asked, budget_s, again)
+def tune_together(asked: Asked, group: Any, *, budget_s: float | None, again: bool) -> list[Decision]:
+    """Decide the problems that `asked` returns, on all ranks of `group`; see `api.functions.tune`."""
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise InputError(
+            f"got group={group!r:.80}; a process group of torch.distributed that this process belongs to is valid, "
+            "e.g. torch.distributed.group.WORLD. On a rank outside of it, do not call."
+        )
+    rank, store = group.rank(), group.get_group_store()
+    # The n-th calls of all ranks share a cell. The store counts them: it may have been another group's before.
+    cell = f"compiled_logprobs/{group.size()}/{store.add(f'compiled_logprobs/{group.size()}/of rank {rank}', 1)}"
     try:
-        plan = meeting.step(rank.arrive, rank.plan)
-        found = meeting.step(lambda: rank.measure(plan), lambda said: rank.choose(plan, said))
-        apart = meeting.step(lambda: rank.hold(plan, found), rank.compare)
-    except Over as over:
-        if over.is_input:
-            raise InputError(over.reason) from None
-        if rank.problems is None:
-            raise LogProbsError(over.reason) from None
-        return rank.settle([over.reason] * len(rank.problems))
-    except BaseException as error:  # of this rank alone, where the others may know no better than to hold the baseline
-        rank.settle([f"{type(error).__name__}: {error}"] * len(rank.problems or []))
+        given, device = asked()
+        problems = list(dict.fromkeys(map(bucket, given)))
+        seconds = policy().budget_s if budget_s is None else checked_budget(budget_s, "budget_s")
+    except BaseException as error:
+        _end(store, cell, rank, error)
         raise
-    agreed = rank.settle(apart)
-    if meeting.rank == 0:
-        rank.store(agreed, found)
-    return agreed
-
-
-class _Rank:
-    """What this rank does in each step."""
-
-    def __init__(
-        self,
-        meeting: Meeting,
-        asked: Callable[[], tuple[list[Problem], torch.device]],
-        budget_s: float | None,
-        again: bool,
-    ) -> None:
-        self._meeting, self._asked, self._budget_s, self._again = meeting, asked, budget_s, again
-        self.problems: list[Problem] | None = None
-        """None until it is known which these are."""
-        self._held: list[Decision | None] = []
-
-    def arrive(self) -> Plain:
-        """Step 1: what the plan depends on."""
-        problems, self._device = self._asked()
-        problems = self.problems = list(dict.fromkeys(map(bucket, problems)))
-        self._seconds = policy().budget_s if self._budget_s is None else checked_budget(self._budget_s, "budget_s")
-        return {
-            "problems": [problem_to_dict(problem) for problem in problems],
-            "environment": environment_at(self._device).matched(),
-            "place": f"{_machine()} {name_of(self._device)}",
-            "backends": {name: _told_of(name, problems) for name in backends()},
-        }
-
-    def plan(self, said: list[Plain]) -> Plain:
-        """The conclusion of step 1."""
-        _require_the_same(said)
-        first_there: dict[str, int] = {}
-        for number, one in enumerate(said):
-            first_there.setdefault(one["place"], number)
-        return {
-            "measuring": list(first_there.values()),
-            "problems": [
-                self._planned(problem, *_shared(index, [one["backends"] for one in said]))
-                for index, problem in enumerate(self.problems or [])
-            ],
-        }
-
-    def _planned(self, problem: Problem, names: list[str], missing: dict[str, str]) -> Plain:
-        if EAGER in missing:
-            raise LogProbsError(f"the ranks run different releases, as {EAGER} shows: {missing[EAGER]}")
-        store, environment = user_store(), fingerprint_of(self._device)
-        known = None if self._again else serving.current(store, problem, self._device, names)
-        if known is not None and known.chosen not in names:
-            known = None
-        standing = decisions.decision_in(store, environment, problem)
-        holds = standing is not None and decisions.holds(standing, standing.chosen)
-        return {
-            "known": None if known is None else _plain(known),
-            "names": names,
-            "missing": missing,
-            "incumbent": standing.chosen if standing is not None and holds else None,
-        }
-
-    def measure(self, plan: Plain) -> list[Plain | None]:
-        """Step 2: what came of each problem that is not known; of none, where another rank measures on this device."""
-        if self._meeting.rank not in plan["measuring"]:
-            return []
-        with Tuner(self._device, on_event=lambda event: self._meeting.sign_of_life()) as tuner:
-            return [
-                self._measured(tuner, problem, one) if one["known"] is None else None
-                for problem, one in zip(self.problems or [], plan["problems"], strict=True)
-            ]
-
-    def _measured(self, tuner: Tuner, problem: Problem, planned: Plain) -> Plain:
-        try:
-            with alone_on(self._device, LOCK_S) as alone:
-                if not alone:
-                    raise TuningFailed(f"another process has been measuring on {self._device} for {LOCK_S:g} s")
-                self._meeting.sign_of_life()
-                names, incumbent = planned["names"], planned["incumbent"]
-                decision, evidence = tuner.decide(problem, self._seconds, names=names, incumbent=incumbent)
-        except Exception as error:  # noqa: BLE001  it is for this problem; the others are to be told, whatever it is
-            return {"failed": f"{type(error).__name__}: {error}"}
-        return {"record": _plain(decision), "evidence": _plain(evidence)}
-
-    def choose(self, plan: Plain, said: list[list[Plain]]) -> list[Plain]:
-        """The conclusion of step 2: for each problem the decision and what it rests on, or why there is none."""
-        chosen: list[Plain] = []
-        for index, planned in enumerate(plan["problems"]):
-            if planned["known"] is not None:
-                chosen.append({"record": planned["known"], "evidence": None})
-                continue
-            measured = {rank: said[rank][index] for rank in plan["measuring"]}
-            try:
-                for rank, one in measured.items():
-                    if "failed" in one:
-                        raise TuningFailed(f"rank {rank}: {one['failed']}")
-                by_rank = {
-                    rank: (
-                        Decision.from_json(json.dumps(one["record"]).encode()),
-                        Evidence.from_json(json.dumps(one["evidence"]).encode()),
-                    )
-                    for rank, one in measured.items()
-                }
-                decision, evidence = on_the_slowest(by_rank, planned["incumbent"])
-            except LogProbsError as error:
-                chosen.append({"failed": str(error)})
-            else:
-                chosen.append({"record": _plain(decision), "evidence": _plain(evidence)})
-        return chosen
-
-    def hold(self, plan: Plain, found: list[Plain]) -> list[Plain]:
-        """Step 3: each of the decisions as this rank will hold it."""
-        said = []
-        for planned, one in zip(plan["problems"], found, strict=True):
-            self._held.append(None)
-            if "failed" in one:
-                said.append({"why_not": one["failed"]})
-                continue
-            decision = _limited(Decision.from_json(json.dumps(one["record"]).encode()), planned["missing"])
-            if decisions.usable(Served(decision.chosen, "ranks", decision), Policy()) is None:
-                why = f"backend {decision.chosen!r} cannot run here, or has other code"
-                said.append({"why_not": f"rank {self._meeting.rank}: {why}"})
-                continue
-            self._held[-1] = decision
-            said.append({"digest": hashlib.sha256(decision.to_json()).hexdigest()})
-        return said
-
-    def compare(self, said: list[list[Plain]]) -> list[str | None]:
-        """The conclusion of step 3: for each problem, why the ranks do not hold the same; None where they do."""
-        apart = []
-        for ones in zip(*said, strict=True):
-            reasons = dict.fromkeys(one["why_not"] for one in ones if "why_not" in one)
-            others = by_rank(["it holds another decision" if one != ones[0] else None for one in ones])
-            apart.append("; ".join(reasons) or others or None)
-        return apart
-
-    def settle(self, apart: list[str | None]) -> list[Decision]:
-        """Let what all ranks hold serve from now on; with a reason why there is no such decision, the baseline."""
-        settled, told = [], []
-        for index, (problem, why) in enumerate(zip(self.problems or [], apart, strict=True)):
-            decision = None if why else self._held[index]
-            if decision is None:
-                decision = _baseline(problem, why or "", self._device)
-                told.append(f"{problem}: {why}")
-            decisions.remember_decision(decision, "ranks")
-            settled.append(decision)
-        if told:
-            warnings.warn(
-                f"rank {self._meeting.rank} of the group holds {EAGER}, as all its ranks are to, for "
-                f"{'; for '.join(told)}.\nCall tune(..., group=...) again on all of them when that is mended.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        return settled
-
-    def store(self, agreed: list[Decision], found: list[Plain]) -> None:
-        """Store those of the decisions in `agreed` that were measured now."""
-        store, environment = user_store(), fingerprint_of(self._device)
-        for decision, one in zip(agreed, found, strict=True):
-            # What others have registered, and a stored decision chose, may serve them well.
-            foreign = decisions.unregistered_choice(store, environment, decision.problem)
-            if decision.rounds > 0 and one["evidence"] is not None and (foreign is None or self._again):
-                serving.publish(store, decision, Evidence.from_json(json.dumps(one["evidence"]).encode()), self._device)
-
-
-def _machine() -> str:
-    """What tells this machine from every other, for as long as it runs. It is never stored."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        return platform.node()
-
-
-def _told_of(name: str, problems: Sequence[Problem]) -> Plain:
-    """What has to be the same on all ranks, and why it cannot run the problems; a third party's is not imported to find out."""
-    if name in BUILT_IN:
-        return {"code": code_of(name), "why_not": [why_not(name, problem) for problem in problems]}
-    target = target_of(name)
-    code = target if isinstance(target, str) else f"an object of class {type(target).__name__}"
-    return {"code": code, "why_not": [None] * len(problems)}
-
-
-def _require_the_same(said: list[Plain]) -> None:
-    """Raise InputError where ranks ask for other problems than the first, and LogProbsError where their environments differ."""
-    here = said[0]
-    for rank, one in enumerate(said):
-        if one["problems"] != here["problems"]:
-            counts = f"{len(one['problems'])} there, {len(here['problems'])} here"
-            raise InputError(
-                f"got other problems on rank {rank} of the group than on its first ({counts}); the same on all ranks are "
-                "valid. Pass the same ones, in the same order."
+        if rank == 0:
+            decisions = tune(problems, device, budget_s=seconds, again=again)
+            answer = _write(
+                store,
+                cell,
+                {
+                    "problems": [problem_name(problem) for problem in problems],
+                    "environment": fingerprint_of(device),
+                    "decisions": [decision.to_json().decode() for decision in decisions],
+                },
             )
-    for rank, one in enumerate(said):
-        if one["environment"] != here["environment"]:
-            names = MATCHED.get(here["environment"]["device_type"], MATCHED["cpu"])
-            differs = [
-                f"{name} is {one['environment'].get(name)} there and {here['environment'].get(name)} on the first"
-                for name in ("device_type", *names)
-                if one["environment"].get(name) != here["environment"].get(name)
-            ]
-            raise LogProbsError(f"rank {rank} is in another environment: {', '.join(differs)}")
-
-
-def _shared(index: int, ranks: list[dict[str, Plain]]) -> tuple[list[str], dict[str, str]]:
-    """The backends that all ranks have and can run the problem of that index with; and why the others are not among them."""
-    shared, missing = [], {}
-    for name in dict.fromkeys(name for rank in ranks for name in rank):
-        known = next(rank[name] for rank in ranks if name in rank)
-        reasons = [
-            "it is not registered"
-            if name not in rank
-            else "it has other code than elsewhere"
-            if rank[name]["code"] != known["code"]
-            else rank[name]["why_not"][index]
-            for rank in ranks
-        ]
-        # What nobody can run is for the tuner to say.
-        if any(reasons) and not all(reasons):
-            missing[name] = by_rank(reasons)
         else:
-            shared.append(name)
-    return shared, missing
+            answer = _wait(store, cell, rank, (seconds + PATIENCE_S) * len(problems))
+    except Exception as error:  # noqa: BLE001 - the others wait to hear of it, whatever it is
+        answer = _end(store, cell, rank, error)
+    except BaseException as error:  # such as an interruption
+        _end(store, cell, rank, error)
+        raise
+    return _hold(answer, problems, device, rank)
 
 
-def _limited(decision: Decision, missing: dict[str, str]) -> Decision:
-    """`decision` without the candidates that some rank lacks, so that none of them serves under any policy."""
-    candidates = {
-        name: dataclasses.replace(candidate, outcome="unavailable", reason=f"not on all ranks: {missing[name]}")
-        if name in missing
-        else candidate
-        for name, candidate in decision.candidates.items()
-    }
-    left_out = {*decision.left_out, *missing} - set(candidates)
-    return dataclasses.replace(decision, candidates=candidates, left_out=tuple(sorted(left_out)))
+def _end(store: Any, cell: str, rank: int, error: BaseException) -> dict[str, Any]:
+    """What the cell holds after `error`: "over", unless something was there before."""
+    over = {"over": f"rank {rank}: {type(error).__name__}: {error}"}
+    with contextlib.suppress(RuntimeError):  # of a store that does not answer
+        return _write(store, cell, over)
+    return over
+
+
+def _write(store: Any, cell: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """What the cell holds: `answer`, unless something was there already."""
+    written: dict[str, Any] = json.loads(store.compare_set(cell, "", json.dumps(answer)))
+    return written
+
+
+def _wait(store: Any, cell: str, rank: int, within: float) -> dict[str, Any]:
+    ends, pause = time.monotonic() + within, 0.01
+    while not store.check([cell]):
+        if time.monotonic() > ends:
+            return _write(store, cell, {"over": f"rank {rank} waited for {within:g} s"})
+        time.sleep(pause)
+        pause = min(1.0, 2 * pause)
+    answer: dict[str, Any] = json.loads(store.get(cell))
+    return answer
+
+
+def _hold(answer: dict[str, Any], problems: list[Problem], device: torch.device, rank: int) -> list[Decision]:
+    """Let the decisions of `answer` serve from now on; eager, where they cannot."""
+    names = [problem_name(problem) for problem in problems]
+    if "over" not in answer and answer["problems"] != names:
+        raise InputError(
+            f"got the problems {', '.join(names)} on rank {rank} of the group; the same as on its first are valid, "
+            f"which are {', '.join(answer['problems'])}. Pass the same ones, in the same order."
+        )
+    reason = answer.get("over")
+    if reason is None and answer["environment"] != fingerprint_of(device):
+        here, there = fingerprint_of(device), answer["environment"]
+        reason = f"rank {rank} is in environment {here}, the first in {there}; `compiled-logprobs doctor` shows them"
+    decisions: list[Decision] = []
+    reasons: dict[Problem, str] = {}
+    for index, problem in enumerate(problems):
+        decision = None if reason else Decision.from_json(answer["decisions"][index].encode())
+        if decision is None or not holds(decision, decision.chosen):
+            unusable = decision and f"backend {decision.chosen!r} cannot run on rank {rank}, or has other code"
+            reasons[problem] = reason or unusable or ""
+            decision = _baseline(problem, reasons[problem], device)
+        decisions.append(decision)
+        memory.MEMORY.remember_decision(decision, "ranks")
+    if reasons:
+        told = "; for ".join(f"{problem}: {reason}" for problem, reason in reasons.items())
+        warnings.warn(
+            f"rank {rank} of the group holds {EAGER} for {told}.\n"
+            "Call tune(..., group=...) again on all ranks when that is mended.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return decisions
 
 
 def _baseline(problem: Problem, reason: str, device: torch.device) -> Decision:
-    """What all ranks hold where they agree upon nothing else: nothing was measured for it."""
+    """What a rank holds where there is no other decision: nothing was measured for it."""
     return Decision(
         problem=problem,
         chosen=EAGER,
@@ -326,11 +152,6 @@ def _baseline(problem: Problem, reason: str, device: torch.device) -> Decision:
         telemetry=None,
         telemetry_reason="nothing was measured",
         seed=0,
-        measured_at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        measured_at=datetime.now(timezone.utc).strftime(TIME),
         tuning_seconds=0.0,
     )
-
-
-def _plain(answer: Decision | Evidence) -> Plain:
-    plain: Plain = json.loads(answer.to_json())
-    return plain

@@ -1,365 +1,399 @@
-"""Which backend serves a problem. The first of these that has an answer:
+"""Which backend serves a call, and why: the steps, in order. `auto` walks them, `explain` prints the walk.
 
-1. what was decided earlier in this process;
-2. a stored decision for exactly this bucket of N: the user's store, the project's profiles, the bundled ones;
-3. for small problems, where N * V is under 2^20 and a launch costs more than the work: eager;
-4. tuning, where it is possible (`compiled_logprobs.tuning`, a layer above);
-5. a stored decision for the nearest bucket of N of the same problem;
-6. the default rule: the first built-in backend that can run the problem and passes a short check on this machine.
+1. remembered  what this process chose for the same bucket of N before
+2. stored      a decision for exactly this bucket: measured here, agreed between ranks, or kept in a store
+3. small       fewer than 2^20 logits, where a launch costs more than the work: eager
+4. near        a decision for the same problem at an N within 4x
+5. measure     time the backends, where that is allowed
+6. related     a decision for the same problem at any N, where nothing may be measured
+7. default     the first backend of the list that can run the problem and passes a short check
 
-A decision is used only while the backend that it chose is registered, can run the problem, and has the code that was measured.
+Each step returns a `Choice`, or the reason why it has none. A decision counts only while the backend that it chose is
+registered, can run the problem, and has the code that was measured. Where rows have to be invariant, `invariant` stands
+for steps 2 to 7.
 """
 
 import math
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import distributed
 
-from compiled_logprobs.backends import BUILT_IN, EAGER, backends, code_of, is_loaded, target_of, why_not
+from compiled_logprobs.backends import BUILT_IN, EAGER, backends, code_of, get_backend, is_loaded, target_of, why_not
 from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.choose.view import view
-from compiled_logprobs.decision import Decision
-from compiled_logprobs.errors import ProfileError
+from compiled_logprobs.check.run import INVARIANCE_ELEMENTS, check_backend
+from compiled_logprobs.choose import memory
+from compiled_logprobs.choose.memory import GUESSES, Choice, Memory, key_of, kind_of
+from compiled_logprobs.decision import Decision, moment
+from compiled_logprobs.errors import BackendUnavailable, LogProbsError, ProfileError, is_out_of_memory
+from compiled_logprobs.machine.clock import MIB, free_memory
 from compiled_logprobs.machine.environment import environment_at, fingerprint_of
-from compiled_logprobs.policy import Policy
-from compiled_logprobs.problem import Problem, as_it_lies, bucket, nearest_first
-from compiled_logprobs.store.files import Store, pass_over
+from compiled_logprobs.policy import PROBLEMS_A_PROCESS, Policy, is_rank
+from compiled_logprobs.problem import Problem, bucket, is_small, nearest_first
+from compiled_logprobs.store import stores
+from compiled_logprobs.store.files import Store
 
-Source = Literal[
-    "small",
-    "tuned here",
-    "ranks",
-    "user store",
-    "project profiles",
-    "bundled profiles",
-    "nearest",
-    "default rule",
-    "set aside",
-]
+NEAR = 4
+"""The ratio of two N up to which a decision for one says enough of the other."""
 TRANSIENT = ("failed", "oom", "timeout", "crashed")
-"""Outcomes that may have had a cause outside of the candidate, such as a full disk: they do not hold for ever."""
-RETRY_S = 24 * 3600.0
-"""After which a decision with such an outcome is stale."""
-GUESSED = ("nearest", "default rule")
-"""The sources of what serves N without a decision of its own."""
-HITS = ("small", "tuned here", "ranks", "user store", "project profiles", "bundled profiles")
-"""The sources that `require_hit` accepts."""
+"""Outcomes that may have had a cause outside of the candidate, such as a full disk."""
+TRANSIENT_S = 24 * 3600.0
+"""How long they count."""
+NO_ROOM_S = 60.0
+"""How long eager serves where memory was too short for a check, until the check is tried again."""
+LEAST_FREE = 2048 * MIB
+"""Memory of an accelerator that has to be free, beside `COPIES` of the logits, for a call to measure."""
+COPIES = 3
 
 
-class Served(NamedTuple):
-    """A backend's name, and where the choice comes from."""
+class Pending(NamedTuple):
+    """What the next call does in order to choose, where a walk only looks."""
 
-    name: str
-    source: Source
+    reason: str
     decision: Decision | None = None
     stale: str | None = None
-    """What has changed since the decision was measured, though its choice can still be used."""
 
 
-_served: dict[tuple[Problem, str, bool], Served] = {}
-"""By what `_key` says."""
-_decided: dict[Problem, Served] = {}
-"""What was tuned in this process, by bucket, whether or not it could be stored."""
-_set_aside: dict[tuple[str, Problem], str] = {}
-"""What went wrong, by the name of the backend and the bucket that it failed on."""
-_hot: dict[tuple[Problem, Policy], str] = {}
-"""What `_served` comes to for exact problems, so that a call pays for one look into a dictionary."""
-_MOST_HOT = 4096
-_is_in_group = distributed.is_initialized if distributed.is_available() else lambda: False
-_was_in_group = False
-"""When that was last looked at."""
+class Context(NamedTuple):
+    """What the steps go by."""
+
+    problem: Problem
+    policy: Policy
+    device: torch.device
+    environment: str
+    """The fingerprint whose decisions count."""
+    stores: Mapping[str, Store]
+    """In the order in which they are asked."""
+    memory: Memory
+    measure: Callable[["Context", Decision | None], Choice | str] | None = None
+    """Measures, given the decision that is stale; None: the walk only looks, and neither measures nor checks."""
+    is_here: bool = True
+    """Whether the environment is this process's: else its decisions are taken as they are."""
 
 
-def known(problem: Problem, policy: Policy) -> str | None:
-    """The name of the backend that served exactly this before, and still does."""
-    _start_anew_in_a_group()
-    return _hot.get((problem, policy))
+Step = Callable[[Context], Choice | Pending | str]
 
 
-def keep(problem: Problem, policy: Policy, name: str) -> None:
-    """Let `known` answer `name`."""
-    if len(_hot) >= _MOST_HOT:
-        _hot.clear()  # N that never comes twice
-    _hot[problem, policy] = name
+def context_of(
+    problem: Problem,
+    device: torch.device,
+    policy: Policy,
+    measure: Callable[[Context, Decision | None], Choice | str] | None = None,
+) -> Context:
+    """Of a call in this process."""
+    return Context(problem, policy, device, fingerprint_of(device), stores(), memory.MEMORY, measure)
 
 
-def served(problem: Problem, policy: Policy) -> Served | None:
-    """What serves `problem` in this process; None if that is still to be found out."""
-    _start_anew_in_a_group()
-    answer = _served.get(_key(problem, policy))
-    return None if answer is None or (policy.require_hit and not _is_hit(answer)) else answer
+def walk(context: Context) -> Iterator[tuple[str, Choice | Pending | str]]:
+    """The name and the outcome of each step, up to the first that is not a reason to go on."""
+    for name, step in steps(context.policy).items():
+        outcome = step(context)
+        yield name, outcome
+        if not isinstance(outcome, str):
+            return
 
 
-def _start_anew_in_a_group() -> None:
-    """Where this process has joined a process group, let go of what it found alone: other ranks may have found something else."""
-    global _was_in_group
-    is_in_group = _is_in_group()
-    if is_in_group and not _was_in_group:
-        for problem, answer in list(_decided.items()):
-            if answer.source == "tuned here":
-                _decided.pop(problem, None)
-        _served.clear()
-        _hot.clear()
-    _was_in_group = is_in_group
-
-
-def _key(problem: Problem, policy: Policy) -> tuple[Problem, str, bool]:
-    """What shares an answer: a bucket of N; or, where rows have to be invariant, all N, with the gradient and without."""
-    shared = _kind(problem) if policy.row_invariant else bucket(problem)
-    return shared, policy.mode, policy.row_invariant
-
-
-def _kind(problem: Problem) -> Problem:
-    """What one backend serves all of, where rows have to be invariant."""
-    return posed(problem, Policy(row_invariant=True))._replace(rows=0)
-
-
-def posed(problem: Problem, policy: Policy) -> Problem:
-    """The problem whose decision serves `problem`: itself, or, where rows have to be invariant, the one with the gradient.
-
-    Old log-probabilities come from one call without the gradient and of many rows, new ones from another with it and of few:
-    they are equal only if one backend gives both.
-    """
-    if not policy.row_invariant:
-        return problem
-    return as_it_lies(problem._replace(needs_grad=True, inplace_backward=False, layout="flat", aligned=True))
-
-
-def _is_hit(answer: Served) -> bool:
-    """Whether a profile decided it, were it that the backend failed since."""
-    return answer.source in HITS or (answer.source == "set aside" and answer.decision is not None)
-
-
-def remember(problem: Problem, policy: Policy, answer: Served) -> None:
-    """Let `answer` serve `problem` and its bucket under `policy` from now on, in this process."""
-    _served[_key(problem, policy)] = answer
-    _hot.clear()
-
-
-def remember_decision(decision: Decision, source: Source = "tuned here") -> None:
-    """Let `decision`, just measured or agreed upon, stand before every stored one, in this process."""
-    _decided[decision.problem] = Served(decision.chosen, source, decision)
-    forget(decision.problem)
-    if source == "ranks":
-        kind = _kind(decision.problem)
-        for key in [key for key in list(_served) if key[2] and key[0] == kind]:
-            _served.pop(key, None)
-
-
-def forget(problem: Problem) -> None:
-    """Look for what serves `problem` and its bucket anew at the next call, and all N of it that have no decision of their own.
-
-    Those served by a guess might be served by another one now; and on ranks, which come to them in different order, they
-    would be served by different ones for good. What serves all N, since rows have to be invariant, stays: old and new
-    log-probabilities are to come from one backend.
-    """
-    top = bucket(problem)
-    for key, answer in list(_served.items()):  # a list, since other threads may add to it meanwhile
-        there, _, invariant = key
-        guessed = answer.source in GUESSED and there._replace(rows=top.rows) == top
-        if not invariant and (there == top or guessed):
-            _served.pop(key, None)
-    _hot.clear()
-
-
-def candidates(problem: Problem) -> list[str]:
-    """The default rule's backends for `problem`, best first, without those that failed on it."""
-    return [name for name in BUILT_IN if (name, bucket(problem)) not in _set_aside]
-
-
-def set_aside(name: str, problem: Problem, error: BaseException) -> bool:
-    """No longer let `name`, which raised `error`, serve `problem` and its bucket in this process.
-
-    Returns:
-        Whether this is the first time for such problems, whatever their N.
-    """
-    top = bucket(problem)
-    first = not any(other == name and there._replace(rows=top.rows) == top for other, there in list(_set_aside))
-    _set_aside[name, top] = f"{type(error).__name__}: {error}"
-    _hot.clear()
-    for (there, mode, invariant), answer in list(_served.items()):
-        if answer.name == name and there == _key(top, Policy(row_invariant=invariant))[0]:
-            _served[there, mode, invariant] = Served(EAGER, "set aside", answer.decision)
-    return first
-
-
-def failures(problem: Problem) -> dict[str, str]:
-    """The backends that are set aside for `problem` and its bucket in this process, and what each raised."""
-    return {name: why for (name, top), why in list(_set_aside.items()) if top == bucket(problem)}
-
-
-def stored(problem: Problem, device: torch.device, policy: Policy) -> Served | None:
-    """The decision for exactly the bucket of `problem`, by this process or a profile, if it can be used here.
-
-    Where rows have to be invariant, that for the largest N that has one: what serves all N must not depend on which comes first,
-    for other ranks may begin with another. And where ranks have agreed upon anything of that kind, it is that, since what each
-    finds beside it is its own.
-    """
-    top, environment = bucket(problem), fingerprint_of(device)
-    tops = [top]
+def steps(policy: Policy) -> dict[str, Step]:
+    """Those that `policy` allows, in order."""
     if policy.row_invariant:
-        if (agreed := _agreed_for_all_rows(top)) is not None:
-            return usable(agreed, policy) or _in_place_of(agreed)
-        near = (other for store in view(environment).values() for other in store.near(environment, top))
-        same = (other for other in list(_decided) if other._replace(rows=top.rows) == top)
-        tops = sorted({top, *near, *same}, key=lambda other: -other.rows)
-    for other in tops:
-        decided = _decided.get(other)
-        if decided and ((here := usable(decided, policy)) or (here := _in_place_of(decided))):
-            return here
-    for other in tops:
-        for answer in _exact(other, environment):
-            if here := usable(answer, policy):
-                return here
-    return None
+        return {"remembered": remembered, "invariant": invariant}
+    return {name: step for name, step in STEPS.items() if not policy.require_hit or name in HITS}
 
 
-def _agreed_for_all_rows(problem: Problem) -> Served | None:
-    """What ranks agreed upon that has to serve all N of such problems, with the gradient and without: that of this very kind
-    before others, such as one without the gradient alone, and of the same kind that of the largest N.
+def remembered(context: Context) -> Choice | str:
+    """What this process chose before."""
+    choice = context.memory.choices.get(key_of(context.problem, context.policy))
+    if choice is None or (choice.until is not None and choice.until <= time.monotonic()):
+        return "this process has not chosen for it yet"
+    is_guess = choice.source in GUESSES or (choice.source == "set aside" and choice.decision is None)
+    if context.policy.require_hit and is_guess:
+        return f"it was served by a guess ({choice.source}), and require_hit=True asks for a decision"
+    return choice
+
+
+def stored(context: Context) -> Choice | str:
+    """A decision for exactly the bucket of the problem."""
+    choice = _exact(context)
+    if isinstance(choice, str) or choice.stale is None or why_not_measure(context) is not None:
+        return choice
+    return f"stale: {choice.stale}"
+
+
+def small(context: Context) -> Choice | str:
+    """Eager, for few logits."""
+    return Choice(EAGER, "small") if is_small(context.problem) else "it has 2^20 logits or more"
+
+
+def near(context: Context) -> Choice | str:
+    """A decision for an N within `NEAR`."""
+    return _at_other_rows(context, NEAR, "near") or f"no profile decides an N within {NEAR}x of it"
+
+
+def measure(context: Context) -> Choice | Pending | str:
+    """Time the backends now."""
+    reason = why_not_measure(context)
+    if reason is not None:
+        return reason
+    standing = _exact(context)
+    decision, stale = (None, None) if isinstance(standing, str) else (standing.decision, standing.stale)
+    if context.measure is not None:
+        return context.measure(context, decision)
+    again = "" if decision is None else " again, since what is stored of it is stale"
+    return Pending(f"the next call measures it{again}, within its budget", decision, stale)
+
+
+def related(context: Context) -> Choice | str:
+    """A decision for any N, the nearest first; a stale one of this very N before."""
+    exact = _exact(context)
+    if not isinstance(exact, str):
+        return exact
+    return _at_other_rows(context, math.inf, "related") or "no profile decides another N of it"
+
+
+def default(context: Context) -> Choice | Pending | str:
+    """The first of the built-in backends that can run the problem and passes a short check."""
+    if context.measure is None:
+        return Pending(
+            f"the next call takes the first of {', '.join(BUILT_IN)} that can run it and passes a short check"
+        )
+    top = bucket(context.problem)
+    for name in BUILT_IN:
+        if name == EAGER:
+            break
+        if (name, top) in context.memory.set_aside or why_not(name, context.problem) is not None:
+            continue
+        try:
+            if _passes(context, name, context.problem):
+                return Choice(name, "default rule")
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return Choice(EAGER, "default rule", until=time.monotonic() + NO_ROOM_S)
+    return Choice(EAGER, "default rule")
+
+
+def invariant(context: Context) -> Choice | Pending | str:
+    """The first backend that declares invariant rows and passes the check of them; it serves all calls of a kind.
+
+    It is chosen by what is hardest to run of that kind, and by nothing that is stored: so neither the call that comes
+    first nor what was measured decides it, and all ranks choose the same.
     """
-    kind = _kind(problem)
-    agreed = [other for other, one in list(_decided.items()) if one.source == "ranks" and _kind(other) == kind]
-    first = min(agreed, key=lambda other: (other._replace(rows=0) != kind, -other.rows, other), default=None)
-    return None if first is None else _decided.get(first)
-
-
-def tells_of_rows(answer: Served, problem: Problem) -> bool:
-    """Whether `answer` rests on a check, of problems like this one, that found the rows of its backend to be invariant."""
-    if answer.decision is None or answer.decision.problem._replace(rows=problem.rows) != problem:
-        return False
-    found = answer.decision.candidates.get(answer.name)
-    return found is not None and found.measured and found.row_invariant is True
-
-
-def nearest(problem: Problem, device: torch.device, policy: Policy) -> Served | None:
-    """The decision for the bucket nearest to that of `problem`, of the same problem but for N, if it can be used here."""
-    top, environment = bucket(problem), fingerprint_of(device)
-    found = {other for store in view(environment).values() for other in store.near(environment, top)}
-    found |= set(_decided)
-    for other in nearest_first(top, found):
-        for answer in (*([_decided[other]] if other in _decided else []), *_exact(other, environment)):
-            here = usable(answer, policy)
-            if here is None or (here.name, top) in _set_aside:
-                here = _in_place_of(answer)
-            if here is not None:
-                return here._replace(source="nearest")
-    return None
-
-
-def _in_place_of(answer: Served) -> Served | None:
-    """What serves where `answer`, which this process holds, cannot be used; None where others may know.
-
-    What ranks have agreed upon ends the search: what each would find after it is its own, and may differ. All have eager.
-    """
-    return answer._replace(name=EAGER) if answer.source == "ranks" else None
-
-
-def is_settled(problem: Problem, device: torch.device) -> bool:
-    """Whether a decision for the bucket of `problem` still holds, though what it chose may not be allowed to serve at present."""
-    top = bucket(problem)
-    answers = (*([_decided[top]] if top in _decided else []), *_exact(top, fingerprint_of(device)))
-    found = [answer.decision for answer in answers if answer.decision is not None]
-    return any(holds(one, one.chosen) and _what_changed(one) is None for one in found)
-
-
-def what_differs(decision: Decision, device: torch.device) -> dict[str, tuple[object, object]]:
-    """The facts of the environment that were others when `decision` was measured: there, and here."""
-    here = environment_at(device).to_dict()
-    return {
-        name: (decision.environment.get(name), value)
-        for name, value in here.items()
-        if decision.environment.get(name) != value
-    }
-
-
-def _exact(top: Problem, environment: str) -> Iterator[Served]:
-    """What the stores hold for `top`, as far as it can be read."""
-    for label, store in view(environment).items():
-        decision = decision_in(store, environment, top)
-        if decision is not None:
-            yield Served(decision.chosen, label, decision)  # type: ignore[arg-type]  # the labels are sources
-
-
-def decision_in(store: Store, environment: str, problem: Problem) -> Decision | None:
-    """The decision that `store` holds for exactly this; None, with a warning, for one that cannot be used."""
-    decision = _readable(store, environment, problem)
-    if decision is None or decision.chosen in backends():
-        return decision
-    unknown = ProfileError(
-        f"it chose the backend {decision.chosen!r:.80}, which is not registered here; "
-        f"registered are {', '.join(backends())}"
+    hardest = kind_of(context.problem)._replace(
+        rows=max(1, INVARIANCE_ELEMENTS // context.problem.vocab),
+        needs_grad=True,
+        entropy=True,
+        temperature="per_token",
     )
-    remedy = "Register that one with register_backend, or delete the file"
-    pass_over(store.path(environment, problem), unknown, remedy)
+    failed = {name for name, other in list(context.memory.set_aside) if kind_of(other) == kind_of(hardest)}
+    for name in backends():
+        if name in failed or why_not(name, hardest) is not None or not get_backend(name).row_invariant:
+            continue
+        if context.measure is None:
+            return Pending(f"the next call checks {name}, which declares invariant rows, and takes it if it passes")
+        if _passes(context, name, hardest):
+            return Choice(name, "row invariant")
+    return "no backend that can run it declares rows whose bits do not depend on N, and passes the check of them"
+
+
+STEPS: dict[str, Step] = {step.__name__: step for step in (remembered, stored, small, near, measure, related, default)}
+HITS = ("remembered", "stored", "small")
+"""The steps that `require_hit` allows."""
+
+
+def refusal(context: Context) -> LogProbsError:
+    """What the call raises where no step has a choice."""
+    problem, policy = context.problem, context.policy
+    if policy.row_invariant:
+        return BackendUnavailable(
+            f"got {describe(problem)} with row_invariant=True, and no backend that can run such calls declares rows "
+            "whose bits do not depend on N and passes the check of them. Set row_invariant=False, or keep N the same."
+        )
+    if policy.mode == "off":
+        return ProfileError(
+            "the mode is 'off', in which no profile is looked at, and require_hit=True asks for one. "
+            "Set the mode to 'lookup' or 'tune', or set require_hit=False."
+        )
+    return ProfileError(
+        f"no profile decides {describe(bucket(problem))}, and require_hit=True forbids to measure or guess. "
+        "Run `compiled-logprobs profile` or tune(...) for it on this machine, or set require_hit=False."
+    )
+
+
+def describe(problem: Problem) -> str:
+    """With its options in words."""
+    details = problem.details()
+    return f"{problem}{f' ({details})' if details else ''}"
+
+
+def why_not_measure(context: Context) -> str | None:
+    """Why the first call of the problem does not measure by itself; None if it does."""
+    problem, device, policy = context.problem, context.device, context.policy
+    if policy.mode != "tune":
+        return f"the mode is {policy.mode!r}"
+    if policy.require_hit:
+        return "require_hit=True forbids it"
+    if is_small(problem):
+        return "it has fewer than 2^20 logits"
+    if not _others_can_run(problem):
+        return "only eager can run it"
+    if device.type not in ("cpu", "cuda"):
+        return f"nothing is measured on {device.type}"
+    if context.memory.is_forked:
+        return "this process is a forked child of another"
+    if is_rank():
+        return "this process is one of several ranks; call tune(..., group=...) on all of them"
+    if device.type != "cpu":
+        needed = COPIES * problem.rows * problem.vocab * problem.dtype.itemsize + LEAST_FREE
+        free = free_memory(device) or 0
+        if free < needed:
+            return f"{free / 2**30:.1f} GiB of the device's memory are free, and {needed / 2**30:.1f} GiB are needed"
+    if budget_left(context) <= 0:
+        return f"the process has used up its {PROBLEMS_A_PROCESS * policy.budget_s:g} s for measuring"
+    if is_settled(context):
+        return "it has been measured already, and what was chosen may not serve now"
     return None
 
 
-def unregistered_choice(store: Store, environment: str, problem: Problem) -> str | None:
-    """The backend that a decision in `store` chose, if only another process has registered it."""
-    decision = _readable(store, environment, problem)
-    return None if decision is None or decision.chosen in backends() else decision.chosen
+def budget_left(context: Context) -> float:
+    """Seconds that calls of this process may still spend on measuring."""
+    return PROBLEMS_A_PROCESS * context.policy.budget_s - context.memory.spent_s
 
 
-def _readable(store: Store, environment: str, problem: Problem) -> Decision | None:
-    return store.read(environment, problem)
+def is_settled(context: Context) -> bool:
+    """Whether a decision for the bucket still holds, though its choice may not serve at present."""
+    decisions = (choice.decision for choice in _decisions(context, bucket(context.problem)))
+    return any(decision and holds(decision, decision.chosen) and not changed(decision) for decision in decisions)
 
 
-def usable(answer: Served, policy: Policy) -> Served | None:
-    """`answer`, which has a decision, as it holds here and now; None if it does not."""
-    decision = answer.decision
-    assert decision is not None
-    name = decision.best_row_invariant() if policy.row_invariant else decision.chosen
-    if name is None or (name, decision.problem) in _set_aside or not holds(decision, name):
-        return None
-    return answer._replace(name=name, stale=_what_changed(decision))
-
-
-def holds(decision: Decision, name: str) -> bool:
-    """Whether the backend called `name` is what was measured, and can run here."""
-    known = decision.candidates[name].fingerprint
-    return name in backends() and code_of(name) == known and why_not(name, decision.problem) is None
+def holds(decision: Decision, backend: str) -> bool:
+    """Whether `backend` is what was measured, and can run here."""
+    return _why_not_holds(decision, backend) is None
 
 
 def changed(decision: Decision) -> dict[str, str]:
     """How today's candidates differ from those that were measured, by name. None is imported to find out."""
-    return {
-        name: f"backend {name!r} {why}"
-        for name in backends()
-        if name not in decision.left_out and (why := _how_it_changed(decision, name))
-    }
+    reasons = {name: _how_it_changed(decision, name) for name in backends() if name not in decision.left_out}
+    return {name: f"backend {name!r} {reason}" for name, reason in reasons.items() if reason is not None}
 
 
-def _what_changed(decision: Decision) -> str | None:
-    return next(iter(changed(decision).values()), None)
+def what_differs(decision: Decision, device: torch.device) -> dict[str, tuple[object, object]]:
+    """The facts of the environment that were others when `decision` was measured: then, and now."""
+    then, now = decision.environment, environment_at(device).to_dict()
+    return {name: (then.get(name), value) for name, value in now.items() if then.get(name) != value}
+
+
+def _decisions(context: Context, top: Problem) -> Iterator[Choice]:
+    """The choices that decisions for exactly `top` make, whether or not they can be used."""
+    if context.policy.mode == "off":
+        return
+    if (choice := context.memory.decided.get(top)) is not None:
+        yield choice
+    for source, store in context.stores.items():
+        if (decision := store.read(context.environment, top)) is not None:
+            yield Choice(decision.chosen, source, decision)
+
+
+def _exact(context: Context) -> Choice | str:
+    """The first decision for the bucket that can be used, be it stale."""
+    if context.policy.mode == "off":
+        return "the mode is 'off'"
+    reasons = []
+    for choice in _decisions(context, bucket(context.problem)):
+        outcome = _usable(context, choice)
+        if isinstance(outcome, Choice):
+            return outcome
+        reasons.append(outcome)
+    return "; ".join(reasons) or "no profile decides it"
+
+
+def _at_other_rows(context: Context, within: float, source: str) -> Choice | None:
+    """The decision for the nearest N, of a ratio of `within` at most."""
+    top = bucket(context.problem)
+    if context.policy.mode == "off":
+        return None
+    others = {other for store in context.stores.values() for other in store.near(context.environment, top)}
+    for other in nearest_first(top, others | set(context.memory.decided)):
+        if max(other.rows, top.rows) > within * min(other.rows, top.rows):
+            break
+        for choice in _decisions(context, other):
+            outcome = _usable(context, choice)
+            # What is stale is measured rather than guessed from.
+            if isinstance(outcome, Choice) and (outcome.stale is None or why_not_measure(context) is not None):
+                return outcome._replace(source=source)
+    return None
+
+
+def _usable(context: Context, choice: Choice) -> Choice | str:
+    """`choice`, which has a decision, as it holds now; else why it does not."""
+    decision, name = choice.decision, choice.backend
+    assert decision is not None
+    if not context.is_here:
+        return choice
+    if {(name, decision.problem), (name, bucket(context.problem))} & context.memory.set_aside.keys():
+        reason: str | None = f"backend {name!r}, which it chose, failed in this process and is set aside"
+    else:
+        reason = _why_not_holds(decision, name)
+    if reason is None:
+        return choice._replace(stale=next(iter(changed(decision).values()), None))
+    if choice.source == "ranks":  # what each rank would find beside it may differ
+        return choice._replace(backend=EAGER)
+    if name not in backends() and name not in context.memory.warned:
+        context.memory.warned.add(name)
+        warnings.warn(
+            f"a decision of the {choice.source} is passed over: {reason}. Register it with register_backend, or delete "
+            f"the decision for {decision.problem}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return f"{choice.source}: {reason}"
+
+
+def _why_not_holds(decision: Decision, name: str) -> str | None:
+    if name not in backends():
+        return f"it chose backend {name!r:.80}, which is not registered here"
+    if code_of(name) != decision.candidates[name].fingerprint:
+        return f"backend {name!r} has changed since it was measured"
+    reason = why_not(name, decision.problem)
+    return None if reason is None else f"backend {name!r} cannot run here: {reason}"
 
 
 def _how_it_changed(decision: Decision, name: str) -> str | None:
     if name not in decision.candidates:
         return "was registered after this was measured"
-    known = decision.candidates[name]
-    if known.outcome in TRANSIENT and _age_s(known.measured_at or decision.measured_at) > RETRY_S:
-        return f"{known.outcome} when this was measured, which may have had a cause that is gone"
+    candidate = decision.candidates[name]
+    if candidate.outcome in TRANSIENT and _age_s(candidate.measured_at or decision.measured_at) > TRANSIENT_S:
+        return f"{candidate.outcome} when this was measured, which may have had a cause that is gone"
     if name not in BUILT_IN and not is_loaded(name):
         return None
-    if known.outcome in ("unavailable", "unsupported"):
-        can_now = not _is_known_here_only(name) and why_not(name, decision.problem) is None
+    if candidate.outcome in ("unavailable", "unsupported"):
+        can_now = not _is_local(name) and why_not(name, decision.problem) is None
         return "could not run this when it was measured, and can now" if can_now else None
-    return "has changed since this was measured" if code_of(name) != known.fingerprint else None
+    return "has changed since this was measured" if code_of(name) != candidate.fingerprint else None
 
 
 def _age_s(measured_at: str) -> float:
-    try:
-        measured = datetime.strptime(measured_at, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
-    except ValueError:  # a foreign file may say anything
-        return math.inf
-    return (datetime.now(timezone.utc) - measured).total_seconds()
+    measured = moment(measured_at)
+    return math.inf if measured is None else (datetime.now(timezone.utc) - measured).total_seconds()
 
 
-def _is_known_here_only(name: str) -> bool:
+def _is_local(name: str) -> bool:
     """Whether no other process can import it, so that it is never measured."""
     target = target_of(name)
     return isinstance(target, Backend) or target.startswith("__main__:")
+
+
+def _others_can_run(problem: Problem) -> bool:
+    """Whether another backend than eager may; those of third parties are not imported to find out."""
+    return any(name not in BUILT_IN or why_not(name, problem) is None for name in backends() if name != EAGER)
+
+
+def _passes(context: Context, name: str, problem: Problem) -> bool:
+    """Whether the backend called `name` passes the short check; asked once for problems of any N."""
+    key = name, problem._replace(rows=0)
+    if key not in context.memory.checks:
+        report = check_backend(name, problem, short=True, device=str(context.device))
+        context.memory.checks[key] = report.passed
+    return context.memory.checks[key]

@@ -8,7 +8,7 @@ import torch
 import typer
 
 from compiled_logprobs.choose import verify as verification
-from compiled_logprobs.choose.serving import tune_all
+from compiled_logprobs.choose.tune import tune_all
 from compiled_logprobs.cli.options import (
     COULD_NOT_RUN,
     INTERRUPTED,
@@ -187,7 +187,7 @@ def verify(
             )
         began = time.monotonic()
         with shown:
-            shown.start([one.decision.problem for one in found], str(where), fingerprint_of(where))
+            shown.start([decision.problem for decision, _ in found], str(where), fingerprint_of(where))
             try:
                 for result in verification.verify(found, where, budget_s=budget, on_event=shown.event):
                     results.append(result)

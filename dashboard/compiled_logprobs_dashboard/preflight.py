@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from compiled_logprobs.backends import EAGER, backends
-from compiled_logprobs.choose.serving import current
+from compiled_logprobs.choose.tune import current
 from compiled_logprobs.cli.output import short
 from compiled_logprobs.machine import clock
 from compiled_logprobs.machine.nvml import telemetry

@@ -9,8 +9,7 @@ import compiled_logprobs as clp
 from compiled_logprobs.api import functions as api
 from compiled_logprobs.backends.compiled import Compiled
 from compiled_logprobs.backends.cpp import Cpp
-from compiled_logprobs.choose import rule as decisions
-from compiled_logprobs.choose import serving
+from compiled_logprobs.choose import auto, memory, rule
 from compiled_logprobs.operation.reference import reference
 
 ROWS, VOCAB = 1024, 1101
@@ -21,7 +20,7 @@ def inputs():
 
 
 def assert_decided():
-    assert {answer.name for answer in decisions._served.values()} == {"cpp"}
+    assert {choice.backend for choice in memory.MEMORY.choices.values()} == {"cpp"}
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.autograd.detect_anomaly])
@@ -69,12 +68,13 @@ def test_a_default_device_and_autocast():
 def test_a_capture_neither_tunes_nor_takes_what_is_not_warm(monkeypatch):
     """As on a GPU whose stream is being captured."""
     logits, labels = inputs()
-    monkeypatch.setattr(api, "_is_capturing", lambda problem: True)
-    monkeypatch.setattr(serving, "check_backend", lambda *a, **k: pytest.fail("the gate ran during a capture"))
+    for module in (api, auto):
+        monkeypatch.setattr(module, "is_capturing", lambda problem: True)
+    monkeypatch.setattr(rule, "check_backend", lambda *a, **k: pytest.fail("the gate ran during a capture"))
     for backend in (Compiled, Cpp):
         monkeypatch.setattr(backend, "is_warm", lambda self, problem: False)
     out = clp.log_probs_from_logits(logits, labels)
-    assert torch.equal(out, clp.log_probs_from_logits(logits, labels, backend="eager")) and not decisions._served
+    assert torch.equal(out, clp.log_probs_from_logits(logits, labels, backend="eager")) and not memory.MEMORY.choices
     with pytest.raises(
         clp.BackendUnavailable, match="cannot compile while a CUDA graph is captured. Call the function once"
     ):

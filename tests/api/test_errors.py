@@ -11,9 +11,8 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 import compiled_logprobs as clp
-from compiled_logprobs.backends import BUILT_IN, get_backend
-from compiled_logprobs.choose import rule as decisions
-from compiled_logprobs.choose import serving
+from compiled_logprobs.backends import get_backend
+from compiled_logprobs.choose import memory
 from compiled_logprobs.errors import is_out_of_memory, nothing_can_serve_after
 from tests.helpers.stored_decisions import LARGE, decided, measured, publish
 
@@ -114,7 +113,7 @@ def test_what_is_no_backends_own_is_raised_as_it_is_and_sets_nothing_aside(winne
         warnings.simplefilter("error")
         with pytest.raises(type(error)) as caught:
             clp.log_probs_from_logits(LOGITS, LABELS)
-    assert caught.value is error and not decisions.failures(LARGE)
+    assert caught.value is error and not memory.MEMORY.failures(LARGE)
     assert clp.explain(LOGITS, LABELS).backend == "cpp"
 
 
@@ -126,7 +125,7 @@ def test_what_backward_raises_is_raised_as_it_is_and_sets_nothing_aside(winner):
     with pytest.raises(RuntimeError, match="the gradient is in pieces") as caught:
         result.sum().backward()
     assert caught.value is error and logits.grad is None
-    assert not decisions._set_aside
+    assert not memory.MEMORY.set_aside
     assert clp.explain(logits, LABELS).backend == "cpp"
 
 
@@ -147,28 +146,13 @@ def test_the_warning_is_of_the_line_that_called(winner):
     assert len(told) == 1
 
 
-def test_a_short_check_that_runs_out_of_memory_speaks_against_nobody(winner, mode):
-    """For a moment memory is short; what would serve by the default rule then still does so later."""
-    mode("off")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in BUILT_IN.keys() - {"eager"}:
-            patch.setattr(get_backend(name), "forward", lambda *_, **__: torch.empty(PETABYTE, dtype=torch.uint8))
-        clp.log_probs_from_logits(LOGITS, LABELS)
-        assert not serving._short_checks and not decisions._served
-        # What would serve now is another one than later, and the bits of rows would differ.
-        with clp.autotune(row_invariant=True), pytest.raises(RuntimeError, match="allocate memory"):
-            clp.log_probs_from_logits(LOGITS, LABELS)
-    clp.log_probs_from_logits(LOGITS, LABELS)
-    assert clp.explain(LOGITS, LABELS).backend == "cpp"
-
-
 LIMITED = """
 import json, resource, sys, warnings
 from pathlib import Path
 import torch
-from stored_decisions import LARGE, decided, measured, publish
+from tests.helpers.stored_decisions import LARGE, decided, measured, publish
 import compiled_logprobs as clp
-from compiled_logprobs import decisions
+from compiled_logprobs.choose import memory
 from compiled_logprobs.backends import register_backend
 from compiled_logprobs.backends.eager import Eager
 
@@ -197,7 +181,7 @@ with clp.autotune("lookup"), warnings.catch_warnings(record=True) as told:
     said["served"] = torch.equal(
         clp.log_probs_from_logits(logits, labels), clp.log_probs_from_logits(logits, labels, backend="eager")
     )
-said["told"], said["aside"] = [str(one.message) for one in told], decisions.failures(LARGE)
+said["told"], said["aside"] = [str(one.message) for one in told], memory.MEMORY.failures(LARGE)
 print(json.dumps(said))
 """
 

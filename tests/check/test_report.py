@@ -1,6 +1,5 @@
 """What the check found case by case: verdicts, how the errors spread, and the tokens that are most off."""
 
-import dataclasses
 import json
 import math
 
@@ -10,14 +9,10 @@ import torch
 import compiled_logprobs as clp
 from compiled_logprobs.check.cases import cases
 from compiled_logprobs.check.report import SAMPLED_ERRORS, WORST, Errors
-from compiled_logprobs.choose import serving
 from compiled_logprobs.decision import QUANTILES, CaseEvidence, Check, Evidence, Spread, Token
 from compiled_logprobs.errors import ProfileError
-from compiled_logprobs.machine.environment import environment_at
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem
-from compiled_logprobs.store import user_store
-from tests.helpers.stored_decisions import LARGE, all_measured, decided, measured
 from tests.helpers.wrong_backends import good
 
 PROBLEM = Problem("cpu", 12, 3001, torch.float32, needs_grad=True, entropy=True)
@@ -175,20 +170,3 @@ def test_a_foreign_file_is_told(damage, says):
     damage(record)
     with pytest.raises(ProfileError, match=f"its evidence has no valid {says}"):
         Evidence.from_record(record)
-
-
-def test_candidates_that_are_taken_over_keep_what_the_check_found():
-    environment, store = environment_at(CPU), user_store()
-    key = environment.fingerprint()
-    serving.publish(store, decided(), Evidence({"cpp": [1.0]}, {"cpp": (found(),), "compiled": (found(),)}), CPU)
-    carried = {
-        **all_measured(),
-        "cpp": dataclasses.replace(measured("cpp"), measured_at="2026-01-02T03:04:05Z"),
-        "compiled": dataclasses.replace(measured("compiled"), measured_at="2026-01-02T03:04:05Z", checks=()),
-    }
-    evidence = Evidence({"eager": [1.0]}, {"eager": (found("wide"),)})
-    serving.publish(store, decided(candidates=carried), evidence, CPU)
-    stored = Evidence.from_record(store.evidence(key, LARGE))
-    assert stored.seconds == {"eager": [1.0]}
-    # Not of compiled, whose verdicts are others than those that were stored.
-    assert {name: cases[0].case for name, cases in stored.cases.items()} == {"eager": "wide", "cpp": "normal"}

@@ -8,108 +8,93 @@ import pytest
 import torch
 
 import compiled_logprobs as clp
-from compiled_logprobs import policy as policy_module
-from compiled_logprobs.choose import rule as decisions
-from compiled_logprobs.choose import serving
-from compiled_logprobs.decision import Candidate
+from compiled_logprobs.backends.compiled import Compiled
+from compiled_logprobs.choose import auto, memory, rule
+from compiled_logprobs.choose.explain import nearest_stored
+from compiled_logprobs.decision import Candidate, Speedup
 from compiled_logprobs.machine.environment import environment_at
-from compiled_logprobs.store import files as store
+from compiled_logprobs.policy import policy
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
-from tests.helpers.stored_decisions import CPU, LARGE, FakeTuner, all_measured, decided, measured, publish
+from tests.helpers.stored_decisions import CPU, LARGE, all_measured, decided, measured, publish
 
 LOGITS, LABELS = torch.randn(1024, 1031), torch.randint(1031, (1024,))
 NAMED = "1024 x 1031 float32 on cpu (not 16-byte aligned)"
 
 
 @pytest.fixture(autouse=True)
-def nothing_measures(monkeypatch, tmp_path, mode):
-    def fail(*_, **__):
-        pytest.fail("it measured")
-
-    monkeypatch.setattr(serving, "Tuner", fail)
-    monkeypatch.setattr(serving, "check_backend", fail)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(store, "bundled_store", lambda: Store(tmp_path / "bundled"))
+def in_tune_mode(nothing_measures, elsewhere, mode):
     mode("tune")
 
 
 def explained(logits=LOGITS, labels=LABELS, **options) -> clp.Explanation:
     """What is told; both forms of it are there, and agree."""
     stored = {path: path.read_bytes() for path in user_store().root.rglob("*") if path.is_file()}
-    known = dict(decisions._served), dict(decisions._decided)
-    found = clp.explain(logits, labels, **options)
-    assert known == (decisions._served, decisions._decided)  # it has remembered nothing
+    before = dict(memory.MEMORY.choices), dict(memory.MEMORY.decided)
+    explanation = clp.explain(logits, labels, **options)
+    assert before == (memory.MEMORY.choices, memory.MEMORY.decided)  # it has remembered nothing
     assert stored == {path: path.read_bytes() for path in user_store().root.rglob("*") if path.is_file()}
-    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert set(plain) == {field.name for field in dataclasses.fields(found)} | {"bucket_rows"}
-    assert (plain["backend"], plain["source"], plain["why"]) == (found.backend, found.source, found.why)
-    first, second = str(found).splitlines()[:2]
-    assert first.endswith(f": {found.backend or 'not decided yet'}") and second == f"  {found.why}"
-    return found
+    plain = json.loads(json.dumps(explanation.to_dict(), allow_nan=False))
+    assert set(plain) == {field.name for field in dataclasses.fields(explanation)} | {"bucket_rows"}
+    assert plain["steps"] == explanation.steps
+    first, second = str(explanation).splitlines()[:2]
+    assert first.endswith(f": {explanation.backend or 'not decided yet'}") and second == f"  {explanation.why}"
+    return explanation
+
+
+def call(problem=LARGE) -> None:
+    auto.choose(problem, CPU, policy())
 
 
 def test_a_small_problem():
-    found = explained(LOGITS[:3], LABELS[:3])
-    assert str(found) == (
-        "3 x 1031 float32 on cpu (not 16-byte aligned): eager\n"
-        "  fewer than 2^20 logits, and no profile decides it: eager by rule, since a launch costs more than the work"
-    )
-    assert found.to_dict() | {"problem": None} == {
-        "problem": None,
-        "bucket_rows": 3,
-        "backend": "eager",
-        "source": "small",
-        "why": "fewer than 2^20 logits, and no profile decides it: eager by rule, since a launch costs more than the work",
-        "decision": None,
-        "stale": None,
-        "differs": {},
-        "measured_rows": [],
-        "nearest": [],
-        "set_aside": {},
-    }
-
-
-def test_the_nearest_that_are_stored_are_told_where_none_is_exact():
-    publish(decided(LARGE._replace(rows=8192, temperature="number")))
-    publish(decided(LARGE._replace(needs_grad=True)))
-    lines = str(explained()).splitlines()
-    assert lines[2:] == [
-        "  near: 1024 x 1031 float32 on cpu (user store): needs_grad is True there, and False here",
-        "  near: 8192 x 1031 float32 on cpu (user store): rows is 8192 there, and 1024 here; temperature is number there, and "
-        "none here",
+    explanation = explained(LOGITS[:3], LABELS[:3])
+    assert str(explanation).splitlines() == [
+        "3 x 1031 float32 on cpu (not 16-byte aligned): eager",
+        "  fewer than 2^20 logits, and no profile decides it: eager, since a launch costs more than the work",
+        "  remembered: this process has not chosen for it yet",
+        "  stored: no profile decides it",
     ]
-    assert explained().to_dict()["nearest"][0]["differs"] == {"needs_grad": [True, False]}
-    publish(decided())
-    assert explained().nearest == ()
+    assert explanation.steps["small"] == "eager, small"
+    assert (explanation.decision, explanation.nearest, explanation.measured_rows) == (None, (), ())
 
 
-def test_a_problem_that_the_next_call_measures():
-    found = explained()
-    assert str(found) == f"{NAMED}: not decided yet\n  the next call measures it, within its budget"
-    assert found.backend is None and found.source is None and found.decision is None
+def test_the_walk_of_a_problem_that_the_next_call_measures():
+    explanation = explained()
+    assert str(explanation).splitlines() == [
+        f"{NAMED}: not decided yet",
+        "  the next call measures it, within its budget",
+        "  remembered: this process has not chosen for it yet",
+        "  stored: no profile decides it",
+        "  small: it has 2^20 logits or more",
+        "  near: no profile decides an N within 4x of it",
+    ]
+    assert explanation.backend is None and explanation.source is None and explanation.decision is None
 
 
 @pytest.mark.parametrize(("name", "why"), [("off", "the mode is 'off'"), ("lookup", "the mode is 'lookup'")])
 def test_a_problem_that_the_default_rule_will_take(name, why, mode):
     mode(name)
-    told = f"the next call takes the default rule; it does not measure, because {why}"
-    assert str(explained()) == f"{NAMED}: not decided yet\n  {told}"
+    explanation = explained()
+    assert explanation.why == (
+        "the next call takes the first of cpp, compiled, flash_attn, eager that can run it and passes a short check; it does not "
+        f"measure, because {why}"
+    )
+    assert list(explanation.steps) == list(rule.STEPS) and explanation.backend is None
 
 
 def test_a_forked_child_and_one_of_several_ranks(monkeypatch):
-    monkeypatch.setattr(serving, "_forked", True)
+    memory.MEMORY.is_forked = True
     assert explained().why.endswith("it does not measure, because this process is a forked child of another")
-    monkeypatch.setattr(serving, "_forked", False)
+    memory.MEMORY.is_forked = False
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert "this process is one of several ranks; call tune(..., group=...) on all of them" in explained().why
 
 
 def test_options_count():
     options = {"temperature": 0.7, "return_entropy": True, "out_dtype": torch.bfloat16}
-    found = explained(LOGITS.clone().requires_grad_(), LABELS, **options)
-    assert found.problem.needs_grad and found.problem.entropy and found.problem.out_dtype == torch.bfloat16
-    assert "(gradient, entropy, temperature (number), not 16-byte aligned, result in bfloat16)" in str(found)
+    explanation = explained(LOGITS.clone().requires_grad_(), LABELS, **options)
+    assert explanation.problem.needs_grad and explanation.problem.entropy
+    assert "(gradient, entropy, temperature (number), not 16-byte aligned, result in bfloat16)" in str(explanation)
     assert explained(LOGITS[None, :, :], LABELS[None, :, None]).problem == explained().problem
 
 
@@ -120,28 +105,33 @@ def test_wrong_arguments_are_told_as_by_the_call():
         clp.explain(LOGITS, LABELS + 1031)
 
 
-def test_a_decision_with_all_that_was_found():
-    publish(decided(chosen="compiled", candidates=all_measured() | {"compiled": measured("compiled", seconds=1e-3)}))
-    found = explained()
-    assert (found.backend, found.source, found.measured_rows) == ("compiled", "user store", (1024,))
-    lines = str(found).splitlines()
-    assert lines[1:5] == [
+def test_a_decision_with_all_that_is_known_of_it():
+    compiled = measured("compiled", seconds=1e-3, speedup_over_plain=Speedup(3.8, 4.0, 4.2))
+    publish(decided(chosen="compiled", candidates=all_measured() | {"compiled": compiled}))
+    explanation = explained()
+    assert (explanation.backend, explanation.source, explanation.measured_rows) == ("compiled", "user store", (1024,))
+    lines = str(explanation).splitlines()
+    assert lines[1:6] == [
         "  stored in the user's profiles",
+        "  remembered: this process has not chosen for it yet",
         "  profiles hold it for N of 1024",
         "  FASTER_CLEAR: compiled is faster",
-        f"  measured {found.decision.measured_at} at N = 1024: 10 rounds, full check",
+        f"  measured {explanation.decision.measured_at} at N = 1024: 10 rounds, full check",
     ]
-    assert sorted(line for line in lines[5:] if line[2] != " ") == [
+    assert sorted(line for line in lines[6:] if line[2] != " ") == [
         "  compiled    chosen: slower, as it was",
         "  cpp         slower: slower, as it was",
         "  eager       slower: slower, as it was",
         "  flash_attn  unavailable: needs a GPU",
+        "  log_softmax and gather, which people use today: 4 ms a call",
     ]
     assert (
-        "              1 ms a call, 1.00x (0.90 to 1.10) the speed of eager, 0.50 x the logits of extra memory, 40 % of "
-        "bandwidth, 1 of 1 checks, row invariant, first call 0.5 s, paid for after 500 calls"
+        "              1 ms a call, 4.00x (3.80 to 4.20) the speed of log_softmax and gather, 1.00x (0.90 to 1.10) the speed of "
+        "eager, 0.50 x the logits of extra memory, 40 % of bandwidth, 1 of 1 checks, row invariant, first call 0.5 s, paid for "
+        "after 500 calls"
     ) in lines
-    assert found.to_dict()["decision"]["candidates"]["compiled"]["speedup"] == {"low": 0.9, "median": 1.0, "high": 1.1}
+    speedup = explanation.to_dict()["decision"]["candidates"]["compiled"]["speedup"]
+    assert speedup == {"low": 0.9, "median": 1.0, "high": 1.1}
 
 
 @pytest.mark.parametrize(
@@ -154,107 +144,112 @@ def test_a_decision_with_all_that_was_found():
         ("ranks", "agreed between the ranks by tune(group=...)"),
     ],
 )
-def test_where_a_decision_comes_from(source, why, tmp_path, monkeypatch):
-
-    monkeypatch.setattr(store, "bundled_store", lambda: Store(tmp_path / "bundled"))
+def test_where_a_decision_comes_from(source, why, elsewhere):
     places = {
         "user store": user_store(),
-        "project profiles": Store(tmp_path / "profiles"),
-        "bundled profiles": Store(tmp_path / "bundled"),
+        "project profiles": Store(elsewhere / "profiles"),
+        "bundled profiles": Store(elsewhere / "bundled"),
     }
     if source in places:
         publish(decided(), places[source])
     else:
-        decisions.remember_decision(decided(), source)
+        memory.MEMORY.remember_decision(decided(), source)
     for _ in range(2):  # before and after a call
-        found = explained()
-        assert (found.backend, found.source, found.why) == ("eager", source, why)
-        serving.serve(found.problem, CPU, policy_module.policy())
+        explanation = explained()
+        assert (explanation.backend, explanation.source, explanation.why) == ("eager", source, why)
+        call()
 
 
-def test_the_nearest_decision(mode):
-    publish(decided(LARGE._replace(rows=2048)))
-    publish(decided(LARGE._replace(rows=8192), measured_rows=1024))
-    found = explained()
-    assert found.backend is None and found.measured_rows == (2048, 8192)  # since the call measures it
+@pytest.mark.parametrize(
+    ("rows", "source", "why"),
+    [
+        (2048, "near", "stored for another number of rows, within 4x of it"),
+        (8192, "related", "stored for another number of rows, the nearest that was measured"),
+    ],
+)
+def test_a_decision_for_another_number_of_rows(rows, source, why, mode):
     mode("lookup")
+    publish(decided(LARGE._replace(rows=rows), measured_rows=512))
     for _ in range(2):
-        found = explained()
-        assert (found.backend, found.source) == ("eager", "nearest")
-        assert found.why == "stored for another number of rows, the nearest that was measured"
-        assert "profiles hold it for N of 2048, 8192" in str(found)
-        assert found.decision is not None and found.decision.problem.rows == 2048
-        serving.serve(found.problem, CPU, policy_module.policy())
-    big = torch.empty(1, 1031).expand(8192, 1031).contiguous()
-    assert "at N = 8192, timed with 1024 rows" in str(explained(big, LABELS.repeat(8)))
+        explanation = explained()
+        assert (explanation.backend, explanation.source, explanation.why) == ("eager", source, why)
+        assert explanation.measured_rows == (rows,) and explanation.decision.problem.rows == rows
+        assert f"at N = {rows}, timed with 512 rows" in str(explanation)
+        call()
 
 
-def test_the_default_rule_and_a_backend_that_was_set_aside(monkeypatch, mode):
+def test_the_default_rule_and_a_backend_that_was_set_aside(checks, mode):
     mode("lookup")
-    monkeypatch.setattr(serving, "_short_check", lambda *_: serving._Short(True, True))
-    serving.serve(LARGE, CPU, policy_module.policy())
-    found = explained()
-    assert (found.backend, found.source) == ("cpp", "default rule")
-    assert "the first that can run it and passes a short check here; nothing was measured" in found.why
-    decisions.set_aside("cpp", LARGE, RuntimeError("it broke"))
-    found = explained()
-    assert (found.backend, found.source) == ("eager", "set aside")
-    assert found.why == "the backend that served it failed, and is set aside in this process"
+    call()
+    explanation = explained()
+    assert (explanation.backend, explanation.source) == ("cpp", "default rule")
+    assert "the first that can run it and passes a short check; nothing was measured" in explanation.why
+    memory.MEMORY.put_aside("cpp", LARGE, RuntimeError("it broke"))
+    explanation = explained()
+    assert (explanation.backend, explanation.source) == ("eager", "set aside")
+    assert explanation.why == "the backend that served it failed, and is set aside in this process"
 
 
 def test_a_stale_decision(mode):
     changed = {"compiled": measured("compiled", fingerprint="0" * 16)}
     publish(decided(candidates=all_measured() | changed))
-    found = explained()
-    assert found.backend is None and found.decision is not None  # what is known, and that it will not do
-    assert found.why == "the next call measures it again, since what is known of it is stale, within its budget"
-    assert "  stale: backend 'compiled' has changed since this was measured" in str(found).splitlines()
+    explanation = explained()
+    assert explanation.backend is None and explanation.decision is not None  # what is known, and that it will not do
+    assert explanation.why == "the next call measures it again, since what is stored of it is stale, within its budget"
+    assert "  stale: backend 'compiled' has changed since this was measured" in str(explanation).splitlines()
     mode("lookup")
-    found = explained()
-    assert (found.backend, found.source) == ("eager", "user store")
-    assert found.stale == "backend 'compiled' has changed since this was measured"
+    explanation = explained()
+    assert (explanation.backend, explanation.source) == ("eager", "user store")
+    assert explanation.stale == "backend 'compiled' has changed since this was measured"
 
 
 def test_facts_that_differ_but_do_not_count():
-    environment = {**environment_at(CPU).to_dict(), "python": "3.0.1", "memory_bytes": None}
-    publish(decided(environment=environment))
-    found = explained()
-    assert found.differs["python"][0] == "3.0.1" and set(found.differs) == {"python", "memory_bytes"}
-    assert f"  python was 3.0.1 then, and is {found.differs['python'][1]} here" in str(found).splitlines()
+    publish(decided(environment={**environment_at(CPU).to_dict(), "python": "3.0.1", "memory_bytes": None}))
+    explanation = explained()
+    assert explanation.differs["python"][0] == "3.0.1" and set(explanation.differs) == {"python", "memory_bytes"}
+    assert f"  python was 3.0.1 then, and is {explanation.differs['python'][1]} here" in str(explanation).splitlines()
 
 
-def test_what_requires_a_hit_or_invariant_rows(mode):
-    publish(decided(LARGE._replace(rows=2048)))
+def test_what_requires_a_hit(mode):
     with clp.autotune(require_hit=True):
-        found = explained()
-        assert found.backend is None
-        assert found.why.startswith(f"the next call raises ProfileError: no profile decides {NAMED}")
+        explanation = explained()
+        assert explanation.backend is None
+        assert explanation.why.startswith(f"the next call raises ProfileError: no profile decides {NAMED}")
         mode("off")
         with clp.autotune("off"):
             assert "the mode is 'off', in which no profile is looked at" in explained().why
-    no = {"row_invariant": False}
-    candidates = all_measured() | {name: measured(name, **no) for name in ("cpp", "compiled")}
-    publish(decided(LARGE._replace(needs_grad=True), chosen="compiled", candidates=candidates))
-    with clp.autotune("lookup", row_invariant=True):
-        found = explained()
-        assert (found.backend, found.source) == ("eager", "user store")
-        assert "rows depend on N" in str(found)
+
+
+def test_what_requires_invariant_rows(checks, monkeypatch):
+    publish(decided(chosen="compiled"))
+    with clp.autotune(row_invariant=True):
+        explanation = explained()
+        assert list(explanation.steps) == ["remembered", "invariant"] and explanation.backend is None
+        assert explanation.why == "the next call checks cpp, which declares invariant rows, and takes it if it passes"
+        call()
+        explanation = explained(LOGITS[:3], LABELS[:3])
+        assert (explanation.backend, explanation.source) == ("cpp", "row invariant")
+        assert "for all calls of a kind" in explanation.why
+        monkeypatch.setattr(Compiled, "row_invariant", False)
+        memory.MEMORY.put_aside("cpp", LARGE, RuntimeError("it broke"))
+        assert explained().why.startswith("the next call raises BackendUnavailable: got 1024 x 1031")
 
 
 def test_what_was_decided_but_failed_is_not_measured_again():
     publish(decided(chosen="compiled"))
-    decisions.set_aside("compiled", LARGE, RuntimeError("it broke"))
-    assert explained().set_aside == {"compiled": "RuntimeError: it broke"}
-    assert "  set aside: compiled raised RuntimeError: it broke" in str(explained()).splitlines()
-    assert explained().why == (
-        "the next call takes the default rule; it does not measure, because it has been measured already, and what was "
-        "chosen may not serve now"
+    memory.MEMORY.put_aside("compiled", LARGE, RuntimeError("it broke"))
+    explanation = explained()
+    assert explanation.set_aside == {"compiled": "RuntimeError: it broke"}
+    assert "  set aside: compiled raised RuntimeError: it broke" in str(explanation).splitlines()
+    assert explanation.steps["stored"].endswith(
+        "backend 'compiled', which it chose, failed in this process and is set aside"
+    )
+    assert explanation.why.endswith(
+        "it does not measure, because it has been measured already, and what was chosen may not serve now"
     )
 
 
-def test_no_backend_of_others_is_imported(monkeypatch):
-    module = sys.modules["compiled_logprobs.backends"]  # a function of that name stands before it in the package
-    monkeypatch.setattr(module, "_targets", dict(module._targets))
+def test_no_backend_of_others_is_imported(own_registry):
     clp.register_backend("elsewhere", "antigravity:Backend")
     assert explained().backend is None
     publish(decided(candidates=all_measured() | {"elsewhere": Candidate("unavailable", "not installed")}))
@@ -262,25 +257,60 @@ def test_no_backend_of_others_is_imported(monkeypatch):
     assert "antigravity" not in sys.modules
 
 
-def test_what_was_stored_by_a_measurement_without_figures_can_be_shown():
-    bare = measured(
-        "compiled",
-        speedup=None,
-        seconds=None,
-        first_call_seconds=None,
-        extra_bytes=None,
-        extra_multiple=None,
-        percent_of_bandwidth=None,
-        checks=(),
-        row_invariant=None,
-    )
-    publish(decided(chosen="compiled", candidates=all_measured() | {"compiled": bare}))
+def test_a_measurement_without_figures_can_be_shown():
+    nothing = ("speedup", "seconds", "first_call_seconds", "extra_bytes", "extra_multiple", "percent_of_bandwidth")
+    bare = measured("compiled", **dict.fromkeys(nothing), checks=(), row_invariant=None)
+    publish(decided(chosen="compiled", candidates=all_measured() | {"compiled": bare}, plain_seconds=None))
     lines = str(explained()).splitlines()
     assert sum(line.startswith("              ") for line in lines) == 2  # eager's and cpp's
 
 
-def test_a_measurement_of_this_very_process_can_be_shown(monkeypatch):
-    monkeypatch.setattr(serving, "Tuner", FakeTuner())
+def test_a_baseline_of_another_place_does_no_harm(mode):
+    mode("lookup")
+    publish(decided(baseline="other", candidates=all_measured() | {"other": measured("eager")}))
+    assert "the speed of other" in str(explained())
+
+
+def test_a_measurement_of_this_very_process_can_be_shown(fake):
     clp.log_probs_from_logits(LOGITS, LABELS)
-    found = explained()
-    assert (found.backend, found.source) == ("eager", "tuned here") and found.measured_rows == (1024,)
+    explanation = explained()
+    assert (explanation.backend, explanation.source) == ("eager", "tuned here") and explanation.measured_rows == (1024,)
+
+
+# What is stored near it
+
+
+def near(most=3):
+    return nearest_stored(rule.context_of(LARGE, CPU, policy()), most)
+
+
+def test_the_fewest_fields_come_first_and_of_these_the_nearest_n():
+    others = [
+        LARGE._replace(rows=8192),
+        LARGE._replace(rows=2048),
+        LARGE._replace(entropy=True, rows=2048),
+        LARGE._replace(temperature="number"),
+        LARGE._replace(dtype=torch.bfloat16, needs_grad=True, vocab=7),
+    ]
+    assert near() == []
+    for other in others:
+        publish(decided(other))
+    neighbours = near(most=5)
+    assert [one.problem for one in neighbours] == [others[3], others[1], others[0], others[2], others[4]]
+    assert neighbours[3].differs == {"rows": (2048, 1024), "entropy": (True, False)}
+    assert str(neighbours[0]) == "1024 x 1031 float32 on cpu (user store): temperature is number there, and none here"
+    explanation = explained()
+    assert len(explanation.nearest) == 3 and f"  nearest: {neighbours[0]}" in str(explanation).splitlines()
+    assert explanation.to_dict()["nearest"][1]["differs"] == {"rows": (2048, 1024)}
+    publish(decided())
+    assert explained().nearest == ()
+
+
+def test_facts_of_another_environment_are_told():
+    there = dataclasses.replace(environment_at(CPU), torch="1.0", cpu_threads=999, python="2.7")
+    user_store().publish(there, decided())
+    (neighbour,) = near()
+    assert neighbour.differs == {  # and not python, which is no part of the key
+        "cpu_threads": (999, torch.get_num_threads()),
+        "torch": ("1.0", torch.__version__),
+    }

@@ -11,10 +11,10 @@ from compiled_logprobs_dashboard.looks import plain_in_chart
 from hypothesis import given
 from hypothesis import strategies as some
 
-from compiled_logprobs.choose import rule as decisions
+from compiled_logprobs.choose import rule
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.policy import Policy
-from compiled_logprobs.problem import MODES, Problem, bucket, is_small
+from compiled_logprobs.problem import MODES, Problem, bucket
 from tests.helpers import dashboard_stores as stores
 from tests.helpers.stored_decisions import CPU
 
@@ -51,15 +51,11 @@ def test_what_serves_a_shape_is_what_the_library_says(tables, rows):
     shape = Shape("backward", "bfloat16", rows, stores.QWEN)
     answer = data.answer(found, *ours(), shape)
     problem = Problem("cpu", rows, stores.QWEN, torch.bfloat16, needs_grad=True)
-    exact = decisions.stored(problem, CPU, Policy("lookup"))
-    near = decisions.nearest(problem, CPU, Policy("lookup"))
+    *_, (step, choice) = rule.walk(rule.context_of(problem, CPU, Policy("lookup")))
     assert answer.problem == bucket(problem)
-    if exact is not None:
-        assert answer.kind == "exact" and data.decision(found, answer.key) == exact.decision
-    elif is_small(problem):
-        assert answer.kind == "rule" and answer.key is None
-    else:
-        assert answer.kind == "nearest" and data.decision(found, answer.key) == near.decision
+    kinds = {"stored": "exact", "small": "rule", "near": "nearest", "related": "nearest"}
+    assert answer.kind == kinds[step]
+    assert (None if answer.key is None else data.decision(found, answer.key)) == choice.decision
 
 
 def test_nothing_serves_what_was_never_measured(tables):

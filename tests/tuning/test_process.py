@@ -22,8 +22,8 @@ from compiled_logprobs.tuning import worker as program
 from compiled_logprobs.tuning.process import Worker, WorkerLost
 from compiled_logprobs.tuning.tuner import Tuner
 from compiled_logprobs.tuning.worker import Work
-from tests.choose.test_serving import a_full_disk
 from tests.helpers.backends_for_tuning import FLOOD_BYTES, FOLDER_VARIABLE, has_ended, is_running, pids, registered
+from tests.helpers.disks import a_full_disk
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals, forks and groups of processes are tested")
 

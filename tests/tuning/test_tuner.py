@@ -17,7 +17,6 @@ import torch
 
 from compiled_logprobs.backends import backends, get_backend, is_loaded
 from compiled_logprobs.backends.eager import Eager
-from compiled_logprobs.choose import rule as decisions
 from compiled_logprobs.decision import MEASURED, Decision
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.problem import Problem, bucket
@@ -372,7 +371,7 @@ def test_nothing_is_decided_where_nothing_could_be_measured(monkeypatch):
 
 
 def test_an_environment_other_than_this_process_is_refused(monkeypatch):
-    monkeypatch.setattr(decisions, "fingerprint_of", lambda device: "another")
+    monkeypatch.setattr(tuning, "fingerprint_of", lambda device: "another")
     with pytest.raises(TuningFailed, match="finds itself in another environment"):
         decide(SMALL)
 

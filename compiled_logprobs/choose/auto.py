@@ -1,0 +1,126 @@
+"""`backend="auto"`: a backend that chooses another one for each call, and has eager take over where that one fails."""
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+
+from compiled_logprobs.backends import EAGER, get_backend, why_not
+from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.choose import memory, rule
+from compiled_logprobs.choose.explain import nearest_stored
+from compiled_logprobs.choose.memory import Choice
+from compiled_logprobs.choose.tune import measure, say
+from compiled_logprobs.errors import BackendUnavailable, LogProbsError, ProfileError, nothing_can_serve_after
+from compiled_logprobs.operation.formula import Computed, Saved, Upstream
+from compiled_logprobs.policy import Policy, policy
+from compiled_logprobs.problem import Problem
+
+
+class Auto(Backend):
+    """One call of `backend="auto"`: forward and backward go to the same backend.
+
+    Raises:
+        ProfileError: a profile has to decide, and none does.
+        BackendUnavailable: rows have to be invariant, and no backend's are, or the one whose are cannot run this call.
+        And out of memory, as it is, where that has to be found out.
+    """
+
+    name = "auto"
+    summary = "the fastest that is right, as far as it is known"
+
+    def __init__(self, problem: Problem, logits: Tensor) -> None:
+        self._problem = problem
+        if problem.rows == 0 or _is_observed(logits):
+            self._chosen, self._backend = EAGER, get_backend(EAGER)
+        elif is_capturing(problem):
+            self._chosen, self._backend = _warm_choice(problem, policy())
+        else:
+            under = policy()
+            pair = memory.MEMORY.hot.get((problem, under))
+            self._chosen, self._backend = choose(problem, logits.device, under) if pair is None else pair
+
+    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
+        try:
+            return self._backend.forward(logits, labels, temperature, entropy=entropy)
+        except Exception as error:
+            if self._chosen == EAGER or nothing_can_serve_after(error):
+                raise
+            is_first, reason = memory.MEMORY.put_aside(self._chosen, self._problem, error), str(error)
+        self._backend = get_backend(EAGER)
+        results = self._backend.forward(logits, labels, temperature, entropy=entropy)
+        if is_first:
+            _warn(
+                f"backend {self._chosen!r} failed on {self._problem} and is set aside for such problems in this "
+                f"process: {reason}\neager serves the call. To see the whole error, name the backend."
+            )
+        return results
+
+    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
+        return self._backend.backward(saved, upstream, inplace=inplace)
+
+
+def choose(problem: Problem, device: torch.device, under: Policy) -> tuple[str, Backend]:
+    """What serves `problem` on `device`, by the steps of `rule`; remembered for the next call. Raises as `Auto`."""
+    known = memory.MEMORY
+    with known.lock:
+        context = rule.context_of(problem, device, under, measure)
+        *_, (step, choice) = rule.walk(context)
+        if not isinstance(choice, Choice):
+            raise _refusal(context)
+        if step != "remembered":
+            known.remember(problem, under, choice)
+    name = choice.backend
+    reason = None if name == EAGER else why_not(name, problem)  # of this very N: the choice is for a bucket
+    if reason is not None and under.row_invariant:
+        raise BackendUnavailable(
+            f"backend {name!r}, which serves such problems with row_invariant=True in this process, cannot run "
+            f"{rule.describe(problem)}: {reason}. Set row_invariant=False, or pose all of them so that it can."
+        )
+    name = name if reason is None else EAGER
+    pair = name, get_backend(name)
+    if choice.until is None:
+        known.keep(problem, under, pair)
+    return pair
+
+
+def is_capturing(problem: Problem) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing may be compiled, checked or measured."""
+    return problem.device_type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _warm_choice(problem: Problem, under: Policy) -> tuple[str, Backend]:
+    """What served such a problem before the capture; eager where nothing did, or it would have to compile."""
+    choice = rule.remembered(rule.Context(problem, under, torch.device(problem.device_type), "", {}, memory.MEMORY))
+    name = choice.backend if isinstance(choice, Choice) else EAGER
+    backend = get_backend(name)
+    is_warm = backend.is_warm(problem)
+    if under.row_invariant and not (is_warm and isinstance(choice, Choice)):
+        raise BackendUnavailable(
+            f"no backend has served {problem} with row_invariant=True yet, and none can be checked or compiled while "
+            "a CUDA graph is captured. Call the function once before the capture, or set row_invariant=False."
+        )
+    return (name, backend) if is_warm else (EAGER, get_backend(EAGER))
+
+
+def _refusal(context: rule.Context) -> LogProbsError:
+    """With the decisions that are stored for problems like it."""
+    error = rule.refusal(context)
+    if isinstance(error, ProfileError) and context.policy.mode != "off":
+        nearest = [f"Nearest in the profiles: {neighbour}" for neighbour in nearest_stored(context, most=1)]
+        return ProfileError("\n".join([str(error), *nearest]))
+    return error
+
+
+def _is_observed(logits: Tensor) -> bool:
+    """Whether something else than torch itself sees each operation: a profiler of operations, or a tensor subclass."""
+    return bool(_len_torch_dispatch_stack()) or type(logits) not in (Tensor, torch.nn.Parameter)
+
+
+def _warn(text: str) -> None:
+    """Where warnings are errors, too, the call is served."""
+    try:
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    except RuntimeWarning:
+        say(text)

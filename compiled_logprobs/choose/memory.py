@@ -1,0 +1,126 @@
+"""What this process knows of choices: one object, which tests replace and a fork renews."""
+
+import os
+import threading
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from compiled_logprobs.backends import EAGER
+from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.decision import Decision
+from compiled_logprobs.policy import Policy
+from compiled_logprobs.problem import Problem, as_it_lies, bucket
+
+GUESSES = ("near", "related", "default rule")
+"""The sources of choices without a decision for exactly this bucket of N."""
+_MOST_HOT = 4096
+
+
+class Choice(NamedTuple):
+    """What serves a call now."""
+
+    backend: str
+    source: str
+    """Where the choice comes from: "tuned here", "ranks", a store such as "user store", "small", "near", "related",
+    "default rule", "row invariant" or "set aside"."""
+    decision: Decision | None = None
+    stale: str | None = None
+    """What has changed since the decision was measured, though its choice can still be used."""
+    until: float | None = None
+    """When to choose anew, in seconds of `time.monotonic`; None: never."""
+
+
+@dataclass
+class Memory:
+    """All that this process knows of choices."""
+
+    hot: dict[tuple[Problem, Policy], tuple[str, Backend]] = field(default_factory=dict)
+    """What `choices` come to for exact problems, so that a call pays for one look into a dictionary."""
+    choices: dict[tuple[Problem, str, bool], Choice] = field(default_factory=dict)
+    decided: dict[Problem, Choice] = field(default_factory=dict)
+    """What was measured here or agreed between ranks, by bucket, whether or not it could be stored."""
+    set_aside: dict[tuple[str, Problem], str] = field(default_factory=dict)
+    """What a backend raised, by its name and the bucket."""
+    checks: dict[tuple[str, Problem], bool] = field(default_factory=dict)
+    """Whether a backend passed the short check, for problems of any N."""
+    warned: set[str] = field(default_factory=set)
+    """Backends that profiles chose and that are not registered, as far as the user was told."""
+    spent_s: float = 0.0
+    """Seconds that calls have spent measuring."""
+    is_forked: bool = False
+    lock: Any = field(default_factory=threading.RLock)  # whose type has no public name
+
+    def keep(self, problem: Problem, policy: Policy, backend: tuple[str, Backend]) -> None:
+        """Let `hot` answer for exactly this problem."""
+        if len(self.hot) >= _MOST_HOT:
+            self.hot.clear()  # N that never comes twice
+        self.hot[problem, policy] = backend
+
+    def remember(self, problem: Problem, policy: Policy, choice: Choice) -> None:
+        """Let `choice` serve `problem` and its bucket under `policy` from now on."""
+        self.choices[key_of(problem, policy)] = choice
+        self.hot.clear()
+
+    def remember_decision(self, decision: Decision, source: str = "tuned here") -> None:
+        """Let `decision` stand before every stored one."""
+        self.decided[decision.problem] = Choice(decision.chosen, source, decision)
+        self.forget(decision.problem)
+
+    def forget(self, problem: Problem) -> None:
+        """Choose anew at the next call, for the bucket of `problem` and for all N of it that were served by a guess."""
+        top = bucket(problem)
+        for key, choice in list(self.choices.items()):  # a list, since other threads may add to it
+            asked, _, is_invariant = key
+            is_guess = choice.source in GUESSES and asked._replace(rows=top.rows) == top
+            if not is_invariant and (asked == top or is_guess):
+                self.choices.pop(key, None)
+        self.hot.clear()
+
+    def put_aside(self, backend: str, problem: Problem, error: BaseException) -> bool:
+        """Let `backend`, which raised `error`, no longer serve `problem` and its bucket; whether that is new, whatever
+        the N."""
+        top = bucket(problem)
+        is_first = not any(name == backend and same_but_rows(other, top) for name, other in list(self.set_aside))
+        self.set_aside[backend, top] = f"{type(error).__name__}: {error}"
+        self.hot.clear()
+        for key, choice in list(self.choices.items()):
+            asked, _, is_invariant = key
+            if choice.backend == backend and is_invariant and asked == kind_of(top):
+                self.choices.pop(key, None)
+            elif choice.backend == backend and asked == top:
+                self.choices[key] = Choice(EAGER, "set aside", choice.decision)
+        return is_first
+
+    def failures(self, problem: Problem) -> dict[str, str]:
+        """The backends that are set aside for the bucket of `problem`, and what each raised."""
+        return {name: error for (name, top), error in list(self.set_aside.items()) if top == bucket(problem)}
+
+
+MEMORY = Memory()
+"""Of this process. Tests replace it, and a fork does."""
+
+
+def same_but_rows(problem: Problem, other: Problem) -> bool:
+    """Whether both differ in N at most."""
+    return problem._replace(rows=other.rows) == other
+
+
+def key_of(problem: Problem, policy: Policy) -> tuple[Problem, str, bool]:
+    """What shares a choice: a bucket of N; or, where rows have to be invariant, a kind of calls."""
+    return kind_of(problem) if policy.row_invariant else bucket(problem), policy.mode, policy.row_invariant
+
+
+def kind_of(problem: Problem) -> Problem:
+    """What one backend serves all of where rows have to be invariant: any N, gradient, entropy, temperature and
+    layout."""
+    kept = ("device_type", "vocab", "dtype", "labels_per_row", "masked_logits")
+    return as_it_lies(Problem(rows=0, **{name: getattr(problem, name) for name in kept}))
+
+
+def _after_fork() -> None:
+    global MEMORY
+    MEMORY = replace(MEMORY, is_forked=True, lock=threading.RLock())  # another thread may have held the old one
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,272 @@
+"""Measure which backend is fastest: on demand, or at the first call of a problem; of a stale decision, only what has
+changed."""
+
+import contextlib
+import dataclasses
+import sys
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import torch
+
+from compiled_logprobs.backends import EAGER, backends
+from compiled_logprobs.choose import memory
+from compiled_logprobs.choose.memory import Choice
+from compiled_logprobs.choose.rule import Context, budget_left, changed, describe, holds, is_settled, stored
+from compiled_logprobs.decision import Decision, Evidence
+from compiled_logprobs.errors import ProfileError, nothing_can_serve_after
+from compiled_logprobs.machine.environment import environment_at, fingerprint_of
+from compiled_logprobs.policy import BUDGET_VARIABLE, checked_budget, policy
+from compiled_logprobs.problem import Problem, bucket
+from compiled_logprobs.store import user_store
+from compiled_logprobs.store.files import Store
+from compiled_logprobs.tuning.process import Event
+from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on
+
+WAIT_S = 600.0
+"""How long measuring on demand waits for another process that measures on the same device."""
+
+
+# On demand
+
+
+def tune_all(
+    problems: Sequence[Problem],
+    device: torch.device,
+    *,
+    store: Store | None = None,
+    names: Sequence[str] | None = None,
+    budget_s: float | None = None,
+    again: bool = False,
+    must_store: bool = True,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Iterator[Decision | TuningFailed]:
+    """Decide each bucket of `problems`, and store it: no question of mode, ranks or the process's budget.
+
+    Args:
+        problems: those of the same bucket are decided once.
+        device: where.
+        store: where to; by default the user's.
+        names: of the backends to measure beside eager.
+        budget_s: seconds for each problem; by default what the policy says. N shrinks where the rounds would take
+        longer. again: measure what that store holds already, too. Else a decision there is kept, unless it had a short
+        check, lacks
+            one of `names`, or something has changed since.
+        must_store: whether to measure nothing where it cannot be stored; else a warning says that it was not.
+        on_event: told what happens.
+
+    Yields:
+        For each bucket the decision, or why there is none, as soon as it is known.
+
+    Raises:
+        ProfileError: there is something to measure, and it could not be stored, as `must_store` asks.
+    """
+    store = user_store() if store is None else store
+    seconds = policy().budget_s if budget_s is None else checked_budget(budget_s, "budget_s")
+    asked = backends() if names is None else [EAGER, *names]
+    with Tuner(device, on_event=on_event) as tuner:
+        for problem in dict.fromkeys(map(bucket, problems)):
+            decision = None if again else current(store, problem, device, asked)
+            on_event({"event": "problem", "problem": problem, "known": decision is not None})
+            if decision is None and must_store:
+                store.require_writable()
+            result: Decision | TuningFailed
+            if decision is not None:
+                result = decision
+            else:
+                with alone_on(device, WAIT_S) as is_alone:
+                    # While this waited, another process may have decided it.
+                    decision = None if again else current(store, problem, device, asked)
+                    if decision is not None:
+                        result = decision
+                    elif is_alone:
+                        result = _decide_and_store(tuner, problem, asked, seconds, store, device, again)
+                    else:
+                        result = TuningFailed(
+                            f"another process has been measuring on {device} for {WAIT_S:g} s; wait for its end"
+                        )
+            memory.MEMORY.forget(problem)  # this process may have chosen something else before
+            yield result
+
+
+def tune(
+    problems: Sequence[Problem], device: torch.device, *, budget_s: float | None = None, again: bool = False
+) -> list[Decision]:
+    """All that `tune_all` yields; raises the first failure, when what came before is stored."""
+    decisions = []
+    for result in tune_all(problems, device, budget_s=budget_s, again=again, must_store=False):
+        if isinstance(result, TuningFailed):
+            raise result
+        decisions.append(result)
+    return decisions
+
+
+def current(store: Store, problem: Problem, device: torch.device, asked: Collection[str]) -> Decision | None:
+    """What `store` holds of `problem`, unless it is less than what is asked for, or something has changed since."""
+    decision = store.read(fingerprint_of(device), problem)
+    if decision is None or decision.short_check or not decision.candidates.keys() >= set(asked):
+        return None
+    return decision if holds(decision, decision.chosen) and not changed(decision) else None
+
+
+def _decide_and_store(
+    tuner: Tuner,
+    problem: Problem,
+    asked: Collection[str],
+    seconds: float,
+    store: Store,
+    device: torch.device,
+    again: bool,
+) -> Decision | TuningFailed:
+    """Before the next one that waits for the device looks there."""
+    standing = store.read(fingerprint_of(device), problem)
+    if standing is not None and standing.chosen not in backends():
+        if not again:
+            return TuningFailed(
+                f"the decision that is stored chose backend {standing.chosen!r}, which is not registered here, and "
+                "would be lost; register it, or measure again (again=True, --again)"
+            )
+        standing = None
+    if standing is not None:  # it is not to end up with fewer candidates than it had
+        asked = [*asked, *(name for name in standing.candidates if name not in asked)]
+    try:
+        decision, evidence = decide(tuner, problem, seconds, standing=standing, names=asked, again=again)
+    except TuningFailed as error:
+        return error
+    memory.MEMORY.remember_decision(decision)
+    publish(store, decision, evidence, device)
+    return decision
+
+
+def publish(store: Store, decision: Decision, evidence: Evidence, device: torch.device) -> None:
+    """Store `decision` with its evidence; a warning says if that fails."""
+    environment = environment_at(device)
+    carried = [name for name, candidate in decision.candidates.items() if candidate.measured_at is not None]
+    try:
+        before = store.read(environment.fingerprint(), decision.problem) if carried else None
+        earlier = None if before is None else store.evidence(environment.fingerprint(), before)
+        if before is not None and earlier is not None:
+            of = before.candidates
+            same = [name for name in carried if name in of and of[name].checks == decision.candidates[name].checks]
+            evidence = evidence.with_cases_of(earlier, same)
+        store.publish(environment, decision, evidence)
+    except ProfileError as error:
+        warnings.warn(f"{error}\nWhat was measured holds in this process only.", RuntimeWarning, stacklevel=2)
+
+
+# By the first call of a problem
+
+
+def measure(context: Context, standing: Decision | None) -> Choice | str:
+    """Decide the problem of a call within the budget of a process; `standing` is stale. Where it fails, why."""
+    began, seconds = time.monotonic(), min(context.policy.budget_s, budget_left(context))
+    problem, device = context.problem, context.device
+    say(
+        f"measuring which backend is fastest for {describe(bucket(problem))}, for at most {seconds:.0f} s "
+        "(COMPILED_LOGPROBS_MODE=lookup prevents it)"
+    )
+    try:
+        with alone_on(device, seconds) as is_alone:
+            if is_settled(context):  # while this waited, another process has decided it
+                return _as_stored(context)
+            if not is_alone:
+                raise TuningFailed("another process was measuring on this device all the time")
+            with Tuner(device, short=True) as tuner:
+                left = seconds - (time.monotonic() - began)
+                decision, evidence = decide(tuner, problem, left, standing=standing, strict=True)
+            context.memory.remember_decision(decision)
+            store = user_store()
+            before = store.read(context.environment, decision.problem)
+            if before is None or before.chosen in backends():  # what others have registered may serve them well
+                publish(store, decision, evidence, device)  # before the next one that waits looks there
+    except (TuningFailed, OSError, RuntimeError) as error:  # the last two: no room for another process or thread
+        if nothing_can_serve_after(error):
+            raise
+        say(
+            f"not decided: {error}. The default rule serves it in this process; `compiled-logprobs profile` or a "
+            f"larger {BUDGET_VARIABLE} gives it more time"
+        )
+        return f"not decided: {error}"
+    finally:
+        context.memory.spent_s += time.monotonic() - began
+    say(f"{decision.chosen} serves it: {decision.reason}")
+    return _as_stored(context)
+
+
+def _as_stored(context: Context) -> Choice | str:
+    return stored(context._replace(policy=context.policy._replace(mode="lookup")))  # be it stale again
+
+
+def say(text: str) -> None:
+    """To whoever waits for it."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: it is closed, or its pipe is
+            sys.stderr.write(f"compiled_logprobs: {text}\n")
+            sys.stderr.flush()
+
+
+# Only what has changed
+
+
+def decide(
+    tuner: Tuner,
+    problem: Problem,
+    seconds: float,
+    *,
+    standing: Decision | None,
+    names: Collection[str] | None = None,
+    again: bool = False,
+    strict: bool = False,
+) -> tuple[Decision, Evidence]:
+    """What `tuner` decides, given the decision that stands: only what has changed is measured, beside incumbent and
+    baseline.
+
+    If nothing that changed beats the incumbent, and that still beats the baseline, what was slower then is slower now.
+    Otherwise all candidates are measured.
+
+    Args:
+        tuner, problem, seconds, names, strict: as in `Tuner.decide`.
+        standing: the earlier decision for the same bucket, if there is one.
+        again: measure all of them, changed or not.
+
+    Raises:
+        TuningFailed: no decision came about.
+    """
+    asked = list(backends() if names is None else names)
+    incumbent = standing.chosen if standing is not None and holds(standing, standing.chosen) else None
+    due = [] if standing is None or again else _due(standing, asked, tuner.short)
+    if standing is None or incumbent is None or not due:
+        return tuner.decide(problem, seconds, strict=strict, names=asked, incumbent=incumbent)
+
+    began = time.monotonic()
+    decision, evidence = tuner.decide(problem, seconds, strict=strict, names=[*due, incumbent], incumbent=incumbent)
+    if decision.chosen in (*due, incumbent) and decision.baseline == standing.baseline:
+        return _with_what_stands(decision, standing), evidence
+    left = seconds - (time.monotonic() - began) if strict else seconds
+    if left <= 0:
+        raise TuningFailed(f"the budget of {seconds:.3g} s ended when the standing choice had failed")
+    return tuner.decide(problem, left, strict=strict, names=asked, incumbent=incumbent)
+
+
+def _due(standing: Decision, asked: Collection[str], short: bool) -> list[str]:
+    """The candidates to measure, without the choice that stands; none where all have to be."""
+    due = {*changed(standing), *(name for name in asked if name not in standing.candidates)} & set(asked)
+    is_comparable = standing.baseline == EAGER and EAGER not in due
+    if not standing.settled or not is_comparable or (standing.short_check and not short):
+        return []
+    return [name for name in backends() if name in due and name != standing.chosen]
+
+
+def _with_what_stands(decision: Decision, standing: Decision) -> Decision:
+    """`decision` with the candidates of `standing` that it did not measure."""
+    carried = {
+        name: dataclasses.replace(candidate, measured_at=candidate.measured_at or standing.measured_at)
+        for name, candidate in standing.candidates.items()
+        if name not in decision.candidates and name in backends()
+    }
+    return dataclasses.replace(
+        decision,
+        candidates=decision.candidates | carried,
+        left_out=tuple(name for name in decision.left_out if name not in carried),
+    )

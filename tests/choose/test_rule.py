@@ -1,0 +1,500 @@
+"""Which backend serves: where the rule looks, in which order, and what no longer holds."""
+
+import sys
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import compiled_logprobs as clp
+from compiled_logprobs.backends import get_backend
+from compiled_logprobs.backends.compiled import Compiled
+from compiled_logprobs.backends.cpp import Cpp
+from compiled_logprobs.backends.eager import Eager
+from compiled_logprobs.choose import auto, memory, rule
+from compiled_logprobs.choose.memory import Memory
+from compiled_logprobs.decision import Candidate
+from compiled_logprobs.machine.clock import MIB
+from compiled_logprobs.machine.environment import fingerprint_of
+from compiled_logprobs.policy import Policy, policy
+from compiled_logprobs.problem import Problem, bucket
+from compiled_logprobs.store import user_store
+from compiled_logprobs.store.files import Store
+from tests.helpers.stored_decisions import CPU, LARGE, all_measured, decided, measured, publish
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+SMALL = LARGE._replace(rows=8)
+NEW = "0" * 16
+"""A fingerprint that nothing has."""
+
+
+def chosen(problem: Problem = LARGE) -> tuple[str, str]:
+    """The backend that serves, and the source of the choice."""
+    name, _ = auto.choose(problem, CPU, policy())
+    choice = rule.remembered(rule.context_of(problem, CPU, policy()))
+    assert not isinstance(choice, str)
+    return name, choice.source
+
+
+def start_anew(monkeypatch) -> None:
+    """As a new process does."""
+    monkeypatch.setattr(memory, "MEMORY", Memory())
+
+
+def why_not_measure(problem: Problem, device: torch.device = CPU, under: Policy = Policy()) -> str | None:  # noqa: B008
+    stores = {"user store": user_store()}
+    environment = fingerprint_of(CPU)
+    return rule.why_not_measure(rule.Context(problem, under, device, environment, stores, memory.MEMORY))
+
+
+# The order of the steps
+
+
+def test_what_is_stored_is_looked_up_in_order(mode, nothing_measures, elsewhere, monkeypatch):
+    mode("tune")
+    publish(decided(), Store(elsewhere / "bundled"))
+    assert chosen() == ("eager", "bundled profiles")
+    start_anew(monkeypatch)
+    publish(decided(chosen="compiled"), Store(elsewhere / "profiles"))
+    assert chosen() == ("compiled", "project profiles")
+    start_anew(monkeypatch)
+    publish(decided())
+    assert chosen() == ("eager", "user store")
+    monkeypatch.setattr(Store, "read", lambda *_: pytest.fail("it looked again"))
+    assert chosen(LARGE._replace(rows=1020)) == ("eager", "user store")  # the same bucket
+
+
+@pytest.mark.parametrize("source", ["tuned here", "ranks"])
+def test_what_this_process_decided_stands_before_what_is_stored(source, mode, nothing_measures):
+    mode("lookup")
+    publish(decided(chosen="eager"))
+    assert chosen() == ("eager", "user store")
+    memory.MEMORY.remember_decision(decided(chosen="compiled"), source)
+    assert chosen() == ("compiled", source)
+
+
+@pytest.mark.parametrize("name", ["tune", "lookup"])
+def test_a_decision_for_a_near_number_of_rows_serves_before_anything_is_measured(name, mode, nothing_measures):
+    mode(name)
+    for rows, backend in ((2048, "eager"), (8192, "compiled"), (2**16, "cpp")):
+        publish(decided(LARGE._replace(rows=rows), backend))
+    assert [chosen(LARGE._replace(rows=rows)) for rows in (1100, 6144, 2**15)] == [
+        ("eager", "near"),
+        ("compiled", "near"),
+        ("cpp", "near"),
+    ]
+    assert chosen(LARGE._replace(rows=8192)) == ("compiled", "user store")
+
+
+def test_what_is_further_away_serves_only_where_nothing_may_be_measured(mode, fake, checks):
+    publish(decided(LARGE._replace(rows=8192), "compiled"))
+    assert chosen() == ("eager", "tuned here") and fake.asked == [LARGE]
+    memory.MEMORY.decided.clear()
+    memory.MEMORY.forget(LARGE)
+    user_store().path(fingerprint_of(CPU), LARGE).unlink()
+    mode("lookup")
+    assert chosen() == ("compiled", "related")
+
+
+def test_other_problems_are_not_related(mode, checks):
+    mode("lookup")
+    for other in (LARGE._replace(vocab=1032), LARGE._replace(needs_grad=True), LARGE._replace(dtype=torch.float16)):
+        publish(decided(other._replace(rows=2048)))
+    assert chosen() == ("cpp", "default rule")
+
+
+def test_the_default_rule_takes_the_first_that_passes(mode, checks):
+    mode("lookup")
+    assert chosen() == ("cpp", "default rule")
+    checks["cpp"] = False
+    assert chosen(LARGE._replace(rows=2048))[0] == "cpp"  # asked once for all N
+    assert chosen(LARGE._replace(vocab=1032, aligned=True)) == ("compiled", "default rule")
+
+
+def test_a_backend_with_the_wrong_sign_serves_nothing(monkeypatch):
+    """By the real check."""
+    forward = Cpp.forward
+
+    def wrong_sign(self, *arguments, **options):
+        log_probs, entropies, residuals = forward(self, *arguments, **options)
+        return -log_probs, entropies, residuals
+
+    monkeypatch.setattr(Cpp, "forward", wrong_sign)
+    monkeypatch.setattr(Compiled, "why_not", lambda self, problem: "not now")
+    assert chosen(LARGE._replace(vocab=1101)) == ("eager", "default rule")
+
+
+def test_a_check_without_memory_speaks_against_nobody_and_is_not_repeated_on_every_call(monkeypatch):
+    clock, checked = [0.0], []
+
+    def no_room(*_, **__):
+        checked.append(1)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(rule.time, "monotonic", lambda: clock[0])
+    with monkeypatch.context() as context:
+        context.setattr(rule, "check_backend", no_room)
+        assert [chosen(), chosen(), chosen()] == [("eager", "default rule")] * 3 and len(checked) == 1
+    clock[0] = rule.NO_ROOM_S + 1
+    monkeypatch.setattr(rule, "_passes", lambda *_: True)
+    assert chosen() == ("cpp", "default rule")
+
+
+def test_small_problems_are_for_eager_unless_a_profile_decides_them(mode, nothing_measures):
+    mode("tune")
+    assert chosen(SMALL) == ("eager", "small")
+    publish(decided(SMALL._replace(rows=16), chosen="compiled"))
+    memory.MEMORY.forget(SMALL)
+    assert chosen(SMALL) == ("eager", "small")  # where launches count, another N says little
+    publish(decided(bucket(SMALL), chosen="compiled"))
+    memory.MEMORY.forget(SMALL)
+    assert chosen(SMALL) == ("compiled", "user store")
+
+
+def test_off_looks_at_nothing_that_is_stored(mode, checks, monkeypatch):
+    mode("off")
+    publish(decided())
+    monkeypatch.setattr(Store, "read", lambda *_: pytest.fail("it looked"))
+    assert chosen() == ("cpp", "default rule")
+
+
+def test_each_mode_remembers_for_itself(mode, checks):
+    mode("off")
+    assert chosen()[0] == "cpp"
+    publish(decided())
+    mode("lookup")
+    assert chosen()[0] == "eager"
+    mode("off")
+    assert chosen()[0] == "cpp"
+
+
+def test_what_is_decided_later_replaces_a_guess(mode, checks):
+    mode("lookup")
+    other = LARGE._replace(rows=2048)
+    assert chosen(other) == ("cpp", "default rule")
+    memory.MEMORY.remember_decision(decided())
+    assert chosen(other) == ("eager", "near")
+
+
+def test_threads_that_come_at_once_get_right_results():
+    """With the real check, under the default rule."""
+    logits, labels = torch.randn(1024, 1031), torch.randint(1031, (1024,))
+    true = logits.double().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    results, start = [], threading.Barrier(6)
+
+    def work():
+        start.wait(10)
+        results.append(clp.log_probs_from_logits(logits, labels))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(results) == 6 and chosen()[1] == "default rule"
+    for out in results:
+        torch.testing.assert_close(out.double(), true, atol=1e-5, rtol=0)
+
+
+def test_a_walk_over_another_machines_store_takes_its_decisions_as_they_are(tmp_path):
+    """As the dashboard does."""
+    publish(
+        decided(chosen="theirs", candidates={"theirs": measured("eager", fingerprint=NEW), "eager": measured("eager")})
+    )
+    context = rule.Context(
+        *(LARGE._replace(rows=2048), Policy("lookup"), CPU, fingerprint_of(CPU), {"a": user_store()}, Memory()),
+        is_here=False,
+    )
+    steps = dict(rule.walk(context))
+    assert list(steps) == ["remembered", "stored", "small", "near"] and steps["near"].backend == "theirs"
+    far = dict(rule.walk(context._replace(problem=LARGE._replace(rows=2**20))))
+    assert far["related"].source == "related"
+    assert isinstance(
+        list(rule.walk(context._replace(problem=LARGE._replace(vocab=7, rows=2**20))))[-1][1], rule.Pending
+    )
+
+
+# What no longer holds
+
+
+@pytest.mark.parametrize("why", ["changed", "cannot run", "cannot say", "unregistered"])
+def test_a_winner_that_is_not_what_was_measured_is_not_used(why, mode, checks, monkeypatch):
+    mode("lookup")
+    candidates = all_measured()
+    if why == "changed":
+        candidates["compiled"] = measured("compiled", fingerprint=NEW)
+    elif why == "cannot run":
+        monkeypatch.setattr(Compiled, "why_not", lambda self, problem: "no compiler")
+    elif why == "cannot say":
+        monkeypatch.setattr(Compiled, "fingerprint", lambda self: 1 / 0)
+    else:
+        candidates["os:system"] = measured("eager")
+    publish(decided(chosen="os:system" if why == "unregistered" else "compiled", candidates=candidates))
+    if why == "unregistered":
+        with pytest.warns(
+            RuntimeWarning, match="passed over: it chose backend 'os:system', which is not registered here"
+        ):
+            assert chosen() == ("cpp", "default rule")
+        memory.MEMORY.forget(LARGE)  # and it is told once
+    assert chosen() == ("cpp", "default rule")
+
+
+def test_unknown_backends_among_the_others_do_no_harm(mode, nothing_measures):
+    mode("lookup")
+    publish(decided(candidates=all_measured() | {"antigravity:fly": measured("eager")}))
+    assert chosen() == ("eager", "user store") and "antigravity" not in sys.modules
+
+
+class Doubling(Eager):
+    """A backend of somebody else's."""
+
+    name = "doubling"
+
+
+OTHERS_CHANGED = {
+    "backend 'doubling' was registered after this was measured": {},
+    "backend 'compiled' has changed since this was measured": {"compiled": measured("compiled", fingerprint=NEW)},
+    "backend 'compiled' could not run this when it was measured, and can now": {
+        "compiled": Candidate("unavailable", "no compiler", get_backend("compiled").fingerprint())
+    },
+}
+
+
+@pytest.fixture(params=OTHERS_CHANGED, ids=["new", "changed", "available"])
+def stale(request, own_registry, elsewhere) -> str:
+    """Why the decision that is stored no longer holds."""
+    if "registered" in request.param:
+        clp.register_backend("doubling", f"{__name__}:Doubling")
+    publish(decided(candidates=all_measured() | OTHERS_CHANGED[request.param]))
+    return request.param
+
+
+def test_what_is_stale_serves_where_nothing_may_be_measured(stale, mode, nothing_measures):
+    mode("lookup")
+    assert chosen() == ("eager", "user store")
+    assert rule.remembered(rule.context_of(LARGE, CPU, policy())).stale == stale
+    mode("tune")
+    with clp.autotune(require_hit=True):
+        assert chosen() == ("eager", "user store")
+
+
+def test_where_it_can_what_is_stale_is_measured_again(stale, fake, monkeypatch):
+    better = "doubling" if "registered" in stale else "compiled"
+    fake.answer = lambda problem: decided(problem, better, candidates=all_measured() | {better: measured(better)})
+    assert chosen() == (better, "tuned here") and len(fake.asked) == 1
+    start_anew(monkeypatch)
+    assert chosen() == (better, "user store") and len(fake.asked) == 1
+
+
+def test_what_is_stale_serves_where_it_could_not_be_measured_again(stale, fake):
+    def fail(problem):
+        raise RuntimeError("can't start new thread")
+
+    fake.answer = fail
+    assert chosen() == ("eager", "user store") and len(fake.asked) == 1
+
+
+def test_backends_that_were_left_out_or_that_no_worker_can_import_do_not_make_it_stale(own_registry, mode, monkeypatch):
+    mode("tune")
+    monkeypatch.setattr(sys.modules["__main__"], "Doubling", Doubling, raising=False)
+    for name, target in (("left", f"{__name__}:Doubling"), ("object", Doubling()), ("main", "__main__:Doubling")):
+        clp.register_backend(name, target)
+        get_backend(name)
+    tried = {name: Candidate("unavailable", "only this process") for name in ("object", "main")}
+    publish(decided(candidates=all_measured() | tried, left_out=("left",)))
+    assert chosen() == ("eager", "user store")
+
+
+def test_a_failure_counts_for_a_day(mode, fake):
+    failed = {"compiled": Candidate("failed", "no space left on device", measured("compiled").fingerprint)}
+    publish(decided(candidates=all_measured() | failed))
+    assert chosen()[0] == "eager" and not fake.asked
+    memory.MEMORY.forget(LARGE)
+    publish(decided(candidates=all_measured() | failed, measured_at="2026-01-01T00:00:00Z"))
+    assert chosen()[0] == "eager" and fake.asked == [LARGE]
+
+
+def test_a_winner_that_failed_is_set_aside_in_every_mode(mode, checks, nothing_measures):
+    publish(decided(chosen="compiled"))
+    mode("lookup")
+    assert chosen()[0] == "compiled"
+    assert memory.MEMORY.put_aside("compiled", LARGE._replace(rows=1020), RuntimeError("it broke"))
+    assert chosen() == ("eager", "set aside")
+    assert not memory.MEMORY.put_aside("compiled", LARGE._replace(rows=4096), RuntimeError("it broke"))  # known of such
+    with clp.autotune(require_hit=True):
+        assert chosen() == ("eager", "set aside")  # since a profile had decided it
+
+
+def test_nor_does_another_number_of_rows_bring_it_back(mode, checks):
+    mode("lookup")
+    publish(decided(LARGE._replace(rows=2048), chosen="compiled"))
+    memory.MEMORY.put_aside("compiled", LARGE, RuntimeError("it broke"))
+    assert chosen(LARGE._replace(rows=2048))[0] == "compiled"
+    assert chosen() == ("cpp", "default rule")
+
+
+def test_what_ranks_agreed_upon_ends_the_search(mode, monkeypatch, nothing_measures):
+    """What each would find beside it is its own."""
+    mode("lookup")
+    publish(decided(chosen="cpp"))
+    memory.MEMORY.remember_decision(decided(chosen="compiled"), "ranks")
+    monkeypatch.setattr(Compiled, "why_not", lambda self, problem: "no compiler")
+    assert chosen() == ("eager", "ranks")
+
+
+# require_hit
+
+
+@pytest.mark.parametrize("name", ["tune", "lookup"])
+def test_a_required_hit_that_is_none_is_told(name, mode, nothing_measures):
+    mode(name)
+    publish(decided(LARGE._replace(rows=2048)))  # near is no hit
+    with clp.autotune(require_hit=True), pytest.raises(clp.ProfileError) as error:
+        chosen()
+    assert str(error.value) == (
+        "no profile decides 1024 x 1031 float32 on cpu (not 16-byte aligned), and require_hit=True forbids to measure or "
+        "guess. Run `compiled-logprobs profile` or tune(...) for it on this machine, or set require_hit=False.\n"
+        "Nearest in the profiles: 2048 x 1031 float32 on cpu (user store): rows is 2048 there, and 1024 here"
+    )
+
+
+def test_what_was_guessed_before_is_no_hit_either(mode, checks):
+    mode("lookup")
+    assert chosen()[0] == "cpp"
+    with clp.autotune(require_hit=True), pytest.raises(clp.ProfileError):
+        chosen()
+
+
+def test_a_hit_may_be_required_in_a_mode_that_has_none(mode, nothing_measures):
+    mode("off")
+    publish(decided())
+    with clp.autotune(require_hit=True):
+        with pytest.raises(
+            clp.ProfileError, match="the mode is 'off', in which no profile is looked at.*Set the mode to"
+        ):
+            chosen()
+        assert chosen(SMALL)[0] == "eager"
+
+
+# row_invariant
+
+
+def test_one_backend_serves_all_calls_of_a_kind_whatever_is_stored(mode, checks):
+    mode("lookup")
+    publish(decided(chosen="eager"))
+    publish(decided(LARGE._replace(needs_grad=True), chosen="compiled"))
+    kinds = [LARGE, SMALL, LARGE._replace(needs_grad=True, entropy=True, layout="rows", temperature="per_token")]
+    with clp.autotune(row_invariant=True):
+        assert [chosen(problem) for problem in kinds] == [("cpp", "row invariant")] * 3
+        with clp.autotune(require_hit=True):
+            assert chosen()[0] == "cpp"
+    assert len(memory.MEMORY.checks) == 1 and chosen()[0] == "eager"
+
+
+def test_only_backends_that_declare_it_and_pass_are_admitted(checks, monkeypatch):
+    checks["cpp"] = False
+    with clp.autotune(row_invariant=True):
+        assert chosen()[0] == "compiled"
+        monkeypatch.setattr(Compiled, "row_invariant", False)
+        with pytest.raises(
+            clp.BackendUnavailable, match="no backend that can run such calls declares rows whose bits do not"
+        ):
+            chosen(LARGE._replace(vocab=1032))
+
+
+def test_ratios_start_at_exactly_1():
+    logits, labels = torch.randn(1024, 1031), torch.randint(1031, (1024,))
+    with clp.autotune(row_invariant=True):
+        old = clp.log_probs_from_logits(logits, labels)
+        new = [clp.log_probs_from_logits(logits[n : n + 64].requires_grad_(), labels[n : n + 64]) for n in (0, 64, 960)]
+        few = clp.log_probs_from_logits(logits[:3], labels[:3])
+    for start, part in zip((0, 64, 960), new, strict=True):
+        assert ((part - old[start : start + 64]).exp() == 1.0).all()
+    assert torch.equal(few, old[:3])
+
+
+def test_what_failed_is_followed_by_the_next_in_the_list_and_what_it_cannot_run_is_told(checks, monkeypatch):
+    with clp.autotune(row_invariant=True):
+        assert chosen()[0] == "cpp"
+        memory.MEMORY.put_aside("cpp", SMALL, RuntimeError("it broke"))
+        assert chosen()[0] == "compiled"
+        monkeypatch.setattr(auto, "why_not", lambda name, problem: "is tired")
+        with pytest.raises(clp.BackendUnavailable, match="'compiled', which serves such problems .* is tired"):
+            chosen(LARGE._replace(rows=4096, layout="other"))
+
+
+# Why nothing is measured
+
+
+def test_why_nothing_is_measured(own_registry, monkeypatch):
+    assert why_not_measure(LARGE) is None
+    assert why_not_measure(LARGE, under=Policy("lookup")) == "the mode is 'lookup'"
+    assert why_not_measure(LARGE, under=Policy("off")) == "the mode is 'off'"
+    assert why_not_measure(LARGE, under=Policy(require_hit=True)) == "require_hit=True forbids it"
+    assert why_not_measure(SMALL) == "it has fewer than 2^20 logits"
+    only_eager = LARGE._replace(dtype=torch.float64)
+    assert why_not_measure(only_eager) == "only eager can run it"
+    clp.register_backend("doubling", "no_such_package:Doubling")  # which nobody imports
+    assert why_not_measure(only_eager) is None
+    assert why_not_measure(LARGE._replace(device_type="mps"), torch.device("mps")) == "nothing is measured on mps"
+    memory.MEMORY.spent_s = 60.0
+    assert why_not_measure(LARGE) == "the process has used up its 60 s for measuring"
+    monkeypatch.setattr(memory, "MEMORY", Memory(is_forked=True))
+    assert why_not_measure(LARGE) == "this process is a forked child of another"
+    monkeypatch.setattr(memory, "MEMORY", Memory())
+    publish(decided(candidates=all_measured() | {"doubling": measured("eager")}))
+    assert why_not_measure(LARGE) == "it has been measured already, and what was chosen may not serve now"
+
+
+RANKS = "this process is one of several ranks; call tune(..., group=...) on all of them"
+
+
+@pytest.mark.parametrize(("size", "told"), [("2", RANKS), ("64", RANKS), ("1", None), ("", None), ("many", None)])
+def test_one_of_several_ranks_measures_nothing(monkeypatch, size, told):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert why_not_measure(LARGE) == told
+
+
+def test_nor_does_a_process_that_has_joined_a_group(fake, checks):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert chosen()[0] == "cpp" and not fake.asked
+    finally:
+        dist.destroy_process_group()
+    assert why_not_measure(LARGE) is None
+
+
+def test_an_accelerator_needs_room_for_it(monkeypatch):
+    """As on a GPU: three times the logits and 2 GiB have to be free."""
+    problem = LARGE._replace(device_type="cuda", rows=2**20, vocab=1024)  # 4 GiB
+    monkeypatch.setattr(rule, "_others_can_run", lambda problem: True)
+    for free, told in [
+        (14 * 1024 * MIB, None),
+        (14 * 1024 * MIB - 1, "14.0 GiB of the device's memory are free, and 14.0 GiB are needed"),
+        (None, "0.0 GiB of the device's memory are free, and 14.0 GiB are needed"),
+    ]:
+        monkeypatch.setattr(rule, "free_memory", lambda device, free=free: free)
+        assert why_not_measure(problem, torch.device("cuda")) == told
+
+
+# Profiles that cannot be trusted; `tests/store` has what that may be
+
+
+def test_a_broken_profile_is_a_miss_that_does_not_hide_the_one_behind_it(mode, elsewhere, nothing_measures):
+    mode("lookup")
+    publish(decided())
+    publish(decided(chosen="compiled"), Store(elsewhere / "bundled"))
+    path = user_store().path(fingerprint_of(CPU), LARGE)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.warns(RuntimeWarning, match="is passed over"):
+        assert chosen() == ("compiled", "bundled profiles")
+
+
+def test_a_broken_profile_is_measured_anew_and_replaced(fake, monkeypatch):
+    publish(decided())
+    user_store().path(fingerprint_of(CPU), LARGE).write_text("{")
+    with pytest.warns(RuntimeWarning, match="is passed over"):
+        assert chosen() == ("eager", "tuned here")
+    start_anew(monkeypatch)
+    assert chosen() == ("eager", "user store") and len(fake.asked) == 1

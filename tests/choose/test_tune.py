@@ -1,0 +1,472 @@
+"""Measuring: once, within a budget, alone on the device; on demand; and of a stale decision only what has changed."""
+
+import dataclasses
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+from filelock import FileLock, Timeout
+
+import compiled_logprobs as clp
+from compiled_logprobs.backends import get_backend
+from compiled_logprobs.choose import auto, memory, rule, tune
+from compiled_logprobs.choose.memory import Memory
+from compiled_logprobs.machine.environment import fingerprint_of
+from compiled_logprobs.policy import policy
+from compiled_logprobs.problem import Problem, bucket
+from compiled_logprobs.store import ROOT_VARIABLE, user_store
+from compiled_logprobs.store.files import Store
+from compiled_logprobs.tuning.tuner import Tuner, TuningFailed
+from tests.helpers.backends_for_tuning import registered
+from tests.helpers.disks import a_file, a_full_disk
+from tests.helpers.stored_decisions import (
+    CPU,
+    LARGE,
+    all_measured,
+    decided,
+    evidence_of,
+    measured,
+    publish,
+)
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+LOGITS, LABELS = torch.randn(1024, 1031), torch.randint(1031, (1024,))
+NEW = "0" * 16
+"""A fingerprint that nothing has."""
+OLD = "2026-01-02T03:04:05Z"
+
+
+def chosen(problem: Problem = LARGE) -> tuple[str, str]:
+    """The backend that serves, and the source of the choice."""
+    name, _ = auto.choose(problem, CPU, policy())
+    choice = rule.remembered(rule.context_of(problem, CPU, policy()))
+    assert not isinstance(choice, str)
+    return name, choice.source
+
+
+def raising(error: BaseException):
+    def fail(problem):
+        raise error
+
+    return fail
+
+
+# By the first call
+
+
+def test_a_new_problem_is_measured_once(fake, capsys, monkeypatch):
+    assert chosen(LARGE._replace(rows=1020)) == ("eager", "tuned here") and fake.asked == [LARGE._replace(rows=1020)]
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "compiled_logprobs: measuring which backend is fastest for 1024 x 1031 float32 on cpu (not 16-byte aligned), for at most "
+        "20 s (COMPILED_LOGPROBS_MODE=lookup prevents it)",
+        "compiled_logprobs: eager serves it: eager is faster",
+    ]
+    for rows in (1020, 1024, 1018):
+        chosen(LARGE._replace(rows=rows))
+    monkeypatch.setattr(memory, "MEMORY", Memory())
+    assert chosen() == ("eager", "user store")
+    assert len(fake.asked) == 1 and not capsys.readouterr().err
+
+
+def test_threads_that_come_at_once_measure_once(fake):
+    def slowly(problem):
+        time.sleep(0.2)  # so that the others come meanwhile
+        return decided(problem)
+
+    fake.answer = slowly
+    names, start = [], threading.Barrier(8)
+
+    def work():
+        start.wait(10)
+        names.append(chosen()[0])
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert names == ["eager"] * 8 and len(fake.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TuningFailed("the budget ended"),
+        OSError("Resource temporarily unavailable"),
+        RuntimeError("can't start new thread"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_could_not_be_decided_is_said_and_not_tried_again(fake, checks, capsys, error):
+    fake.answer = raising(error)
+    assert [chosen(), chosen()] == [("cpp", "default rule")] * 2 and len(fake.asked) == 1
+    assert f"not decided: {error}. The default rule serves it in this process" in capsys.readouterr().err
+    assert not list(user_store().decisions())
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()], ids=lambda e: type(e).__name__
+)
+def test_out_of_memory_and_interruptions_are_raised_and_leave_nothing_half_done(fake, error):
+    fake.answer = raising(error)
+    with pytest.raises(type(error)):
+        chosen()
+    fake.answer = decided
+    assert chosen() == ("eager", "tuned here")
+
+
+def test_the_budget_of_a_process_is_used_up_in_the_end(fake, checks, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(tune.time, "monotonic", lambda: clock[0])
+
+    def answer(problem):
+        clock[0] += 11.0
+        return decided(problem)
+
+    fake.answer = answer
+    with clp.autotune(budget_s=10):  # 30 s in all
+        sources = [chosen(LARGE._replace(vocab=1031 + number))[1] for number in range(5)]
+    assert sources == ["tuned here"] * 3 + ["default rule"] * 2
+    with clp.autotune(budget_s=0):
+        assert chosen(LARGE._replace(vocab=2001)) == ("cpp", "default rule") and len(fake.asked) == 3
+
+
+class Closed:
+    """A standard error whose reader is gone."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+    flush = write
+
+
+@pytest.mark.parametrize("stderr", [None, Closed()])
+def test_nobody_has_to_hear_of_it(fake, monkeypatch, stderr):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert chosen() == ("eager", "tuned here")
+
+
+def test_another_process_that_measures_is_waited_for_and_its_decision_taken(fake, tmp_path):
+    lock = FileLock(tmp_path / "compiled-logprobs-cpu.lock")
+    lock.acquire()
+    thread = threading.Thread(target=chosen)
+    thread.start()
+    time.sleep(0.2)
+    assert thread.is_alive() and not memory.MEMORY.choices
+    publish(decided(chosen="compiled"))
+    lock.release()
+    thread.join(30)
+    assert chosen() == ("compiled", "user store") and not fake.asked
+
+
+def test_another_process_is_not_waited_for_beyond_the_budget(fake, checks, tmp_path, capsys):
+    with FileLock(tmp_path / "compiled-logprobs-cpu.lock"), clp.autotune(budget_s=0.2):
+        assert chosen() == ("cpp", "default rule")
+    assert "not decided: another process was measuring on this device all the time" in capsys.readouterr().err
+    assert not fake.asked
+
+
+def test_whoever_measures_stores_it_before_the_next_one_looks(fake, monkeypatch, tmp_path):
+    """Of two that come at once, the second takes what the first has found."""
+    lock, held, real = FileLock(tmp_path / "compiled-logprobs-cpu.lock"), [], Store.publish
+
+    def watched(self, *arguments):
+        try:
+            with lock.acquire(timeout=0):
+                held.append(False)
+        except Timeout:
+            held.append(True)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Store, "publish", watched)
+    chosen()
+    clp.tune(LARGE, again=True)
+    assert held == [True, True]
+
+
+def test_what_another_process_has_registered_is_not_lost(fake):
+    publish(decided(chosen="mine", candidates=all_measured() | {"mine": measured("eager")}))
+    with pytest.warns(RuntimeWarning, match="it chose backend 'mine', which is not registered here"):
+        assert chosen()[0] == "eager" and fake.asked == [LARGE]
+    assert [decision.chosen for _, decision in user_store().decisions()] == ["mine"]
+    with pytest.raises(
+        clp.LogProbsError, match="stored chose backend 'mine', which is not registered here, and would be lost"
+    ):
+        clp.tune(LARGE)
+    clp.tune(LARGE, again=True)
+    assert [decision.chosen for _, decision in user_store().decisions()] == ["eager"]
+
+
+@pytest.mark.parametrize("place", [a_file, a_full_disk])
+def test_where_nothing_can_be_stored_it_is_measured_all_the_same_and_said(place, fake, tmp_path, monkeypatch):
+    root = place(tmp_path)
+    told = "cannot be written.*\\n.*\\nWhat was measured holds in this process only."
+    try:
+        monkeypatch.setenv(ROOT_VARIABLE, str(root))
+        with pytest.warns(RuntimeWarning, match=told):
+            assert chosen() == ("eager", "tuned here")
+        with pytest.warns(RuntimeWarning, match=told):
+            clp.tune(LARGE._replace(vocab=1033))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            memory.MEMORY.forget(LARGE)  # as another policy finds it
+            assert [chosen(LARGE._replace(vocab=vocab)) for vocab in (1031, 1033)] == [("eager", "tuned here")] * 2
+        with pytest.raises(clp.ProfileError, match="cannot be written"):
+            list(tune.tune_all([LARGE], CPU))  # as the command line asks, before it measures
+        assert len(fake.asked) == 2
+    finally:
+        if root.is_dir():
+            subprocess.run(["umount", "-l", str(root)], check=True)
+
+
+# On demand
+
+
+def test_tune_measures_the_call_and_stores_it(fake, mode):
+    mode("off")  # on demand is on demand
+    [decision] = clp.tune(LOGITS[:1020].clone().requires_grad_(), LABELS[:1020], temperature=0.5, return_entropy=True)
+    assert decision.problem == LARGE._replace(needs_grad=True, temperature="number", entropy=True)
+    assert [stored for _, stored in user_store().decisions()] == [decision]
+    mode("lookup")
+    assert chosen(decision.problem) == ("eager", "tuned here")
+
+
+def test_tune_measures_each_bucket_once(fake):
+    problems = [LARGE._replace(rows=rows) for rows in (1000, 1024, 5000, 800)]
+    decisions = clp.tune(iter(problems))
+    assert [decision.problem.rows for decision in decisions] == [1024, 6144]
+    assert [bucket(problem).rows for problem in fake.asked] == [1024, 6144]
+    assert clp.tune(LARGE) == [decisions[0]] and len(fake.asked) == 2  # known
+    assert clp.tune([]) == []
+
+
+@pytest.mark.parametrize(
+    ("stored", "again", "measures"),
+    [
+        (decided(), False, False),
+        (decided(), True, True),
+        (decided(short_check=True), False, True),  # on demand that is not enough
+        (decided(candidates=all_measured() | {"eager": measured("eager", fingerprint=NEW)}), False, True),
+        (decided(candidates={"eager": measured("eager")}), False, True),
+    ],
+    ids=["known", "again", "short check", "changed", "fewer candidates"],
+)
+def test_tune_measures_again_where_what_is_stored_is_not_enough(stored, again, measures, fake):
+    publish(stored)
+    clp.tune(LARGE, again=again)
+    assert bool(fake.asked) == measures
+    fake.asked.clear()
+    clp.tune(LARGE)
+    assert not fake.asked
+
+
+def test_after_tune_this_process_takes_what_it_returned(fake, checks, mode):
+    mode("lookup")
+    assert chosen() == ("cpp", "default rule")
+    publish(decided())  # by another process, in the meantime
+    clp.tune(LARGE)
+    assert chosen() == ("eager", "user store") and not fake.asked
+
+
+def test_tune_takes_a_device_and_a_budget(fake, monkeypatch):
+    seen = []
+
+    def decide(problem, seconds, **_):
+        seen.append(seconds)
+        return decided(problem), evidence_of(decided(problem))
+
+    monkeypatch.setattr(fake, "decide", decide)
+    clp.tune(LARGE, device="cpu", budget_s=3)
+    clp.tune(LARGE, again=True)
+    with clp.autotune(budget_s=7):
+        clp.tune(LARGE, again=True)
+    assert seen == [3.0, 20.0, 7.0]
+
+
+def test_tune_tells_what_could_not_be_decided_keeps_the_rest_and_lets_go_of_the_device(fake, tmp_path):
+    def answer(problem):
+        if problem.vocab == 1031:
+            raise TuningFailed("no backend could be measured")
+        return decided(problem)
+
+    fake.answer = answer
+    with pytest.raises(clp.LogProbsError, match="no backend could be measured") as error:
+        clp.tune([LARGE._replace(vocab=1032, aligned=True), LARGE, LARGE._replace(vocab=1033)])
+    assert [decision.problem.vocab for _, decision in user_store().decisions()] == [1032]
+    with FileLock(tmp_path / "compiled-logprobs-cpu.lock", timeout=0):  # though the traceback lives on
+        assert error.value
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_tune_takes_what_another_process_has_decided_while_it_waited(fake, tmp_path, again):
+    decisions = []
+    thread = threading.Thread(target=lambda: decisions.extend(clp.tune(LARGE, again=again)))
+    with FileLock(tmp_path / "compiled-logprobs-cpu.lock"):
+        thread.start()
+        time.sleep(0.2)
+        assert thread.is_alive()
+        publish(decided(chosen="compiled"))
+    thread.join(30)
+    assert [decision.chosen for decision in decisions] == (["eager"] if again else ["compiled"])
+    assert len(fake.asked) == again
+
+
+def test_tune_waits_for_another_process_only_so_long(fake, monkeypatch, tmp_path):
+    monkeypatch.setattr(tune, "WAIT_S", 0.1)
+    told = "another process has been measuring on cpu for 0.1 s; wait for its end"
+    with FileLock(tmp_path / "compiled-logprobs-cpu.lock"), pytest.raises(clp.LogProbsError, match=told):
+        clp.tune(LARGE)
+    assert not fake.asked
+
+
+GPU = LARGE._replace(device_type="cuda")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "told"),
+    [
+        (
+            (LOGITS,),
+            {},
+            "got logits without labels; logits and labels on the device to measure, or problems, are valid",
+        ),
+        ((LOGITS, LABELS), {"device": "cpu"}, "got logits and device='cpu'"),
+        ((LOGITS, LABELS[:3]), {}, "labels"),
+        ((LARGE, LABELS), {}, "got labels beside problems; problems, or logits and labels, are valid"),
+        (([LARGE, "1024 x 1031"],), {}, "got a str among the problems"),
+        ((5,), {}, "got a int among the problems"),
+        ((LARGE,), {"device": "nonsense"}, "got device='nonsense'; e.g. 'cpu' or 'cuda:0' is valid"),
+        (([LARGE, GPU],), {}, "got problems and devices of types cpu, cuda; one is valid. Tune them apart."),
+        ((LARGE,), {"device": "cuda"}, "got problems and devices of types cpu, cuda; one is valid"),
+        ((LARGE,), {"budget_s": -1}, "got budget_s=-1; a number of seconds, 0 or more, is valid"),
+        ((LARGE,), {"budget_s": "long"}, "got budget_s='long'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_arguments_of_tune_are_told(arguments, options, told, nothing_measures):
+    with pytest.raises(clp.InputError) as error:
+        clp.tune(*arguments, **options)
+    assert told in str(error.value)
+
+
+def test_the_checks_of_what_was_carried_over_stay_in_the_evidence():
+    """A later run measures one candidate alone."""
+    first = decided()
+    tune.publish(user_store(), first, dataclasses.replace(evidence_of(first), cases={"cpp": (), "compiled": ()}), CPU)
+    carried = all_measured() | {name: measured(name, measured_at=OLD) for name in ("cpp", "compiled")}
+    carried["compiled"] = dataclasses.replace(carried["compiled"], checks=())  # of which that says nothing
+    later = decided(candidates=carried, seed=1)
+    tune.publish(user_store(), later, dataclasses.replace(evidence_of(later), cases={"eager": ()}), CPU)
+    evidence = user_store().evidence(fingerprint_of(CPU), later)
+    assert evidence is not None and set(evidence.cases) == {"eager", "cpp"}
+
+
+# Only what has changed
+
+
+class Answers:
+    """In the place of a tuner: notes whom it was to measure, and gives the answers in turn."""
+
+    def __init__(self, *winners, short=False):
+        self.asked, self.short, self.winners = [], short, list(winners)
+
+    def decide(self, problem, seconds, *, strict, names, incumbent):
+        self.asked.append((set(names) | {"eager"}, incumbent))
+        candidates = {name: measured(name) for name in self.asked[-1][0]}
+        decision = decided(problem, self.winners.pop(0), candidates=candidates)
+        return decision, evidence_of(decision)
+
+
+ALL = {"eager", "cpp", "compiled", "flash_attn"}
+CHANGED = measured("compiled", fingerprint=NEW)
+
+
+def standing(winner="cpp", **changes):
+    return decided(chosen=winner, candidates=all_measured() | changes, measured_at=OLD)
+
+
+def renewed(answers, stands, **options):
+    return tune.decide(answers, LARGE, 10.0, standing=stands, **options)[0]
+
+
+def test_one_that_changed_is_measured_beside_the_incumbent_and_the_baseline():
+    answers = Answers("cpp")
+    decision = renewed(answers, standing(compiled=CHANGED))
+    assert answers.asked == [({"eager", "cpp", "compiled"}, "cpp")]
+    carried = decision.candidates["flash_attn"]
+    assert carried.measured_at == OLD and carried.outcome == "unavailable"
+    assert decision.candidates["cpp"].measured_at is None and decision.left_out == ()
+
+
+def test_what_was_carried_over_before_keeps_its_date_and_a_new_winner_replaces_the_incumbent():
+    kept = dataclasses.replace(measured("compiled"), measured_at="2025-01-01T00:00:00Z")
+    decision = renewed(Answers("cpp"), standing("eager", cpp=measured("cpp", fingerprint=NEW), compiled=kept))
+    assert decision.chosen == "cpp" and decision.candidates["compiled"].measured_at == "2025-01-01T00:00:00Z"
+
+
+def test_only_those_that_were_asked_for_are_measured():
+    stands = standing("eager", compiled=CHANGED, cpp=measured("cpp", fingerprint=NEW))
+    answers = Answers("eager")
+    decision = renewed(answers, stands, names=["eager", "cpp"])
+    assert answers.asked == [({"eager", "cpp"}, "eager")]
+    assert decision.candidates["compiled"] == dataclasses.replace(stands.candidates["compiled"], measured_at=OLD)
+
+
+def test_everything_is_measured_where_the_incumbent_has_lost_what_it_had():
+    """It is no faster than the baseline now: what was slower than it then may be the fastest."""
+    answers = Answers("eager", "compiled")
+    stands = standing(flash_attn=measured("flash_attn", fingerprint=NEW))
+    assert renewed(answers, stands).chosen == "compiled"
+    assert [names for names, _ in answers.asked] == [{"eager", "cpp", "flash_attn"}, ALL]
+    with pytest.raises(TuningFailed, match="the budget of 0 s ended when the standing choice had failed"):
+        tune.decide(Answers("eager"), LARGE, 0.0, standing=stands, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("stands", "options"),
+    [
+        (None, {}),
+        (standing(cpp=measured("cpp", fingerprint=NEW)), {}),
+        (standing("compiled", eager=measured("eager", fingerprint=NEW)), {}),
+        (dataclasses.replace(standing(compiled=CHANGED), settled=False), {}),
+        (dataclasses.replace(standing(compiled=CHANGED), short_check=True), {}),
+        (dataclasses.replace(standing(compiled=CHANGED), baseline="compiled"), {}),
+        (standing(), {}),
+        (standing(compiled=CHANGED), {"again": True}),
+    ],
+    ids=["nothing", "incumbent changed", "baseline changed", "unsettled", "short", "baseline", "no change", "asked to"],
+)
+def test_everything_is_measured_where_little_still_holds(stands, options):
+    answers = Answers("eager")
+    renewed(answers, stands, **options)
+    assert [names for names, _ in answers.asked] == [ALL]
+
+
+@pytest.mark.slow
+def test_only_what_has_changed_is_timed_for_real():
+    """Of four backends one gets another code: the worker program times three."""
+    problem = Problem("cpu", rows=256, vocab=1024, dtype=torch.float32, needs_grad=True)
+    timed = []
+
+    def on_event(event):
+        if event["event"] == "round":
+            timed.append({name for name in event["seconds"] if name != "log_softmax"})
+
+    names = ["right", "same", "slow"]
+    with registered(right="Right", same="Same", slow="SlowByRow"), Tuner(CPU, short=True, on_event=on_event) as tuner:
+        first, _ = tuner.decide(problem, 30.0, names=names)
+        stale = dataclasses.replace(first.candidates["slow"], fingerprint=NEW)
+        stands = dataclasses.replace(first, candidates=first.candidates | {"slow": stale})
+        for name in names:  # loaded here, too, so that their code can be compared
+            get_backend(name)
+        timed.clear()
+        again, _ = tune.decide(tuner, problem, 30.0, standing=stands, names=names)
+    assert timed and all(names == {"eager", first.chosen, "slow"} for names in timed)
+    assert again.chosen == first.chosen
+    carried = (set(names) - {first.chosen, "slow"}).pop()
+    assert again.candidates[carried].measured_at == first.measured_at
