@@ -9,7 +9,8 @@ from compiled_logprobs.api.functions import (
     tune,
 )
 from compiled_logprobs.backends import backends, register_backend
-from compiled_logprobs.check.run import CheckReport, check_backend
+from compiled_logprobs.check.report import CheckReport
+from compiled_logprobs.check.run import check_backend
 from compiled_logprobs.choose.explain import Explanation
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import BackendUnavailable, InputError, LogProbsError, ProfileError

@@ -1,18 +1,17 @@
-"""What the gate notes down: of each check the worst that was seen, over all inputs and for each kind of them, and the errors.
+"""The report of a check: of each check the worst that was seen, over all inputs and for each kind of them, and the errors.
 
 Shapes: n rows compared, V vocabulary, C values a row: K labels, or V logits, or one.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compiled_logprobs.check.cases import Case
-from compiled_logprobs.decision import QUANTILES, CaseEvidence, Kind, Spread, Token, number
-from compiled_logprobs.decision import Check as CaseCheck
+from compiled_logprobs.decision import QUANTILES, CaseEvidence, Check, Kind, Spread, Token, number
 from compiled_logprobs.problem import Problem
 
 MEANING = {
@@ -48,19 +47,66 @@ SAMPLED_ERRORS = 4096
 
 
 @dataclass(frozen=True)
-class Check:
-    """The verdict of one check on one problem, and the worst figure that was seen."""
+class ProblemReport:
+    """What the check saw of one problem."""
 
-    name: str
     problem: Problem
-    passed: bool
-    figure: float | None = None
-    limit: float | None = None
-    detail: str = ""
+    checks: tuple[Check, ...]
+    """The worst over all inputs."""
+    cases: tuple[CaseEvidence, ...]
+    """The same checks for each kind of input, and how the errors spread."""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Whether a backend, or a function, keeps the contract."""
+
+    subject: str
+    results: tuple[ProblemReport, ...]
+    seed: int
+    """Of the inputs: `check_backend(..., seed=report.seed)` makes the same ones."""
+    repeatable: bool | None
+    """Whether the same call gave the same bits twice. Recorded; neither is a failure."""
+    row_invariant: bool | None
+    """Whether a row had the same bits in batches of different N. A failure only of a backend that declares it."""
+    causes: tuple[str, ...] = ()
+    """What is probably wrong, the first likely to explain most; empty where nothing is, or nothing is recognised."""
 
     @property
-    def meaning(self) -> str:
-        return MEANING[self.name]
+    def checks(self) -> tuple[Check, ...]:
+        """One a check and problem."""
+        return tuple(check for result in self.results for check in result.checks)
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def reasons(self) -> list[str]:
+        """The names of the checks that failed, each once."""
+        return list(dict.fromkeys(check.name for check in self.checks if not check.passed))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs: plain values only, and None where a figure is not finite."""
+
+        def told(result: ProblemReport) -> dict[str, Any]:
+            return {"problem": str(result.problem), "options": result.problem.details()}
+
+        return {
+            "subject": self.subject,
+            "passed": self.passed,
+            "reasons": self.reasons,
+            "seed": self.seed,
+            "causes": list(self.causes),
+            "repeatable": self.repeatable,
+            "row_invariant": self.row_invariant,
+            "checks": [
+                {"meaning": MEANING[check.name], **told(result), **asdict(check)}
+                for result in self.results
+                for check in result.checks
+            ],
+            "cases": [{**told(result), **asdict(case)} for result in self.results for case in result.cases],
+        }
 
 
 class Stop(Exception):
@@ -123,50 +169,42 @@ class Errors:
         ]
 
 
-class _Worst:
-    """The worst that was seen of each check."""
-
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self._found: dict[str, tuple[float, Check]] = {}
-
-    def add(self, rank: float, check: Check) -> None:
-        if check.name not in self._found or rank > self._found[check.name][0]:
-            self._found[check.name] = rank, check
-
-    def checks(self) -> list[Check]:
-        order = list(MEANING)
-        return sorted((check for _, check in self._found.values()), key=lambda check: order.index(check.name))
+_Worst = dict[str, tuple[float, Check]]
+"""By the name of a check, the worst that was seen, and how bad that is."""
 
 
 @dataclass
 class _CaseNotes:
     case: Case
-    checks: _Worst
+    worst: _Worst = field(default_factory=dict)
     samples: dict[Kind, list[Tensor]] = field(default_factory=dict)
-    worst: dict[Kind, list[Token]] = field(default_factory=dict)
+    tokens: dict[Kind, list[Token]] = field(default_factory=dict)
 
 
-class Findings:
-    """The worst that was seen of each check, over all cases and in each of them."""
+class Notes:
+    """What is noted down while a problem is checked: of each check the worst, over all cases and in each of them."""
 
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self._all = _Worst(problem)
+    def __init__(self) -> None:
+        self.repeats: list[bool] = []
+        """Whether the same call gave the same bits, each time that this was tried."""
+        self.rows_alone: list[bool] = []
+        """Whether rows had the same bits among fewer."""
+        self._worst: _Worst = {}
         self._cases: list[_CaseNotes] = []
 
     def begin(self, case: Case) -> None:
         """What is added from now on is about this case."""
-        self._cases.append(_CaseNotes(case, _Worst(self._problem)))
+        self._cases.append(_CaseNotes(case))
 
     def add(
         self, name: str, passed: bool, detail: str = "", figure: float | None = None, limit: float | None = None
     ) -> None:
         badness = 1.0 if figure is None or not limit else figure / limit
         rank = (math.inf if math.isnan(badness) else badness) + (0.0 if passed else 1e300)
-        check = Check(name, self._problem, passed, figure, limit, "" if passed else detail)
-        self._all.add(rank, check)
-        self._cases[-1].checks.add(rank, check)
+        check = Check(name, passed, _rounded(figure, 6), _rounded(limit, 6), "" if passed else detail)
+        for worst in (self._worst, self._cases[-1].worst):
+            if name not in worst or rank > worst[name][0]:
+                worst[name] = rank, check
 
     def require(self, name: str, passed: bool, detail: str) -> None:
         """As `add`, and stop the case on a failure."""
@@ -178,37 +216,40 @@ class Findings:
         """How far off one call was."""
         notes = self._cases[-1]
         notes.samples.setdefault(errors.what, []).append(errors.sample())
-        notes.worst.setdefault(errors.what, []).extend(errors.worst())
+        notes.tokens.setdefault(errors.what, []).extend(errors.worst())
 
-    def checks(self) -> list[Check]:
-        """The worst over all cases."""
-        return self._all.checks()
+    def report(self, problem: Problem) -> ProblemReport:
+        """All of it."""
+        return ProblemReport(
+            problem,
+            _ordered(self._worst),
+            tuple(
+                CaseEvidence(
+                    notes.case.name,
+                    notes.case.rows,
+                    _ordered(notes.worst),
+                    tuple(_spread(what, notes.samples[what], notes.tokens[what]) for what in notes.samples),
+                )
+                for notes in self._cases
+            ),
+        )
 
-    def cases(self) -> list[CaseEvidence]:
-        """The same for each case, and its errors."""
-        return [
-            CaseEvidence(
-                notes.case.name,
-                notes.case.rows,
-                tuple(
-                    CaseCheck(one.name, one.passed, _rounded(one.figure, 6), _rounded(one.limit, 6), one.detail)
-                    for one in notes.checks.checks()
-                ),
-                tuple(_spread(what, notes.samples[what], notes.worst[what]) for what in notes.samples),
-            )
-            for notes in self._cases
-        ]
+
+def _ordered(worst: _Worst) -> tuple[Check, ...]:
+    return tuple(worst[name][1] for name in MEANING if name in worst)
 
 
 def _spread(what: Kind, samples: list[Tensor], worst: list[Token]) -> Spread:
     # A row has the same bits with and without a gradient, and is one row all the same.
     each_once = list(dict.fromkeys(worst))
-    largest = sorted(each_once, key=lambda one: math.inf if one.error is None else one.error, reverse=True)[:WORST]
+    largest = sorted(each_once, key=lambda token: math.inf if token.error is None else token.error, reverse=True)[
+        :WORST
+    ]
     errors = torch.cat(samples)
     if not len(errors):
         return Spread(what, 0, (), tuple(largest))
     quantiles = errors.quantile(torch.tensor(QUANTILES, dtype=errors.dtype, device=errors.device)).tolist()
-    seen = max((one.error for one in each_once if one.error is not None), default=0.0)
+    seen = max((token.error for token in each_once if token.error is not None), default=0.0)
     upper_ends = (float(f"{value:.4g}") for value in (*quantiles[:-1], max(quantiles[-1], seen)))
     return Spread(what, len(errors), tuple(upper_ends), tuple(largest))
 

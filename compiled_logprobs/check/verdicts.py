@@ -4,7 +4,7 @@ Shapes: N rows, n of them compared, V vocabulary, K labels a row; R the leading 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compiled_logprobs.backends import EAGER, get_backend
 from compiled_logprobs.check.cases import IGNORE_INDEX, Arena, Case, fill_nothing, labels_for
-from compiled_logprobs.check.report import Errors, Findings
+from compiled_logprobs.check.report import Errors, Notes
 from compiled_logprobs.decision import Kind
 from compiled_logprobs.operation.autograd import compute
 from compiled_logprobs.operation.reference import Reference, reference
@@ -36,14 +36,34 @@ Yardstick = dict[str, float]
 
 
 @dataclass
-class Outcome:
+class Results:
+    """What a call returned, and the gradient that came of it."""
+
     log_probs: Tensor
     entropy: Tensor | None
     gradient: Tensor | None = None
 
+    def detached(self) -> "Results":
+        return self._mapped(Tensor.detach)
+
+    def copied(self) -> "Results":
+        return self._mapped(Tensor.clone)
+
+    def same_bits(self, other: "Results") -> bool:
+        """Whether log-probabilities and entropies are the same, as far as both have them."""
+        if self.entropy is not None and other.entropy is not None and not same_bits(self.entropy, other.entropy):
+            return False
+        return same_bits(self.log_probs, other.log_probs)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Results":
+        tensors = self.log_probs, self.entropy, self.gradient
+        log_probs, *others = (None if tensor is None else change(tensor) for tensor in tensors)
+        assert log_probs is not None
+        return Results(log_probs, *others)
+
 
 @dataclass
-class Inputs:
+class CaseInputs:
     """One case, ready to run."""
 
     case: Case
@@ -57,7 +77,7 @@ class Inputs:
     """Indices of the rows, of N, that are compared with the reference."""
     yardstick: Yardstick
     true: Reference = field(init=False)
-    eager: Outcome = field(init=False)
+    eager: Results = field(init=False)
 
     def solve(self) -> None:
         """Compute the truth, and what eager makes of the same rows."""
@@ -82,12 +102,12 @@ class Inputs:
         )
         out = self.problem.out_dtype
         log_probs, entropy = log_probs.to(out), None if entropy is None else entropy.to(out)
-        self.eager = Outcome(log_probs.detach(), None if entropy is None else entropy.detach())
+        self.eager = Results(log_probs, entropy).detached()
         if self.problem.needs_grad:
             self.eager.gradient = gradient_of(logits, log_probs, entropy, g, h)
 
 
-def make_inputs(case: Case, problem: Problem, yardstick: Yardstick, generator: torch.Generator) -> Inputs:
+def make_inputs(case: Case, problem: Problem, yardstick: Yardstick, generator: torch.Generator) -> CaseInputs:
     """Fresh inputs of one kind, with the truth about them."""
     device = generator.device
     arena = Arena(case, problem, device)
@@ -104,7 +124,7 @@ def make_inputs(case: Case, problem: Problem, yardstick: Yardstick, generator: t
     if count * problem.vocab > CHECKED_ELEMENTS and count > SAMPLED_ROWS:
         inner = 1 + torch.randperm(count - 2, generator=generator, device=device)[: SAMPLED_ROWS - 2]
         sample = torch.cat([sample[:1], inner.sort().values, sample[-1:]])
-    inputs = Inputs(
+    inputs = CaseInputs(
         case,
         problem,
         arena,
@@ -130,58 +150,58 @@ def gradient_of(
 
 
 def judge_memory(
-    inputs: Inputs,
+    inputs: CaseInputs,
     logits: Tensor,
     version: int,
     labels: Tensor,
     temperature: float | Tensor,
     gradient: Tensor | None,
-    findings: Findings,
+    notes: Notes,
 ) -> None:
     case, arena = inputs.case, inputs.arena
     may_overwrite = inputs.problem.inplace_backward and gradient is not None
     changed = arena.logits_changed()
     announced = logits._version > version
-    findings.add("inputs_changed", may_overwrite or not changed, f"{case.name}: the logits were overwritten")
-    findings.add("inputs_changed", torch.equal(labels, inputs.labels), f"{case.name}: the labels were overwritten")
+    notes.add("inputs_changed", may_overwrite or not changed, f"{case.name}: the logits were overwritten")
+    notes.add("inputs_changed", torch.equal(labels, inputs.labels), f"{case.name}: the labels were overwritten")
     if isinstance(temperature, Tensor) and isinstance(inputs.temperature, Tensor):
         kept = torch.equal(temperature, inputs.temperature)
-        findings.add("inputs_changed", kept, f"{case.name}: the temperature was overwritten")
+        notes.add("inputs_changed", kept, f"{case.name}: the temperature was overwritten")
     if may_overwrite:
-        findings.add(
+        notes.add(
             "version_counter", announced or not changed, f"{case.name}: the logits changed, their version did not"
         )
     around = arena.surroundings_changed()
-    findings.add("outside_write", not around, f"{case.name}: memory beside the logits was written")
+    notes.add("outside_write", not around, f"{case.name}: memory beside the logits was written")
 
 
-def judge(inputs: Inputs, outcome: Outcome, findings: Findings) -> None:
-    """Hold an outcome against the truth."""
+def judge(inputs: CaseInputs, results: Results, notes: Notes) -> None:
+    """Hold the results of a call against the truth."""
     problem, case = inputs.problem, inputs.case
-    largest = float(outcome.log_probs.nan_to_num(nan=-1.0).max()) if outcome.log_probs.numel() else 0.0
+    largest = float(results.log_probs.nan_to_num(nan=-1.0).max()) if results.log_probs.numel() else 0.0
     true = inputs.true
-    log_probs = outcome.log_probs.reshape(-1, problem.labels_per_row)[inputs.sample]
+    log_probs = results.log_probs.reshape(-1, problem.labels_per_row)[inputs.sample]
     flipped = (
         case.rows > 1 and not case.special and torch.allclose(log_probs.double(), -true.log_probs, rtol=1e-2, atol=1e-2)
     )
     hint = "; this is +cross entropy: negate it" if flipped and largest > 0 else ""
-    findings.add("log_prob_sign", largest <= 0.0, f"{case.name}: largest log-probability {largest:.4g}{hint}", largest)
+    notes.add("log_prob_sign", largest <= 0.0, f"{case.name}: largest log-probability {largest:.4g}{hint}", largest)
     ignored = inputs.labels == IGNORE_INDEX
-    zero = bool((outcome.log_probs[ignored] == 0).all())
-    findings.add("ignored_rows", zero, f"{case.name}: an ignored label does not give 0")
+    zero = bool((results.log_probs[ignored] == 0).all())
+    notes.add("ignored_rows", zero, f"{case.name}: an ignored label does not give 0")
 
-    if outcome.entropy is not None:
-        smallest = float(outcome.entropy.nan_to_num(nan=1.0).min()) if outcome.entropy.numel() else 0.0
-        findings.add("entropy_sign", smallest >= 0.0, f"{case.name}: smallest entropy {smallest:.4g}", -smallest)
-    if outcome.gradient is not None:
-        gradient = outcome.gradient.reshape(-1, problem.vocab)[inputs.sample]
+    if results.entropy is not None:
+        smallest = float(results.entropy.nan_to_num(nan=1.0).min()) if results.entropy.numel() else 0.0
+        notes.add("entropy_sign", smallest >= 0.0, f"{case.name}: smallest entropy {smallest:.4g}", -smallest)
+    if results.gradient is not None:
+        gradient = results.gradient.reshape(-1, problem.vocab)[inputs.sample]
         all_ignored = ignored.reshape(-1, problem.labels_per_row).all(-1)[inputs.sample]
         zero = bool((gradient[all_ignored] == 0).all())
-        findings.add("ignored_rows", zero, f"{case.name}: the gradient of an ignored row is not 0")
-        _judge_gradient_sign(inputs, gradient, findings)
-    for comparison in _comparisons(inputs, outcome):
+        notes.add("ignored_rows", zero, f"{case.name}: the gradient of an ignored row is not 0")
+        _judge_gradient_sign(inputs, gradient, notes)
+    for comparison in _comparisons(inputs, results):
         if comparison.got.numel():
-            _judge_values(comparison, inputs, findings)
+            _judge_values(comparison, inputs, notes)
 
 
 class _Comparison(NamedTuple):
@@ -199,19 +219,19 @@ class _Comparison(NamedTuple):
     """[n, C]: which of V it belongs to, where that is not its column."""
 
 
-def _comparisons(inputs: Inputs, outcome: Outcome) -> Iterator[_Comparison]:
+def _comparisons(inputs: CaseInputs, results: Results) -> Iterator[_Comparison]:
     problem, true, eager = inputs.problem, inputs.true, inputs.eager
     x_scale = _row_scale(inputs)
-    log_probs = outcome.log_probs.reshape(-1, problem.labels_per_row)[inputs.sample]
+    log_probs = results.log_probs.reshape(-1, problem.labels_per_row)[inputs.sample]
     labels = inputs.labels.reshape(-1, problem.labels_per_row)[inputs.sample]
     kept = labels != IGNORE_INDEX
     yield _Comparison("log_prob", log_probs, true.log_probs, eager.log_probs, x_scale, kept, labels)
     kept_rows = kept.any(-1, keepdim=True)
-    if outcome.entropy is not None and eager.entropy is not None:
-        entropy = outcome.entropy.reshape(-1, 1)[inputs.sample]
+    if results.entropy is not None and eager.entropy is not None:
+        entropy = results.entropy.reshape(-1, 1)[inputs.sample]
         yield _Comparison("entropy", entropy, true.entropy[:, None], eager.entropy[:, None], x_scale, kept_rows)
-    if outcome.gradient is not None and eager.gradient is not None and true.gradient is not None:
-        gradient = outcome.gradient.reshape(-1, problem.vocab)[inputs.sample]
+    if results.gradient is not None and eager.gradient is not None and true.gradient is not None:
+        gradient = results.gradient.reshape(-1, problem.vocab)[inputs.sample]
         # Of a row that is NaN, logsumexp's own gradient is NaN in some places only; that is warning enough.
         gradient = gradient.masked_fill(gradient.isnan().any(-1, keepdim=True), torch.nan)
         upstream = inputs.grad_log_probs.abs().reshape(-1, problem.labels_per_row).sum(-1)
@@ -237,7 +257,7 @@ def eager_yardstick(problem: Problem, generator: torch.Generator) -> Yardstick:
     return found
 
 
-def _judge_values(comparison: _Comparison, inputs: Inputs, findings: Findings) -> None:
+def _judge_values(comparison: _Comparison, inputs: CaseInputs, notes: Notes) -> None:
     """Errors where all is finite, and the places where it is not; what the dtype of the result rounds comes on top."""
     what, got, true, eager, scale, counted, tokens = comparison
     case = inputs.case
@@ -245,12 +265,12 @@ def _judge_values(comparison: _Comparison, inputs: Inputs, findings: Findings) -
     pattern = torch.equal(got.isnan(), rounded.isnan()) and torch.equal(
         got.isinf() * got.sign(), rounded.isinf() * rounded.sign()
     )
-    findings.add("nan_pattern", pattern, f"{case.name}: {what} is NaN or infinite elsewhere than in float64")
+    notes.add("nan_pattern", pattern, f"{case.name}: {what} is NaN or infinite elsewhere than in float64")
     finite = (true.isfinite() & got.isfinite() & rounded.isfinite()).double()
     truth = true.nan_to_num(0.0, 0.0, 0.0) * finite
     error = (got.double().nan_to_num(0.0, 0.0, 0.0) * finite - truth).abs()
     elsewhere = None if pattern else (finite == 0) & ~torch.isclose(got, rounded, rtol=0.0, atol=0.0, equal_nan=True)
-    findings.add_errors(Errors(what, error, counted, finite, elsewhere, got, true, inputs.sample, tokens))
+    notes.add_errors(Errors(what, error, counted, finite, elsewhere, got, true, inputs.sample, tokens))
     eager_error = (eager.double().nan_to_num(0.0, 0.0, 0.0) * finite - truth).abs()
     scale = scale.double().nan_to_num(0.0, 0.0, 0.0).clamp(min=float(truth.abs().max()) if what != "gradient" else 0.0)
     info = torch.finfo(got.dtype)  # below its smallest normal number, a dtype rounds to multiples of eps * tiny
@@ -269,7 +289,7 @@ def _judge_values(comparison: _Comparison, inputs: Inputs, findings: Findings) -
             figure, limit = float(error[worst].max()), float(limits[worst])
         else:
             figure, limit = reduce(error), float(limits.max())
-        findings.add(name, figure <= limit, f"{case.name}: {figure:.3g}, limit {limit:.3g}", figure, limit)
+        notes.add(name, figure <= limit, f"{case.name}: {figure:.3g}, limit {limit:.3g}", figure, limit)
 
 
 def _largest(error: Tensor) -> float:
@@ -280,12 +300,12 @@ def _rms(error: Tensor) -> float:
     return float(error.square().mean().sqrt())
 
 
-def _row_temperature(inputs: Inputs) -> Tensor | float:
+def _row_temperature(inputs: CaseInputs) -> Tensor | float:
     t = inputs.temperature
     return t.reshape(-1, 1)[inputs.sample] if isinstance(t, Tensor) else t
 
 
-def _row_scale(inputs: Inputs) -> Tensor:
+def _row_scale(inputs: CaseInputs) -> Tensor:
     """[n, 1]: the largest finite |x| of each row, x = logits / temperature; at least 1."""
     logits = inputs.arena.logits.reshape(-1, inputs.problem.vocab)[inputs.sample]
     largest = (
@@ -294,7 +314,7 @@ def _row_scale(inputs: Inputs) -> Tensor:
     return (largest / _row_temperature(inputs)).clamp(min=1.0)
 
 
-def _judge_gradient_sign(inputs: Inputs, gradient: Tensor, findings: Findings) -> None:
+def _judge_gradient_sign(inputs: CaseInputs, gradient: Tensor, notes: Notes) -> None:
     """In the direction of the upstream gradient, where all of it comes from one label a row."""
     if inputs.case.special or inputs.grad_entropy is not None or inputs.problem.labels_per_row != 1:
         return
@@ -312,7 +332,7 @@ def _judge_gradient_sign(inputs: Inputs, gradient: Tensor, findings: Findings) -
     # A probability of 1 may round to a little more, by as much as a log-probability may be off.
     scale = EPS * upstream.abs() * _row_scale(inputs)[kept]
     right = bool((at_label >= -BUDGET * scale).all() and (elsewhere <= 0).all())
-    findings.add(
+    notes.add(
         "gradient_sign",
         right,
         f"{inputs.case.name}: smallest at a label {float(at_label.min()):.3g}, "
@@ -325,15 +345,15 @@ def _judge_gradient_sign(inputs: Inputs, gradient: Tensor, findings: Findings) -
     sums = gradient.double().sum(-1).abs()
     worst = int((sums / limits.clamp(min=1e-300)).argmax())
     figure, limit = float(sums[worst]), float(limits[worst])
-    findings.add(
+    notes.add(
         "gradient_row_sum", figure <= limit, f"{inputs.case.name}: {figure:.3g}, limit {limit:.3g}", figure, limit
     )
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
+def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether all numbers are equal in every bit, and NaN stands where NaN stands."""
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    one, other = (x.detach().masked_fill(x.isnan(), torch.nan).contiguous() for x in (one, other))
-    return torch.equal(one.view(bits), other.view(bits))
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
+    left, right = (x.detach().masked_fill(x.isnan(), torch.nan).contiguous() for x in (left, right))
+    return torch.equal(left.view(bits), right.view(bits))

@@ -8,7 +8,8 @@ import torch
 import typer
 
 from compiled_logprobs.backends import backends
-from compiled_logprobs.check.run import CheckReport, check_backend
+from compiled_logprobs.check.report import CheckReport
+from compiled_logprobs.check.run import check_backend
 from compiled_logprobs.cli.options import COULD_NOT_RUN, PASSED, WRONG, AsJson, busy, reported_errors, subject_of
 from compiled_logprobs.cli.output import print_json, print_line, print_report
 from compiled_logprobs.errors import BackendUnavailable, InputError

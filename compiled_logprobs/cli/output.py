@@ -1,7 +1,6 @@
 """How the command line shows what the library returns: tables and lines on standard output."""
 
 import json
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from compiled_logprobs.check.run import CheckReport
+from compiled_logprobs.check.report import MEANING, CheckReport
 from compiled_logprobs.choose.verify import Verification
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.machine.environment import Environment
@@ -22,24 +21,25 @@ WIDTH_ELSEWHERE = 160
 
 def print_report(report: CheckReport) -> None:
     """A table for each problem that was checked, and a last line with the verdict."""
-    for problem, checks in groupby(report.checks, key=lambda one: one.problem):
-        details = problem.details()
+    for result in report.results:
+        details = result.problem.details()
         table = new_table(
-            f"{report.subject}: {problem}{f' ({details})' if details else ''}",
+            f"{report.subject}: {result.problem}{f' ({details})' if details else ''}",
             *("check", "verdict", "worst", "limit", "what it demands"),
         )
-        for one in checks:
-            verdict = Text("passed", "green") if one.passed else Text("wrong", "bold red")
-            table.add_row(one.name, verdict, _figure(one.figure), _figure(one.limit), one.meaning)
+        for check in result.checks:
+            verdict = Text("passed", "green") if check.passed else Text("wrong", "bold red")
+            table.add_row(check.name, verdict, _figure(check.figure), _figure(check.limit), MEANING[check.name])
         console().print(table)
     repeatable = _recorded("repeatable", report.repeatable)
     print_line(f"Recorded: {repeatable}, {_recorded('row invariant', report.row_invariant)}; seed {report.seed}")
-    wrong = [one for one in report.checks if not one.passed]
-    for one in wrong:
-        print_line(f"  {one.name} ({short_name(one.problem.dtype)}): {one.detail}")
+    for result in report.results:
+        for check in result.checks:
+            if not check.passed:
+                print_line(f"  {check.name} ({short_name(result.problem.dtype)}): {check.detail}")
     for cause in report.causes:
         print_line(f"likely cause: {cause}")
-    if wrong:
+    if not report.passed:
         print_line(f"{report.subject}: wrong: {', '.join(report.reasons)}")
     else:
         print_line(f"{report.subject}: passed {len(report.checks)} of {len(report.checks)} checks")

@@ -23,7 +23,8 @@ import torch
 from compiled_logprobs.backends import BUILT_IN, get_backend, register_backend
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.check.cases import cases
-from compiled_logprobs.check.run import CheckReport, check_backend
+from compiled_logprobs.check.report import CheckReport
+from compiled_logprobs.check.run import check_backend
 from compiled_logprobs.check.verdicts import CHECKED_ELEMENTS, SAMPLED_ROWS, YARDSTICK_ELEMENTS
 from compiled_logprobs.errors import BackendUnavailable, is_out_of_memory, nothing_can_serve_after
 from compiled_logprobs.machine.bandwidth import measured_bandwidth, percent_of_bandwidth
@@ -170,12 +171,11 @@ class Work:
                 raise
             self._lose(name, "oom" if is_out_of_memory(error) else "failed", f"check: {type(error).__name__}: {error}")
             return False
-        keys = ("name", "passed", "figure", "limit", "detail")
-        checks = [{key: one[key] for key in keys} for one in report.to_dict()["checks"]]
+        (result,) = report.results  # of the one problem
+        checks = [asdict(check) for check in result.checks]
         for one in checks:
             one["detail"] = _line(one["detail"])
-        (cases_found,) = report.cases  # of the one problem
-        by_case = [asdict(case) for case in cases_found]
+        by_case = [asdict(case) for case in result.cases]
         for one in (check for case in by_case for check in case["checks"]):
             one["detail"] = _line(one["detail"])
         self._emit("evidence", candidate=name, cases=by_case)

@@ -9,14 +9,13 @@ import torch
 import compiled_logprobs as clp
 from compiled_logprobs.check.cases import cases
 from compiled_logprobs.check.report import SAMPLED_ERRORS, WORST, Errors
-from compiled_logprobs.decision import QUANTILES, CaseEvidence, Check, Evidence, Spread, Token
-from compiled_logprobs.errors import ProfileError
+from compiled_logprobs.decision import QUANTILES, CaseEvidence, Spread
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem
 from tests.helpers.wrong_backends import good
 
 PROBLEM = Problem("cpu", 12, 3001, torch.float32, needs_grad=True, entropy=True)
-CPU = torch.device("cpu")
+PLAIN = Problem("cpu", 12, 3001, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -24,23 +23,27 @@ def eager():
     return clp.check_backend("eager", PROBLEM, seed=3)
 
 
+def cases_of(report) -> tuple[CaseEvidence, ...]:
+    (result,) = report.results
+    return result.cases
+
+
 def case_of(report, name: str) -> CaseEvidence:
-    (found,) = report.cases
-    return next(case for case in found if case.case == name)
+    return next(case for case in cases_of(report) if case.case == name)
 
 
 def spread_of(case: CaseEvidence, what: str) -> Spread:
-    return next(one for one in case.errors if one.what == what)
+    return next(spread for spread in case.errors if spread.what == what)
 
 
 def test_every_case_is_told(eager):
     names = [case.name for case in cases(PROBLEM, short=False, foreign=False)]
-    assert [case.case for case in eager.cases[0]][: len(names)] == names
+    assert [case.case for case in cases_of(eager)][: len(names)] == names
 
 
 def test_the_worst_over_the_cases_is_what_the_report_says(eager):
     for check in eager.checks:
-        by_case = [one for case in eager.cases[0] for one in case.checks if one.name == check.name]
+        by_case = [one for case in cases_of(eager) for one in case.checks if one.name == check.name]
         assert by_case and check.passed == all(one.passed for one in by_case)
         if check.figure is not None and check.limit:
             assert max(one.figure / one.limit for one in by_case if one.limit) == check.figure / check.limit
@@ -53,7 +56,8 @@ def test_the_spread_of_the_errors(eager):
         assert len(spread.quantiles) == len(QUANTILES) and list(spread.quantiles) == sorted(spread.quantiles)
         figure = next(one.figure for one in normal.checks if one.name == f"{what}_error")
         # The check weighs each error by the limit of its row, so that its figure need not be the largest of all.
-        assert 0.0 < figure <= spread.quantiles[-1] == spread.worst[0].error
+        assert 0.0 < figure <= spread.quantiles[-1] * (1 + 1e-3)  # which is rounded
+        assert spread.quantiles[-1] == spread.worst[0].error
         assert [one.error for one in spread.worst] == sorted((one.error for one in spread.worst), reverse=True)
         assert 0 < len(spread.worst) <= WORST
         assert spread.count > 0
@@ -72,8 +76,7 @@ def test_the_worst_token_is_named():
         result = good(logits, labels)
         return result - 0.5 * (torch.arange(len(labels)) == 2) * (labels != -100)
 
-    problem = Problem("cpu", 12, 3001, torch.float32)
-    report = clp.check_backend(off, problem, seed=0)
+    report = clp.check_backend(off, PLAIN, seed=0)
     assert "log_prob_error" in report.reasons
     wide = case_of(report, "wide")
     logits, labels = next(one for one in calls if len(one[1]) == 7 and one[0].std() > 30 and one[0].isfinite().all())
@@ -91,7 +94,7 @@ def test_a_value_that_is_nan_where_it_should_not_be_is_the_worst():
     def nan_at_the_first(logits, labels):
         return good(logits, labels).index_fill(0, torch.tensor([0])[: len(labels)], torch.nan)
 
-    report = clp.check_backend(nan_at_the_first, Problem("cpu", 12, 3001, torch.float32), seed=1)
+    report = clp.check_backend(nan_at_the_first, PLAIN, seed=1)
     assert "nan_pattern" in report.reasons
     worst = spread_of(case_of(report, "wide"), "log_prob").worst[0]
     assert (worst.row, worst.got, worst.error) == (0, "nan", None) and math.isfinite(worst.true)
@@ -103,17 +106,18 @@ def test_what_stops_a_case_leaves_the_others_untold():
             raise ValueError("too large")
         return good(logits, labels)
 
-    report = clp.check_backend(breaks, Problem("cpu", 12, 3001, torch.float32), seed=1)
-    (found,) = report.cases
-    last = found[-1]
+    report = clp.check_backend(breaks, PLAIN, seed=1)
+    *before, last = cases_of(report)
     assert last.case == "shifted up by 1e4" and not last.checks[0].passed and last.checks[0].name == "runs"
     assert "too large" in last.checks[0].detail
-    assert all(check.passed for case in found[:-1] for check in case.checks)
+    assert all(check.passed for case in before for check in case.checks)
 
 
 def test_the_report_tells_programs_the_same(eager):
-    told = json.loads(json.dumps(eager.to_dict(), allow_nan=False))["cases"]
-    normal = next(one for one in told if one["case"] == "normal")
+    told = json.loads(json.dumps(eager.to_dict(), allow_nan=False))
+    keys = {"name", "meaning", "problem", "options", "passed", "figure", "limit", "detail"}
+    assert told["passed"] is True and all(check.keys() == keys for check in told["checks"])
+    normal = next(case for case in told["cases"] if case["case"] == "normal")
     assert normal["problem"] == str(PROBLEM) and "entropy" in normal["options"]
     assert {one["name"] for one in normal["checks"]} == {one.name for one in case_of(eager, "normal").checks}
 
@@ -130,43 +134,3 @@ def test_a_sample_has_errors_of_all_columns_and_only_what_counts():
     assert set((sample // columns).int().tolist()) == {0, 1, 2, 4, 6}
     assert len(set((sample % columns).int().tolist())) > SAMPLED_ERRORS / 4  # and not the same few in every row
     assert [(one.row, one.token) for one in errors.worst()] == [(6, columns - 1), (6, columns - 2), (6, columns - 3)]
-
-
-# --- kept beside the decision -----------------------------------------------------------------------------------------
-
-
-def found(case: str = "normal") -> CaseEvidence:
-    worst = (Token(3, 17, "nan", -1.25, None), Token(4, None, -2.0, -2.5, 0.5))
-    checks = (Check("runs"), Check("log_prob_error", False, 0.5, 1e-6, "normal: 0.5, limit 1e-06"))
-    return CaseEvidence(case, 7, checks, (Spread("log_prob", 7, tuple(0.1 * i for i in range(9)), worst),))
-
-
-def test_what_is_stored_comes_back():
-    evidence = Evidence({"eager": [1.0, 2.0]}, {"eager": (found(), found("wide"))})
-    record = json.loads(json.dumps(evidence.record(), allow_nan=False))
-    again = Evidence.from_record(record)
-    assert again.seconds == evidence.seconds
-    assert again.cases["eager"][0].checks == evidence.cases["eager"][0].checks
-    assert again.cases["eager"][0].errors[0].worst == evidence.cases["eager"][0].errors[0].worst
-    assert again.record() == record  # rounded once
-
-
-def test_a_profile_without_the_cases_has_none():
-    assert Evidence.from_record({"seconds": {"eager": [1.0]}}) == Evidence({"eager": [1.0]})
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (lambda record: record.update(seconds={"eager": "fast"}), "seconds.eager"),
-        (lambda record: record["cases"].update(eager=3), "cases.eager"),
-        (lambda record: record["cases"]["eager"][0].pop("rows"), "cases.eager.0.rows"),
-        (lambda record: record["cases"]["eager"][0]["checks"][0].update(passed="yes"), "cases.eager.0.checks.0.passed"),
-        (lambda record: record["cases"]["eager"][0]["errors"][0].update(what="sign"), "cases.eager.0.errors.0.what"),
-    ],
-)
-def test_a_foreign_file_is_told(damage, says):
-    record = json.loads(json.dumps(Evidence({}, {"eager": (found(),)}).record()))
-    damage(record)
-    with pytest.raises(ProfileError, match=f"its evidence has no valid {says}"):
-        Evidence.from_record(record)

@@ -1,6 +1,5 @@
-"""The gate stops every wrong backend for the right reason, and no right one."""
+"""The check stops no right backend, and every wrong one: the wrong ones are in test_causes.py."""
 
-import json
 import re
 from importlib import import_module
 
@@ -107,11 +106,6 @@ def test_inputs_cover_what_the_design_lists():
     assert any(x.min() > 9e3 for x in values) and any(x.max() < -9e3 for x in values)
     assert any((x == x[:, :1]).all() for x in values)
     assert any(x.stride(0) != 3001 and x.data_ptr() % 16 != 0 for x in values)
-
-
-def test_reports_are_plain_json():
-    report = clp.check_backend(good, Problem("cpu", 4, 50, torch.float32, needs_grad=True))
-    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["passed"] is True
 
 
 class SumsByTheNumberOfRows(Eager):

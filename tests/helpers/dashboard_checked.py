@@ -28,9 +28,8 @@ def nan_in_front(logits, labels):
 def gate(function) -> tuple[tuple[Check, ...], tuple[CaseEvidence, ...]]:
     """The verdicts, and the same case by case."""
     report = clp.check_backend(function, SMALL, seed=5)
-    plain = report.to_dict()["checks"]
-    keys = ("name", "passed", "figure", "limit", "detail")
-    return tuple(Check(**{key: one[key] for key in keys}) for one in plain), report.cases[0]
+    (result,) = report.results
+    return result.checks, result.cases
 
 
 def checked(what: Problem, *, with_failures: bool) -> tuple[Decision, Evidence]:
