@@ -44,8 +44,7 @@ KEY = """
 import json, torch
 from compiled_logprobs.backends import backends, get_backend
 from compiled_logprobs.machine.environment import environment_of
-from compiled_logprobs.problem import Problem
-from compiled_logprobs.store.files import problem_name
+from compiled_logprobs.problem import Problem, problem_name
 torch.set_num_threads(%d)
 print(json.dumps([
     environment_of("cpu").fingerprint(),
@@ -55,15 +54,15 @@ print(json.dumps([
 """
 
 
-@pytest.mark.parametrize("seed", ["0", "4294967295"])
-def test_the_key_is_the_same_in_another_process_whatever_its_hash_seed(seed, tmp_path):
+@pytest.mark.slow
+def test_the_key_is_the_same_in_another_process_whatever_its_hash_seed(tmp_path):
     ran = subprocess.run(
         [sys.executable, "-c", KEY % torch.get_num_threads()],
         capture_output=True,
         text=True,
         timeout=120,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONHASHSEED": seed, "HOME": str(tmp_path), "TZ": "Asia/Tokyo", "LC_ALL": "C"},
+        env={**os.environ, "PYTHONHASHSEED": "4294967295", "HOME": str(tmp_path), "TZ": "Asia/Tokyo", "LC_ALL": "C"},
     )
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout) == [
