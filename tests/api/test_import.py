@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import compiled_logprobs
 
 PROGRAM = """
@@ -19,15 +21,17 @@ print(json.dumps({"share": share, "heavy": [name for name in heavy if name in sy
 """
 
 
+@pytest.mark.slow
 def test_importing_adds_little_to_torch():
-    runs = [
-        json.loads(subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
-    ]
-    print(runs)
-    assert all(run["heavy"] == [] for run in runs)
-    # The best of three: what the code needs, whatever else the machine is doing. Measured: 0.05 to 0.07 of torch's own import.
-    assert min(run["share"] for run in runs) < 0.15
+    shares = []
+    for _ in range(3):  # the best of three: what the code needs, whatever else the machine is doing
+        ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+        run = json.loads(ran.stdout)
+        assert run["heavy"] == []
+        shares.append(run["share"])
+        if shares[-1] < 0.15:  # measured: 0.05 to 0.07 of torch's own import
+            return
+    pytest.fail(f"shares of torch's import: {shares}")
 
 
 def test_the_public_names():

@@ -9,6 +9,7 @@ import compiled_logprobs as clp
 from compiled_logprobs.operation.reference import reference
 
 VOCAB = 257
+each_backend = pytest.mark.parametrize("backend", ["eager", "cpp", pytest.param("compiled", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(autouse=True)
@@ -18,10 +19,16 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+def compiled(function):
+    """As a user's graph, traced with its backward; run without Inductor, which takes seconds to compile it."""
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
 def inputs(*rows: int):
     return torch.randn(*rows, VOCAB, requires_grad=True), torch.randint(VOCAB, rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_token", [False, True])
 def test_a_users_graph_takes_it_whole_forward_and_backward(per_token):
     logits, labels = inputs(2, 5)
@@ -45,7 +52,7 @@ def test_a_users_graph_takes_it_whole_forward_and_backward(per_token):
 
 
 def test_a_new_temperature_compiles_a_users_graph_at_most_once_more():
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("eager")
     loss = torch.compile(
         lambda x, y, t: clp.log_probs_from_logits(x, y, temperature=t).sum(), fullgraph=True, backend=counter
     )
@@ -55,21 +62,18 @@ def test_a_new_temperature_compiles_a_users_graph_at_most_once_more():
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("temperature", [-1.0, 0.0, float("inf"), float("nan")])
-def test_a_bad_temperature_is_nan_in_a_graph(temperature):
+def test_a_bad_temperature_is_nan_in_a_graph():
     logits, labels = inputs(3)
-    out = torch.compile(lambda x, y, t: clp.log_probs_from_logits(x, y, temperature=t), fullgraph=True)(
-        logits, labels, temperature
-    )
-    (gradient,) = torch.autograd.grad(out.sum(), logits)
-    assert out.isnan().all() and gradient.isnan().all()
+    graph = compiled(lambda x, y, t: clp.log_probs_from_logits(x, y, temperature=t))
+    for temperature in (-1.0, 0.0, float("inf"), float("nan")):
+        out = graph(logits, labels, temperature)
+        (gradient,) = torch.autograd.grad(out.sum(), logits)
+        assert out.isnan().all() and gradient.isnan().all()
 
 
 def test_in_place_is_a_permission_that_a_graph_does_not_use():
     logits, labels = inputs(3)
-    out = torch.compile(lambda x, y: clp.log_probs_from_logits(x * 2, y, inplace_backward=True), fullgraph=True)(
-        logits, labels
-    )
+    out = compiled(lambda x, y: clp.log_probs_from_logits(x * 2, y, inplace_backward=True))(logits, labels)
     (gradient,) = torch.autograd.grad(out.sum(), logits)
     true = reference(logits.detach() * 2, labels[:, None], grad_log_probs=torch.ones(3, 1))
     torch.testing.assert_close(gradient.double(), 2 * true.gradient, atol=1e-5, rtol=0)
@@ -78,8 +82,7 @@ def test_in_place_is_a_permission_that_a_graph_does_not_use():
 def test_an_invalid_label_makes_its_row_nan_in_a_graph():
     logits, labels = inputs(3)
     labels[1] = VOCAB
-    loss = torch.compile(clp.log_probs_from_logits, fullgraph=True)
-    out = loss(logits, labels)
+    out = compiled(clp.log_probs_from_logits)(logits, labels)
     (gradient,) = torch.autograd.grad(out.sum(), logits)
     assert out.isnan().tolist() == [False, True, False]
     assert gradient.isnan().all(-1).tolist() == [False, True, False]
@@ -96,8 +99,9 @@ def test_export():
     torch.testing.assert_close(exported(logits, labels), Model()(logits, labels))
 
 
+@pytest.mark.slow
 def test_fake_tensors_run_the_plain_formula():
-    # A warm compiled function called under a fake mode has crashed the interpreter.
+    """Also where `compiled` is warm: called under a fake mode, it has crashed the interpreter."""
     real_logits, real_labels = inputs(4)
     clp.log_probs_from_logits(real_logits, real_labels, backend="compiled")
     with FakeTensorMode() as mode:
@@ -113,27 +117,17 @@ def test_an_unknown_backend_raises_in_a_graph_too():
         clp.log_probs_from_logits(torch.randn(2, 7), torch.zeros(2, dtype=torch.int64), backend="fastest")
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpp", "compiled"])
-def test_autocast_changes_no_bit(backend):
+@each_backend
+def test_autocast_inference_mode_and_no_grad_change_no_bit(backend):
     logits, labels = inputs(4)
     plain = clp.log_probs_from_logits(logits, labels, backend=backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = clp.log_probs_from_logits(logits, labels, backend=backend)
-    assert torch.equal(plain, cast)
-
-
-@pytest.mark.parametrize("backend", ["eager", "cpp", "compiled"])
-def test_inference_mode_and_no_grad_give_the_same_bits(backend):
-    logits, labels = inputs(4)
-    plain = clp.log_probs_from_logits(logits, labels, backend=backend)
-    with torch.no_grad():
-        assert torch.equal(plain, clp.log_probs_from_logits(logits, labels, backend=backend))
-    with torch.inference_mode():
-        assert torch.equal(plain, clp.log_probs_from_logits(logits * 1.0, labels, backend=backend))
+    for context in (torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert torch.equal(plain, clp.log_probs_from_logits(logits * 1.0, labels, backend=backend))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "cpp", "compiled"])
+@each_backend
 def test_activation_checkpointing(backend, reentrant):
     logits, labels = inputs(4)
 

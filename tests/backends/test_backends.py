@@ -1,4 +1,4 @@
-"""The backends: each passes the gate in everything it can do; and the registry."""
+"""The backends: each passes the check in everything it can do; and the registry."""
 
 import json
 import subprocess
@@ -14,6 +14,7 @@ from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.problem import Problem
 
+ROOT = Path(__file__).parents[2]
 VOCAB = 1031  # odd, off every block size
 OPTIONS = {
     "forward": {},
@@ -31,17 +32,37 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("name", clp.backends())
-def test_every_backend_that_can_run_passes_the_gate(name, dtype, options):
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMPILED = [
+    *(("bfloat16", options) for options in OPTIONS),
+    ("float32", "gradient, temperature"),
+    ("float32", "two strides, in place"),
+    ("float16", "result in the dtype of the logits"),
+]
+"""Not all combinations, since each is compiled."""
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "options"),
+    [
+        *(
+            (name, dtype, options)
+            for name in clp.backends()
+            for dtype in DTYPES
+            for options in OPTIONS
+            if name != "compiled"
+        ),
+        *(pytest.param("compiled", *combination, marks=pytest.mark.slow) for combination in COMPILED),
+    ],
+)
+def test_every_backend_that_can_run_passes_the_check(name, dtype, options):
     chosen = dict(OPTIONS[options])
     if "out_dtype" in chosen:
-        chosen["out_dtype"] = dtype
-    problem = Problem("cpu", 24, VOCAB, dtype, **chosen)
+        chosen["out_dtype"] = DTYPES[dtype]
+    problem = Problem("cpu", 24, VOCAB, DTYPES[dtype], **chosen)
     reason = why_not(name, problem)
     if reason is not None:
-        assert name == "flash_attn" and reason == "needs a CUDA or ROCm device"  # tests/test_flash_attn.py runs it
+        assert name == "flash_attn" and reason == "needs a CUDA or ROCm device"  # test_flash_attn.py runs it
         return
     report = clp.check_backend(name, problem)
     assert report.passed, [check.detail for check in report.checks if not check.passed]
@@ -51,7 +72,7 @@ def test_every_backend_that_can_run_passes_the_gate(name, dtype, options):
 def test_what_float16_cannot_hold_is_no_error_of_a_backend():
     # With this seed, a row's upstream gradient is 7e-5: its gradient lies below the smallest normal number of float16.
     problem = Problem("cpu", 24, VOCAB, torch.float16, **OPTIONS["strided rows, entropy"])
-    for name in ("eager", "compiled"):
+    for name in ("eager", "cpp"):
         assert clp.check_backend(name, problem, seed=548214262).reasons == []
 
 
@@ -74,20 +95,18 @@ class Doubling(Eager):
 @pytest.fixture
 def registry(monkeypatch):
     """A registry that forgets what a test registers."""
-    from compiled_logprobs import backends as function  # the public name; the module is behind it
-
-    module = __import__("sys").modules[function.__module__]
+    module = sys.modules["compiled_logprobs.backends"]
     monkeypatch.setattr(module, "_targets", dict(module._targets))
     monkeypatch.setattr(module, "_loaded", dict(module._loaded))
 
 
-def test_a_registered_backend_runs_by_name_and_is_held_against_the_gate(registry):
+def test_a_registered_backend_runs_by_name_and_is_checked(registry):
     clp.register_backend("doubling", Doubling())
     assert clp.backends()[-1] == "doubling"
     logits, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
     out = clp.log_probs_from_logits(logits, labels, backend="doubling")
     torch.testing.assert_close(out, 2 * clp.log_probs_from_logits(logits, labels, backend="eager"))
-    assert "log_prob_error" in clp.check_backend("doubling").reasons
+    assert "log_prob_error" in clp.check_backend("doubling", Problem("cpu", 8, 257, torch.float32)).reasons
 
 
 def test_a_backend_is_registered_by_its_place_and_imported_when_used(registry):
@@ -127,12 +146,13 @@ def test_fingerprints_follow_the_source():
     assert all(isinstance(get_backend(name), Backend) and get_backend(name).name == name for name in names)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "compiled"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "dtype"), [("cpp", "float32"), ("cpp", "bfloat16"), ("compiled", "bfloat16")])
 def test_extra_memory(backend, dtype):
     """Peak resident memory of a process, over that before the call, in multiples of the logits."""
     ran = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "peak_memory.py"), backend, dtype],
+        [sys.executable, "-m", "tests.helpers.peak_memory", backend, dtype],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,

@@ -151,6 +151,7 @@ print("passed")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_narrower_vectors(capability):
     """On processors that have them, torch uses the width that this variable names."""

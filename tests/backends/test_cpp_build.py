@@ -1,6 +1,5 @@
 """Compiled C++: built once for a machine, and mended or refused in words when something is in the way."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -45,24 +44,19 @@ def test_another_source_compiler_or_processor_is_another_library(cache, tmp_path
     assert len(list(cache.iterdir())) == 4
 
 
-@pytest.mark.parametrize("content", [b"", b"\x7fELF\x02\x01\x01", b"no library"])
-def test_a_damaged_library_is_built_anew(cache, tmp_path, content):
+@pytest.mark.slow
+def test_a_damaged_library_is_built_anew(cache, tmp_path):
     """As a full disk or a crash leaves it; in a process that has not loaded it."""
     program = f"""
 import sys; from pathlib import Path; from compiled_logprobs.backends.cpp_build import shared_library
 print(shared_library(Path({str(source(tmp_path))!r})).answer())
 """
-
-    def answer():
+    for content in (None, b"", b"\x7fELF\x02\x01\x01", b"no library"):
+        if content is not None:
+            (built,) = cache.iterdir()
+            built.write_bytes(content)
         ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-        assert ran.returncode == 0, ran.stderr
-        return ran.stdout
-
-    assert answer() == "42\n"
-    (built,) = cache.iterdir()
-    built.write_bytes(content)
-    assert answer() == "42\n"
-    assert ctypes.CDLL(str(built)).answer() == 42
+        assert (ran.returncode, ran.stdout) == (0, "42\n"), ran.stderr
 
 
 def test_many_at_once(cache, tmp_path):
@@ -72,6 +66,7 @@ def test_many_at_once(cache, tmp_path):
     assert [file.suffix for file in cache.iterdir()] == [".so"]
 
 
+@pytest.mark.slow
 def test_a_killed_compilation_leaves_nothing_that_is_loaded(cache, tmp_path):
     slow = tmp_path / "slow-g++"
     slow.write_text('#!/bin/sh\n[ "$1" = --version ] || sleep 60\n')
