@@ -20,7 +20,7 @@ from compiled_logprobs.operation.formula import Saved, Upstream
 from compiled_logprobs.problem import Problem
 
 ROWS = [0, 1, 2, 3, 5, 7, 8, 16, 17, 31, 64, 100, 128, 255, 512, 1000, 1024, 2048, 4095, 4096]
-TEMPERATURES = [1.0, 0.5, 0.7, 1.3, 2.0]
+TEMPERATURES = [1.0, 0.7, 2.0]
 
 
 def compilations(function) -> int:
@@ -29,6 +29,7 @@ def compilations(function) -> int:
     return counters["stats"]["unique_graphs"] - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [ROWS, ROWS[::-1]], ids=["rising", "falling"])
 def test_any_number_of_rows_and_any_temperature_take_one_compilation_a_direction(rows):
     """The limit is two; the order in which N comes decides what the compiler takes for constant."""
@@ -45,6 +46,7 @@ def test_any_number_of_rows_and_any_temperature_take_one_compilation_a_direction
     assert (forward, backward) == (1, 1)
 
 
+@pytest.mark.slow
 def test_the_form_for_gpus_takes_one_compilation_whatever_number_of_rows_comes_first(monkeypatch):
     """Compiled for a CPU here, with the sizes that Inductor is told of on a GPU: they must not become guards."""
     monkeypatch.setattr(compiled_module, "reads_blocks", lambda device_type, vocab: True)
@@ -60,6 +62,7 @@ def test_the_form_for_gpus_takes_one_compilation_whatever_number_of_rows_comes_f
     assert count == 1
 
 
+@pytest.mark.slow
 def test_what_forward_was_told_of_sizes_does_not_reach_backward(monkeypatch):
     monkeypatch.setattr(compiled_module, "reads_blocks", lambda device_type, vocab: True)
     for n in (500, 3):
@@ -72,10 +75,11 @@ def test_what_forward_was_told_of_sizes_does_not_reach_backward(monkeypatch):
         torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_any_batch_and_length_take_one_compilation_a_direction():
     """Whole [B, T, V] logits are those of [B * T, V]; a slice of the positions has two strides, and a compilation of its own."""
     whole = sliced = 0
-    for batch, length in ((2, 5), (3, 5), (4, 7), (3, 9), (8, 3), (5, 4)):
+    for batch, length in ((2, 5), (3, 5), (3, 9), (8, 4)):
         leaf, labels = torch.randn(batch, length, 53, requires_grad=True), torch.randint(53, (batch, length))
 
         def run(logits, labels):
@@ -86,6 +90,7 @@ def test_any_batch_and_length_take_one_compilation_a_direction():
     assert (whole, sliced) == (2, 2)  # forward and backward
 
 
+@pytest.mark.slow
 def test_a_vocabulary_is_a_constant_of_its_kernel():
     """torch.compile takes a size that has changed for dynamic; the vocabulary of another function must not count."""
     backend = get_backend("compiled")
@@ -97,7 +102,7 @@ def test_a_vocabulary_is_a_constant_of_its_kernel():
         return size
 
     create_symbol = ShapeEnv.create_symbol
-    for vocab in (47, 43, 41):
+    for vocab in (47, 43):
         logits, labels = torch.randn(6, vocab, requires_grad=True), torch.randint(vocab, (6, 1))
         found.clear()
         with mock.patch.object(ShapeEnv, "create_symbol", spy):
@@ -107,9 +112,11 @@ def test_a_vocabulary_is_a_constant_of_its_kernel():
         assert any(size.startswith("s") for size in found)  # but N is
 
 
-def test_many_vocabularies_do_not_exhaust_a_recompilation_limit():
+@pytest.mark.slow
+def test_many_vocabularies_do_not_exhaust_a_recompilation_limit(monkeypatch):
+    monkeypatch.setattr(compiled_module, "RECOMPILE_LIMIT", 2)
     backend = get_backend("compiled")
-    for vocab in range(11, 23):  # torch's default limit is 8 for one function
+    for vocab in range(11, 15):
         logits = torch.randn(4, vocab)
         log_probs, _ = compute(backend, logits, torch.zeros(4, 1, dtype=torch.int64))
         torch.testing.assert_close(log_probs[:, 0], logits.log_softmax(-1)[:, 0])
@@ -168,11 +175,11 @@ def test_the_forms_for_gpus_agree_with_the_others_in_float64(vocab, leading, per
 
 
 @pytest.mark.parametrize(
-    "shape", [(9, 5000), (4, 7, 5000), (3, 4000, 5000)], ids=["rows", "batches", "each batch too large"]
+    "shape", [(9, 5000), (4, 7, 5000), (3, 400, 5000)], ids=["rows", "batches", "each batch too large"]
 )
 def test_rows_beyond_32_bit_indices_are_computed_in_parts(shape, monkeypatch):
     """On a GPU, since the number of blocks that Inductor is told of makes it index with 32 bits."""
-    limit = 6 * 5120 if len(shape) == 2 else 2 * 7 * 5120 if shape[0] == 4 else 1100 * 5120
+    limit = 6 * 5120 if len(shape) == 2 else 2 * 7 * 5120 if shape[0] == 4 else 110 * 5120
     monkeypatch.setattr(compiled_module, "INT32_MAX", limit)
     monkeypatch.setattr(compiled_module, "reads_blocks", lambda device_type, vocab: True)
     seen = []
@@ -201,6 +208,7 @@ except clp.BackendUnavailable as error:
 """
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_a_reason_and_auto_serves_all_the_same(tmp_path):
     compiler = tmp_path / "g++"
     compiler.write_text("#!/bin/sh\necho 'no space left' >&2\nexit 1\n")
