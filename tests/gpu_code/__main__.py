@@ -93,8 +93,8 @@ def _lines(inspection: Inspection) -> list[str]:
         for kernel in one.kernel_reports:
             choice = "" if kernel.candidates == 1 else f", {kernel.candidates} configurations"
             lines.append(
-                f"{name}: {kernel.launches} x {kernel.name}: {kernel.registers} registers, {kernel.spills} bytes spilled, "
-                f"{' or '.join(map(str, kernel.warps))} warps, {kernel.index_bits}-bit indices, "
+                f"{name}: {kernel.launches} x {kernel.name}: {kernel.registers} registers, {kernel.spills} bytes "
+                f"spilled, {' or '.join(map(str, kernel.warps))} warps, {kernel.index_bits}-bit indices, "
                 f"{kernel.instructions_per_logit:.4g} instructions a logit{choice}"
             )
         lines += [f"{name}: torch's own {operation}" for operation in one.operations]

@@ -1,10 +1,10 @@
 """What data sheets say of GPUs: nothing here was measured.
 
-Bandwidth is from each GPU's `source`. The clock is the one at which its float32 cores reach the float32 rate of the same
-page, two operations an instruction: A100 19.5e12 a second, H100 and H200 67e12, B200 75e12, L40S 91.6e12, RTX 4090
-82.6e12. The rest holds for all of them by NVIDIA's CUDA C++ Programming Guide: a multiprocessor has four schedulers, each
-of which issues an instruction for a warp of 32 threads a clock ("Compute Capabilities"), and computes 16 exponentials,
-logarithms or reciprocals a clock ("Throughput of Native Arithmetic Instructions").
+Bandwidth is from each GPU's `source`. The clock is the one at which its float32 cores reach the float32 rate of the
+same page, two operations an instruction: A100 19.5e12 a second, H100 and H200 67e12, B200 75e12, L40S 91.6e12, RTX 4090
+82.6e12. The rest holds for all of them by NVIDIA's CUDA C++ Programming Guide: a multiprocessor has four schedulers,
+each of which issues an instruction for a warp of 32 threads a clock ("Compute Capabilities"), and computes 16
+exponentials, logarithms or reciprocals a clock ("Throughput of Native Arithmetic Instructions").
 """
 
 from dataclasses import dataclass
@@ -54,36 +54,20 @@ A100 = f"{SITE}/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-dat
 ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
 # The first of an architecture stands for it.
 GPUS = (
-    DataSheet("A100", "sm_80", 108, 2.039e12, 1.41e9, 2048, A100),
     DataSheet("H100", "sm_90", 132, 3.35e12, 1.98e9, 2048, f"{SITE}/en-us/data-center/h100/"),
     DataSheet("H200", "sm_90", 132, 4.8e12, 1.98e9, 2048, f"{SITE}/en-us/data-center/h200/"),
     DataSheet("B200", "sm_100", 148, 8.0e12, 1.98e9, 2048, f"{SITE}/en-us/data-center/dgx-b200/"),
+    DataSheet("A100", "sm_80", 108, 2.039e12, 1.41e9, 2048, A100),
     DataSheet("L40S", "sm_89", 142, 0.864e12, 2.52e9, 1536, f"{SITE}/en-us/data-center/l40s/"),
     DataSheet("RTX 4090", "sm_89", 128, 1.008e12, 2.52e9, 1536, ADA),
 )
 
 
 def data_sheet(arch: str | None = None, name: str | None = None) -> DataSheet:
-    """The GPU called `name`, or else the first of `arch`; an H100 where neither is given.
-
-    Raises:
-        InputError: there is none of that name or architecture, or the two do not fit together.
-    """
-    valid = ", ".join(f"{gpu.name} ({gpu.arch})" for gpu in GPUS)
-    named = [gpu for gpu in GPUS if name is None or _plain(gpu.name) == _plain(name)]
-    if not named:
-        raise InputError(f"got GPU {name!r}; {valid} are valid. Name one of them.")
-    wanted = arch or ("sm_90" if name is None else named[0].arch)
-    for gpu in named:
-        if gpu.arch == wanted:
+    """The first GPU of this architecture and name, in upper or lower case; an H100 where neither is given."""
+    for gpu in GPUS:
+        if arch in (None, gpu.arch) and (name is None or name.casefold() == gpu.name.casefold()):
             return gpu
-    if name is not None:
-        raise InputError(
-            f"got arch {wanted!r} and GPU {name!r}, whose arch is {named[0].arch}; {valid} are valid. Leave one of the two out."
-        )
-    architectures = ", ".join(dict.fromkeys(gpu.arch for gpu in GPUS))
-    raise InputError(f"got arch {wanted!r}; {architectures} are valid. Name one of them.")
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace(" ", "").replace("-", "").replace("_", "")
+    valid = ", ".join(f"{gpu.name} ({gpu.arch})" for gpu in GPUS)
+    got = " and ".join(repr(given) for given in (arch, name) if given)
+    raise InputError(f"got {got}, for which there is no data sheet; {valid} are valid. Name one, or its architecture.")

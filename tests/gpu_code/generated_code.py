@@ -3,7 +3,8 @@
 All private interfaces of torch and triton that `python -m tests.gpu_code` needs are used here and nowhere else.
 Inductor compiles for fake CUDA tensors and a described device, and is stopped when the code is written. That code is
 then run on tensors without memory, where its launches are recorded, and each kernel is assembled with the ptxas of
-triton's wheel, in every configuration that the autotuner could choose.
+triton's wheel, in every configuration that the autotuner could choose. It was tested with torch 2.13.0 and
+triton 3.7.1.
 """
 
 import itertools
@@ -24,18 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compiled_logprobs.errors import BackendUnavailable, LogProbsError
 from tests.gpu_code.data_sheets import DataSheet
-
-TESTED_WITH = "torch 2.13.0 and triton 3.7.1"
-TYPE_NAMES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.bool: "i1",
-}
-"""Triton's."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +106,6 @@ def generate(
         arguments: tensors on the meta device.
         gpu: the device to compile for.
         mark: marks dimensions of the arguments as dynamic, as it is to be done before each call.
-
-    Raises:
-        BackendUnavailable: torch or triton is not as expected.
     """
     found: list[str] = []
     inputs: list[str] = []
@@ -133,7 +120,7 @@ def generate(
         found.append(source)
         raise _Written
 
-    with _translated("generate code"), _described(gpu) as stack:
+    with _described(gpu) as stack:
         import torch._functorch.config
         import torch._inductor.config
         from torch._inductor.graph import GraphLowering
@@ -141,8 +128,8 @@ def generate(
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         stack.enter_context(patch.object(GraphLowering, "save_output_code", save))
-        # The code is to be generated, not found, nor compiled meanwhile by other processes; and it is not to be told which
-        # configuration won earlier on.
+        # The code is to be generated, not found, nor compiled meanwhile by other processes; and it is not to be told
+        # which configuration won earlier on.
         settings = {"fx_graph_cache": False, "autotune_local_cache": False, "compile_threads": 1}
         stack.enter_context(torch._inductor.config.patch(settings))
         stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
@@ -164,7 +151,7 @@ def generate(
 
 
 def _renamed(function: Any) -> Callable[..., Any]:
-    """`function` with a code object and a name of its own: by these torch.compile remembers which sizes have changed."""
+    """`function` with a code object and a name of its own, by which torch.compile remembers which sizes have changed."""
     name = f"{function.__name__}_{next(_NUMBERS)}"
     code = function.__code__.replace(co_name=name)
     return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
@@ -183,26 +170,23 @@ def load(
         kernel: makes an object that has `run` from a kernel's name and source.
         allocate: makes a tensor from shape, stride and dtype.
     """
-    with _translated("execute the generated code"):
-        import torch._C
-        import torch._inductor.async_compile as async_compile
+    import torch._C
+    import torch._inductor.async_compile as async_compile
 
-        compiler = SimpleNamespace(
-            triton=lambda name, source, device_str: kernel(name, source), wait=lambda scope: None
-        )
-        module: dict[str, Any] = {"__name__": "generated"}
-        with (
-            patch.object(async_compile, "AsyncCompile", lambda: compiler),
-            patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True),
-        ):
-            exec(compile(generated.source, "generated", "exec"), module)
-        module.update(
-            empty_strided_cuda=allocate,
-            reinterpret_tensor=torch.as_strided,
-            copy_if_misaligned=lambda tensor: tensor,
-            get_raw_stream=lambda index: 0,
-        )
-        inner = module["call"]
+    compiler = SimpleNamespace(triton=lambda name, source, device_str: kernel(name, source), wait=lambda scope: None)
+    module: dict[str, Any] = {"__name__": "generated"}
+    with (
+        patch.object(async_compile, "AsyncCompile", lambda: compiler),
+        patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True),
+    ):
+        exec(compile(generated.source, "generated", "exec"), module)
+    module.update(
+        empty_strided_cuda=allocate,
+        reinterpret_tensor=torch.as_strided,
+        copy_if_misaligned=lambda tensor: tensor,
+        get_raw_stream=lambda index: 0,
+    )
+    inner = module["call"]
 
     def call(arguments: list[Any]) -> Any:
         with (
@@ -215,7 +199,7 @@ def load(
 
 
 def record(generated: Generated, calls: Sequence[Mapping[str, Tensor]], gpu: DataSheet) -> Program:
-    """Run the generated module on tensors without memory, once for each of `calls`, and assemble its kernels for `gpu`."""
+    """Run the generated module on tensors without memory, once for each of `calls`, and assemble its kernels."""
     program = Program()
     kernels: dict[str, tuple[Kernel, list[str]]] = {}
 
@@ -236,7 +220,7 @@ def record(generated: Generated, calls: Sequence[Mapping[str, Tensor]], gpu: Dat
         return tensor
 
     operations = _Operations(program)
-    with _translated("execute the generated code"), operations:
+    with operations:
         for arguments in calls:
             call = load(generated, Recorder, allocate)
             results = call([eval(expression, {"L": arguments}) for expression in generated.inputs])
@@ -284,7 +268,7 @@ def record_launches(
         install: puts something else in the place of the kernel of that name.
     """
     program = Program()
-    assembled: dict[Any, Kernel] = {}
+    known: dict[Any, Kernel] = {}
 
     class Recorder:
         def __init__(self, name: str, kernel: Any) -> None:
@@ -292,127 +276,73 @@ def record_launches(
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             def launch(*arguments: Any, **options: Any) -> None:
+                with _described(gpu):
+                    binary = self.kernel.run(*arguments, grid=grid, warmup=True, **options)
+                if binary not in known:
+                    known[binary] = Kernel(self.name, binary.src.fn.src, (_assembled(binary),))
                 named = {**dict(zip(self.kernel.arg_names, arguments, strict=False)), **options}
-                program.launches.append(_assemble_launch(self.name, self.kernel, named, grid, gpu, assembled))
+                program.launches.append(Launch(known[binary], named, grid))
 
             return launch
 
-    with _translated("assemble the kernels"):
-        try:
-            for name, kernel in kernels.items():
-                install(name, Recorder(name, kernel))
-            with _Operations(program):
-                results = function()
-        finally:
-            for name, kernel in kernels.items():
-                install(name, kernel)
+    try:
+        for name, kernel in kernels.items():
+            install(name, Recorder(name, kernel))
+        with _Operations(program):
+            results = function()
+    finally:
+        for name, kernel in kernels.items():
+            install(name, kernel)
     program.results = [one for one in results if isinstance(one, Tensor)]
     return program
 
 
-def heuristics(source: str) -> tuple[Any, list[Any]]:
-    """The function of a kernel's source under triton.jit, and the configurations that the autotuner tries."""
-    from torch._inductor.runtime import triton_heuristics
-
-    found: list[tuple[Any, list[Any]]] = []
-
-    def collect(original: Callable[..., Any]) -> Callable[..., Any]:
-        def decorate(**options: Any) -> Callable[[Any], Any]:
-            meta = options["triton_meta"]
-            configurations = original(**{**options, "triton_meta": meta, "return_configs": True})
-            return lambda function: found.append((function, configurations))
-
-        return decorate
-
-    with ExitStack() as stack:
-        for name in ("pointwise", "reduction", "persistent_reduction"):
-            stack.enter_context(patch.object(triton_heuristics, name, collect(getattr(triton_heuristics, name))))
-        _executed(source)
-    return found[0]
-
-
-def _executed(source: str) -> Any:
-    """The module of a kernel's source, from a file, where triton looks for it."""
+def tuner_of(name: str, source: str, gpu: DataSheet) -> Any:
+    """Inductor's autotuner of a kernel: its `fn`, and the `configs` that it would try on `gpu`."""
     from torch._inductor.codecache import PyCodeCache
     from torch._inductor.runtime import triton_helpers
 
-    _, path = PyCodeCache.write(source)
+    _, path = PyCodeCache.write(source)  # into a file, where triton looks for it
     module: dict[str, Any] = {"__name__": Path(path).stem, "__file__": path}
-    with patch.object(triton_helpers, "set_driver_to_gpu", lambda: None):
+    with _described(gpu), patch.object(triton_helpers, "set_driver_to_gpu", lambda: None):
         exec(compile(source, path, "exec"), module)
-    return module
+    return module[name]
 
 
 def _assemble_generated(name: str, source: str, gpu: DataSheet) -> tuple[Kernel, list[str]]:
-    with _translated("assemble the kernels"), _described(gpu):
-        tuner = _executed(source)[name]
+    with _described(gpu):
+        import triton
+        from triton.compiler import ASTSource
+
+        tuner = tuner_of(name, source, gpu)
         configurations = []
         for configuration in tuner.configs:
             meta = tuner._create_compile_meta(configuration)
             options = tuner._create_compile_options(configuration, meta)
-            # Block sizes and warps of the configuration; the rest of the constants is in the source.
-            parts = (tuner.fn, meta["signature"], meta["constants"], meta["configs"][0])
-            configurations.append(_assemble(parts, options, configuration.kwargs, configuration.num_warps, gpu))
+            own = ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0])
+            configurations.append(_assembled(triton.compile(own, target=_target(gpu), options=options)))
         function = "@triton.jit\n" + source.split("@triton.jit\n", 1)[1]
         return Kernel(name, function, tuple(configurations)), list(tuner.fn.arg_names)
 
 
-def _assemble_launch(
-    name: str, kernel: Any, named: dict[str, Any], grid: tuple[int, ...], gpu: DataSheet, kernels: dict[Any, Kernel]
-) -> Launch:
-    """Assemble a kernel as triton would at this launch, unless `kernels` has it."""
-    named = {**named, **{key: rule(named) for key, rule in getattr(kernel, "values", {}).items()}}
-    function = kernel.fn if hasattr(kernel, "values") else kernel
-    warps = named.pop("num_warps", 4)
-    constants = {p.name: named[p.name] for p in function.params if p.is_constexpr}
-    signature, attributes = {}, {}
-    for index, parameter in enumerate(function.params):
-        value = named[parameter.name]
-        signature[parameter.name] = "constexpr" if parameter.is_constexpr else _type_name(value)
-        # Triton looks at which pointers and integers are multiples of 16, and where rows begin.
-        if not parameter.is_constexpr and not isinstance(value, float):
-            if isinstance(value, Tensor) or value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-            elif value == 1:
-                signature[parameter.name], constants[parameter.name] = "constexpr", 1
-    key = name, warps, *map(str, (constants, signature, attributes))
-    if key not in kernels:
-        parts = (function, signature, constants, attributes)
-        with _described(gpu):
-            assembled = _assemble(parts, {"num_warps": warps}, constants, warps, gpu)
-        kernels[key] = Kernel(name, function.src, (assembled,))
-    return Launch(kernels[key], named, grid)
-
-
-def _type_name(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return "*" + TYPE_NAMES[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def _assemble(
-    parts: tuple[Any, dict[str, str], Any, Any], options: Any, constants: Mapping[str, Any], warps: int, gpu: DataSheet
-) -> Assembled:
-    """Assemble what `ASTSource` is made of: function, types of its parameters, constants and attributes."""
+def _assembled(binary: Any) -> Assembled:
+    """What there is to know of a compiled kernel of triton's."""
     import triton
-    from triton.compiler import ASTSource
 
-    binary = triton.compile(ASTSource(*parts), target=_target(gpu), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", shown)}
+    names = binary.src.fn.arg_names
     return Assembled(
-        constants=dict(constants),
-        parameters=tuple(name for name, kind in parts[1].items() if kind != "constexpr"),
-        warps=warps,
+        constants={names[place[0]]: value for place, value in binary.src.constants.items()},
+        parameters=tuple(name for name, kind in binary.src.signature.items() if kind != "constexpr"),
+        warps=binary.metadata.num_warps,
         registers=usage["REG"],
         spilled_bytes=max(usage["STACK"], usage["LOCAL"]),
-        shared_bytes=int(binary.metadata.shared),
+        shared_bytes=binary.metadata.shared,
         ptx=binary.asm["ptx"],
         sass=shown,
     )
@@ -430,22 +360,6 @@ def _source_of(node: Any) -> str:
     source = node.meta["grapharg"].source
     name = source.name
     return str(name() if callable(name) else name)
-
-
-@contextmanager
-def _translated(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except LogProbsError:
-        raise
-    except Exception as error:
-        import triton
-
-        lines = str(error).strip().splitlines() or [""]
-        raise BackendUnavailable(
-            f"could not {doing}: this relies on what is inside torch and triton, was tested with {TESTED_WITH}, and found "
-            f"torch {torch.__version__} and triton {triton.__version__}: {type(error).__name__}: {lines[0]}"
-        ) from error
 
 
 @contextmanager
@@ -493,6 +407,11 @@ def _described(gpu: DataSheet) -> Iterator[ExitStack]:
         with _OnCpu():
             return deduce(self, node)
 
+    active = SimpleNamespace(
+        get_current_target=lambda: _target(gpu),
+        get_current_device=lambda: gpu.name,  # by which triton keeps what it compiled
+        get_current_stream=lambda device: 0,
+    )
     others = [
         (CudaInterface.Worker, "get_device_properties", staticmethod(device["get_device_properties"])),
         # Patterns of attention and matrix products, which would be traced on the device, and which nothing here has.
@@ -502,7 +421,7 @@ def _described(gpu: DataSheet) -> Iterator[ExitStack]:
         # The Python bindings of these ask for the device's driver, and the operators do not.
         (fake_tensor.FakeTensor, "copy_", lambda a, b: copy(a, b)),
         (fake_tensor.FakeTensor, "__invert__", lambda a: invert(a)),
-        (driver, "_active", SimpleNamespace(get_current_target=lambda: _target(gpu))),
+        (driver, "_active", active),
         # These three matter to a torch built for CUDA, which looks for a driver where others know that there is none.
         (fake_tensor, "init_gpu_context", lambda device: None),
         (torch.cuda.graphs, "is_current_stream_capturing", lambda: False),

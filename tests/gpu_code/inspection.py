@@ -1,8 +1,8 @@
 """What backends do on a GPU, read from the code that is generated and assembled for it. Nothing here is measured.
 
-A kernel's time is the largest of three: its bytes over the bandwidth, its exponentials over the rate of the special function
-units, its instructions over the rate at which warps are issued. `machine_code.py` counts all three a thread; here they are
-multiplied with the threads of all launches. Two rules are not obvious:
+A kernel's time is the largest of three: its bytes over the bandwidth, its exponentials over the rate of the special
+function units, its instructions over the rate at which warps are issued. `machine_code.py` counts all three a thread;
+here they are multiplied with the threads of all launches. Two rules are not obvious:
 
 * What threads load of a small tensor, such as labels, is moved once. Of the logits and whatever else has their size,
   whole passes are counted; a second one not where what all programs on a multiprocessor read fits into `STAYS_IN_L1`.
@@ -165,7 +165,7 @@ def inspect(problem: Problem, gpu: DataSheet, layout: Lying = "flat") -> Inspect
         layout: how the logits lie.
 
     Raises:
-        BackendUnavailable: triton is missing, or torch's or triton's internals are not as expected.
+        BackendUnavailable: triton is missing, or the generated code cannot be followed.
         InputError: these rows cannot be a slice.
     """
     try:
@@ -190,24 +190,21 @@ def logits_of(rows: int, vocab: int, dtype: torch.dtype, layout: Lying = "flat")
     batch = max(n for n in range(1, SEQUENCES + 1) if rows % n == 0)
     if batch in (1, rows):
         raise InputError(
-            f"got {rows} rows for a slice, which are no several sequences of several positions; 8192 = 8 x 1024 is valid. "
-            "Take another number."
+            f"got {rows} rows for a slice, which are no several sequences of several positions; 8192 = 8 x 1024 is "
+            "valid. Take another number."
         )
     return _empty(batch, rows // batch + 1, vocab, dtype=dtype)[:, :-1]
 
 
-def inspect_function(
-    function: Function, arguments: Mapping[str, Tensor], gpu: DataSheet, *, hints: list[int] | None = None
-) -> Direction:
+def inspect_function(function: Function, arguments: Mapping[str, Tensor], gpu: DataSheet) -> Direction:
     """What torch.compile makes of any `function(**arguments)` with N dynamic.
 
     Args:
         function: takes tensors by name, among them `logits` [N, V].
         arguments: on the meta device.
         gpu: what to compile for.
-        hints: the sizes that the leading dimensions are optimised for, in place of their own.
     """
-    return _direction(_recorded(function, [arguments], gpu, hints), [arguments["logits"]], gpu, None)
+    return _direction(_recorded(function, [arguments], gpu), [arguments["logits"]], gpu, None)
 
 
 def _recorded(
@@ -349,8 +346,8 @@ def _direction(
     moved = sum(one.bytes for one in sums.values()) + by_torch
     if moved < 0.99 * (least or 1):
         raise BackendUnavailable(
-            f"the kernels that torch {torch.__version__} generated cannot be followed: {moved} bytes are moved, fewer than there "
-            "have to be. Nothing in the library depends on it."
+            f"the kernels that torch {torch.__version__} generated cannot be followed: {moved} bytes are moved, fewer than "
+            "there have to be. Nothing in the library depends on it."
         )
     times = [one.seconds(gpu) for one in sums.values()]
     return Direction(

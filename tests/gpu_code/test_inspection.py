@@ -1,4 +1,4 @@
-"""What the code generated for GPUs does, on a machine without one; and that its inspection would notice if it did not."""
+"""What the code generated for GPUs does, on a machine without one, and that its inspection would notice otherwise."""
 
 import json
 import os
@@ -12,18 +12,16 @@ import pytest
 import torch
 
 from compiled_logprobs.backends import flash_attn
-from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.operation import formula
 from compiled_logprobs.problem import Problem, layout_of
 from tests.gpu_code import __main__ as command
 from tests.gpu_code.data_sheets import data_sheet
-from tests.gpu_code.generated_code import TESTED_WITH, generate
+from tests.gpu_code.generated_code import generate
 from tests.gpu_code.inspection import LAYOUTS, NOT_MEASURED, inspect, inspect_function, logits_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROWS, VOCAB = 8192, 151936
 ROOT = Path(__file__).parents[2]
-SMALL = Problem("cuda", 64, 5000, FP32)
 
 
 @cache
@@ -199,7 +197,7 @@ def test_no_assertion_is_left_on_the_device():
 
 
 @pytest.mark.slow
-def test_a_torch_built_for_cuda_needs_no_driver(monkeypatch):
+def test_a_torch_built_for_cuda_needs_no_driver_and_keeps_no_trace(monkeypatch):
     def no_driver(*arguments):
         raise RuntimeError("Found no NVIDIA driver on your system")
 
@@ -207,19 +205,8 @@ def test_a_torch_built_for_cuda_needs_no_driver(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", no_driver)
     monkeypatch.setattr("torch.cuda.graphs.is_current_stream_capturing", no_driver)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    assert inspect(SMALL, data_sheet()).forward.logits_reads == 1
-
-
-@pytest.mark.slow
-def test_a_changed_torch_is_one_clear_sentence_and_leaves_no_trace(monkeypatch):
-    with monkeypatch.context() as changed:
-        changed.delattr("torch._inductor.fx_passes.joint_graph.UniformValueConstantFolder")
-        with pytest.raises(BackendUnavailable) as raised:
-            inspect(SMALL, data_sheet())
-    message = str(raised.value)
-    assert "\n" not in message
-    assert message.startswith("could not generate code: this relies on what is inside torch and triton")
-    assert TESTED_WITH in message and torch.__version__ in message
+    assert inspect(Problem("cuda", 64, 5000, FP32), data_sheet()).forward.logits_reads == 1
+    monkeypatch.undo()
     assert not torch.cuda.is_available()
     x = torch.randn(8)
     torch.testing.assert_close(torch.compile(lambda x: x.exp() + 1)(x), x.exp() + 1)
@@ -265,9 +252,8 @@ def test_the_command_prints_json_or_a_table(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "sm_91"], "got arch 'sm_91'; sm_80, sm_90, sm_100, sm_89 are valid"),
-        (["--gpu", "A100", "--arch", "sm_90"], "whose arch is sm_80"),
-        (["--gpu", "V100"], "got GPU 'V100'"),
+        (["--arch", "sm_91"], "got 'sm_91', for which there is no data sheet; H100 (sm_90), "),
+        (["--gpu", "A100", "--arch", "sm_90"], "got 'sm_90' and 'A100'"),
         (["--rows", "0"], "number of rows '0'"),
         (["--rows", "31", "--layout", "slice"], "got 31 rows for a slice"),
         (["--vocab", "none"], "'none'"),

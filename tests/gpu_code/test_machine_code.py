@@ -78,6 +78,6 @@ def test_the_data_sheets():
     assert data_sheet().name == data_sheet("sm_90").name == "H100"
     assert data_sheet().instructions_per_second == pytest.approx(33.5e12, rel=0.01)
     assert data_sheet("sm_90", "h200").name == "H200"
-    assert data_sheet(name="rtx-4090").arch == "sm_89"
-    with pytest.raises(InputError, match="got GPU 'V100'; A100"):
+    assert data_sheet(name="rtx 4090").arch == "sm_89"
+    with pytest.raises(InputError, match=r"got 'V100', for which there is no data sheet; H100 \(sm_90\), "):
         data_sheet(name="V100")

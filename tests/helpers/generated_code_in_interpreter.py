@@ -22,7 +22,7 @@ from compiled_logprobs.check.run import check_backend
 from compiled_logprobs.operation import formula
 from compiled_logprobs.problem import Problem, layout_of
 from tests.gpu_code.data_sheets import data_sheet
-from tests.gpu_code.generated_code import Generated, generate, heuristics, load
+from tests.gpu_code.generated_code import Generated, generate, load, tuner_of
 from tests.helpers.triton_interpreter import like_a_gpu
 
 GPU = data_sheet("sm_90")
@@ -42,8 +42,8 @@ class Interpreted:
     """A kernel, launched as Inductor launches it, in the first configuration that the autotuner would try."""
 
     def __init__(self, name: str, source: str) -> None:
-        self.function, configurations = heuristics(source)
-        self.blocks = configurations[0].kwargs
+        tuner = tuner_of(name, source, GPU)
+        self.function, self.blocks = tuner.fn, tuner.configs[0].kwargs
 
     def run(self, *arguments, stream: int) -> None:
         names = [name for name in self.function.arg_names if name not in self.blocks]
