@@ -20,7 +20,7 @@ READ = "amax"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Contender:
     """One way to compute log-probabilities."""
 
     name: str
@@ -39,18 +39,18 @@ class Candidate:
         return "ordinary backward" if problem.inplace_backward and not self.ours else ""
 
 
-def candidates() -> dict[str, Candidate]:
+def candidates() -> dict[str, Contender]:
     """All of them by name, this library's first."""
     found = [
-        Candidate(AUTO, _library(AUTO), ours=True),
-        *(Candidate(name, _library(name), ours=True, why_not=_why_not_ours(name)) for name in backends()),
-        Candidate("log_softmax", lambda problem: idioms.log_softmax_gather),
-        Candidate("logsumexp_rows", lambda problem: idioms.logsumexp_by_row),
-        Candidate("logsumexp_chunks", lambda problem: idioms.logsumexp_by_chunk),
-        Candidate("cross_entropy", lambda problem: idioms.cross_entropy),
-        Candidate(COMPILE, idioms.compiled_log_softmax),
-        Candidate("liger", lambda problem: idioms.liger, why_not=_why_not_liger, overwrites=True),
-        Candidate("cut_cross_entropy", lambda problem: idioms.cut_cross_entropy, why_not=_why_not_cut_cross_entropy),
+        Contender(AUTO, _library(AUTO), ours=True),
+        *(Contender(name, _library(name), ours=True, why_not=_why_not_ours(name)) for name in backends()),
+        Contender("log_softmax", lambda problem: idioms.log_softmax_gather),
+        Contender("logsumexp_rows", lambda problem: idioms.logsumexp_by_row),
+        Contender("logsumexp_chunks", lambda problem: idioms.logsumexp_by_chunk),
+        Contender("cross_entropy", lambda problem: idioms.cross_entropy),
+        Contender(COMPILE, idioms.compiled_log_softmax),
+        Contender("liger", lambda problem: idioms.liger, why_not=_why_not_liger, overwrites=True),
+        Contender("cut_cross_entropy", lambda problem: idioms.cut_cross_entropy, why_not=_why_not_cut_cross_entropy),
     ]
     return {one.name: one for one in found}
 

@@ -1,4 +1,4 @@
-"""A run as one HTML page: speed as a share of a bare read, and extra memory, by mode and problem. Needs plotly, imported here."""
+"""A run as one HTML page, drawn by plotly: speed as a share of a bare read, and extra memory, by mode and problem."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec

@@ -1,8 +1,8 @@
 """How far the autotuner's choices can be trusted on this machine: `python -m benchmarks.choices`, from a checkout.
 
 Three questions, each answered by real measurements: do identical candidates tie; is a candidate found that is a little
-faster; and do two tunes of the same problem agree, with what regret against an exhaustive search. Nothing is stored outside of
-a temporary folder.
+faster; and do two tunes of the same problem agree, with what regret against an exhaustive search. Nothing is stored
+outside of a temporary folder.
 """
 
 import json

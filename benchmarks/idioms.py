@@ -1,6 +1,6 @@
 """The log-probabilities of labels as people compute them today, each written anew from its description.
 
-Each returns log_probs [N] and, where asked for, the entropy [N] in the same call, in nats, for logits [N, V] and labels [N].
+Each takes logits [N, V] and labels [N], and returns log_probs [N] and, where asked for, the entropy [N], in nats.
 
 Shapes: N rows, V vocabulary, C rows of a chunk.
 """
@@ -31,7 +31,7 @@ def log_softmax_gather(logits: Tensor, labels: Tensor, entropy: bool) -> tuple[T
 
 
 def logsumexp_by_row(logits: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """verl's and TRL's way without a kernel: gather minus logsumexp, row after row, so that no [N, V] is made in forward.
+    """verl's and TRL's way without a kernel: gather minus logsumexp, row after row, so that forward makes no [N, V].
 
     16-bit logits, for which logsumexp rounds too much, take log_softmax by row instead; results stay in 16 bits.
     """
@@ -72,7 +72,7 @@ def compiled_log_softmax(problem: "Problem") -> Idiom:
 
 
 def liger(logits: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """Minus Liger's cross entropy, in the dtype of the logits; where a gradient is needed, forward writes it over them."""
+    """Minus Liger's cross entropy, in the dtype of the logits. Forward writes the gradient, if any, over them."""
     assert not entropy
     from liger_kernel.transformers.functional import liger_cross_entropy
 
@@ -80,8 +80,8 @@ def liger(logits: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, Tensor
 
 
 def cut_cross_entropy(logits: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """Minus cut-cross-entropy's loss. It takes hidden states and a head's weight, never logits: here these are the identity
-    and the logits turned over, whose product are the same logits; the time of the product counts.
+    """Minus cut-cross-entropy's loss. It takes hidden states and a head's weight, never logits: here these are the
+    identity and the logits turned over, whose product are the same logits; the time of the product counts.
     """
     assert not entropy
     from cut_cross_entropy import linear_cross_entropy

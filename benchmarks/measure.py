@@ -1,4 +1,4 @@
-"""How one problem is measured: all candidates in shuffled rounds on the same tensors, memory and errors apart from the clock.
+"""How one problem is measured: all candidates in shuffled rounds on the same tensors; memory and errors apart.
 
 Shapes: N rows, n of them looked at, V vocabulary.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.candidates import READ, Candidate
+from benchmarks.candidates import READ, Contender
 from benchmarks.idioms import Idiom
 from benchmarks.results import Cell, Result
 from compiled_logprobs.errors import is_out_of_memory
@@ -26,18 +26,18 @@ from compiled_logprobs.tuning.rounds import LONGEST_REASON
 CHECKED_ROWS = 64
 """How many rows are held against float64: spread evenly, the first and the last among them."""
 SLOW, ROUNDS_OF_SLOW = 6.0, 6
-"""How many times as long as the fastest a candidate may take to be timed in more rounds than these, which give it an interval."""
+"""A candidate that takes so many times as long as the fastest is timed in these rounds only, which give an interval."""
 MEMORY_PASSES = 2
 """The least of them counts: on the CPU, what other threads of the process take meanwhile can only add to it."""
 LIKELY = 8
 """Tokens of a row that share most of the probability, as a language model's do."""
 WRONG = 0.05
-"""How far off a result may be, as a share of the row's largest |x|, and a gradient, of the upstream one: rounding to 16 bits
-stays below, and another sign, label or scale does not."""
+"""How far off a result may be, as a share of the row's largest |x|, and a gradient, of the upstream one: rounding to 16
+bits stays below, and another sign, label or scale does not."""
 
 
 def measure(
-    problem: Problem, mode: str, chosen: Sequence[Candidate], device: torch.device, *, rounds: int, seconds: float
+    problem: Problem, mode: str, chosen: Sequence[Contender], device: torch.device, *, rounds: int, seconds: float
 ) -> Cell:
     """Compile and check each candidate, measure its memory, then time all of them beside a bare read of the logits.
 
@@ -159,7 +159,7 @@ class _Computed(torch.autograd.Function):
 
 
 def _takes_part(name: str, results: dict[str, Result]) -> bool:
-    """Whether another round is to time it: not what has failed, nor, after some rounds, what is far slower than others."""
+    """Whether another round times it: not what has failed, nor, after some rounds, what is far slower than others."""
     one = results[name]
     if not one.measured or len(one.seconds) < ROUNDS_OF_SLOW:
         return one.measured

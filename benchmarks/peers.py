@@ -1,7 +1,7 @@
 """This library beside the idioms that people use today: `python -m benchmarks.peers`, from a checkout.
 
-One process, the same tensors, all candidates in every round. Exit codes: 0 done; 1 one of this library's own candidates was
-wrong or failed; 2 it could not run, and standard error says why; 130 interrupted, and what was done by then is shown.
+One process, the same tensors, all candidates in every round. Exit codes: 0 done; 1 one of this library's own candidates
+was wrong or failed; 2 it could not run, and standard error says why; 130 interrupted, and shows what was done by then.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from benchmarks import chart, tables
-from benchmarks.candidates import AUTO, Candidate, candidates
+from benchmarks.candidates import AUTO, Contender, candidates
 from benchmarks.measure import measure
 from benchmarks.results import COLUMNS, Cell
 from benchmarks.targets import targets
@@ -30,7 +30,7 @@ from compiled_logprobs.machine import clock
 from compiled_logprobs.machine.environment import environment_of
 from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import Problem, as_it_lies
-from compiled_logprobs.tuning import presets as profiling
+from compiled_logprobs.tuning import presets
 
 DONE, WRONG, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 SHAPES = ("2048x32000", "512x151936", "256x151936", "256x262144", "4096x32", "1x151936")
@@ -51,8 +51,8 @@ def peers(
         Several,
         typer.Option(
             show_default=False,
-            help=f"ROWSxVOCAB; by default {', '.join(SHAPES)}. Options like this one take several, as often as you name "
-            "them or with commas.",
+            help=f"ROWSxVOCAB; by default {', '.join(SHAPES)}. Options like this one take several, as often as you "
+            "name them or with commas.",
         ),
     ] = None,
     dtype: Annotated[Several, typer.Option(show_default=False, help=f"By default {', '.join(DTYPES)}.")] = None,
@@ -60,8 +60,8 @@ def peers(
         Several,
         typer.Option(
             show_default=False,
-            help="forward; entropy (forward with it); backward (forward and backward); inplace (the gradient over the logits: "
-            "the idioms cannot, and show their ordinary backward). By default all.",
+            help="forward; entropy (forward with it); backward (forward and backward); inplace (the gradient over the "
+            "logits: the idioms cannot, and show their ordinary backward). By default all.",
         ),
     ] = None,
     only: Annotated[Several, typer.Option(show_default=False, help="Names of candidates; by default all.")] = None,
@@ -76,8 +76,8 @@ def peers(
         bool,
         typer.Option(
             "--tune/--no-tune",
-            help="Measure for auto before, and store it in your profiles, as `compiled-logprobs profile` does; or leave auto to "
-            "the profiles that are there.",
+            help="Measure for auto before, and store it in your profiles, as `compiled-logprobs profile` does; or "
+            "leave auto to the profiles that are there.",
         ),
     ] = True,
     json_file: Annotated[
@@ -90,9 +90,9 @@ def peers(
     with _reported_errors():
         where = _device(device)
         problems = [
-            (as_it_lies(Problem(where.type, *_shape(text), profiling.dtype_of(name), **problem.MODES[kind])), kind)
+            (as_it_lies(Problem(where.type, *_shape(text), presets.dtype_of(name), **problem.MODES[kind])), kind)
             for text, name, kind in itertools.product(
-                _split(shape) or SHAPES, _split(dtype) or DTYPES, map(profiling.mode_of, _split(mode) or MODES)
+                _split(shape) or SHAPES, _split(dtype) or DTYPES, map(presets.mode_of, _split(mode) or MODES)
             )
         ]
         chosen = _chosen(_split(only))
@@ -130,7 +130,7 @@ def peers(
 
 def _run(
     problems: Sequence[tuple[Problem, str]],
-    chosen: Sequence[Candidate],
+    chosen: Sequence[Contender],
     device: torch.device,
     rounds: int,
     seconds: float,
@@ -168,10 +168,10 @@ def _shape(text: str) -> tuple[int, int]:
     rows, x, vocab = text.partition("x")
     if not x:
         raise InputError(f"got --shape {text!r}; ROWSxVOCAB is valid, e.g. {SHAPES[1]} or 512xqwen3. Correct it.")
-    return profiling.rows_of(rows), profiling.vocab_of(vocab)
+    return presets.rows_of(rows), presets.vocab_of(vocab)
 
 
-def _chosen(names: Sequence[str]) -> list[Candidate]:
+def _chosen(names: Sequence[str]) -> list[Contender]:
     known = candidates()
     unknown = [name for name in names if name not in known]
     if unknown:

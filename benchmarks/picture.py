@@ -1,4 +1,4 @@
-"""Draw `docs/images/speedups.svg`, the README's chart, from the table in `docs/measured.md`: `python -m benchmarks.picture`."""
+"""Draw the README's chart from the table in `docs/measured.md`: `python -m benchmarks.picture`."""
 
 from html import escape
 from pathlib import Path

@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 COLUMNS = {
     "ms": "milliseconds a call, the median over the rounds; each call starts with a cold cache and frees what it made",
     "billions_of_logits_per_s": "N times V over that time",
-    "percent_of_read": "time of a bare read of the same logits (amax, in the same rounds) in per cent of the candidate's",
+    "percent_of_read": "time of a bare read of the logits (amax, in the same rounds) in per cent of the candidate's",
     "extra_bytes": "peak of the memory in use over what was there before the call; results and their gradient count",
     "extra_multiple": "the same, as a multiple of the logits",
     "error_max": "largest distance of a log-probability from float64, in nats, over some rows",

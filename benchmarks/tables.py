@@ -1,4 +1,4 @@
-"""The tables that people read: one a shape with what was measured, one with the ratios to the peers, and the targets."""
+"""The tables that people read: for each shape what was measured and the ratios to the peers, and then the targets."""
 
 import math
 from collections.abc import Sequence

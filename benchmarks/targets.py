@@ -1,4 +1,4 @@
-"""What this library has set itself for a CPU, and whether a run reached it: best of its own backends, ratios within a round."""
+"""What this library has set itself for a CPU, and whether the best of its own backends reached it in a run."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

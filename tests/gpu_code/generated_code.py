@@ -151,7 +151,7 @@ def generate(
 
 
 def _renamed(function: Any) -> Callable[..., Any]:
-    """`function` with a code object and a name of its own, by which torch.compile remembers which sizes have changed."""
+    """`function` with a code object and a name of its own: by these torch.compile remembers what sizes changed."""
     name = f"{function.__name__}_{next(_NUMBERS)}"
     code = function.__code__.replace(co_name=name)
     return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)

@@ -346,8 +346,8 @@ def _direction(
     moved = sum(one.bytes for one in sums.values()) + by_torch
     if moved < 0.99 * (least or 1):
         raise BackendUnavailable(
-            f"the kernels that torch {torch.__version__} generated cannot be followed: {moved} bytes are moved, fewer than "
-            "there have to be. Nothing in the library depends on it."
+            f"the kernels that torch {torch.__version__} generated cannot be followed: {moved} bytes are moved, fewer "
+            "than there have to be. Nothing in the library depends on it."
         )
     times = [one.seconds(gpu) for one in sums.values()]
     return Direction(
