@@ -5,6 +5,7 @@ from importlib import import_module
 from threading import Lock
 
 from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.decision import PLAIN
 from compiled_logprobs.errors import BackendUnavailable, InputError
 from compiled_logprobs.problem import Problem
 
@@ -38,9 +39,9 @@ def register_backend(name: str, target: str | Backend) -> None:
     Raises:
         InputError: the name is taken or not an identifier, or the target is neither of these.
     """
-    if not isinstance(name, str) or not name.isidentifier() or name == "auto":
+    if not isinstance(name, str) or not name.isidentifier() or name in ("auto", PLAIN):
         raise InputError(
-            f"got {name!r} for a backend's name; an identifier is valid, e.g. 'my_backend', but not 'auto'."
+            f"got {name!r} for a backend's name; an identifier is valid, e.g. 'my_backend', but not 'auto' or {PLAIN!r}."
         )
     if name in _targets and _targets[name] != target:
         raise InputError(f"backend {name!r} is registered already; choose a name other than {', '.join(_targets)}.")

@@ -17,7 +17,7 @@ from compiled_logprobs.problem import Problem, bucket, mode_name, problem_to_dic
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.process import Event
 from compiled_logprobs.tuning.statistics import MARGIN, look
-from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on, speedup_of
+from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _measured_again(tuner: Tuner, decision: Decision, source: str, budget_s: flo
         return Verification(decision, source, "unverifiable", reason, rows=rows)
     selection = look({each: evidence.seconds[each] for each in (baseline, name)}, baseline=baseline, final=True)
     assert selection is not None
-    speedup = speedup_of(selection.verdicts[name].speedup)
+    speedup = selection.verdicts[name].speedup
     if speedup.high is None:
         reason = f"{checks}, and {selection.rounds} rounds are too few to tell how fast it is"
         return Verification(decision, source, "unverifiable", reason, speedup, rows)

@@ -1,23 +1,22 @@
 """The worker program from outside: start it, listen to it, and end it with all that it started.
 
-Whatever happens in there, nothing worse than `WorkerLost` happens here.
+Candidates run in a process of their own. One that crashes or hangs raises `WorkerLost` here, and nothing worse.
 """
 
 import contextlib
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from queue import Empty, Queue
 from typing import Any, Literal
+
+import psutil
 
 from compiled_logprobs.machine.environment import without_paths
 from compiled_logprobs.policy import MODE_VARIABLE
@@ -25,17 +24,11 @@ from compiled_logprobs.policy import MODE_VARIABLE
 Event = dict[str, Any]
 
 POLL_S = 0.1
-"""Between two looks at whether the process still lives: what it left behind may hold its pipes open."""
+"""Between two looks at whether the process still lives: children of it may hold its pipes open."""
 GRACE_S = 0.5
 """For the last events of a process that has ended."""
 TAIL_LINES, TAIL_CHARACTERS = 20, 2000
 """What is kept of standard error, for the reason of a crash."""
-PROCESSES = Path("/proc")
-MARK = "COMPILED_LOGPROBS_WORKER"
-"""A variable of the environment that all have inherited that the program started, in whatever session they are; but for those
-that were given another environment, which `_mark_by_limit` is for."""
-SWEEPS = 10
-"""How often what is left is looked for, at most: it may start others while it is ended."""
 LONGEST_LINE = 2**22
 """Characters of an event; foreign code that finds the pipe cannot fill this process's memory."""
 
@@ -55,7 +48,10 @@ class Worker:
     def __init__(self) -> None:
         if not sys.executable:
             raise WorkerLost("crashed", "the worker program cannot be started: Python does not know its own executable")
-        self._mark = uuid.uuid4().hex
+        try:
+            folder = os.getcwd()
+        except FileNotFoundError:  # it was removed, and torch cannot be loaded in it
+            folder = os.sep
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "compiled_logprobs.tuning.worker"],
@@ -68,17 +64,15 @@ class Worker:
                     "PYTHONPATH": os.pathsep.join(dict.fromkeys(_import_path())),
                     "PYTHONSAFEPATH": "1",
                     MODE_VARIABLE: "off",
-                    MARK: self._mark,
                 },
+                cwd=folder,
                 text=True,
                 encoding="utf-8",
                 errors="replace",
-                cwd=_folder(),
-                start_new_session=True,  # a group of its own, to be killed as one; and Ctrl-C is for the parent
+                start_new_session=True,  # a group of its own, to be killed as one; Ctrl-C is for the parent
             )
         except OSError as error:
             raise WorkerLost("crashed", f"the worker program cannot be started: {error}") from error
-        self._limit = _mark_by_limit(self._process.pid)
         self._lines: Queue[str] = Queue(maxsize=1000)
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._over = False
@@ -98,7 +92,7 @@ class Worker:
             self._process.stdin.flush()
 
     def next_event(self, *, within: float) -> Event:
-        """What it says next. WorkerLost if it ends, or says nothing for that many seconds."""
+        """Wait for what it says next; raise WorkerLost if it ends, or says nothing for that many seconds."""
         until = time.monotonic() + within
         ended_at = None
         while True:
@@ -118,23 +112,17 @@ class Worker:
         """Kill the process and all that it started."""
         self._over = True
         with contextlib.suppress(Empty):
-            self._lines.get_nowait()  # makes room, so that the thread that fills a full queue gets to see that it is over
-        left: set[int] = set()
-        if self._process.poll() is None:
-            with contextlib.suppress(OSError, AttributeError):  # so that it starts no others; not on Windows
-                self._process.send_signal(signal.SIGSTOP)
-            left = _descendants(self._process.pid)  # which are nobody's children when it has gone
-        if hasattr(os, "killpg"):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            self._lines.get_nowait()  # makes room, so that the thread that fills a full queue sees that it is over
+        strays: list[psutil.Process] = []
+        if self._process.poll() is None:  # else its children have other parents, and its id may be another's
+            with contextlib.suppress(psutil.Error):
+                strays = psutil.Process(self._process.pid).children(recursive=True)
+        with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):  # Windows has no groups
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
-        for _ in range(SWEEPS):
-            left |= _marked(self._mark, self._limit)
-            if not left:
-                break
-            while left:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(left.pop(), signal.SIGKILL)
+        for stray in strays:  # those that have left the group
+            with contextlib.suppress(psutil.Error):
+                stray.kill()
         self._process.wait()
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
@@ -169,79 +157,10 @@ class Worker:
 def _import_path() -> Iterator[str]:
     """From where this process imports, in absolute paths."""
     for entry in sys.path:
-        # Python passes over entries of other types, too; and a variable has no way to tell of those that hold a separator.
+        # Python passes over entries of other types; and no variable can hold one with a separator in it.
         if isinstance(entry, str) and os.pathsep not in entry:
             with contextlib.suppress(FileNotFoundError):  # the current folder is gone, and all in it
                 yield os.path.abspath(entry)
-
-
-def _folder() -> str | None:
-    """Where the program is to start, if not in the current folder: in one that was removed, torch cannot be loaded."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        return os.sep
-    return None
-
-
-def _descendants(ancestor: int) -> set[int]:
-    """The processes that `ancestor` started, and those that these did; on Linux, else none."""
-    children: dict[int, list[int]] = {}
-    for pid in _pids():
-        with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended
-            children.setdefault(int(_status(pid)[1]), []).append(pid)
-    found: set[int] = set()
-    due = [ancestor]
-    while due:
-        new = set(children.get(due.pop(), [])) - found
-        found |= new
-        due += new
-    return found
-
-
-def _mark_by_limit(pid: int) -> int | None:
-    """Give the process `pid` a limit that no other has, and that all inherit which it starts, in whatever environment; on Linux.
-
-    It is on the time that a process under real-time scheduling may compute without a pause: some ten thousand years and more.
-    """
-    if sys.platform != "linux":
-        return None
-    import resource
-
-    limit = 2**59 + secrets.randbits(59)
-    with contextlib.suppress(OSError, ValueError):  # it has ended, or a lower limit is set, or it may not be
-        _, most = resource.getrlimit(resource.RLIMIT_RTTIME)
-        resource.prlimit(pid, resource.RLIMIT_RTTIME, (limit, most))
-        return limit
-    return None
-
-
-def _marked(mark: str, limit: int | None) -> set[int]:
-    """The processes that live with this mark in their environment, or with this limit; on Linux, else none."""
-    marks = {"environ": (f"{MARK}={mark}".encode(), b"\0"), "limits": (str(limit).encode(), None)}
-    found = set()
-    for pid in _pids():
-        for file, (word, separator) in marks.items():
-            with contextlib.suppress(OSError, IndexError):  # it has ended, or is another user's
-                if word in (PROCESSES / str(pid) / file).read_bytes().split(separator) and not _is_over(pid):
-                    found.add(pid)
-    return found
-
-
-def _is_over(pid: int) -> bool:
-    """Whether it has ended, and only waits for its parent to ask how; its environment is gone by then, its limits are not."""
-    return _status(pid)[0] in (b"Z", b"X")
-
-
-def _status(pid: int) -> list[bytes]:
-    """What follows the name of a process in its status: state, parent, group, session, ..."""
-    return (PROCESSES / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
-
-
-def _pids() -> list[int]:
-    with contextlib.suppress(OSError):
-        return [int(name) for name in os.listdir(PROCESSES) if name.isdecimal()]
-    return []
 
 
 def _parsed(line: str) -> Event:

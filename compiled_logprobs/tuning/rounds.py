@@ -1,14 +1,17 @@
-"""Timing the candidates of one problem: shuffled rounds on inputs that look real, with a cold cache.
+"""Time the candidates of one problem: shuffled rounds on inputs that look real, with a cold cache.
 
-A candidate that raises has an outcome of its own, and the others go on. Nothing is chosen here, and nothing stored.
+A candidate that raises has an outcome of its own, and the others go on. Plain `log_softmax` and `gather` run beside them, for
+comparison. Nothing is chosen here, and nothing stored.
 
 Shapes: N rows, D of them drawn and the others made of these, V vocabulary, K labels a row; R the leading dimensions of the
 logits, one or two, whose product is N.
 """
 
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any, Literal
 
@@ -17,9 +20,11 @@ from torch import Tensor
 
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.check.spot_check import what_is_wrong
+from compiled_logprobs.decision import PLAIN
 from compiled_logprobs.errors import is_out_of_memory
 from compiled_logprobs.machine import clock
 from compiled_logprobs.operation.autograd import compute
+from compiled_logprobs.operation.plain import bytes_of_plain, plain
 from compiled_logprobs.problem import Problem
 
 BUFFERS = 2
@@ -34,8 +39,12 @@ ALIGNED = 16
 """Elements; rows whose stride is a multiple of it start at multiples of 16 bytes in every dtype."""
 LONGEST_REASON = 500
 """Characters; compilers' errors run to pages."""
+SHARE_OF_FREE_MEMORY = 0.5
+"""What the check, the rounds and plain torch may take of it, each."""
 
 Step = Literal["compile", "memory", "time", "full size"]
+Forward = Callable[[Tensor, Tensor, float | Tensor], tuple[Tensor, Tensor | None]]
+"""Logits, labels, temperature -> log-probabilities, entropy."""
 
 
 @dataclass
@@ -74,6 +83,7 @@ class Measurement:
         on_step: told the candidate and the step before each of its calls, for whoever watches over their duration.
         look_at_results: whether to hold a few rows of what it returns against float64, which not even candidates that passed the
             check are sure to get right at this size.
+        plain_s: how long a call of plain torch may take to be timed in each round, too; by default it is not called.
     """
 
     def __init__(
@@ -85,22 +95,28 @@ class Measurement:
         seed: int | None = None,
         on_step: Callable[[str, Step], None] = lambda name, step: None,
         look_at_results: bool = True,
+        plain_s: float = 0.0,
     ) -> None:
         self.problem = problem
         self.device = clock.measurable(device or problem.device_type)
         self.seed = random.randrange(2**31) if seed is None else seed
         self.runs = {name: Run(name) for name in candidates}
         self._candidates = dict(candidates)
+        self._plain, self._plain_s = Run(PLAIN), plain_s
         self._on_step, self._look_at_results = on_step, look_at_results
 
     def times(self) -> dict[str, list[float]]:
         """Seconds by candidate and round, of those that have run in every round."""
         return {run.name: run.seconds for run in self.runs.values() if run.alive and run.seconds}
 
+    def plain_times(self) -> list[float]:
+        """Seconds of plain torch by round; none where it was left out, or failed."""
+        return self._plain.seconds if self._plain.alive else []
+
     def extra_bytes(self) -> dict[str, int | None]:
         return {run.name: run.extra_bytes for run in self.runs.values() if run.alive}
 
-    def rounds(self, most: int | None = None) -> Iterator[int]:
+    def rounds(self, most: int | None = None) -> Generator[int, None, None]:
         """Compile, measure memory, then time: yields the number of rounds done, after each.
 
         Ends after `most` rounds, or when no candidate is left. What making the inputs raises is raised here: it concerns
@@ -111,33 +127,51 @@ class Measurement:
             self._attempt(name, "compile", inputs)
         for name in self._candidates:
             self._attempt(name, "memory", inputs)
+        self._begin_plain(inputs)
         order = random.Random(self.seed)
         for done in count(1) if most is None else range(1, most + 1):
             names = [name for name, run in self.runs.items() if run.alive]
             if not names:
                 return
+            if self._plain.alive:
+                names.append(PLAIN)
             order.shuffle(names)
             for name in names:  # all on the same input: they are compared within the round
                 self._attempt(name, "time", inputs, done % BUFFERS)
             yield done
 
+    def look_at(self, name: str) -> None:
+        """Call `name` once, and hold a few rows of what it returns against float64, without timing anything."""
+        inputs = _Inputs(self.problem, self.device, self.seed, buffers=1)
+        self._attempt(name, "full size", inputs)
+
+    def _begin_plain(self, inputs: "_Inputs") -> None:
+        """Give plain torch its first calls, and leave it out of the rounds where they take too long or too much memory."""
+        room = SHARE_OF_FREE_MEMORY * clock.free_memory(self.device)
+        if self._plain_s > 0.0 and bytes_of_plain(self.problem) <= room:
+            for index in range(BUFFERS):
+                self._attempt(PLAIN, "time", inputs, index)
+        if max(self._plain.seconds[1:], default=math.inf) > self._plain_s:
+            self._plain.outcome = "failed"
+        self._plain.seconds.clear()
+
     def _attempt(self, name: str, step: Step, inputs: "_Inputs", index: int = 0) -> None:
-        run = self.runs[name]
+        run = self._plain if name == PLAIN else self.runs[name]
         if not run.alive:
             return
         self._on_step(name, step)
         before = _global_state()
         try:
-            call = inputs.call(self._candidates[name], index)
+            call = inputs.call(self._forward(name), index)
             if step == "compile":
                 run.first_call_seconds = clock.time_call(call, self.device)
                 for other in range(1, BUFFERS):  # what a second call still does once belongs to no round
-                    results, gradients = inputs.call(self._candidates[name], other)()
-                if self._look_at_results and (found := inputs.what_is_wrong(other, results, gradients)):
-                    run.outcome, run.reason = "wrong", found
+                    results, gradients = inputs.call(self._forward(name), other)()
+                if self._look_at_results and (mistake := inputs.what_is_wrong(other, results, gradients)):
+                    run.outcome, run.reason = "wrong", mistake
             elif step == "full size":
-                if found := inputs.what_is_wrong(index, *call()):
-                    run.outcome, run.reason = "wrong", found
+                if mistake := inputs.what_is_wrong(index, *call()):
+                    run.outcome, run.reason = "wrong", mistake
             elif step == "memory":
                 run.extra_bytes = clock.extra_peak_bytes(call, self.device)
                 if run.extra_bytes is not None:
@@ -153,10 +187,11 @@ class Measurement:
             _restore(before)
             run.outcome, run.reason = "failed", f"{step}: it left torch with another {', '.join(changed)}"
 
-    def look_at(self, name: str) -> None:
-        """Call `name` once, and hold a few rows of what it returns against float64, without timing anything."""
-        inputs = _Inputs(self.problem, self.device, self.seed, buffers=1)
-        self._attempt(name, "full size", inputs)
+    def _forward(self, name: str) -> Forward:
+        entropy, inplace = self.problem.entropy, self.problem.inplace_backward
+        if name == PLAIN:
+            return partial(plain, entropy=entropy)
+        return partial(compute, self._candidates[name], entropy=entropy, inplace_backward=inplace)
 
 
 class _Inputs:
@@ -192,8 +227,8 @@ class _Inputs:
             self._problem, logits, self._labels[index], self._temperature, self._upstream, results, gradient
         )
 
-    def call(self, backend: Backend, index: int) -> Callable[[], tuple[list[Tensor], tuple[Tensor, ...]]]:
-        """What is to be timed, on fresh logits: returns all results of `backend`, so that they count as memory in use."""
+    def call(self, forward: Forward, index: int) -> Callable[[], tuple[list[Tensor], tuple[Tensor, ...]]]:
+        """What is to be timed, on fresh logits: returns all results, so that they count as memory in use."""
         problem, labels = self._problem, self._labels[index]
         logits = self._logits[index].detach()
         if self._original is not None:
@@ -202,15 +237,8 @@ class _Inputs:
 
         def call() -> tuple[list[Tensor], tuple[Tensor, ...]]:
             with torch.set_grad_enabled(problem.needs_grad):
-                log_probs, entropy = compute(
-                    backend,
-                    logits,
-                    labels,
-                    self._temperature,
-                    entropy=problem.entropy,
-                    inplace_backward=problem.inplace_backward,
-                )
-                results = [part.to(problem.out_dtype) for part in (log_probs, entropy) if part is not None]
+                parts = forward(logits, labels, self._temperature)
+                results = [part.to(problem.out_dtype) for part in parts if part is not None]
             gradients = torch.autograd.grad(results, [logits], self._upstream) if problem.needs_grad else ()
             return results, gradients
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 from statistics import median
 from typing import Literal, NamedTuple
 
+from compiled_logprobs.decision import Outcome, Speedup
 from compiled_logprobs.errors import InputError
 
 ALPHA = 0.01
@@ -22,7 +23,6 @@ MARGIN = 0.03
 """How much faster than the baseline a candidate has to be: what is less is not worth another backend. And how much less memory
 one of two has to take, for it to be the one that takes less."""
 
-Outcome = Literal["chosen", "slower", "tie"]
 Code = Literal[
     "ONLY_ONE",
     "FASTER_CLEAR",
@@ -49,8 +49,9 @@ class Verdict:
     """What became of one candidate."""
 
     outcome: Outcome
-    speedup: Interval
-    """The baseline's seconds over this candidate's: above 1 is faster. The ends may be 0 and infinite."""
+    """Chosen, slower or tie."""
+    speedup: Speedup
+    """Over the baseline."""
     reason: str
 
 
@@ -75,6 +76,15 @@ def interval(log_ratios: Sequence[float], confidence: float) -> Interval:
     if rank == 0:
         return Interval(-math.inf, median(ordered) if ordered else math.nan, math.inf)
     return Interval(ordered[rank - 1], median(ordered), ordered[-rank])
+
+
+def speedup_over(others: Sequence[float], times: Sequence[float], candidates: int) -> Speedup:
+    """How many times as fast `times` are as `others`, paired by round.
+
+    The interval is as sure as each of those by which one of so many candidates is chosen.
+    """
+    logs = [math.log(ours) - math.log(theirs) for ours, theirs in zip(times, others, strict=True)]
+    return _speedup(interval(logs, _confidence(candidates, LOOKS)))
 
 
 def fewest_rounds(candidates: int, *, looks: Sequence[int] = LOOKS) -> int:
@@ -287,11 +297,7 @@ def _why(
 
 
 def _verdict(name: str, chosen: str, baseline: str, bench: _Bench, is_open: bool, reason: str) -> Verdict:
-    low, middle, high = bench.compare(name, baseline)
-    # exp of +-inf is inf and 0, and the ends change places with the sign.
-    speedup = (
-        Interval(math.exp(-high), math.exp(-middle), math.exp(-low)) if name != baseline else Interval(1.0, 1.0, 1.0)
-    )
+    speedup = Speedup(1.0, 1.0, 1.0) if name == baseline else _speedup(bench.compare(name, baseline))
     if name == chosen:
         return Verdict("chosen", speedup, reason)
     if bench.is_faster(chosen, than=name):
@@ -301,3 +307,10 @@ def _verdict(name: str, chosen: str, baseline: str, bench: _Bench, is_open: bool
     if bench.may_be_faster(chosen, than=name):
         return Verdict("tie", speedup, f"not faster than {chosen} by {MARGIN:.0%}")
     return Verdict("tie", speedup, f"as fast as {chosen}, within {MARGIN:.0%}")
+
+
+def _speedup(log_ratio: Interval) -> Speedup:
+    """Of the logarithm of a time over another's: the ends change places with the sign."""
+    low, middle, high = (math.exp(-end) for end in reversed(log_ratio))
+    bounded = low > 0.0 and math.isfinite(high)
+    return Speedup(low if bounded else None, middle, high if bounded else None)

@@ -1,8 +1,8 @@
 """The program in which candidates run: `python -m compiled_logprobs.tuning.worker`.
 
 It reads jobs from standard input and writes events to what was standard output when it started, both as JSON, one a line.
-Before anything that may crash or hang it says what comes next, so that whoever started it knows whose fault it was. What
-foreign code prints goes to standard error.
+Before anything that may crash or hang, an event says what comes next, so that whoever listens knows at which step it ended.
+What candidates print goes to standard error.
 """
 
 import ctypes
@@ -26,21 +26,22 @@ from compiled_logprobs.check.cases import cases
 from compiled_logprobs.check.report import CheckReport
 from compiled_logprobs.check.run import check_backend
 from compiled_logprobs.check.verdicts import CHECKED_ELEMENTS, SAMPLED_ROWS, YARDSTICK_ELEMENTS
+from compiled_logprobs.decision import PLAIN
 from compiled_logprobs.errors import BackendUnavailable, is_out_of_memory, nothing_can_serve_after
 from compiled_logprobs.machine.bandwidth import measured_bandwidth, percent_of_bandwidth
 from compiled_logprobs.machine.clock import MIB, free_memory, measurable
 from compiled_logprobs.machine.environment import environment_of, without_paths
 from compiled_logprobs.machine.nvml import Watch, telemetry
 from compiled_logprobs.problem import Problem, problem_from_dict
-from compiled_logprobs.tuning.rounds import BUFFERS, LONGEST_REASON, Measurement
+from compiled_logprobs.tuning.rounds import BUFFERS, LONGEST_REASON, SHARE_OF_FREE_MEMORY, Measurement
 from compiled_logprobs.tuning.statistics import LOOKS, Selection, fewest_rounds, look
 
 PILOT_LOGITS = 2**22
 """Size of the first calls, which compile, and tell how long a round would take."""
-SHARE_OF_FREE_MEMORY = 0.5
-"""What the check and the rounds may take of it, each; N shrinks where they would take more."""
 SHARE_OF_TIME = 0.6
 """Of the seconds that are left, what the rounds up to the first look may take; inputs have to be made, too."""
+SHARE_WITH_PLAIN = 0.9
+"""The same of the fewest rounds that a choice needs, with plain torch among them; where they take more, it is left out."""
 SHARE_FOR_PROOF = 0.25
 """Of all seconds, where none may be added to them, what the rounds leave for calling the winner once with all rows."""
 CHECKED_LOGITS = {"cpu": 2**27}
@@ -57,7 +58,6 @@ ONLY_THERE = (
 def main() -> None:
     """Serve jobs until standard input ends."""
     _die_with_parent()
-    _adopt_orphans()
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     jobs = os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(2, 1)
@@ -69,31 +69,32 @@ def main() -> None:
 
     emit("ready")
     for line in jobs:
-        Work(json.loads(line), emit).run()
+        Job(json.loads(line), emit).run()
         emit("done")
 
 
-class Work:
-    """One job: find out about the candidates of a problem.
+class Job:
+    """One problem: load, compile, check and time its candidates.
 
-    Job:
+    Order, as it was read:
         problem: as `problem_to_dict` gives it; for a bucket of N, its top.
         device, threads: where, and by how many threads of the CPU.
         candidates: [name, target] of each, the baseline first; the target of one that only its own process knows is None.
         checked: names of those that have passed the check already.
-        incumbent, simplicity: for `select.look`.
+        incumbent, simplicity: for `statistics.look`.
         short: whether the check has its fewer inputs.
+        plain: whether plain torch is timed beside the candidates.
         seconds: after which no further round begins, once there are enough of them for a choice.
         strict: whether all has to end by then, also the look at the winner with more rows than were timed.
         seed: of all inputs.
     """
 
-    def __init__(self, job: dict[str, Any], emit: Callable[..., None]) -> None:
-        self._ends = time.monotonic() + job["seconds"]
-        torch.set_num_threads(job["threads"])
-        self._job, self._emit = job, emit
-        self._problem = problem_from_dict(job["problem"])
-        self._device = measurable(job["device"])
+    def __init__(self, order: dict[str, Any], emit: Callable[..., None]) -> None:
+        self._ends = time.monotonic() + order["seconds"]
+        torch.set_num_threads(order["threads"])
+        self._order, self._emit = order, emit
+        self._problem = problem_from_dict(order["problem"])
+        self._device = measurable(order["device"])
         self._extra_multiple = self._problem.needs_grad + 1.0
         pilot_rows = min(max(2, PILOT_LOGITS // self._problem.vocab), self._rows_in_memory(BUFFERS))
         self._pilot_rows = max(1, min(self._problem.rows, int(pilot_rows)))
@@ -106,12 +107,12 @@ class Work:
         self._emit("started", environment=environment_of(self._device).fingerprint())
         alive: dict[str, Backend] = {}
         seconds = 0.0
-        for name, target in self._job["candidates"]:
+        for name, target in self._order["candidates"]:
             backend = self._load(name, target)
             if backend is None:
                 continue
             call_seconds = self._first_call(name, backend)
-            if call_seconds is not None and (name in self._job["checked"] or self._check(name)):
+            if call_seconds is not None and (name in self._order["checked"] or self._check(name)):
                 alive[name] = backend
                 seconds += call_seconds
         if not alive:
@@ -182,7 +183,7 @@ class Work:
         self._emit(
             "checked",
             candidate=name,
-            rows=max(case.rows for case in cases(problem, short=self._job["short"], foreign=False)),
+            rows=max(case.rows for case in cases(problem, short=self._order["short"], foreign=False)),
             fewer_for_memory=problem.rows < self._rows_to_check(),
             checks=checks,
             repeatable=report.repeatable,
@@ -200,8 +201,7 @@ class Work:
             MemoryError: there is no room for one row. And what else nothing can serve after.
         """
         self._step(name, "check")
-        free = free_memory(self._device)
-        room = math.inf if free is None else SHARE_OF_FREE_MEMORY * free
+        room = SHARE_OF_FREE_MEMORY * free_memory(self._device)
         problem = self._problem._replace(rows=self._rows_to_check())
         # By what is free, too: systems hand out memory that they do not have, and kill for it later.
         while (needed := bytes_of_check(problem)) > room:
@@ -213,7 +213,7 @@ class Work:
         while True:
             try:
                 return problem, check_backend(
-                    name, problem, short=self._job["short"], device=str(self._device), seed=self._job["seed"]
+                    name, problem, short=self._order["short"], device=str(self._device), seed=self._order["seed"]
                 )
             except Exception as error:
                 if problem.rows == 1 or not is_out_of_memory(error):
@@ -239,10 +239,8 @@ class Work:
     def _rows_in_memory(self, buffers: int) -> float:
         # Inputs, the original of those that are overwritten, and what candidates take beside them, the gradient among that.
         copies = buffers + self._problem.inplace_backward + self._extra_multiple
-        free = free_memory(self._device)
-        if free is None:
-            return math.inf
-        return SHARE_OF_FREE_MEMORY * free / (copies * self._problem.vocab * self._problem.dtype.itemsize)
+        room = SHARE_OF_FREE_MEMORY * free_memory(self._device)
+        return room / (copies * self._problem.vocab * self._problem.dtype.itemsize)
 
     def _measure(self, alive: Mapping[str, Backend], rows: int, seconds_a_row: float) -> bool:
         """False if there is no memory for the inputs, and fewer rows are worth a try."""
@@ -250,9 +248,13 @@ class Work:
         bandwidth = measured_bandwidth(self._device)
         provider = telemetry(self._device)
         ends = self._ends
-        if self._job["strict"] and rows < self._problem.rows:  # room for a look at the winner with all rows
-            ends -= min(SHARE_FOR_PROOF * self._job["seconds"], self._problem.rows * seconds_a_row)
-        measurement = self._measurement(problem, alive)
+        if self._order["strict"] and rows < self._problem.rows:  # room for a look at the winner with all rows
+            ends -= min(SHARE_FOR_PROOF * self._order["seconds"], self._problem.rows * seconds_a_row)
+        plain_s = 0.0
+        if self._order["plain"]:
+            left = SHARE_WITH_PLAIN * (ends - time.monotonic())
+            plain_s = left / fewest_rounds(len(alive)) - rows * seconds_a_row
+        measurement = self._measurement(problem, alive, plain_s=plain_s)
         lost: set[str] = set()
         self._emit("measuring", rows=rows)
         rounds = measurement.rounds(LOOKS[-1])
@@ -270,11 +272,16 @@ class Work:
                         multiple = measurement.runs[name].extra_multiple
                         self._emit("memory", candidate=name, bytes=size, multiple=multiple)
                 times = measurement.times()
-                self._emit("round", seconds={name: series[-1] for name, series in times.items()})
+                plain = measurement.plain_times()
+                seconds = {name: series[-1] for name, series in times.items()}
+                self._emit("round", seconds=seconds, plain=plain[-1] if plain else None)
                 enough = done >= fewest_rounds(len(times))  # fewer cannot speak for any candidate
                 if not times or (time.monotonic() > ends and enough) or self._selection(measurement, final=False):
                     break
         self._lose_failed(measurement, lost)
+        rounds.close()  # and with it the inputs
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what plain torch took is in nobody's way
         self._look_at_winner(measurement, lost, seconds_a_row)
         summary = watch.summary()
         self._emit(
@@ -293,7 +300,7 @@ class Work:
         """Where fewer rows were timed than it would serve: whether it is right with as many as memory and time have room for."""
         timed = measurement.problem.rows
         rows = min(self._problem.rows, self._rows_in_memory(1))
-        if self._job["strict"]:  # by the seconds of a call of each, where one is called
+        if self._order["strict"]:  # by the seconds of a call of each, where one is called
             rows = min(rows, (self._ends - time.monotonic()) / seconds_a_row)
         rows = int(rows)
         while rows > timed and measurement.times():
@@ -320,22 +327,28 @@ class Work:
         return look(
             times,
             baseline=next(iter(times)),
-            incumbent=self._job["incumbent"],
-            simplicity=self._job["simplicity"],
+            incumbent=self._order["incumbent"],
+            simplicity=self._order["simplicity"],
             extra_bytes=measurement.extra_bytes(),
             final=final,
         )
 
     def _measurement(
-        self, problem: Problem, candidates: Mapping[str, Backend], *, look_at_results: bool = True
+        self,
+        problem: Problem,
+        candidates: Mapping[str, Backend],
+        *,
+        look_at_results: bool = True,
+        plain_s: float = 0.0,
     ) -> Measurement:
         return Measurement(
             problem,
             candidates,
             device=self._device,
-            seed=self._job["seed"],
+            seed=self._order["seed"],
             on_step=self._step,
             look_at_results=look_at_results,
+            plain_s=plain_s,
         )
 
     def _lose_failed(self, measurement: Measurement, lost: set[str]) -> None:
@@ -351,6 +364,8 @@ class Work:
         if self._device.type == "cuda":
             # After a fault every call fails, the right candidates' too: this raises while the one before is to blame still.
             torch.cuda.synchronize(self._device)
+        if name == PLAIN:
+            name, step = None, "plain"
         self._emit("step", candidate=name, step=step)
 
 
@@ -376,17 +391,10 @@ def _line(message: object) -> str:
 
 
 def _die_with_parent() -> None:
-    """So that nothing runs on for nobody, should the parent be killed while foreign code holds this process up."""
+    """Have this process end with its parent, even while a candidate holds it up."""
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def _adopt_orphans() -> None:
-    """So that what foreign code starts stays among this process's descendants, by which it is found when all is to end."""
-    if sys.platform == "linux":
-        set_child_subreaper = 36
-        ctypes.CDLL(None).prctl(set_child_subreaper, 1)
 
 
 if __name__ == "__main__":

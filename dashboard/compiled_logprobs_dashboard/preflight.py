@@ -17,9 +17,8 @@ from compiled_logprobs.machine.nvml import telemetry
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
-from compiled_logprobs.tuning.rounds import BUFFERS
+from compiled_logprobs.tuning.rounds import BUFFERS, SHARE_OF_FREE_MEMORY
 from compiled_logprobs.tuning.tuner import alone_on
-from compiled_logprobs.tuning.worker import SHARE_OF_FREE_MEMORY
 from compiled_logprobs_dashboard.runs import Request
 
 START_S = 15.0

@@ -1,6 +1,6 @@
-"""Backends to be measured in the worker program, named to it as 'backends_for_tuning:Name': right, wrong, and doing harm.
+"""Backends for the worker program, named to it as 'tests.helpers.backends_for_tuning:Name': right, wrong, and doing harm.
 
-The harm is real. None may be called in the process of the tests, but for `Right` and `Wrong`.
+The harm is real: only `Right` and `Wrong` may be called in the process of the tests.
 """
 
 import ctypes
@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 from unittest import mock
 
+import psutil
 import torch
 
 from compiled_logprobs.backends import register_backend
@@ -29,11 +30,7 @@ FOLDER_VARIABLE = "BACKENDS_FOR_TUNING_FOLDER"
 """Where backends leave the ids of their processes; the worker program has the environment of whoever starts it."""
 SLOW_VARIABLE = "BACKENDS_FOR_TUNING_SLOW_S"
 LONG_S = 3600.0
-FLOOD_BYTES = 50_000_000
-QUIET = "stdin=-3, stdout=-3, stderr=-3"
-"""What makes a child hold none of the pipes."""
-TIMED_CALLS = 14
-"""That harm in the rounds waits for: enough rounds for three candidates, and fewer than the first look takes."""
+FLOOD_BYTES = 20_000_000
 
 
 @contextmanager
@@ -47,14 +44,10 @@ def registered(**targets: str | Backend) -> Iterator[None]:
 
 
 def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    try:  # one that has ended stays in the list until its parent, or who took it over, has asked for it
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return sys.platform != "linux"
+    """Whether it lives; one that has ended stays in the list until its parent has asked for it."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return False
 
 
 def has_ended(pid: int, within: float = 20.0) -> bool:
@@ -160,20 +153,6 @@ class ChangesThreads(Right):
         return super().forward(logits, *rest, entropy=entropy)
 
 
-class SlowAtFirst(Eager):
-    """As if it compiled."""
-
-    name = "slow"
-    summary = "sleeps in its first call"
-    called = False
-
-    def forward(self, *arguments, entropy):
-        if not SlowAtFirst.called:
-            time.sleep(0.6)
-        SlowAtFirst.called = True
-        return super().forward(*arguments, entropy=entropy)
-
-
 class WrongSign(Right):
     """EasyR1's mistake, as fast as the right one."""
 
@@ -199,17 +178,6 @@ class SlowWhereTold(Right):
 
     def forward(self, logits, labels, temperature, *, entropy):
         time.sleep(float(os.environ.get(SLOW_VARIABLE, "0")))
-        return super().forward(logits, labels, temperature, entropy=entropy)
-
-
-class Undecided(Right):
-    """Faster than eager in one half of the rounds, far slower in the other: no number of rounds settles that."""
-
-    calls = 0
-
-    def forward(self, logits, labels, temperature, *, entropy):
-        Undecided.calls += 1
-        time.sleep(0.2 * (Undecided.calls % 2))
         return super().forward(logits, labels, temperature, entropy=entropy)
 
 
@@ -253,14 +221,6 @@ class Harmful(Right):
         raise NotImplementedError
 
 
-class RaisesUnpicklable(Harmful):
-    def harm(self) -> NoReturn:
-        class LocalError(Exception):
-            pass
-
-        raise LocalError("in the way", threading.Lock(), lambda: None)
-
-
 class RaisesUnencodable(Harmful):
     """As the name of a file does that is not UTF-8."""
 
@@ -281,29 +241,6 @@ class RaisesMemoryError(Harmful):
 class AsksForAPetabyte(Harmful):
     def harm(self) -> None:
         torch.empty(2**50, dtype=torch.uint8)
-
-
-class RunsIntoALimit(Harmful):
-    """On the memory of its process, which it lifts again for those that come after it."""
-
-    def harm(self) -> None:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**24, limit[1]))
-        try:
-            torch.ones(2**30, dtype=torch.uint8)
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, limit)
-
-
-class OutOfMemoryInTheCheck(Harmful):
-    """The check has a thread of its own."""
-
-    def harm(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            torch.empty(2**50, dtype=torch.uint8)
 
 
 class NeedsMemoryInTheCheck(Right):
@@ -362,38 +299,17 @@ class ReadsStandardInput(Harmful):
         assert os.read(0, 100) == b""
 
 
-class LeavesAChild(Harmful):
-    """A program that nobody waits for; once."""
-
-    child = None
-
-    def harm(self) -> None:
-        if LeavesAChild.child is None:
-            LeavesAChild.child = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({LONG_S})"])
-            leave_pid("child", LeavesAChild.child.pid)
-
-
-class LeavesADaemon(Harmful):
-    """A child in a session of its own, as daemons are, and one without parent and environment; once."""
+class LeavesChildren(Harmful):
+    """Programs that nobody waits for, one of them in a session of its own, as daemons are; once."""
 
     done = False
 
     def harm(self) -> None:
-        if LeavesADaemon.done:
-            return
-        LeavesADaemon.done = True
-        command = [sys.executable, "-c", f"import time; time.sleep({LONG_S})"]
-        leave_pid("daemon", subprocess.Popen(command, start_new_session=True).pid)
-        start_an_orphan()
-
-
-def start_an_orphan() -> None:
-    """In a session of its own, without parent and environment."""
-    command = [sys.executable, "-c", f"import time; time.sleep({LONG_S})"]
-    options = f"env={{}}, start_new_session=True, {QUIET}"
-    starts_it = f"import subprocess, sys; print(subprocess.Popen(sys.argv[1:], {options}).pid)"
-    answer = subprocess.run([sys.executable, "-c", starts_it, *command], capture_output=True, text=True, check=True)
-    leave_pid("orphan", int(answer.stdout))
+        if not LeavesChildren.done:
+            LeavesChildren.done = True
+            for is_apart in (False, True):
+                command = [sys.executable, "-c", f"import time; time.sleep({LONG_S})"]
+                leave_pid("child", subprocess.Popen(command, start_new_session=is_apart).pid)
 
 
 # --- those that end the worker program, or hold it up -----------------------------------------------------------------
@@ -401,81 +317,13 @@ def start_an_orphan() -> None:
 
 class Exits(Harmful):
     def harm(self) -> NoReturn:
+        print("no device", file=sys.stderr, flush=True)
         os._exit(3)
-
-
-class LeavesADaemonAndExits(Harmful):
-    def harm(self) -> NoReturn:
-        command = [sys.executable, "-c", f"import time; time.sleep({LONG_S})"]
-        leave_pid("daemon", subprocess.Popen(command, start_new_session=True).pid)
-        os._exit(8)
-
-
-class LeavesAnOrphanAndExits(Harmful):
-    """So that neither a parent nor the environment tells whose it is."""
-
-    def harm(self) -> NoReturn:
-        start_an_orphan()
-        os._exit(8)
-
-
-class ExitsLater(Harmful):
-    """When its own steps are over, and others are at work."""
-
-    after_s = 1.0
-    started = False
-
-    def harm(self) -> None:
-        if not self.started:
-            self.started = True
-            threading.Timer(self.after_s, os._exit, (9,)).start()
-
-
-class ExitsSoon(ExitsLater):
-    after_s = 0.3
-
-
-class WrongAndExitsLater(Wrong):
-    """A while after its last call, when it is out."""
-
-    timer = threading.Timer(LONG_S, print)
-
-    def forward(self, *arguments, entropy):
-        self.timer.cancel()
-        self.timer = threading.Timer(1.5, os._exit, (9,))
-        self.timer.start()
-        return super().forward(*arguments, entropy=entropy)
 
 
 class Segfaults(Harmful):
     def harm(self) -> None:
         ctypes.string_at(0)
-
-
-class KillsItself(Harmful):
-    """As the kernel does to a process where memory runs out."""
-
-    def harm(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-class RaisesSystemExit(Harmful):
-    def harm(self) -> NoReturn:
-        sys.exit("the licence has run out")
-
-
-class RaisesKeyboardInterrupt(Harmful):
-    def harm(self) -> NoReturn:
-        raise KeyboardInterrupt
-
-
-class RaisesUnprintable(Harmful):
-    def harm(self) -> NoReturn:
-        class UnprintableError(Exception):
-            def __str__(self) -> str:
-                raise ValueError("no words for it")
-
-        raise UnprintableError
 
 
 class WritesOnThePipes(Harmful):
@@ -488,29 +336,6 @@ class WritesOnThePipes(Harmful):
             except OSError:
                 continue
         time.sleep(LONG_S)
-
-
-class FloodsThePipes(Harmful):
-    """The same without end."""
-
-    def harm(self) -> NoReturn:
-        while True:
-            for fd in range(3, 64):
-                try:
-                    os.write(fd, b"gibberish\n" * 1000)
-                except OSError:
-                    continue
-
-
-class ForksAndExits(Harmful):
-    """The child holds all that the worker program had open."""
-
-    def harm(self) -> NoReturn:
-        child = os.fork()
-        if child == 0:
-            time.sleep(LONG_S)
-        leave_pid("forked", child)
-        os._exit(4)
 
 
 class Loops(Harmful):
@@ -527,55 +352,3 @@ class HangsInImport(Right):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         time.sleep(LONG_S)
-
-
-class ExitsInImport(Right):
-    def __init__(self):
-        print("no device", file=sys.stderr, flush=True)
-        os._exit(5)
-
-
-class ExitsInTheCheck(Harmful):
-    def harm(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            os._exit(6)
-
-
-class InRounds(Harmful):
-    """Does `late_harm` from the call after `timed_calls` timed ones on."""
-
-    timed_calls = TIMED_CALLS
-    checked = False
-    calls = 0
-
-    def harm(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            self.checked, self.calls = True, 0
-        elif self.checked:
-            self.calls += 1
-            if self.calls > self.untimed() + self.timed_calls:
-                self.late_harm()
-
-    @staticmethod
-    def untimed() -> int:
-        """Calls between the check and the rounds: two first ones, and one for the memory where that can be measured."""
-        from compiled_logprobs.machine.clock import why_no_peak
-
-        return 2 + (why_no_peak("cpu") is None)
-
-    def late_harm(self) -> None:
-        raise NotImplementedError
-
-
-class ExitsInRounds(InRounds):
-    def late_harm(self) -> NoReturn:
-        os._exit(7)
-
-
-class HangsInRounds(InRounds):
-    def late_harm(self) -> None:
-        time.sleep(LONG_S)
-
-
-class HangsInEarlyRounds(HangsInRounds):
-    timed_calls = 3

@@ -1,0 +1,216 @@
+"""From the events of the worker program to a decision: what they have said so far of one problem."""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from functools import cache
+from statistics import median
+from typing import Any
+
+import torch
+
+from compiled_logprobs.backends import BUILT_IN, EAGER, backends
+from compiled_logprobs.decision import PLAIN, TIME, Candidate, CaseEvidence, Check, Decision, Evidence, Outcome
+from compiled_logprobs.machine.environment import environment_at
+from compiled_logprobs.problem import Problem
+from compiled_logprobs.tuning.process import Event
+from compiled_logprobs.tuning.statistics import fewest_rounds, look, speedup_over
+
+RESERVE_S = 1.0
+"""Of a budget that must not be exceeded, what is kept for ending."""
+STUCK = 10
+"""How many times as long as its longest a timed call may take before it, and not the budget, is to blame for no end."""
+
+
+class Tally:
+    """One problem under way. It hears every event, and decides when all is said.
+
+    Args:
+        problem: the top of its bucket.
+        names: of the candidates, the baseline first.
+        incumbent: the candidate that has served so far.
+        ends: when the budget does, by `time.monotonic`; infinite where only the rounds are bounded.
+    """
+
+    def __init__(self, problem: Problem, names: Sequence[str], incumbent: str | None, ends: float) -> None:
+        self.problem, self.incumbent, self.ends = problem, incumbent, ends
+        self.seed = random.SystemRandom().randrange(2**31)
+        self.candidates = {name: Candidate("failed", "it was not measured") for name in names}
+        self.alive = list(names)
+        self.with_plain = True
+        self._seconds: dict[str, list[float]] = {}
+        self._cases: dict[str, tuple[CaseEvidence, ...]] = {}
+        self._checked_rows: dict[str, int] = {}
+        self._short_of_memory: set[str] = set()
+        self._measured_rows = self._proven_rows = 0
+        self._circumstances: dict[str, Any] = {
+            "bandwidth": {},
+            "telemetry": None,
+            "telemetry_reason": "the time was over before it was asked for",
+        }
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the rounds: a new worker program starts, and its rounds are compared with no other's."""
+        self.candidate: str | None = None
+        self.step, self._step_began = "start", time.monotonic()
+        self._loaded: set[str] = set()
+        self._seconds.clear()
+
+    def hear(self, event: Event) -> None:
+        kind, name = event["event"], event.get("candidate", "")
+        if kind == "step":
+            self.candidate, self.step, self._step_began = name, event["step"], time.monotonic()
+        elif kind == "loaded":
+            self._loaded.add(name)
+            self._note(name, fingerprint=event["fingerprint"])
+        elif kind == "lost":
+            self.lose(name, event["outcome"], event["reason"])
+        elif kind == "first_call":
+            self._note(name, first_call_seconds=event["seconds"])
+        elif kind == "evidence":
+            self._cases[name] = _adapter(CaseEvidence).validate_python(event["cases"])
+        elif kind == "checked":
+            self._checked_rows[name] = event["rows"]
+            if event["fewer_for_memory"]:
+                self._short_of_memory.add(name)
+            checks = _adapter(Check).validate_python(event["checks"])
+            self._note(name, checks=checks, repeatable=event["repeatable"], row_invariant=event["row_invariant"])
+        elif kind == "measuring":
+            self._measured_rows = self._proven_rows = event["rows"]
+        elif kind == "proven":
+            self._proven_rows = event["rows"]
+        elif kind == "memory":
+            self._note(name, extra_bytes=event["bytes"], extra_multiple=event["multiple"])
+        elif kind == "round":
+            for name, seconds in event["seconds"].items():
+                self._seconds.setdefault(name, []).append(seconds)
+            if event["plain"] is None:
+                self._seconds.pop(PLAIN, None)
+            else:
+                self._seconds.setdefault(PLAIN, []).append(event["plain"])
+        elif kind == "circumstances":
+            self._circumstances = {key: event[key] for key in self._circumstances}
+            for name, percent in event["percent"].items():
+                self._note(name, percent_of_bandwidth=percent)
+
+    def lose(self, name: str, outcome: Outcome, reason: str) -> None:
+        self.alive.remove(name)
+        self._note(name, outcome=outcome, reason=reason)
+
+    def lose_program(self, outcome: Outcome, reason: str) -> bool:
+        """Find what the loss of the program costs: the candidate at work; False if there is none, nor any other to blame.
+
+        Between candidates, and while eager is at work, which is plain torch, it costs the third parties' candidates that are
+        in the program: what they have started, such as a thread, may have ended it. Plain torch costs its line alone.
+        """
+        if self.step == "plain":
+            self.with_plain = False
+            return True
+        guests = [name for name in self.alive if name in self._loaded and name not in BUILT_IN]
+        if guests and (self.candidate is None or self.candidate == EAGER):
+            for name in guests:
+                self.lose(name, "failed", f"the worker program was lost with it in there, {self.doing()}: {reason}")
+            return True
+        if self.candidate in self.alive:
+            self.lose(self.candidate, outcome, f"{self.step}: {reason}")
+            return True
+        return False
+
+    def times(self) -> dict[str, list[float]]:
+        """Seconds by candidate and round, of those that ran in every round."""
+        return {name: self._seconds[name] for name in self.alive if name in self._seconds}
+
+    def passed_check(self) -> list[str]:
+        return [name for name in self.alive if self.candidates[name].checks]
+
+    def has_enough_rounds(self) -> bool:
+        times = self.times()
+        return (
+            self.step in ("time", "plain")
+            and bool(times)
+            and min(map(len, times.values())) >= fewest_rounds(len(times))
+        )
+
+    def is_stuck(self) -> bool:
+        """Whether a timed call takes far longer than all before it, so that the budget is not to blame."""
+        if self.step != "time" or self.candidate is None:
+            return False
+        longest = max(self._seconds.get(self.candidate, ()), default=0.0)
+        return time.monotonic() - self._step_began > RESERVE_S + STUCK * longest
+
+    def doing(self) -> str:
+        return f"at the step {self.step!r}" + (f" of {self.candidate!r}" if self.candidate else "")
+
+    def decide(self, device: torch.device, *, short: bool, tuning_seconds: float) -> tuple[Decision, Evidence]:
+        """Choose by the rounds, of which there are some."""
+        times = self.times()
+        selection = look(
+            times,
+            baseline=next(iter(times)),
+            incumbent=self.incumbent,
+            simplicity=simplicity(),
+            extra_bytes={name: self.candidates[name].extra_bytes for name in times},
+            final=True,
+        )
+        assert selection is not None
+        plain = self._seconds.get(PLAIN)
+        for name, verdict in selection.verdicts.items():
+            self._note(
+                name,
+                outcome=verdict.outcome,
+                reason=verdict.reason,
+                speedup=verdict.speedup,
+                speedup_over_plain=speedup_over(plain, times[name], len(times)) if plain else None,
+                seconds=median(times[name]),
+            )
+        reason, chosen = selection.reason, selection.chosen
+        if chosen in self._short_of_memory:
+            reason += f"; checked with {self._checked_rows[chosen]} rows, for which there was memory"
+        if self._measured_rows < self.problem.rows:
+            reason += f"; measured with {self._measured_rows} rows, for which there was time and memory"
+        measured_at = datetime.now(timezone.utc).strftime(TIME)
+        decision = Decision(
+            problem=self.problem,
+            chosen=chosen,
+            code=selection.code,
+            reason=reason,
+            candidates=self.candidates,
+            left_out=tuple(name for name in backends() if name not in self.candidates),
+            baseline=next(iter(times)),
+            plain_seconds=median(plain) if plain else None,
+            rounds=selection.rounds,
+            settled=selection.settled,
+            measured_rows=self._measured_rows,
+            proven_rows=self._proven_rows,
+            checked_rows=self._checked_rows.get(chosen, 0),
+            short_check=short,
+            environment=environment_at(device).to_dict(),
+            seed=self.seed,
+            measured_at=measured_at,
+            tuning_seconds=tuning_seconds,
+            **self._circumstances,
+        )
+        seconds = times if plain is None else {**times, PLAIN: plain}
+        return decision, Evidence(self.seed, measured_at, seconds, self._cases)
+
+    def _note(self, name: str, **fields: Any) -> None:
+        self.candidates[name] = replace(self.candidates[name], **fields)
+
+
+def simplicity() -> dict[str, int]:
+    """Rank plain torch first, then the others that come with the package, as they are listed.
+
+    Third parties' are not named: all of them count as equally simple, in whatever order they were registered.
+    """
+    return {name: rank for rank, name in enumerate(sorted(BUILT_IN, key=lambda name: name != EAGER))}
+
+
+@cache
+def _adapter(cls: type) -> Any:
+    """For a sequence of `cls`, as JSON gives it."""
+    from pydantic import TypeAdapter  # takes longer to import than most processes need it
+
+    return TypeAdapter(tuple[cls, ...])  # type: ignore[valid-type]  # made when it is asked for
