@@ -4,7 +4,6 @@ Shapes: N rows, V vocabulary, K labels a row; R the leading dimensions, one or t
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,7 +87,7 @@ class _NotALeaf(torch.autograd.Function):
 
 def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradient: bool) -> Results:
     """Call the subject once. Raises Stop where the results are not what they should be in kind."""
-    problem, case, arena = inputs.problem, inputs.case, inputs.arena
+    problem, arena = inputs.problem, inputs.arena
     labels, t = inputs.labels.clone(), inputs.temperature
     t = t.clone() if isinstance(t, Tensor) else t
     logits = arena.logits
@@ -102,39 +101,36 @@ def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradie
             results = _typed(subject(logits, labels, t, problem), inputs, notes)
         if with_gradient:
             flows = results.log_probs.requires_grad
-            notes.require("gradient_flows", flows, f"{case.name}: the log-probabilities do not require a gradient")
+            notes.require("gradient_flows", flows, "the log-probabilities do not require a gradient")
             flows = results.entropy is None or results.entropy.requires_grad
-            notes.require("gradient_flows", flows, f"{case.name}: the entropy does not require a gradient")
-            gradient = gradient_of(
-                logits, results.log_probs, results.entropy, inputs.grad_log_probs, inputs.grad_entropy
-            )
+            notes.require("gradient_flows", flows, "the entropy does not require a gradient")
+            gradient = gradient_of(logits, results, inputs.grad_log_probs, inputs.grad_entropy)
     except Stop:
         raise
     except (Exception, SystemExit) as error:  # whatever a backend raises is its verdict
         if nothing_can_serve_after(error):
             raise
         judge_memory(inputs, logits, version, labels, t, gradient, notes)
-        notes.require("runs", False, f"{case.name}: {type(error).__name__}: {error}")
+        notes.require("runs", False, f"{type(error).__name__}: {error}")
     notes.add("runs", True)
     judge_memory(inputs, logits, version, labels, t, gradient, notes)
     if gradient is not None:
         fits = gradient.shape == logits.shape
-        notes.require("shape", fits, f"{case.name}: gradient {list(gradient.shape)}, expected {list(logits.shape)}")
-        notes.add("dtype", gradient.dtype == problem.dtype, f"{case.name}: gradient {short_name(gradient.dtype)}")
+        notes.require("shape", fits, f"gradient {list(gradient.shape)}, expected {list(logits.shape)}")
+        notes.add("dtype", gradient.dtype == problem.dtype, f"gradient {short_name(gradient.dtype)}")
         gradient = gradient.clone() if problem.inplace_backward else gradient
         if arena.logits_changed():
             arena.restore()
-    return replace(results.detached(), gradient=gradient)
+    return results.detached()._replace(gradient=gradient)
 
 
 def _typed(result: Any, inputs: CaseInputs, notes: Notes) -> Results:
-    problem, name = inputs.problem, inputs.case.name
+    problem = inputs.problem
     parts = tuple(result) if isinstance(result, tuple) else (result,)
     kinds = all(isinstance(part, Tensor) for part in parts) and len(parts) == (2 if problem.entropy else 1)
-    notes.require("result_type", kinds, f"{name}: got {', '.join(type(part).__name__ for part in parts)}")
+    notes.require("result_type", kinds, f"got {', '.join(type(part).__name__ for part in parts)}")
     expected, dtype = (inputs.labels.shape, inputs.labels.shape[:-1]), problem.out_dtype
     for part, shape in zip(parts, expected, strict=False):
-        notes.require("shape", part.shape == shape, f"{name}: got {list(part.shape)}, expected {list(shape)}")
-        detail = f"{name}: got {short_name(part.dtype)}, expected {short_name(dtype)}"
-        notes.add("dtype", part.dtype == dtype, detail)
+        notes.require("shape", part.shape == shape, f"got {list(part.shape)}, expected {list(shape)}")
+        notes.add("dtype", part.dtype == dtype, f"got {short_name(part.dtype)}, expected {short_name(dtype)}")
     return Results(parts[0], parts[1] if problem.entropy else None)

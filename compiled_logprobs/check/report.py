@@ -201,10 +201,16 @@ class Notes:
     ) -> None:
         badness = 1.0 if figure is None or not limit else figure / limit
         rank = (math.inf if math.isnan(badness) else badness) + (0.0 if passed else 1e300)
-        check = Check(name, passed, _rounded(figure, 6), _rounded(limit, 6), "" if passed else detail)
-        for worst in (self._worst, self._cases[-1].worst):
+        case = self._cases[-1]
+        told = "" if passed else f"{case.case.name}: {detail}"
+        check = Check(name, passed, _rounded(figure, 6), _rounded(limit, 6), told)
+        for worst in (self._worst, case.worst):
             if name not in worst or rank > worst[name][0]:
                 worst[name] = rank, check
+
+    def add_figure(self, name: str, figure: float, limit: float) -> None:
+        """A check that demands a figure within a limit."""
+        self.add(name, figure <= limit, f"{figure:.3g}, limit {limit:.3g}", figure, limit)
 
     def require(self, name: str, passed: bool, detail: str) -> None:
         """As `add`, and stop the case on a failure."""

@@ -40,7 +40,7 @@ def check_many_rows(
 
 def check_rows_alone(subject: Subject, inputs: CaseInputs, whole: Results, counts: Iterable[int], notes: Notes) -> None:
     """Whether the first rows alone have the bits that they have among all, in `whole`."""
-    logits, labels, t, name = inputs.arena.logits, inputs.labels, inputs.temperature, inputs.case.name
+    logits, labels, t = inputs.arena.logits, inputs.labels, inputs.temperature
     whole = whole.copied()
     for count in sorted({count for count in counts if 0 < count < len(logits)}):
         try:
@@ -56,5 +56,4 @@ def check_rows_alone(subject: Subject, inputs: CaseInputs, whole: Results, count
         notes.rows_alone.append(same)
         # A single row of strided ones lies as if it were contiguous: another problem, and perhaps another kernel.
         if subject.row_invariant and layout_of(collapse(logits[:count])) == layout_of(collapse(logits)):
-            detail = f"{name}: the first {count} of {len(logits)} rows have other bits alone"
-            notes.add("row_invariance", same, detail)
+            notes.add("row_invariance", same, f"the first {count} of {len(logits)} rows have other bits alone")

@@ -4,7 +4,7 @@ Shapes: N rows, n of them compared, V vocabulary, K labels a row; R the leading 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -35,8 +35,7 @@ Yardstick = dict[str, float]
 """What `eager_yardstick` returns."""
 
 
-@dataclass
-class Results:
+class Results(NamedTuple):
     """What a call returned, and the gradient that came of it."""
 
     log_probs: Tensor
@@ -44,22 +43,10 @@ class Results:
     gradient: Tensor | None = None
 
     def detached(self) -> "Results":
-        return self._mapped(Tensor.detach)
+        return Results(*(None if tensor is None else tensor.detach() for tensor in self))  # type: ignore[arg-type]
 
     def copied(self) -> "Results":
-        return self._mapped(Tensor.clone)
-
-    def same_bits(self, other: "Results") -> bool:
-        """Whether log-probabilities and entropies are the same, as far as both have them."""
-        if self.entropy is not None and other.entropy is not None and not same_bits(self.entropy, other.entropy):
-            return False
-        return same_bits(self.log_probs, other.log_probs)
-
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Results":
-        tensors = self.log_probs, self.entropy, self.gradient
-        log_probs, *others = (None if tensor is None else change(tensor) for tensor in tensors)
-        assert log_probs is not None
-        return Results(log_probs, *others)
+        return Results(*(None if tensor is None else tensor.clone() for tensor in self))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -79,32 +66,26 @@ class CaseInputs:
     true: Reference = field(init=False)
     eager: Results = field(init=False)
 
+    def sampled(self, tensor: Tensor, columns: int) -> Tensor:
+        """[n, columns]: the compared rows of a tensor [R, columns] or, with one column, [R]."""
+        return tensor.reshape(-1, columns)[self.sample]
+
     def solve(self) -> None:
         """Compute the truth, and what eager makes of the same rows."""
-        vocab = self.problem.vocab
-        logits = self.arena.logits.reshape(-1, vocab)[self.sample]
-        labels = self.labels.reshape(-1, self.problem.labels_per_row)[self.sample]
-        t = self.temperature
-        t = t.reshape(-1)[self.sample] if isinstance(t, Tensor) else t
-        g = self.grad_log_probs.reshape(-1, self.problem.labels_per_row)[self.sample]
-        h = None if self.grad_entropy is None else self.grad_entropy.reshape(-1)[self.sample]
-        self.true = reference(
-            logits,
-            labels,
-            t,
-            ignore_index=IGNORE_INDEX,
-            grad_log_probs=g if self.problem.needs_grad else None,
-            grad_entropy=h if self.problem.needs_grad else None,
-        )
-        logits.requires_grad_(self.problem.needs_grad)
-        log_probs, entropy = compute(
-            get_backend(EAGER), logits, labels, t, ignore_index=IGNORE_INDEX, entropy=self.problem.entropy
-        )
-        out = self.problem.out_dtype
-        log_probs, entropy = log_probs.to(out), None if entropy is None else entropy.to(out)
-        self.eager = Results(log_probs, entropy).detached()
-        if self.problem.needs_grad:
-            self.eager.gradient = gradient_of(logits, log_probs, entropy, g, h)
+        problem, t, h = self.problem, self.temperature, self.grad_entropy
+        logits = self.sampled(self.arena.logits, problem.vocab)
+        labels = self.sampled(self.labels, problem.labels_per_row)
+        t = self.sampled(t, 1).squeeze(-1) if isinstance(t, Tensor) else t
+        g = self.sampled(self.grad_log_probs, problem.labels_per_row)
+        h = None if h is None else self.sampled(h, 1).squeeze(-1)
+        upstream = {"grad_log_probs": g, "grad_entropy": h} if problem.needs_grad else {}
+        self.true = reference(logits, labels, t, ignore_index=IGNORE_INDEX, **upstream)
+        logits.requires_grad_(problem.needs_grad)
+        eager = get_backend(EAGER)
+        log_probs, entropy = compute(eager, logits, labels, t, ignore_index=IGNORE_INDEX, entropy=problem.entropy)
+        results = Results(log_probs.to(problem.out_dtype), None if entropy is None else entropy.to(problem.out_dtype))
+        gradient = gradient_of(logits, results, g, h) if problem.needs_grad else None
+        self.eager = results.detached()._replace(gradient=gradient)
 
 
 def make_inputs(case: Case, problem: Problem, yardstick: Yardstick, generator: torch.Generator) -> CaseInputs:
@@ -139,13 +120,12 @@ def make_inputs(case: Case, problem: Problem, yardstick: Yardstick, generator: t
     return inputs
 
 
-def gradient_of(
-    logits: Tensor, log_probs: Tensor, entropy: Tensor | None, grad_log_probs: Tensor, grad_entropy: Tensor | None
-) -> Tensor:
-    outputs, upstream = [log_probs], [grad_log_probs.to(log_probs.dtype)]
-    if entropy is not None and grad_entropy is not None:
-        outputs.append(entropy)
-        upstream.append(grad_entropy.to(entropy.dtype))
+def gradient_of(logits: Tensor, results: Results, grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor:
+    """The gradient in the logits that comes of these upstream gradients."""
+    outputs, upstream = [results.log_probs], [grad_log_probs.to(results.log_probs.dtype)]
+    if results.entropy is not None and grad_entropy is not None:
+        outputs.append(results.entropy)
+        upstream.append(grad_entropy.to(results.entropy.dtype))
     return torch.autograd.grad(outputs, [logits], upstream)[0]
 
 
@@ -158,46 +138,39 @@ def judge_memory(
     gradient: Tensor | None,
     notes: Notes,
 ) -> None:
-    case, arena = inputs.case, inputs.arena
+    """Find out what a call wrote, whose `logits` had that version before."""
+    changed = inputs.arena.logits_changed()
     may_overwrite = inputs.problem.inplace_backward and gradient is not None
-    changed = arena.logits_changed()
-    announced = logits._version > version
-    notes.add("inputs_changed", may_overwrite or not changed, f"{case.name}: the logits were overwritten")
-    notes.add("inputs_changed", torch.equal(labels, inputs.labels), f"{case.name}: the labels were overwritten")
+    notes.add("inputs_changed", may_overwrite or not changed, "the logits were overwritten")
+    notes.add("inputs_changed", torch.equal(labels, inputs.labels), "the labels were overwritten")
     if isinstance(temperature, Tensor) and isinstance(inputs.temperature, Tensor):
         kept = torch.equal(temperature, inputs.temperature)
-        notes.add("inputs_changed", kept, f"{case.name}: the temperature was overwritten")
+        notes.add("inputs_changed", kept, "the temperature was overwritten")
     if may_overwrite:
-        notes.add(
-            "version_counter", announced or not changed, f"{case.name}: the logits changed, their version did not"
-        )
-    around = arena.surroundings_changed()
-    notes.add("outside_write", not around, f"{case.name}: memory beside the logits was written")
+        announced = logits._version > version
+        notes.add("version_counter", announced or not changed, "the logits changed, their version did not")
+    notes.add("outside_write", not inputs.arena.surroundings_changed(), "memory beside the logits was written")
 
 
 def judge(inputs: CaseInputs, results: Results, notes: Notes) -> None:
     """Hold the results of a call against the truth."""
     problem, case = inputs.problem, inputs.case
     largest = float(results.log_probs.nan_to_num(nan=-1.0).max()) if results.log_probs.numel() else 0.0
-    true = inputs.true
-    log_probs = results.log_probs.reshape(-1, problem.labels_per_row)[inputs.sample]
-    flipped = (
-        case.rows > 1 and not case.special and torch.allclose(log_probs.double(), -true.log_probs, rtol=1e-2, atol=1e-2)
-    )
+    log_probs, true = inputs.sampled(results.log_probs, problem.labels_per_row).double(), inputs.true.log_probs
+    flipped = case.rows > 1 and not case.special and torch.allclose(log_probs, -true, rtol=1e-2, atol=1e-2)
     hint = "; this is +cross entropy: negate it" if flipped and largest > 0 else ""
-    notes.add("log_prob_sign", largest <= 0.0, f"{case.name}: largest log-probability {largest:.4g}{hint}", largest)
+    notes.add("log_prob_sign", largest <= 0.0, f"largest log-probability {largest:.4g}{hint}", largest)
     ignored = inputs.labels == IGNORE_INDEX
     zero = bool((results.log_probs[ignored] == 0).all())
-    notes.add("ignored_rows", zero, f"{case.name}: an ignored label does not give 0")
-
+    notes.add("ignored_rows", zero, "an ignored label does not give 0")
     if results.entropy is not None:
         smallest = float(results.entropy.nan_to_num(nan=1.0).min()) if results.entropy.numel() else 0.0
-        notes.add("entropy_sign", smallest >= 0.0, f"{case.name}: smallest entropy {smallest:.4g}", -smallest)
+        notes.add("entropy_sign", smallest >= 0.0, f"smallest entropy {smallest:.4g}", -smallest)
     if results.gradient is not None:
-        gradient = results.gradient.reshape(-1, problem.vocab)[inputs.sample]
-        all_ignored = ignored.reshape(-1, problem.labels_per_row).all(-1)[inputs.sample]
+        gradient = inputs.sampled(results.gradient, problem.vocab)
+        all_ignored = inputs.sampled(ignored, problem.labels_per_row).all(-1)
         zero = bool((gradient[all_ignored] == 0).all())
-        notes.add("ignored_rows", zero, f"{case.name}: the gradient of an ignored row is not 0")
+        notes.add("ignored_rows", zero, "the gradient of an ignored row is not 0")
         _judge_gradient_sign(inputs, gradient, notes)
     for comparison in _comparisons(inputs, results):
         if comparison.got.numel():
@@ -222,22 +195,22 @@ class _Comparison(NamedTuple):
 def _comparisons(inputs: CaseInputs, results: Results) -> Iterator[_Comparison]:
     problem, true, eager = inputs.problem, inputs.true, inputs.eager
     x_scale = _row_scale(inputs)
-    log_probs = results.log_probs.reshape(-1, problem.labels_per_row)[inputs.sample]
-    labels = inputs.labels.reshape(-1, problem.labels_per_row)[inputs.sample]
+    log_probs = inputs.sampled(results.log_probs, problem.labels_per_row)
+    labels = inputs.sampled(inputs.labels, problem.labels_per_row)
     kept = labels != IGNORE_INDEX
     yield _Comparison("log_prob", log_probs, true.log_probs, eager.log_probs, x_scale, kept, labels)
     kept_rows = kept.any(-1, keepdim=True)
     if results.entropy is not None and eager.entropy is not None:
-        entropy = results.entropy.reshape(-1, 1)[inputs.sample]
+        entropy = inputs.sampled(results.entropy, 1)
         yield _Comparison("entropy", entropy, true.entropy[:, None], eager.entropy[:, None], x_scale, kept_rows)
     if results.gradient is not None and eager.gradient is not None and true.gradient is not None:
-        gradient = results.gradient.reshape(-1, problem.vocab)[inputs.sample]
+        gradient = inputs.sampled(results.gradient, problem.vocab)
         # Of a row that is NaN, logsumexp's own gradient is NaN in some places only; that is warning enough.
         gradient = gradient.masked_fill(gradient.isnan().any(-1, keepdim=True), torch.nan)
-        upstream = inputs.grad_log_probs.abs().reshape(-1, problem.labels_per_row).sum(-1)
+        upstream = inputs.sampled(inputs.grad_log_probs, problem.labels_per_row).abs().sum(-1, keepdim=True)
         if inputs.grad_entropy is not None:
-            upstream = upstream + inputs.grad_entropy.reshape(-1).abs() * (1 + math.log(problem.vocab))
-        scale = x_scale * (upstream[inputs.sample, None] / _row_temperature(inputs))
+            upstream = upstream + inputs.sampled(inputs.grad_entropy, 1).abs() * (1 + math.log(problem.vocab))
+        scale = x_scale * (upstream / _row_temperature(inputs))
         yield _Comparison("gradient", gradient, true.gradient, eager.gradient, scale, kept_rows)
 
 
@@ -249,23 +222,22 @@ def eager_yardstick(problem: Problem, generator: torch.Generator) -> Yardstick:
     rows = min(SAMPLED_ROWS, max(8, YARDSTICK_ELEMENTS // problem.vocab))
     plain = problem._replace(layout="flat", aligned=True, masked_logits=False)
     inputs = make_inputs(Case("ordinary rows", rows, fill_nothing, ignored=0.0), plain, {}, generator)
-    found: Yardstick = {}
+    yardstick: Yardstick = {}
     for what, got, true, _, scale, *_ in _comparisons(inputs, inputs.eager):
         size = scale.double() if what == "gradient" else scale.double().clamp(min=float(true.abs().max()))
         error = (got.double() - true).abs() / (EPS * size)
-        found |= {f"{what}_error": _largest(error), f"{what}_rmse": _rms(error)}
-    return found
+        yardstick |= {f"{what}_error": _largest(error), f"{what}_rmse": _rms(error)}
+    return yardstick
 
 
 def _judge_values(comparison: _Comparison, inputs: CaseInputs, notes: Notes) -> None:
     """Errors where all is finite, and the places where it is not; what the dtype of the result rounds comes on top."""
     what, got, true, eager, scale, counted, tokens = comparison
-    case = inputs.case
     rounded = true.to(got.dtype)
     pattern = torch.equal(got.isnan(), rounded.isnan()) and torch.equal(
         got.isinf() * got.sign(), rounded.isinf() * rounded.sign()
     )
-    notes.add("nan_pattern", pattern, f"{case.name}: {what} is NaN or infinite elsewhere than in float64")
+    notes.add("nan_pattern", pattern, f"{what} is NaN or infinite elsewhere than in float64")
     finite = (true.isfinite() & got.isfinite() & rounded.isfinite()).double()
     truth = true.nan_to_num(0.0, 0.0, 0.0) * finite
     error = (got.double().nan_to_num(0.0, 0.0, 0.0) * finite - truth).abs()
@@ -289,7 +261,7 @@ def _judge_values(comparison: _Comparison, inputs: CaseInputs, notes: Notes) -> 
             figure, limit = float(error[worst].max()), float(limits[worst])
         else:
             figure, limit = reduce(error), float(limits.max())
-        notes.add(name, figure <= limit, f"{case.name}: {figure:.3g}, limit {limit:.3g}", figure, limit)
+        notes.add_figure(name, figure, limit)
 
 
 def _largest(error: Tensor) -> float:
@@ -302,15 +274,13 @@ def _rms(error: Tensor) -> float:
 
 def _row_temperature(inputs: CaseInputs) -> Tensor | float:
     t = inputs.temperature
-    return t.reshape(-1, 1)[inputs.sample] if isinstance(t, Tensor) else t
+    return inputs.sampled(t, 1) if isinstance(t, Tensor) else t
 
 
 def _row_scale(inputs: CaseInputs) -> Tensor:
     """[n, 1]: the largest finite |x| of each row, x = logits / temperature; at least 1."""
-    logits = inputs.arena.logits.reshape(-1, inputs.problem.vocab)[inputs.sample]
-    largest = (
-        logits.float().nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True) if len(logits) else logits[:, :1].float()
-    )
+    logits = inputs.sampled(inputs.arena.logits, inputs.problem.vocab).float()
+    largest = logits.nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True) if len(logits) else logits[:, :1]
     return (largest / _row_temperature(inputs)).clamp(min=1.0)
 
 
@@ -320,8 +290,7 @@ def _judge_gradient_sign(inputs: CaseInputs, gradient: Tensor, notes: Notes) -> 
         return
     vocab = inputs.problem.vocab
     gradient = gradient.float()
-    upstream = inputs.grad_log_probs.reshape(-1, 1)[inputs.sample]
-    labels = inputs.labels.reshape(-1, 1)[inputs.sample]
+    upstream, labels = inputs.sampled(inputs.grad_log_probs, 1), inputs.sampled(inputs.labels, 1)
     kept = (labels != IGNORE_INDEX).squeeze(-1)
     gradient, upstream, labels = gradient[kept], upstream[kept], labels[kept]
     if not len(gradient):
@@ -332,22 +301,15 @@ def _judge_gradient_sign(inputs: CaseInputs, gradient: Tensor, notes: Notes) -> 
     # A probability of 1 may round to a little more, by as much as a log-probability may be off.
     scale = EPS * upstream.abs() * _row_scale(inputs)[kept]
     right = bool((at_label >= -BUDGET * scale).all() and (elsewhere <= 0).all())
-    notes.add(
-        "gradient_sign",
-        right,
-        f"{inputs.case.name}: smallest at a label {float(at_label.min()):.3g}, "
-        f"largest elsewhere {float(elsewhere.max()):.3g}",
-    )
+    ends = float(at_label.min()), float(elsewhere.max())
+    notes.add("gradient_sign", right, f"smallest at a label {ends[0]:.3g}, largest elsewhere {ends[1]:.3g}")
     # Rounding of the dtype at every entry, and what the error budget of each probability adds up to.
     size = gradient.double().abs().sum(-1)
     info = torch.finfo(inputs.problem.dtype)
     limits = info.eps * (size + vocab * info.tiny) + EAGER_CEILING * scale.squeeze(-1)
     sums = gradient.double().sum(-1).abs()
     worst = int((sums / limits.clamp(min=1e-300)).argmax())
-    figure, limit = float(sums[worst]), float(limits[worst])
-    notes.add(
-        "gradient_row_sum", figure <= limit, f"{inputs.case.name}: {figure:.3g}, limit {limit:.3g}", figure, limit
-    )
+    notes.add_figure("gradient_row_sum", float(sums[worst]), float(limits[worst]))
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
