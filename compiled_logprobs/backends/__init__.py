@@ -136,7 +136,7 @@ def require_backend(name: str, problem: Problem) -> Backend:
 
 
 def code_of(name: str) -> str | None:
-    """The fingerprint of the backend called `name`; None where there is none, whatever a third party's does when it is asked."""
+    """The fingerprint of the backend called `name`; None where it has none, or raises when it is asked."""
     try:
         return get_backend(name).fingerprint()
     except Exception:  # noqa: BLE001 - foreign code may raise anything

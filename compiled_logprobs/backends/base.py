@@ -15,11 +15,13 @@ from compiled_logprobs.problem import Problem
 class Backend(ABC):
     """One way to compute the operation: a pair of pure functions, and when they can be used.
 
-    `compiled_logprobs.operation.autograd` wraps the pair. It merges the leading dimensions of the logits as far as their strides
-    allow, brings the labels into range, keeps the sign, and handles ignored and invalid rows: a backend sees clean input.
+    `compiled_logprobs.operation.autograd` wraps the pair. It merges the leading dimensions of the logits as far as
+    their strides allow, brings the labels into range, keeps the sign, and handles ignored and invalid rows: a backend
+    sees clean input.
 
-    Shapes: `logits` [..., V], two dimensions or more, unit last stride, any row strides, at least one row; `labels` [..., K]
-    int64 in [0, V), contiguous; `temperature` a positive number, or [...] contiguous in float32 (float64 for float64 logits).
+    Shapes: `logits` [..., V], two dimensions or more, unit last stride, any row strides, at least one row; `labels`
+    [..., K] int64 in [0, V), contiguous; `temperature` a positive number, or [...] contiguous in float32 (float64 for
+    float64 logits).
     """
 
     name: str
@@ -42,7 +44,7 @@ class Backend(ABC):
 
     @abstractmethod
     def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
-        """The gradient in the logits, [..., V] in their dtype: contiguous and new, or `logits` overwritten if `inplace`.
+        """The gradient in the logits, [..., V] in their dtype: contiguous and new, or, if `inplace`, over `logits`.
 
         The rows of `saved.ignored` get exactly 0, whatever they hold.
         """
@@ -56,5 +58,5 @@ class Backend(ABC):
         return True
 
     def fingerprint(self) -> str:
-        """Changes whenever the results or the speed may: a digest of what this backend's source and the formula mean."""
+        """Changes whenever results or speed may: a digest of what this backend's source and the formula mean."""
         return digest_of(Path(inspect.getfile(type(self))), Path(formula.__file__))

@@ -1,18 +1,19 @@
 """torch.compile over the formula: one fused forward pass, one fused pointwise backward.
 
-N is dynamic and V static: one compilation a direction serves every N and every temperature. Each combination of V, dtype,
-K and options (`Key`) has a compiled function of its own, which knows nothing of the others.
+N is dynamic and V static: one compilation a direction serves every N and every temperature. Each combination of V,
+dtype, K and options (`Key`) has a compiled function of its own, which knows nothing of the others.
 
 Which form of the formula is compiled depends on the device:
 
 * On a CPU `formula.forward`, in one level: the two-level form is slower there as Inductor writes it.
-* On a GPU `formula.forward_in_blocks`, where a row is longer than a block: two kernels, of which the first reads the logits,
-  once, and the second combines a few numbers a block. The one-level form makes two loops over the row, and a row rarely stays
-  in a GPU's cache until the second. Inductor's online softmax would read once as well, without the entropy, but with two
-  exponentials a logit: an H100 has 132 SMs with 16 a clock each, and at the 1.5e12 logits a second that its memory brings in
-  bfloat16 two of them take 81 % of these units, one 40 %.
-* Backward on a GPU is `formula.gradient` for one label a row, a single kernel; for several, and on a CPU, `formula.backward`
-  and a write to the label columns. On a CPU the comparison of each column with the label would cost more than that write.
+* On a GPU `formula.forward_in_blocks`, where a row is longer than a block: two kernels, of which the first reads the
+  logits, once, and the second combines a few numbers a block. The one-level form makes two loops over the row, and a
+  row rarely stays in a GPU's cache until the second. Inductor's online softmax would read once as well, without the
+  entropy, but with two exponentials a logit: an H100 has 132 SMs with 16 a clock each, and at the 1.5e12 logits a
+  second that its memory brings in bfloat16 two of them take 81 % of these units, one 40 %.
+* Backward on a GPU is `formula.gradient` for one label a row, a single kernel; for several, and on a CPU,
+  `formula.backward` and a write to the label columns. On a CPU the comparison of each column with the label would cost
+  more than that write.
 
 None of this was timed on a GPU: `python -m tests.gpu_code` shows what the generated code does.
 
@@ -37,14 +38,14 @@ from compiled_logprobs.operation.formula import Computed, Saved, Upstream
 from compiled_logprobs.problem import Layout, Problem, layout_of
 
 RECOMPILE_LIMIT = 32
-"""Per `Key`. Another row stride, another number of threads, inference mode and 64-bit indexing add a compilation each."""
+"""Per `Key`. Another row stride or number of threads, inference mode and 64-bit indexing add a compilation each."""
 
 BLOCKS_TO_COMPILE_FOR = 1024
 """How many blocks Inductor is told of on a GPU, whatever N comes first.
 
-It chooses between kernels by this number. From 64 a multiprocessor on, of which an A100 has 108, it no longer looks at strides,
-takes the blocks for scattered, and loads each twice. From 1024 on it finds one warp enough for a block, and offers just that
-to its autotuner. In between, every N has the same kernel, and one that reads once.
+It chooses between kernels by this number. From 64 a multiprocessor on, of which an A100 has 108, it no longer looks at
+strides, takes the blocks for scattered, and loads each twice. From 1024 on it finds one warp enough for a block, and
+offers just that to its autotuner. In between, every N has the same kernel, and one that reads once.
 """
 INT32_MAX = 2**31 - 1
 
@@ -84,7 +85,7 @@ class Compiled(Backend):
     def is_warm(self, problem: Problem) -> bool:
         key = key_for(problem)
         forward = ("forward", key, problem.entropy)
-        # Whether a gradient will come through the entropy cannot be known; whoever warms up does what they will do later.
+        # Whether a gradient will come through the entropy is not known; whoever warms up does what they do later.
         backward = [("backward", key, entropy, problem.inplace_backward) for entropy in (False, True)]
         return forward in self._warm and (not problem.needs_grad or any(b in self._warm for b in backward))
 
@@ -192,7 +193,7 @@ def forward_function(key: Key, entropy: bool) -> Callable[..., Any]:
 
 
 def backward_function(key: Key, inplace: bool) -> Callable[..., Any]:
-    """What is compiled for the backward pass: gradient, and the values at the labels where these are written afterwards."""
+    """What is compiled for backward: gradient, and the values at the labels where these are written afterwards."""
     in_one_pass = key.device_type != "cpu" and key.labels_per_row == 1
 
     def backward(
@@ -217,8 +218,8 @@ def backward_function(key: Key, inplace: bool) -> Callable[..., Any]:
 def _compile(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Compile a copy of `function` that has a code object and a name of its own.
 
-    torch.compile remembers by these which sizes have changed so far, and takes them for dynamic from then on: to one function
-    for all keys, V would look like such a size. It also counts compilations by code object.
+    torch.compile remembers by these which sizes have changed so far, and takes them for dynamic from then on: to one
+    function for all keys, V would look like such a size. It also counts compilations by code object.
     """
     assert isinstance(function, FunctionType)
     code = function.__code__.replace(co_name=name)
@@ -234,11 +235,11 @@ def _run(function: Callable[..., Any], logits: Tensor, *others: Tensor, hints: l
 
     `hints` are the sizes that it is optimised for when it is compiled, in place of those that it is called with.
 
-    A single row is computed twice, and the results have two rows: torch.compile never treats a size of 1 as dynamic, and would
-    compile once more for it, with another order of summation.
+    A single row is computed twice, and the results have two rows: torch.compile never treats a size of 1 as dynamic,
+    and would compile once more for it, with another order of summation.
     """
-    # `.data` is no view: of a view, the compiler also looks at the tensor that it was made from, and at its sizes. And it is a
-    # new object: marks stay on one, and those of forward are not for backward.
+    # `.data` is no view: of a view, the compiler also looks at the tensor that it was made from, and at its sizes. And
+    # it is a new object: marks stay on one, and those of forward are not for backward.
     arguments = [argument.data for argument in (logits, *others)]
     if logits.shape[0] == 1:
         arguments = [torch.cat([a, a]) if a.ndim else a for a in arguments]
@@ -281,7 +282,7 @@ def rows_at_a_time(logits: Tensor) -> int:
 
 
 def rows_within_int32(logits: Tensor) -> int:
-    """How far the first dimension may go for 32-bit indices to reach the last element, in memory and with padding counted."""
+    """How far the first dimension may go for 32-bit indices to reach the last element, padding counted."""
     first = logits[0]
     padded = -(-first.shape[-1] // formula.BLOCK) * formula.BLOCK * first[..., 0].numel()
     reach = sum((size - 1) * stride for size, stride in zip(first.shape, first.stride(), strict=True))
@@ -319,8 +320,8 @@ def _translated_errors() -> Iterator[None]:
 def _as_tensor(temperature: float | Tensor, logits: Tensor) -> Tensor:
     """As a tensor, since compiled code treats each number as a constant of its own.
 
-    A fill on the device, where a copy from the host would wait for it; and a new one for each call, since memory that was
-    filled while a CUDA graph was captured, or on another stream, may hold nothing yet.
+    A fill on the device, where a copy from the host would wait for it; and a new one for each call, since memory that
+    was filled while a CUDA graph was captured, or on another stream, may hold nothing yet.
     """
     if isinstance(temperature, Tensor):
         return temperature

@@ -1,4 +1,4 @@
-"""C++ kernels for CPUs, compiled when they are first used: the logits are read once, by all threads, however few rows there are.
+"""C++ kernels for CPUs, compiled on first use: all threads read the logits, once, however few rows there are.
 
 Shapes: N rows, V vocabulary, K labels a row.
 """

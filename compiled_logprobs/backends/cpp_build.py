@@ -1,4 +1,4 @@
-"""A C++ file as a shared library: compiled for this machine when it is first asked for, and kept for later processes."""
+"""A C++ file as a shared library: compiled for this machine on first use, and kept for later processes."""
 
 import contextlib
 import ctypes
@@ -62,7 +62,7 @@ def _digest(source: Path, command: list[str]) -> str:
 
 
 def _processor() -> list[str]:
-    """What Linux says of its first processor that a compiler may use: the home directory may be shared with other machines."""
+    """What a compiler may use of the first processor: other machines may share the home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except OSError:

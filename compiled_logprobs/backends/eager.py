@@ -25,7 +25,7 @@ class Eager(Backend):
 
     name = "eager"
     summary = "plain torch: log_softmax over chunks of rows"
-    # Not row_invariant: torch divides the sum of a lone row among threads, and on a GPU chooses how to sum by the number of rows.
+    # Not row_invariant: torch divides the sum of a lone row among threads, and on a GPU sums by the number of rows.
 
     def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
         results = logits.new_empty(labels.shape, dtype=accumulation_dtype(logits.dtype))

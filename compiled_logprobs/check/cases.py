@@ -45,30 +45,30 @@ def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
     Args:
         problem: gives V, the bucket of N, and whether regions are -inf.
         short: only the inputs that find most mistakes, with few rows.
-        foreign: for somebody's function. It gets strided rows as well, which for a backend are another problem. It is not asked
-            about +inf, where a label's logit minus logsumexp is -inf and log_softmax NaN; nor about ignored rows that hold NaN,
-            to which plain torch gives a gradient of 0 * NaN.
+        foreign: for somebody's function. It gets strided rows as well, which for a backend are another problem. It is
+            not asked about +inf, where a label's logit minus logsumexp is -inf and log_softmax NaN; nor about ignored
+            rows that hold NaN, to which plain torch gives a gradient of 0 * NaN.
     """
     top = bucket(problem).rows
     few = min(7, top)
     bottom = max(1, next(n for n in range(top, 0, -1) if n == 1 or bucket(problem._replace(rows=n - 1)).rows < top))
-    found = [
+    most = [
         Case("normal", few, fill_nothing),
         Case("shifted up by 1e4", few, _shift_up, through_entropy=False),
         Case("one dominant logit", few, _dominate, ignored=0.0, first_column_is_a_label=True),
         Case("-inf and NaN", few, _special, special=True, ignored=0.0, first_column_is_a_label=True),
     ]
     if not foreign:
-        found.append(Case("+inf", few, _infinite, special=True, ignored=0.0))
-        found.append(Case("ignored rows of NaN", few, _special, special=True, ignored=1.0))
+        most.append(Case("+inf", few, _infinite, special=True, ignored=0.0))
+        most.append(Case("ignored rows of NaN", few, _special, special=True, ignored=1.0))
     if problem.masked_logits:
-        found.append(Case("regions of -inf", few, _mask_regions, special=True, ignored=0.0))
+        most.append(Case("regions of -inf", few, _mask_regions, special=True, ignored=0.0))
     if short:
-        return found
+        return most
     return [
         Case("no rows", 0, fill_nothing),
         Case("one row", 1, fill_nothing, ignored=0.0, through_entropy=False),
-        *found,
+        *most,
         Case("shifted down by 1e4", few, _shift_down),
         Case("all equal", few, _equalise, through_entropy=False),
         Case("wide", few, _widen),
@@ -191,7 +191,7 @@ class Arena:
 
 
 def labels_for(case: Case, rows: tuple[int, ...], problem: Problem, generator: torch.Generator) -> Tensor:
-    """[R, K] labels: the first and last columns and those at block edges first, then random ones; some repeated, some ignored."""
+    """[R, K] labels: first those at the ends and at block edges, then random ones; some repeated, some ignored."""
     device, vocab, count = generator.device, problem.vocab, problem.labels_per_row
 
     def random(shape: tuple[int, ...]) -> Tensor:

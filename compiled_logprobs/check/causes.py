@@ -4,7 +4,7 @@ Shapes: N rows, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,13 +21,13 @@ ROWS = 12
 TEMPERATURE = 1.7
 """Its square, its inverse and 1 are far from it and from one another."""
 ALWAYS = {
-    "outside_write": "writes beyond what it may: a kernel without a mask at the end of a row, or strided rows taken for "
-    "contiguous ones",
-    "version_counter": "writes the gradient over the logits without telling autograd, so that others who saved them read it "
-    "as logits; bump the version counter",
+    "outside_write": "writes beyond what it may: a kernel without a mask at the end of a row, or strided rows taken "
+    "for contiguous ones",
+    "version_counter": "writes the gradient over the logits without telling autograd, so that others who saved them "
+    "read it as logits; bump the version counter",
     "stale_result": "hands out memory that a later call writes again; return a tensor of its own",
-    "grad_mode_bits": "takes another path where a gradient is needed, so that ratios of new to old probability do not start "
-    "at exactly 1",
+    "grad_mode_bits": "takes another path where a gradient is needed, so that ratios of new to old probability do not "
+    "start at exactly 1",
 }
 """What a failed check says by itself."""
 
@@ -46,28 +46,28 @@ def likely_causes(
     It is called a few times more, with ordinary inputs. Where nothing is recognised the list is empty.
     """
     probe = _Probe(function, problem._replace(masked_logits=False, inplace_backward=False), device, seed)
-    found: list[str] = []
+    causes: list[str] = []
     try:
-        found += _about_calling(probe, failed, ignore_index)
-        found += _about_kind(probe, failed)
+        causes += _about_calling(probe, failed, ignore_index)
+        causes += _about_kind(probe, failed)
         overwrites = [*_about_inputs(probe, failed)]
         remembers = [] if overwrites else [*_about_state(probe, failed)]
-        found += overwrites + remembers
+        causes += overwrites + remembers
         if remembers:  # what its numbers are then tells nothing
-            return found
-        found += _about_values(probe, failed)
+            return causes
+        causes += _about_values(probe, failed)
         if not overwrites and probe.formula_is_right:  # otherwise what follows would tell only what comes of that
-            found += _about_gradient(probe, failed)
-            found += _about_entropy(probe, failed)
-            found += _about_nan(probe, failed)
-        found += _about_ignored(probe, failed)
+            causes += _about_gradient(probe, failed)
+            causes += _about_entropy(probe, failed)
+            causes += _about_nan(probe, failed)
+        causes += _about_ignored(probe, failed)
     except _Raised as raised:
         if "outside_write" not in failed:  # which is where a write that goes nowhere here has been seen
-            found.append(f"raises for an ordinary input: {raised}")
-        return list(dict.fromkeys(found)) + [ALWAYS[name] for name in ALWAYS if name in failed]
+            causes.append(f"raises for an ordinary input: {raised}")
+        return list(dict.fromkeys(causes)) + [ALWAYS[name] for name in ALWAYS if name in failed]
     consequences = {"stale_result", "grad_mode_bits"} if overwrites else set()
-    found += [words for name, words in ALWAYS.items() if name in failed - consequences]
-    return list(dict.fromkeys(found))
+    causes += [words for name, words in ALWAYS.items() if name in failed - consequences]
+    return list(dict.fromkeys(causes))
 
 
 class _Raised(Exception):
@@ -156,31 +156,22 @@ def _about_calling(probe: _Probe, failed: Failed, ignore_index: bool) -> Iterato
         return
     raised = probe.raises(probe.logits, probe.labels)
     if raised is not None:
-        other = probe.function.swapped()
-        if _returns(lambda: replace(probe, function=other).run().result):
-            yield f'takes logits and labels the other way round: say --call "{other.call}"'
+        swapped = replace(probe, function=probe.function.swapped())
+        if swapped.raises(swapped.logits, swapped.labels) is None:
+            yield f'takes logits and labels the other way round: say --call "{swapped.function.call}"'
         return
     ignored = probe.labels.clone()
     ignored[1::3] = IGNORE_INDEX
     raised = probe.raises(probe.logits, ignored) if ignore_index else None
     if raised is not None:
         yield (
-            f"has no ignored labels, and raises {raised.partition(':')[0]} for those of {IGNORE_INDEX}: mask them first, or "
-            "leave them out of the check with --no-ignore-index"
+            f"has no ignored labels, and raises {raised.partition(':')[0]} for those of {IGNORE_INDEX}: mask them "
+            "first, or leave them out of the check with --no-ignore-index"
         )
-    raised = probe.raises(probe.logits[:0], probe.labels[:0])
-    if raised is not None:
-        yield f"raises for an empty batch ({raised})"
-    raised = probe.raises(probe.logits[:1], probe.labels[:1])
-    if raised is not None:
-        yield f"raises for a batch of one row ({raised})"
-
-
-def _returns(work: Callable[[], Any]) -> bool:
-    try:
-        return isinstance(work(), Tensor)
-    except (Exception, SystemExit):  # noqa: BLE001  whatever a function raises means no
-        return False
+    for count, what in ((0, "an empty batch"), (1, "a batch of one row")):
+        raised = probe.raises(probe.logits[:count], probe.labels[:count])
+        if raised is not None:
+            yield f"raises for {what} ({raised})"
 
 
 def _about_kind(probe: _Probe, failed: Failed) -> Iterator[str]:
@@ -191,7 +182,8 @@ def _about_kind(probe: _Probe, failed: Failed) -> Iterator[str]:
         return
     if isinstance(got.result, (tuple, list)):
         kinds = ", ".join(f"{list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in got.result)
-        yield f"returns {len(got.result)} results ({kinds}) where one is expected: wrap it, and return the one that is meant"
+        results = f"{len(got.result)} results ({kinds})"
+        yield f"returns {results} where one is expected: wrap it, and return the one that is meant"
     shape = list(first.shape)
     if first.ndim == 0:
         truth = log_probs_of(got.model, got.labels, probe.temperature)
@@ -214,11 +206,8 @@ def _about_kind(probe: _Probe, failed: Failed) -> Iterator[str]:
         yield f"returns {shape} for {ROWS} labels"
     if "dtype" in failed and first.dtype != torch.float32:
         step = torch.finfo(first.dtype).eps * 8 if first.dtype.is_floating_point else math.nan
-        yield (
-            f"returns {short_name(first.dtype)}"
-            + (f", which has steps of {step:.2g} nats at -10" if first.dtype.itemsize == 2 else "")
-            + ": give float32"
-        )
+        steps = f", which has steps of {step:.2g} nats at -10" if first.dtype.itemsize == 2 else ""
+        yield f"returns {short_name(first.dtype)}{steps}: give float32"
 
 
 # --- what its numbers are ---------------------------------------------------------------------------------------------
@@ -258,9 +247,9 @@ def _about_state(probe: _Probe, failed: Failed) -> Iterator[str]:
     other = _numbers(probe, memory)
     if calls[0] is None or other is None:
         return
-    if any(one is None or not same(one, calls[0], CLOSE) for one in calls):
+    if any(rows is None or not same(rows, calls[0], CLOSE) for rows in calls):
         yield "gives other numbers when it is called again with the same input: it remembers something"
-    elif same(other, calls[0], CLOSE):
+    elif torch.equal(other, calls[0]):  # probabilities may all be near 0, and so near one another
         yield "gives the old result for new values in the same memory: it remembers results by address or shape"
 
 
@@ -301,7 +290,7 @@ def _about_gradient(probe: _Probe, failed: Failed) -> Iterator[str]:
             "divides by the temperature twice": true / t * g,
         }
     for tolerance in TOLERANCES:
-        words = next((words for words, one in readings.items() if same(gradient, one, tolerance)), None)
+        words = next((words for words, values in readings.items() if same(gradient, values, tolerance)), None)
         if words is not None:
             if words:
                 yield f"the values are right, and the gradient {words}"
@@ -318,7 +307,7 @@ def _about_entropy(probe: _Probe, failed: Failed) -> Iterator[str]:
     if "gradient_flows" in failed and not entropy.requires_grad:
         yield "the entropy is detached from the logits: no gradient flows through it"
     log_p = {s: torch.log_softmax(x / s, -1) for s in (1.0, probe.temperature)}
-    true = {s: -(one.exp() * one).sum(-1) for s, one in log_p.items()}
+    true = {s: -(values.exp() * values).sum(-1) for s, values in log_p.items()}
     values = entropy.detach().double().reshape(-1)
     if same(values, -true[probe.temperature], COARSELY):
         yield "returns the sum of p log p as the entropy: negative where an entropy must be positive. Negate it"
@@ -339,7 +328,8 @@ def _about_ignored(probe: _Probe, failed: Failed) -> Iterator[str]:
     for words, token in (("token 0", 0), (f"token V - {-IGNORE_INDEX}", probe.problem.vocab + IGNORE_INDEX)):
         expected = log_probs_of(logits, torch.full((len(logits),), token, device=logits.device), probe.temperature)
         if same(got.abs(), expected.abs(), 4 * COARSELY):
-            yield f"does not know ignored labels: {IGNORE_INDEX} counts as {words}. Mask them, or check with --no-ignore-index"
+            remedy = "Mask them, or check with --no-ignore-index"
+            yield f"does not know ignored labels: {IGNORE_INDEX} counts as {words}. {remedy}"
             return
     if probe.formula_is_right and not bool((got == 0).all()):
         yield f"does not give 0 for labels of {IGNORE_INDEX}; mask them, or check with --no-ignore-index"

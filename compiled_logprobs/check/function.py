@@ -26,9 +26,9 @@ _EXAMPLE = "e.g. --call \"f(labels, logits, temp=temperature, reduction='none')\
 class Function:
     """A function of logits [N, V] and labels [N], called the way it wants to be.
 
-    That is `call`, an expression of f, the function, and of logits, labels and `OPTIONS`; by default "f(logits, labels)" with
-    those of `OPTIONS` that the function's own signature names. A batch dimension that a given call adds, as in
-    "f(logits[None], labels[None])", is taken from the results again.
+    That is `call`, an expression of f, the function, and of logits, labels and `OPTIONS`. By default it is
+    "f(logits, labels)", with those of `OPTIONS` that the function's own signature names. A batch dimension that a given
+    call adds, as in "f(logits[None], labels[None])", is taken from the results again.
     """
 
     row_invariant = False

@@ -1,4 +1,4 @@
-"""What a function's numbers would be right for, if not for what was asked: all that is commonly got wrong, computed and compared.
+"""Readings of a function's numbers: what they would be right for, of all that is commonly got wrong.
 
 Shapes: N rows, V vocabulary.
 """
@@ -37,12 +37,11 @@ class Reading(NamedTuple):
 
 
 def read(rows: Tensor, logits: Tensor, labels: Tensor, temperature: float) -> Reading | None:
-    """The reading that fits the numbers [N] of logits [N, V] and labels [N] best, the simplest of those; None if none does."""
-    found = list(_readings(logits.detach().double(), labels, temperature))
-    best = next((one for tolerance in TOLERANCES for one in found if same(rows, one.values, tolerance)), None)
-    right = found[
-        0
-    ]  # something else has to fit much better, where both do: a few columns left out make little difference
+    """The reading that fits the numbers [N] of logits [N, V] and labels [N] best and is simplest; None if none does."""
+    readings = list(_readings(logits.detach().double(), labels, temperature))
+    fitting = (reading for tolerance in TOLERANCES for reading in readings if same(rows, reading.values, tolerance))
+    best, right = next(fitting, None), readings[0]
+    # Something else has to fit much better, where both do: a few columns left out make little difference.
     if best is not None and same(rows, right.values, TOLERANCES[-1]) and _apart(rows, right) < 4 * _apart(rows, best):
         return right
     return best
@@ -113,7 +112,9 @@ def _readings(x_NV: Tensor, labels: Tensor, t: float) -> Iterator[Reading]:
     }
     totals = {(s, w): (x_NV[:, :w] / s).logsumexp(-1) for s in temperatures.values() for w in widths.values()}
     choices = product(temperatures.items(), tokens.items(), widths.items(), forms.items())
-    for (a, s), (b, y), (c, w), (d, form) in sorted(choices, key=lambda one: sum(bool(key) for key, _ in one)):
+    for (a, s), (b, y), (c, w), (d, form) in sorted(
+        choices, key=lambda choice: sum(bool(words) for words, _ in choice)
+    ):
         picked = x_NV.gather(-1, y[:, None]).squeeze(-1) / s
         yield Reading(tuple(words for words in (d, a, b, c) if words), form(picked, totals[s, w]))
     if t != 1.0:

@@ -1,4 +1,4 @@
-"""The report of a check: of each check the worst that was seen, over all inputs and for each kind of them, and the errors.
+"""The report: of each check the worst that was seen, over all inputs and for each kind of them, and the errors.
 
 Shapes: n rows compared, V vocabulary, C values a row: K labels, or V logits, or one.
 """
@@ -43,7 +43,7 @@ MEANING = {
 WORST = 3
 """How many of the largest errors are kept of each kind of input and result."""
 SAMPLED_ERRORS = 4096
-"""Of so many errors at most, evenly spread, the quantiles are taken: those of a whole gradient cost more than the check."""
+"""Of so many errors at most, evenly spread, are the quantiles: those of a whole gradient cost more than the check."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The check ("sign check", the gate): whether a backend, or any function, keeps the contract on this device.
 
-The truth is `compiled_logprobs.operation.reference`; the budget for an error is what plain torch itself makes of the same input.
+The truth is `compiled_logprobs.operation.reference`; the budget for an error is what plain torch itself makes of the
+same input.
 """
 
 import random
@@ -37,26 +38,29 @@ def check_backend(
     """Hold a backend, or any function of logits and labels, against the contract.
 
     Args:
-        name_or_callable: a registered backend's name; or a function that takes logits [N, V], labels [N] int64 and whichever
-            of `temperature`, `ignore_index`, `return_entropy`, `masked_logits`, `inplace_backward`, `out_dtype` its
-            signature names, and returns log-probabilities [N] (with `return_entropy=True` also the entropy [N]).
+        name_or_callable: a registered backend's name; or a function that takes logits [N, V], labels [N] int64 and
+            whichever of `temperature`, `ignore_index`, `return_entropy`, `masked_logits`, `inplace_backward`,
+            `out_dtype` its signature names, and returns log-probabilities [N] (with `return_entropy=True` also the
+            entropy [N]).
         problem: what to check it for; by default a few small problems in float32 and bfloat16 with what it supports.
         short: fewer inputs, for a check right before the first use.
         ignore_index: whether labels of -100 are among the inputs.
-        device: where the inputs lie, e.g. "cuda:1"; by default where `problem` says, or the accelerator if there is one.
+        device: where the inputs lie, e.g. "cuda:1"; by default where `problem` says, or the accelerator if there is
+            one.
         seed: of the inputs; fresh at random by default.
         vocab: V of the default problems; by default one that is off every block size.
         call: how to call a function that takes something else than (logits, labels): an expression of Python such as
-            "f(labels, logits, temp=temperature)" or "f(logits[None], targets=labels[None], reduction='none')", where f is the
-            function. It may name the options above, and only those in it are tried. A batch dimension of 1 in the results is
-            taken away.
+            "f(labels, logits, temp=temperature)" or "f(logits[None], targets=labels[None], reduction='none')", where f
+            is the function. It may name the options above, and only those in it are tried. A batch dimension of 1 in
+            the results is taken away.
         returns: what the function's numbers are: "log_prob", or "loss" for minus that.
 
     Returns:
         A `CheckReport`; `.passed`, and if not, `.reasons`, and in `.causes` what is probably wrong.
 
     Raises:
-        InputError: the function cannot be called like this, `call` is no such expression, or `vocab` comes with a problem.
+        InputError: the function cannot be called like this, `call` is no such expression, or `vocab` comes with a
+            problem.
         BackendUnavailable: the named backend is unknown, or cannot run the problem here.
     """
     # Not from torch's generator, whose numbers belong to the caller.
@@ -64,7 +68,7 @@ def check_backend(
     subject = _subject(name_or_callable, call, returns)
     if vocab is not None and (vocab < 2 or problem is not None):
         raise InputError(
-            f"got vocab={vocab}{'' if problem is None else f' beside {problem}'}; 2 or more is valid, without a problem."
+            f"got vocab={vocab}{f' beside {problem}' if problem else ''}; 2 or more is valid, without a problem."
         )
     place = torch.device(device or (_default_device() if problem is None else problem.device_type))
     # By default, V is odd and off every block size; flash-attn needs three blocks for it.
@@ -104,7 +108,7 @@ def _subject(given: str | Callable[..., Any], call: str | None, returns: Returns
         return Function(given, call, returns)
     if call is not None or returns != "log_prob":
         raise InputError(
-            f"got backend {given!r} with call={call!r} and returns={returns!r}; these say how a function is to be called, "
+            f"got backend {given!r} with call={call!r} and returns={returns!r}; these say how a function is called, "
             "which is known of a backend. Leave them out."
         )
     return NamedBackend(given)
@@ -136,7 +140,8 @@ def _of_dtypes(cause: str, of: list[Problem], among: list[Problem]) -> str:
 def _in_a_fresh_context(work: Callable[[], None], device: torch.device) -> None:
     """Run `work` as if nothing surrounded it: inference mode, hooks on saved tensors, autocast, a default device.
 
-    All of these belong to a thread. Anomaly mode does not, and would take the NaN that is among the inputs for a mistake.
+    All of these belong to a thread. Anomaly mode does not, and would take the NaN that is among the inputs for a
+    mistake.
     """
 
     def run() -> None:

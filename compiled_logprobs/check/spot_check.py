@@ -1,6 +1,6 @@
-"""A look at a few rows of a large result: what is right for few rows can be wrong for many, where 32-bit offsets overflow.
+"""A look at a few rows of a large result: where 32-bit offsets overflow, what is right for few rows is wrong for many.
 
-The gate asks how exact a backend is; this asks only whether it computes the same thing at this size.
+The check asks how exact a backend is; this asks only whether it computes the same thing at this size.
 
 Shapes: N rows, n of them looked at, V vocabulary, K labels a row; R the leading dimensions, whose product is N.
 """
@@ -16,8 +16,8 @@ from compiled_logprobs.problem import Problem
 ROWS = 8
 """How many rows are looked at: spread evenly, the first and the last among them."""
 SLACK = 64.0
-"""How many times eps(float32) times the row's largest |x| a log-probability may be off; and how many times that, with its
-dtype's own rounding, a gradient."""
+"""How many times eps(float32) times the row's largest |x| a log-probability may be off; and how many times that,
+with its dtype's own rounding, a gradient."""
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -58,9 +58,9 @@ def what_is_wrong(
     largest_n1 = (finite_nV.abs().amax(-1) / t).unsqueeze(-1).clamp(min=1.0)
     rounding = torch.finfo(problem.out_dtype).eps
     limit_n1 = SLACK * EPS * largest_n1
-    found = [("log-probability", results[0][at].double(), true.log_probs, limit_n1, rounding)]
+    kinds = [("log-probability", results[0][at].double(), true.log_probs, limit_n1, rounding)]
     if problem.entropy:
-        found.append(("entropy", results[1][at].double().unsqueeze(-1), true.entropy.unsqueeze(-1), limit_n1, rounding))
+        kinds.append(("entropy", results[1][at].double().unsqueeze(-1), true.entropy.unsqueeze(-1), limit_n1, rounding))
     if gradient is not None and true.gradient is not None:
         size_n1 = upstream[0][at].double().abs().sum(-1, keepdim=True)
         if problem.entropy:  # a probability times its logarithm
@@ -68,8 +68,8 @@ def what_is_wrong(
         size_n1 = size_n1 / (t.unsqueeze(-1) if isinstance(t, Tensor) else t)
         own = torch.finfo(problem.dtype)
         limit = limit_n1 * size_n1 + own.tiny
-        found.append(("gradient", gradient.reshape(-1, vocab)[rows].double(), true.gradient, limit, own.eps))
-    for what, got, expected, limit, relative in found:
+        kinds.append(("gradient", gradient.reshape(-1, vocab)[rows].double(), true.gradient, limit, own.eps))
+    for what, got, expected, limit, relative in kinds:
         off = ~torch.isclose(got, expected, rtol=0.0, atol=0.0, equal_nan=True) & ~(
             (got - expected).abs() <= limit + relative * expected.abs()
         )

@@ -1,6 +1,6 @@
 """Verdicts: what one call returned and did, held against float64 and against what plain torch makes of the same input.
 
-Shapes: N rows, n of them compared, V vocabulary, K labels a row; R the leading dimensions, one or two, whose product is N.
+Shapes: N rows, n of them compared, V vocabulary, K labels a row; R one or two leading dimensions, whose product is N.
 """
 
 import math
@@ -23,7 +23,7 @@ EPS = torch.finfo(torch.float32).eps
 BUDGET = 2.0
 """How many times the error of eager a backend may make."""
 EAGER_CEILING = 64.0
-"""How many times eps(float32) times the row's largest |x| eager may be off: what its own summation order costs at V = 2^18."""
+"""How many times eps(float32) times the row's largest |x| eager may be off: what its sums cost at V = 2^18."""
 CHECKED_ELEMENTS = 2**24
 """Larger inputs are compared with the reference on `SAMPLED_ROWS` rows, the first and the last among them."""
 SAMPLED_ROWS = 64
@@ -217,7 +217,8 @@ def _comparisons(inputs: CaseInputs, results: Results) -> Iterator[_Comparison]:
 def eager_yardstick(problem: Problem, generator: torch.Generator) -> Yardstick:
     """How far eager is off on ordinary rows, by the name of the check, in units of eps(float32) times the row's scale.
 
-    On the few rows of a case it may be right by luck, and a backend that is as good on the average must not be stopped for it.
+    On the few rows of a case it may be right by luck, and a backend that is as good on the average must not be stopped
+    for it.
     """
     rows = min(SAMPLED_ROWS, max(8, YARDSTICK_ELEMENTS // problem.vocab))
     plain = problem._replace(layout="flat", aligned=True, masked_logits=False)

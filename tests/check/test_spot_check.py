@@ -1,4 +1,4 @@
-"""A few rows at the full size: what is right passes whatever the options, what is wrong in the looked-at rows does not."""
+"""A few rows at the full size: what is right passes whatever the options, what is wrong in those rows does not."""
 
 import itertools
 

@@ -129,7 +129,7 @@ class _Replaced(torch.autograd.Function):
         return gradients[0], None
 
 
-# --- sign ---------------------------------------------------------------------------------------------------------------
+# --- sign -------------------------------------------------------------------------------------------------------------
 
 
 @wrong("log_prob_sign", "returns the loss: positive where a log-probability must be negative")
@@ -157,7 +157,7 @@ def negative_entropy(logits: Tensor, labels: Tensor, return_entropy: bool = Fals
     return (good(logits, labels), entropy) if return_entropy else good(logits, labels)
 
 
-# --- value --------------------------------------------------------------------------------------------------------------
+# --- value ------------------------------------------------------------------------------------------------------------
 
 
 @wrong("log_prob_error", "takes the label of the next row")
@@ -279,7 +279,7 @@ def entropy_without_temperature(
     return (log_probs, entropy) if return_entropy else log_probs
 
 
-# --- gradient -----------------------------------------------------------------------------------------------------------
+# --- gradient ---------------------------------------------------------------------------------------------------------
 
 
 @wrong("gradient_flows", "is detached from the logits")
@@ -349,7 +349,7 @@ def infinite_logits_clamped(logits: Tensor, labels: Tensor) -> Tensor:
     return good(logits.float().clamp(min=-1e4), labels)
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 @wrong("inputs_changed", "divides the logits by the temperature in place")
@@ -466,7 +466,7 @@ def leaves_the_program(logits: Tensor, labels: Tensor) -> Tensor:
     raise SystemExit(0)
 
 
-# --- kind ---------------------------------------------------------------------------------------------------------------
+# --- kind -------------------------------------------------------------------------------------------------------------
 
 
 @wrong("dtype", "returns bfloat16, which has steps of 0.062 nats at -10", dtype=torch.bfloat16)
