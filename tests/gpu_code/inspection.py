@@ -319,10 +319,6 @@ class _Sum:
     written_in_passes: int = 0
     repeated_in_l1: int = 0
 
-    def seconds(self, gpu: DataSheet) -> tuple[float, float, float]:
-        issue = self.instructions / gpu.instructions_per_second
-        return self.bytes / gpu.bandwidth, self.special / gpu.special_per_second, issue
-
 
 def _direction(
     program: Program, parts: Sequence[Tensor], gpu: DataSheet, least: int | None, notes: tuple[str, ...] = ()
@@ -334,38 +330,44 @@ def _direction(
         _add(sums.setdefault(launch.kernel.name, _Sum(launch.kernel)), launch, parts, whole)
     reports = tuple(_report(one, gpu, whole) for one in sums.values())
     results = {_identity(result) for result in program.results if result.dtype == parts[0].dtype}
-    wide = [
+    wide = sum(
         buffer.numel()
         for buffer in program.buffers
         if buffer.numel() >= PART_OF_A_PASS * whole
         and buffer.dtype.is_floating_point
         and buffer.dtype.itemsize >= 4
         and _identity(buffer) not in results
-    ]
+    )
+
+    def total(name: str) -> float:
+        return sum(getattr(one, name) for one in sums.values())
+
+    def most(name: str) -> int:
+        return max((getattr(report, name) for report in reports), default=0)
+
     by_torch = sum(size for _, size in program.operations)
-    moved = sum(one.bytes for one in sums.values()) + by_torch
+    moved = int(total("bytes")) + by_torch
     if moved < 0.99 * (least or 1):
         raise BackendUnavailable(
             f"the kernels that torch {torch.__version__} generated cannot be followed: {moved} bytes are moved, fewer "
             "than there have to be. Nothing in the library depends on it."
         )
-    times = [one.seconds(gpu) for one in sums.values()]
     return Direction(
         kernels=len(program.launches) + len(program.operations),
-        logits_reads=_passes(sum(one.read_in_passes for one in sums.values()), whole),
-        gradient_writes=_passes(sum(one.written_in_passes for one in sums.values()), whole),
-        nxv_float32_buffers=_passes(sum(wide), whole),
-        registers=max((report.registers for report in reports), default=0),
-        spills=max((report.spills for report in reports), default=0),
-        shared_bytes=max((report.shared_bytes for report in reports), default=0),
+        logits_reads=_passes(total("read_in_passes"), whole),
+        gradient_writes=_passes(total("written_in_passes"), whole),
+        nxv_float32_buffers=_passes(wide, whole),
+        registers=most("registers"),
+        spills=most("spills"),
+        shared_bytes=most("shared_bytes"),
         bytes=moved,
         minimum_bytes=least,
-        exponentials_per_logit=round(sum(one.exponentials for one in sums.values()) / whole, 3),
-        instructions_per_logit=round(sum(one.instructions for one in sums.values()) / whole, 2),
+        exponentials_per_logit=round(total("exponentials") / whole, 3),
+        instructions_per_logit=round(total("instructions") / whole, 2),
         seconds_by_bandwidth=moved / gpu.bandwidth,
-        seconds_by_exponentials=sum(special for _, special, _ in times),
-        seconds_by_issue=sum(issue for _, _, issue in times),
-        seconds=sum(map(max, times)) + by_torch / gpu.bandwidth,
+        seconds_by_exponentials=total("special") / gpu.special_per_second,
+        seconds_by_issue=total("instructions") / gpu.instructions_per_second,
+        seconds=sum(report.seconds for report in reports) + by_torch / gpu.bandwidth,
         kernel_reports=reports,
         operations=tuple(name for name, _ in program.operations),
         notes=notes,
@@ -388,7 +390,11 @@ def _report(one: _Sum, gpu: DataSheet, whole: int) -> KernelReport:
         bytes=one.bytes,
         instructions_per_logit=round(one.instructions / whole, 3),
         exponentials_per_logit=round(one.exponentials / whole, 3),
-        seconds=max(one.seconds(gpu)),
+        seconds=max(
+            one.bytes / gpu.bandwidth,
+            one.special / gpu.special_per_second,
+            one.instructions / gpu.instructions_per_second,
+        ),
     )
 
 

@@ -1,24 +1,17 @@
 """The `flash_attn` backend on CPU tensors, with flash-attn's real kernels in Triton's interpreter.
 
-A program, which tests spawn with TRITON_INTERPRET=1: prints what it measured, and fails with an AssertionError.
-
-Shapes: A x B rows, V vocabulary.
+A program, which tests spawn with TRITON_INTERPRET=1: prints what it checked, and fails with an AssertionError.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from compiled_logprobs.backends import register_backend
-from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.backends.flash_attn import FlashAttn, kernel_module
 from compiled_logprobs.check.run import check_backend
-from compiled_logprobs.operation.autograd import ForwardBackward, compute
+from compiled_logprobs.operation.autograd import compute
 from compiled_logprobs.problem import Problem
 from tests.helpers.triton_interpreter import like_a_gpu
-
-IGNORE = -100
 
 
 class InterpretedFlashAttn(FlashAttn):
@@ -29,87 +22,7 @@ class InterpretedFlashAttn(FlashAttn):
         return super().why_not(problem._replace(device_type=device))
 
 
-FLASH_ATTN, EAGER = InterpretedFlashAttn(), Eager()
-
-
-class Case(NamedTuple):
-    """Inputs with every kind of row: ordinary, shifted, ignored and full of NaN or inf, and with an invalid label."""
-
-    padded: Tensor
-    """[A, B + 1, V]; the logits are [:, :-1], whose rows are two strides apart."""
-    labels: Tensor
-    """[A, B, 1]"""
-    upstream: Tensor
-    """[A, B, 1]"""
-    temperature: float
-
-
-class Measured(NamedTuple):
-    log_probs: Tensor
-    gradient: Tensor
-    """[A, B, V]"""
-
-
-def make_case(dtype: torch.dtype, vocab: int, temperature: float, shape: tuple[int, int] = (3, 5)) -> Case:
-    padded = (4 * torch.randn(shape[0], shape[1] + 1, vocab)).to(dtype)
-    padded[0, 0] += 100
-    labels = torch.randint(vocab, (*shape, 1))
-    labels[0, 2], labels[0, 3] = 0, vocab - 1
-    padded[0, 1, 1::3], labels[0, 1] = torch.nan, IGNORE
-    padded[0, 4, ::2], labels[0, 4] = torch.inf, IGNORE
-    labels[-1, 0] = vocab
-    return Case(padded, labels, torch.randn(*shape, 1), temperature)
-
-
-def run(backend: ForwardBackward, case: Case, *, inplace: bool = False) -> Measured:
-    leaf = case.padded.clone().requires_grad_()
-    padded = leaf.clone()
-    log_probs, _ = compute(backend, padded[:, :-1], case.labels, case.temperature, inplace_backward=inplace)
-    log_probs.backward(case.upstream)
-    assert same_bits(padded[:, -1], case.padded[:, -1]), "wrote outside the logits"
-    if inplace:
-        assert same_bits(padded[:, :-1], leaf.grad[:, :-1]), "the gradient is not in the logits"
-    else:
-        assert same_bits(padded, case.padded), "changed the logits"
-    return Measured(log_probs.detach(), leaf.grad[:, :-1])
-
-
-def expected(case: Case) -> Measured:
-    """In float64, with torch's own functions."""
-    ignored = case.labels == IGNORE
-    invalid = (case.labels < 0) & ~ignored | (case.labels >= case.padded.shape[-1])
-    x = case.padded[:, :-1].double().masked_fill(ignored, 0.0).requires_grad_()
-    log_p = torch.log_softmax(x / case.temperature, -1).gather(-1, case.labels.masked_fill(ignored | invalid, 0))
-    log_p = torch.where(invalid, torch.nan, log_p).masked_fill(ignored, 0.0)
-    log_p.backward(case.upstream.double())
-    return Measured(log_p.detach(), torch.where(invalid, torch.nan, x.grad))
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def error(measured: Tensor, truth: Tensor) -> float:
-    assert torch.equal(measured.isnan(), truth.isnan()), "NaN in other places than in float64"
-    return (measured.double() - truth).abs().nan_to_num(0.0).max().item()
-
-
-def check_values(dtype: torch.dtype, vocab: int, temperature: float) -> None:
-    case = make_case(dtype, vocab, temperature)
-    truth, flash, eager = expected(case), run(FLASH_ATTN, case), run(EAGER, case)
-    in_place = run(FLASH_ATTN, case, inplace=True)
-    assert same_bits(in_place.log_probs, flash.log_probs) and same_bits(in_place.gradient, flash.gradient)
-    assert flash.gradient[0, 1].abs().sum() == 0 and flash.gradient[0, 4].abs().sum() == 0, "ignored rows are not 0"
-
-    largest = case.padded.double().nan_to_num(0.0, 0.0, 0.0).abs().max().item() / temperature
-    rounding = 2 * torch.finfo(torch.float32).eps * largest
-    figures = []
-    for measured, plain, true in zip(flash, eager, truth, strict=True):
-        mine, eagers = error(measured, true), error(plain, true)
-        figures += [mine, eagers]
-        assert mine <= max(2 * eagers, rounding), f"error {mine:.2e}, eager {eagers:.2e}, rounding {rounding:.2e}"
-    name = f"{str(dtype).removeprefix('torch.')} V={vocab} T={temperature}"
-    print(f"{name:25}" + "".join(f"{figure:12.2e}" for figure in figures), flush=True)
+FLASH_ATTN = InterpretedFlashAttn()
 
 
 class Recorder:
@@ -173,15 +86,16 @@ def check_that_masked_logits_are_refused_with_reason() -> None:
     assert log_probs.isnan().all(), "flash-attention#1930 is mended: masked logits need not be refused any more"
 
 
-def check_that_the_gate_lets_it_pass(dtype: torch.dtype) -> None:
+def check_that_the_gate_lets_it_pass() -> None:
     register_backend("interpreted_flash_attn", FLASH_ATTN)
-    for change in (
-        {},
-        {"needs_grad": True, "temperature": "number"},
-        {"needs_grad": True, "inplace_backward": True, "layout": "other"},
-        {"needs_grad": True, "layout": "rows", "aligned": False},
+    plain = Problem("cpu", rows=8, vocab=20011, dtype=torch.float32)  # two blocks forward, five backward
+    for problem in (
+        plain._replace(vocab=7),
+        plain._replace(needs_grad=True, temperature="number"),
+        plain._replace(needs_grad=True, inplace_backward=True, layout="other"),
+        plain._replace(needs_grad=True, inplace_backward=True, layout="other", dtype=torch.bfloat16),
+        plain._replace(needs_grad=True, layout="rows", aligned=False, dtype=torch.float16),
     ):
-        problem = Problem("cpu", rows=8, vocab=20011, dtype=dtype)._replace(**change)
         report = check_backend("interpreted_flash_attn", problem)
         assert report.passed, [check.detail for check in report.checks if not check.passed]
         print(f"gate, {problem} ({problem.details() or 'forward'}): passed {len(report.checks)} checks", flush=True)
@@ -194,10 +108,4 @@ if __name__ == "__main__":
         check_that_masked_logits_are_refused_with_reason()
         for vocab in (7, 2048, 5000, 32771):
             check_against_flash_attns_own_function(vocab)
-        print(f"{'largest error':25}{'log-prob':>12}{'(eager)':>12}{'gradient':>12}{'(eager)':>12}")
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for vocab in (7, 5000, 32771):  # 32771: three blocks forward, nine backward
-                check_values(dtype, vocab, temperature=0.7)
-            check_values(dtype, 5000, temperature=1.0)
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            check_that_the_gate_lets_it_pass(dtype)
+        check_that_the_gate_lets_it_pass()
