@@ -41,7 +41,7 @@ class Contender:
 
 def candidates() -> dict[str, Contender]:
     """All of them by name, this library's first."""
-    found = [
+    contenders = [
         Contender(AUTO, _library(AUTO), ours=True),
         *(Contender(name, _library(name), ours=True, why_not=_why_not_ours(name)) for name in backends()),
         Contender("log_softmax", lambda problem: idioms.log_softmax_gather),
@@ -52,16 +52,16 @@ def candidates() -> dict[str, Contender]:
         Contender("liger", lambda problem: idioms.liger, why_not=_why_not_liger, overwrites=True),
         Contender("cut_cross_entropy", lambda problem: idioms.cut_cross_entropy, why_not=_why_not_cut_cross_entropy),
     ]
-    return {one.name: one for one in found}
+    return {one.name: one for one in contenders}
 
 
 def _library(name: str) -> Callable[[Problem], Idiom]:
     def prepare(problem: Problem) -> Idiom:
         def call(logits: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-            found = log_probs_from_logits(
+            result = log_probs_from_logits(
                 logits, labels, return_entropy=entropy, inplace_backward=problem.inplace_backward, backend=name
             )
-            return (found, None) if isinstance(found, Tensor) else found
+            return (result, None) if isinstance(result, Tensor) else result
 
         return call
 

@@ -67,11 +67,11 @@ def write_chart(cells: Sequence[Cell], file: Path) -> None:
 
 
 def _colours(everybody: dict[str, Result]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    colours: dict[str, str] = {}
     for ours, palette in COLOURS.items():
         names = [name for name, one in everybody.items() if one.ours is ours]
-        found |= {name: palette[index % len(palette)] for index, name in enumerate(names)}
-    return found
+        colours |= {name: palette[index % len(palette)] for index, name in enumerate(names)}
+    return colours
 
 
 def _problem(cell: Cell) -> str:

@@ -74,10 +74,10 @@ def choices(
         say(f"identical candidates: a tie in {ties} of {seeds}, the baseline kept in {report['identical']['baseline']}")
 
         faster = [_choose({"eager": Slowed(), "a": Eager(), "b": Slowed()}, seed) for seed in range(seeds)]
-        found = Counter(one.chosen for one in faster)
+        winners = Counter(one.chosen for one in faster)
         speedup = median(one.verdicts["a"].speedup.median for one in faster)
-        report["a little faster"] = {"found": found["a"], "speedup": speedup, "chosen": dict(found)}
-        say(f"one that is {speedup:.3f}x as fast: found in {found['a']} of {seeds}; chosen: {dict(found)}")
+        report["a little faster"] = {"found": winners["a"], "speedup": speedup, "chosen": dict(winners)}
+        say(f"one that is {speedup:.3f}x as fast: found in {winners['a']} of {seeds}; chosen: {dict(winners)}")
 
     with tempfile.TemporaryDirectory() as folder:
         tunes = [_tune(Store(Path(folder, name)), budget) for name in ("first", "second")]
@@ -110,15 +110,15 @@ def _choose(candidates: Mapping[str, Backend], seed: int) -> Selection:
     """What the measurement and the statistics of tuning make of `candidates`, in this process."""
     measurement = Measurement(SMALL, candidates, seed=seed, look_at_results=False)
     for done in measurement.rounds(LOOKS[-1]):
-        found = look(measurement.times(), baseline="eager", final=done == LOOKS[-1])
-        if found is not None:
-            return found
+        selection = look(measurement.times(), baseline="eager", final=done == LOOKS[-1])
+        if selection is not None:
+            return selection
     raise AssertionError("the last look decides")
 
 
 def _tune(store: Store, budget: float) -> dict[Problem, str]:
-    found = [one for one in tune_all(PROBLEMS, CPU, store=store, budget_s=budget) if not isinstance(one, TuningFailed)]
-    return {one.problem: one.chosen for one in found}
+    results = tune_all(PROBLEMS, CPU, store=store, budget_s=budget)
+    return {one.problem: one.chosen for one in results if not isinstance(one, TuningFailed)}
 
 
 def _exhaustive(problem: Problem) -> dict[str, float]:

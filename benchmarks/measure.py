@@ -133,13 +133,13 @@ class _Inputs:
         errors = log_probs.detach()[self._at].double() - self._true.log_probs.squeeze(-1)
         result.error_max, result.error_rmse = float(errors.abs().max()), float(errors.square().mean().sqrt())
         limit_n = WRONG * self._largest_n
-        found = [("log-probability", errors.unsqueeze(-1), limit_n)]
+        parts = [("log-probability", errors.unsqueeze(-1), limit_n)]
         if entropy is not None:
-            found.append(("entropy", (entropy[self._at].double() - self._true.entropy).unsqueeze(-1), limit_n))
+            parts.append(("entropy", (entropy[self._at].double() - self._true.entropy).unsqueeze(-1), limit_n))
         if gradient is not None and self._true.gradient is not None:
             errors_nV = gradient[self._at].double() - self._true.gradient
-            found.append(("gradient", errors_nV, WRONG * self._upstream[self._at].double().abs()))
-        for what, error, limit in found:
+            parts.append(("gradient", errors_nV, WRONG * self._upstream[self._at].double().abs()))
+        for what, error, limit in parts:
             worst_n = error.abs().amax(-1)
             if not (worst_n <= limit).all():  # NaN is not
                 result.outcome, result.reason = "wrong", f"its {what} is off by {float(worst_n.max()):.3g}"

@@ -172,11 +172,11 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _chosen(names: Sequence[str]) -> list[Contender]:
-    known = candidates()
-    unknown = [name for name in names if name not in known]
+    contenders = candidates()
+    unknown = [name for name in names if name not in contenders]
     if unknown:
-        raise InputError(f"got --only {unknown[0]}; {', '.join(known)} are valid. Name some of them.")
-    return [one for name, one in known.items() if not names or name in names]
+        raise InputError(f"got --only {unknown[0]}; {', '.join(contenders)} are valid. Name some of them.")
+    return [one for name, one in contenders.items() if not names or name in names]
 
 
 def _device(text: str | None) -> torch.device:

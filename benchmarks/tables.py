@@ -40,9 +40,9 @@ def print_legend() -> None:
         print_line(f"{TITLES.get(column, column.replace('_', ' '))}: {meaning}")
 
 
-def print_targets(found: Sequence[Target]) -> None:
+def print_targets(rows: Sequence[Target]) -> None:
     table = new_table("Targets", "target", "wanted", "reached", "met", "worst at, or with")
-    for one in found:
+    for one in rows:
         met = {True: Text("yes", "green"), False: Text("no", "bold red"), None: Text("not measured")}[one.met]
         wanted = f"{'at least' if one.at_least else 'at most'} {one.limit:g}"
         reached = "" if one.reached is None else f"{one.reached:.3g}"
@@ -102,7 +102,7 @@ def _figures(cell: Cell, one: Result) -> list[str]:
     ]
 
 
-def _ratio(found: Interval) -> str:
-    if not math.isfinite(found.high):
-        return f"{found.median:.2f}"
-    return f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f})"
+def _ratio(ratio: Interval) -> str:
+    if not math.isfinite(ratio.high):
+        return f"{ratio.median:.2f}"
+    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"

@@ -40,7 +40,7 @@ class Target:
         return self.reached >= self.limit if self.at_least else self.reached <= self.limit
 
 
-class _Found(NamedTuple):
+class _Reached(NamedTuple):
     value: float
     where: str
 
@@ -54,12 +54,12 @@ def targets(cells: Sequence[Cell]) -> list[Target]:
 
 
 def _of_one_dtype(dtype: str, cells: list[Cell]) -> Iterator[Target]:
-    def at_least(what: str, limit: float, found: Iterator[_Found]) -> Target:
-        worst = min(found, default=None)
+    def at_least(what: str, limit: float, reached: Iterator[_Reached]) -> Target:
+        worst = min(reached, default=None)
         return Target(f"{dtype}: {what}", limit, True, *(worst or (None, "")))
 
-    def at_most(what: str, limit: float, found: Iterator[_Found]) -> Target:
-        worst = max(found, default=None)
+    def at_most(what: str, limit: float, reached: Iterator[_Reached]) -> Target:
+        worst = max(reached, default=None)
         return Target(f"{dtype}: {what}", limit, False, *(worst or (None, "")))
 
     forward = [cell for cell in cells if cell.mode == "forward"]
@@ -97,21 +97,21 @@ def _best(cell: Cell) -> Result | None:
     return min(named, key=lambda one: median(one.seconds), default=None)
 
 
-def _over_compile(cells: list[Cell], shape: tuple[int, int]) -> Iterator[_Found]:
+def _over_compile(cells: list[Cell], shape: tuple[int, int]) -> Iterator[_Reached]:
     for cell in cells:
         best = _best(cell)
         if _shape(cell) == shape and best and cell.has(COMPILE):
-            yield _Found(cell.times_as_fast(best.name, COMPILE).median, best.name)
+            yield _Reached(cell.times_as_fast(best.name, COMPILE).median, best.name)
 
 
-def _of_read(cells: list[Cell]) -> Iterator[_Found]:
+def _of_read(cells: list[Cell]) -> Iterator[_Reached]:
     for cell in cells:
         best = _best(cell)
         if _shape(cell) == FORWARD_SHAPE and best:
-            yield _Found(cell.percent_of_read(best.name), best.name)
+            yield _Reached(cell.percent_of_read(best.name), best.name)
 
 
-def _entropy_over_forward(cells: list[Cell]) -> Iterator[_Found]:
+def _entropy_over_forward(cells: list[Cell]) -> Iterator[_Reached]:
     """Each as a share of its own bare read: the two were not timed in the same rounds."""
     shares = {
         (cell.mode, _shape(cell)): (cell.percent_of_read(best.name), best.name)
@@ -120,34 +120,34 @@ def _entropy_over_forward(cells: list[Cell]) -> Iterator[_Found]:
     }
     for (mode, shape), (share, name) in shares.items():
         if mode == "entropy" and ("forward", shape) in shares:
-            yield _Found(shares["forward", shape][0] / share, f"{_x(shape)}, {name}")
+            yield _Reached(shares["forward", shape][0] / share, f"{_x(shape)}, {name}")
 
 
-def _memory(cells: list[Cell]) -> Iterator[_Found]:
+def _memory(cells: list[Cell]) -> Iterator[_Reached]:
     for cell in cells:
         best = _best(cell)
         large = cell.problem.vocab >= LARGE_VOCAB and cell.logits_bytes >= LARGE_BYTES
         if large and best and best.extra_bytes is not None:
-            yield _Found(best.extra_bytes / cell.logits_bytes, f"{_x(_shape(cell))}, {best.name}")
+            yield _Reached(best.extra_bytes / cell.logits_bytes, f"{_x(_shape(cell))}, {best.name}")
 
 
-def _rmse(cells: list[Cell]) -> Iterator[_Found]:
+def _rmse(cells: list[Cell]) -> Iterator[_Reached]:
     for cell in cells:
         if not cell.has(EAGER) or cell.problem.rows < SEVERAL_ROWS:
             continue
         eager = cell.results[EAGER].error_rmse
         for one in cell.measured(ours=True):
             if one.name != EAGER and eager > 0:
-                yield _Found(one.error_rmse / eager, f"{_x(_shape(cell))} {cell.mode}, {one.name}")
+                yield _Reached(one.error_rmse / eager, f"{_x(_shape(cell))} {cell.mode}, {one.name}")
 
 
-def _auto_over(cells: list[Cell], other: Callable[[Cell], Result | None]) -> Iterator[_Found]:
+def _auto_over(cells: list[Cell], other: Callable[[Cell], Result | None]) -> Iterator[_Reached]:
     for cell in cells:
-        found = other(cell)
-        if found and cell.has(AUTO):
-            low, middle, high = cell.times_as_fast(found.name, AUTO)
+        against = other(cell)
+        if against and cell.has(AUTO):
+            low, middle, high = cell.times_as_fast(against.name, AUTO)
             ends = f" ({low:.2f} to {high:.2f})" if math.isfinite(high) else ""
-            yield _Found(middle, f"{_x(_shape(cell))} {cell.mode}, {found.name}{ends}")
+            yield _Reached(middle, f"{_x(_shape(cell))} {cell.mode}, {against.name}{ends}")
 
 
 def _shape(cell: Cell) -> tuple[int, int]:

@@ -107,7 +107,7 @@ def generate(
         gpu: the device to compile for.
         mark: marks dimensions of the arguments as dynamic, as it is to be done before each call.
     """
-    found: list[str] = []
+    sources: list[str] = []
     inputs: list[str] = []
 
     def backend(graph: Any, example_inputs: list[Any]) -> Any:
@@ -117,7 +117,7 @@ def generate(
         return compile_fx(graph, example_inputs)
 
     def save(source: str) -> None:
-        found.append(source)
+        sources.append(source)
         raise _Written
 
     with _described(gpu) as stack:
@@ -145,9 +145,9 @@ def generate(
             mark(list(fakes.values()))
         with suppress(_Written):
             torch.compile(_renamed(function), fullgraph=True, backend=backend)(**fakes)
-        if len(found) != 1:
-            raise RuntimeError(f"Inductor wrote {len(found)} modules")
-    return Generated(found[0], tuple(inputs))
+        if len(sources) != 1:
+            raise RuntimeError(f"Inductor wrote {len(sources)} modules")
+    return Generated(sources[0], tuple(inputs))
 
 
 def _renamed(function: Any) -> Callable[..., Any]:
@@ -268,7 +268,7 @@ def record_launches(
         install: puts something else in the place of the kernel of that name.
     """
     program = Program()
-    known: dict[Any, Kernel] = {}
+    kernels_seen: dict[Any, Kernel] = {}
 
     class Recorder:
         def __init__(self, name: str, kernel: Any) -> None:
@@ -278,10 +278,10 @@ def record_launches(
             def launch(*arguments: Any, **options: Any) -> None:
                 with _described(gpu):
                     binary = self.kernel.run(*arguments, grid=grid, warmup=True, **options)
-                if binary not in known:
-                    known[binary] = Kernel(self.name, binary.src.fn.src, (_assembled(binary),))
+                if binary not in kernels_seen:
+                    kernels_seen[binary] = Kernel(self.name, binary.src.fn.src, (_assembled(binary),))
                 named = {**dict(zip(self.kernel.arg_names, arguments, strict=False)), **options}
-                program.launches.append(Launch(known[binary], named, grid))
+                program.launches.append(Launch(kernels_seen[binary], named, grid))
 
             return launch
 
