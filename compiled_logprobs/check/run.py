@@ -1,4 +1,4 @@
-"""The check ("sign check", the gate): whether a backend, or any function, keeps the contract on this device.
+"""The check ("sign check"): whether a backend, or any function, keeps the contract on this device.
 
 The truth is `compiled_logprobs.operation.reference`; the budget for an error is what plain torch itself makes of the
 same input.

@@ -1,7 +1,5 @@
 """A few rows at the full size: what is right passes whatever the options, what is wrong in those rows does not."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -33,12 +31,11 @@ def measured(backend, problem):
     return measurement.runs["other"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_what_is_right_passes(options, dtype):
-    for _ in range(5):  # the inputs are drawn anew
-        run = measured(Eager(), PROBLEM._replace(dtype=dtype, **options))
-        assert run.alive, run.reason
+    run = measured(Eager(), PROBLEM._replace(dtype=dtype, **options))
+    assert run.alive, run.reason
 
 
 class WrongFrom(Eager):
@@ -63,14 +60,13 @@ class WrongFrom(Eager):
 
 
 @pytest.mark.parametrize(
-    ("what", "dtype"), list(itertools.product(["log_probs", "entropy", "gradient"], [torch.float32, torch.bfloat16]))
+    ("what", "said"), [("log_probs", "log-probability"), ("entropy", "entropy"), ("gradient", "gradient")]
 )
-def test_what_is_wrong_with_many_rows_only_is_found(what, dtype):
-    problem = PROBLEM._replace(dtype=dtype, needs_grad=True, entropy=True)
+def test_what_is_wrong_with_many_rows_only_is_found(what, said):
+    problem = PROBLEM._replace(dtype=torch.bfloat16, needs_grad=True, entropy=True)
     run = measured(WrongFrom(what), problem)
-    named = {"log_probs": "log-probability", "entropy": "entropy", "gradient": "gradient"}[what]
     assert run.outcome == "wrong"
-    assert run.reason.startswith(f"with 96 rows, the {named} of row ")
+    assert run.reason.startswith(f"with 96 rows, the {said} of row ")
     assert measured(WrongFrom(what), problem._replace(rows=48)).alive
 
 
@@ -80,5 +76,5 @@ def test_nan_is_wrong_where_the_truth_is_finite():
     upstream = [torch.ones(4, 1)]
     problem = Problem("cpu", 4, 9, torch.float32)
     assert what_is_wrong(problem, logits, labels, 1.0, upstream, [right], None) is None
-    found = what_is_wrong(problem, logits, labels, 1.0, upstream, [right * torch.nan], None)
-    assert found == "with 4 rows, the log-probability of row 0 is off by inf"
+    wrong = what_is_wrong(problem, logits, labels, 1.0, upstream, [right * torch.nan], None)
+    assert wrong == "with 4 rows, the log-probability of row 0 is off by inf"
