@@ -5,7 +5,6 @@ import pytest
 from compiled_logprobs import policy
 from compiled_logprobs.choose import memory
 from compiled_logprobs.store import ROOT_VARIABLE
-from tests.helpers.dashboard_stores import scenario  # noqa: F401 - a fixture, for the tests that ask for it
 
 
 @pytest.fixture(autouse=True)

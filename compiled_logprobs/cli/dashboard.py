@@ -1,4 +1,4 @@
-"""The command that starts the dashboard: this process becomes its server, so that a signal ends it and nothing is left behind."""
+"""The command `dashboard`: this process becomes the server, so that a signal ends it and nothing is left behind."""
 
 import errno
 import os
@@ -27,8 +27,8 @@ def dashboard(
 ) -> None:
     """Show the stored profiles in a browser, and start profile runs from there. Reachable from this machine only.
 
-    Needs the extra "dashboard"; where that is missing, it says what to install. Ctrl-C ends it, and a profile run that it
-    started.
+    Needs the extra "dashboard"; where that is missing, it says what to install. Ctrl-C ends it, and a profile run that
+    it started.
     """
     with reported_errors():
         require_packages()

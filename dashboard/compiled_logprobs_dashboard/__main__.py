@@ -1,4 +1,4 @@
-"""The program that `compiled-logprobs dashboard` becomes: Streamlit's server on 127.0.0.1, behind our guard, until a signal."""
+"""The server that `compiled-logprobs dashboard` becomes: Streamlit's, on 127.0.0.1, behind our guard."""
 
 import argparse
 import importlib
@@ -19,11 +19,10 @@ from starlette.middleware import Middleware
 from streamlit import config
 from streamlit.starlette import App
 
-from compiled_logprobs.cli.dashboard import ADDRESS, PORT
-from compiled_logprobs_dashboard.guard import HOSTS, Guard
+from compiled_logprobs_dashboard.guard import HOSTS, UPLOAD_LIMIT_MB, Guard
 
+ADDRESS = HOSTS[0]
 SCRIPT = Path(__file__).with_name("app.py")
-UPLOAD_LIMIT_MB = 8
 PATIENCE_S = 2.0
 """For pages that are being computed, when a signal has come."""
 SETTINGS: dict[str, Any] = {
@@ -51,7 +50,7 @@ SETTINGS: dict[str, Any] = {
 def main() -> None:
     """Serve, as the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=PORT)
+    parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--no-browser", dest="browser", action="store_false")
     asked = parser.parse_args()
     app = App(SCRIPT, middleware=[Middleware(Guard)], lifespan=partial(_alive, browser=asked.browser))
@@ -81,11 +80,15 @@ def _prepare() -> None:
     """Have ready what the first page needs while the browser is on its way: packages and profiles take seconds."""
     for name in ("tables.decide", "charts.decide"):
         importlib.import_module(f"compiled_logprobs_dashboard.{name}")
-    importlib.import_module("compiled_logprobs_dashboard.selection").read_ahead()
+    importlib.import_module("compiled_logprobs_dashboard.selection").current_frames()
 
 
 def _end(orderly: Any, number: int, frame: FrameType | None) -> None:
     """End in order, and without order if that takes long: a page may be in the midst of a computation."""
+    if runs := sys.modules.get(
+        "compiled_logprobs_dashboard.runs"
+    ):  # slow to import, and needed only where a run was started
+        runs.RUNS.interrupt()
     orderly(number, frame)
     last = threading.Timer(PATIENCE_S, os._exit, [128 + number])
     last.daemon = True

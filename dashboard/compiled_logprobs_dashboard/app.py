@@ -6,7 +6,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from compiled_logprobs_dashboard import selection as session
+from compiled_logprobs_dashboard import selection
 
 HERE = Path(__file__).parent
 PAGES = {
@@ -28,7 +28,7 @@ for name, text in st.query_params.to_dict().items():
         if math.isinf(float(text)):  # a link may say anything, and Streamlit fails on a number that is too large for it
             del st.query_params[name]
             st.rerun()
-for key in (session.PROFILE, session.MODE, session.DTYPE, session.ROWS, session.VOCAB):
+for key in (selection.PROFILE, selection.MODE, selection.DTYPE, selection.ROWS, selection.VOCAB):
     if key in st.session_state:  # Streamlit forgets on the next page what came from a link; what is set by hand stays
         st.session_state[key] = st.session_state[key]
 st.set_page_config(page_title="compiled-logprobs", page_icon=str(HERE / "icon.png"), layout="wide")

@@ -1,7 +1,7 @@
 """Who may talk to the dashboard's server: pages that it served itself, to a browser on this machine.
 
-It listens on 127.0.0.1 alone, but any page that the user visits can make the browser send requests there. Such a page has another
-Origin; or, where its own name was made to lead to 127.0.0.1, another Host.
+It listens on 127.0.0.1 alone, but any page that the user visits can make the browser send requests there. Such a page
+has another Origin; or, where its own name was made to lead to 127.0.0.1, another Host.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 HOSTS = ("127.0.0.1", "localhost")
 """As which a browser may know this machine; the port may be another, as it is behind an SSH tunnel."""
+UPLOAD_LIMIT_MB = 64
+"""Of an archive; that of the preset `full` has some 10 MB."""
 CONTENT_POLICY = {
     "default-src": "'self'",
     "script-src": "'self' 'unsafe-inline' 'unsafe-eval'",  # as Streamlit's own page needs
@@ -25,7 +27,7 @@ CONTENT_POLICY = {
     "form-action": "'self'",
     "frame-ancestors": "'none'",
 }
-"""What a page of the dashboard may load and who may frame it: so that markup that got through could still tell nobody."""
+"""What a page may load, and who may frame it: so that markup that got through could still tell nobody."""
 REFUSAL = b"This dashboard serves 127.0.0.1 and localhost, and pages of its own, only.\n"
 
 

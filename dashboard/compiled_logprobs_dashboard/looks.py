@@ -1,14 +1,22 @@
 """How backends, outcomes and verdicts look: a colour, and always a letter, symbol or word beside it.
 
-The colours are those of Okabe and Ito, which people with any kind of colour blindness can tell apart; they hold on white and on
-near-black. None carries a meaning alone.
+The colours are those of Okabe and Ito, which people with any kind of colour blindness can tell apart; they hold on
+white and on near-black. None carries a meaning alone.
 """
 
 import re
 import unicodedata
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
+
+import pandas as pd
+
+from compiled_logprobs.decision import Decision
+
+MOST_BACKENDS = 20
+"""That can be told apart: of more, as a foreign profile may have, some are shown."""
 
 
 class Look(NamedTuple):
@@ -67,7 +75,8 @@ def looks(backends: Iterable[str], among: Iterable[str] = ()) -> dict[str, Look]
 
     Args:
         backends: what is to be drawn.
-        among: all that there are, so that one which is drawn beside others elsewhere has the same letter and colour there.
+        among: all that there are, so that one which is drawn beside others elsewhere has the same letter and colour
+        there.
     """
     names = list(dict.fromkeys(backends))
     others = _of_others(tuple(sorted({*names, *among} - BACKENDS.keys())))
@@ -92,7 +101,7 @@ def outcome(name: str) -> str:
 
 
 def plain_line(text: object, longest: int = 300) -> str:
-    """`text`, which may come from anywhere, on one line, without characters that cannot be seen or turn the line round."""
+    """Put `text`, from anywhere, on one line, without characters that are invisible or turn the line round."""
     kept = "".join(" " if character.isspace() else character for character in str(text)[: 4 * longest])
     kept = "".join(character for character in kept if unicodedata.category(character)[0] != "C")
     return kept if len(kept) <= longest else kept[: longest - 1] + "…"
@@ -110,3 +119,31 @@ def plain_in_chart(text: object, longest: int = 120) -> str:
     for character, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("%{", "%\u200b{"), ("$", "\uff04")):
         line = line.replace(character, instead)
     return line
+
+
+def foremost(decision: Decision, *, failures_first: bool = False) -> tuple[Decision, int]:
+    """`decision` with at most `MOST_BACKENDS` candidates, and how many that leaves out.
+
+    The chosen one, the baseline, then by speed; with `failures_first`, what has failed a check or broke down comes
+    before these.
+    """
+
+    def rank(name: str) -> tuple[bool, bool, float, str]:
+        one = decision.candidates[name]
+        failed = failures_first and not one.measured and one.outcome not in ("unavailable", "unsupported")
+        speed = 0.0 if one.speedup is None else one.speedup.median
+        return name not in (decision.chosen, decision.baseline), not failed, -speed, name
+
+    names = set(sorted(decision.candidates, key=rank)[:MOST_BACKENDS])
+    part = {name: one for name, one in decision.candidates.items() if name in names}
+    return replace(decision, candidates=part), len(decision.candidates) - len(part)
+
+
+def foremost_in(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """The rows of `table` of at most `MOST_BACKENDS` backends, and how many others it has.
+
+    Those that were chosen most often, then those with the most rows.
+    """
+    by = table.groupby("backend", sort=True)["chosen"].agg(["sum", "size"])
+    names = by.sort_values(["sum", "size"], ascending=False, kind="stable").index[:MOST_BACKENDS]
+    return table[table["backend"].isin(names)], len(by) - len(names)

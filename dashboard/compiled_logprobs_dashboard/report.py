@@ -1,6 +1,8 @@
-"""A profile as one HTML file that needs no network, no server and no other file: for a ticket, a pull request or a colleague.
+"""A profile as one HTML file that needs no network, no server and no other file: for a ticket, a pull request or a
+colleague.
 
-The drawing library lies inside it. What comes from profiles is escaped, and the file's own policy forbids every request.
+The drawing library lies inside it. What comes from profiles is escaped, and the file's own policy forbids every
+request.
 """
 
 import math
@@ -10,14 +12,18 @@ from typing import Any
 import pandas as pd
 import plotly.io
 
+from compiled_logprobs_dashboard.charts import TEMPLATE
 from compiled_logprobs_dashboard.charts.decide import winner_map
-from compiled_logprobs_dashboard.data import in_profile, profile_facts
-from compiled_logprobs_dashboard.index import Tables
+from compiled_logprobs_dashboard.frames import Frames, Profile
 from compiled_logprobs_dashboard.looks import outcome, plain_line
-from compiled_logprobs_dashboard.tables import decide_map as winners
+from compiled_logprobs_dashboard.tables.decide import around, map_in_words, winners
 
 MOST_ROWS = 2000
 """Of decisions in the table, so that a browser can hold it."""
+HEAD = (
+    "mode, dtype, N, V, timed N, winner, speed-up, over, over the baseline, a call, extra memory, checks passed, "
+    "bandwidth, why, measured, stale"
+)
 CONFIG = {"displayModeBar": False, "staticPlot": False, "showSendToCloud": False, "plotlyServerURL": ""}
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
@@ -32,37 +38,37 @@ td.n { text-align: right; }
 """
 
 
-def report(tables: Tables, source: str, environment: str, made_at: str) -> str:
+def report(frames: Frames, profile: Profile, made_at: str) -> str:
     """The report of one profile.
 
     Args:
-        tables: where from.
-        source: of the profile.
-        environment: its fingerprint.
+        frames: where from.
+        profile: which one.
         made_at: when, for people.
 
     Returns:
         HTML. The charts need the script that lies in it; everything they show stands in the tables, too.
     """
-    found = in_profile(tables, source, environment).sort_values(["mode", "dtype", "vocab", "rows"], kind="stable")
-    facts = profile_facts(tables, source, environment)
+    found = frames.of(profile).sort_values(["mode", "dtype", "vocab", "rows"], kind="stable")
+    facts = frames.facts(profile)
     device = str(facts.get("device") or "unknown device")
     parts = [
         f"<h1>Which backend on {_text(device)}?</h1>",
-        f"<p>{len(found)} decisions of environment {_text(environment)}, from the {_text(source)} profiles. Made "
-        f"{_text(made_at)} by compiled-logprobs. Speed-ups are over the baseline, with their confidence intervals; a backend was "
-        "timed only after its sign, values and gradient had been held against float64.</p>",
+        f"<p>{len(found)} decisions of environment {_text(profile.environment)}, from the {_text(profile.source)} "
+        f"profiles. Made {_text(made_at)} by compiled-logprobs. Speed-ups are over what stands in the column 'over', "
+        "with their confidence intervals, and beside that over the baseline; a backend was timed only after its "
+        "sign, values and gradient had been held against float64.</p>",
         "<h2>Device and versions</h2>",
         _table(
             ["fact", "value"],
             [[name.replace("_", " "), _fact(value)] for name, value in facts.items() if _is_fact(name, value)],
         ),
         "<h2>Winners by N and V</h2>",
-        *_maps(tables, source, environment, found),
+        *_maps(frames, profile, found),
         "<h2>Decisions</h2>",
-        _decisions(tables, found),
+        _decisions(frames, found),
         "<h2>What did not get through</h2>",
-        _failures(tables, found),
+        _failures(frames, found),
     ]
     head = (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
@@ -73,71 +79,50 @@ def report(tables: Tables, source: str, environment: str, made_at: str) -> str:
     return f"{head}<body><main>{''.join(parts)}</main></body></html>\n"
 
 
-def _maps(tables: Tables, source: str, environment: str, found: pd.DataFrame) -> list[str]:
+def _maps(frames: Frames, profile: Profile, found: pd.DataFrame) -> list[str]:
     parts, library = [], True
     for mode, dtype in found[["mode", "dtype"]].drop_duplicates().itertuples(index=False):
-        table = winners.winners(tables, source, environment, mode, dtype)
+        table = winners(frames, profile, mode, dtype)
         last = table.dropna(subset=["key"]).iloc[-1]
-        table = winners.around(table, int(last["rows"]), int(last["vocab"]))
-        figure = winner_map(table, among=tables.backends)
-        figure.update_layout(template="plotly_white", paper_bgcolor="white", plot_bgcolor="white")
+        table = around(table, int(last["rows"]), int(last["vocab"]))
+        figure = winner_map(table, among=frames.backends).update_layout(template=f"plotly_white+{TEMPLATE}")
         chart = plotly.io.to_html(figure, full_html=False, include_plotlyjs=library, config=CONFIG)
         library = False
-        text = winners.in_words(table)
+        text = map_in_words(table)
         parts.append(
-            f"<h3>{_text(mode)}, {_text(dtype)}</h3><p>{_text(text)} The fainter a square, the closer the runner-up.</p>"
+            f"<h3>{_text(mode)}, {_text(dtype)}</h3><p>{_text(text)} The fainter a square, the closer the "
+            "runner-up.</p>"
             f'<div class="chart" role="img" aria-label="{escape(text)}">{chart}</div>'
         )
     return parts or ["<p>Nothing was measured.</p>"]
 
 
-def _decisions(tables: Tables, found: pd.DataFrame) -> str:
-    chosen = tables.candidates[tables.candidates["chosen"]].set_index("key")
+def _decisions(frames: Frames, found: pd.DataFrame) -> str:
+    chosen = frames.candidates[frames.candidates["chosen"]].set_index("key")
     rows = []
     for one in found.head(MOST_ROWS).itertuples():
         best: Any = chosen.loc[one.key]
-        band = (
-            ""
-            if math.isnan(best["speedup_low"]) or math.isnan(best["speedup_high"])
-            else (f" ({best['speedup_low']:.2f} to {best['speedup_high']:.2f})")
-        )
+        ends = best["speedup_low"], best["speedup_high"]
+        band = "" if any(map(math.isnan, ends)) else f" ({ends[0]:.2f} to {ends[1]:.2f})"
         rows.append(
             [
-                one.mode,
-                one.dtype,
-                one.rows,
-                one.vocab,
-                one.measured_rows,
-                one.chosen,
-                "baseline" if one.chosen == one.baseline else _number(best["speedup"], ".2f", "x") + band,
+                *(one.mode, one.dtype, one.rows, one.vocab, one.measured_rows, one.chosen),
+                "baseline" if one.chosen == one.against else _number(best["speedup"], ".2f", "x") + band,
+                one.against,
+                "baseline" if one.chosen == one.baseline else _number(best["ratio"], ".2f", "x"),
                 _number(best["seconds"] * 1e3, ".3g", " ms"),
                 _number(best["extra_bytes"] / 2**20, ".0f", " MiB"),
                 f"{best['checks_passed']} of {best['checks_total']}" if best["checks_total"] else "not stored",
                 _number(best["percent_of_bandwidth"], ".0f", " %"),
-                one.code,
-                one.measured_at,
-                one.stale if isinstance(one.stale, str) else "",
+                *(one.code, one.measured_at, one.stale if isinstance(one.stale, str) else ""),
             ]
         )
-    head = [
-        "mode",
-        "dtype",
-        "N",
-        "V",
-        "timed N",
-        "winner",
-        "speed-up",
-        "a call",
-        "extra memory",
-        "checks passed",
-        "bandwidth",
-    ]
     note = "" if len(found) <= MOST_ROWS else f"<p>The first {MOST_ROWS} of {len(found)}.</p>"
-    return note + _table([*head, "why", "measured", "stale"], rows)
+    return note + _table(HEAD.split(", "), rows)
 
 
-def _failures(tables: Tables, found: pd.DataFrame) -> str:
-    lost = tables.candidates[tables.candidates["key"].isin(found["key"]) & tables.candidates["seconds"].isna()]
+def _failures(frames: Frames, found: pd.DataFrame) -> str:
+    lost = frames.candidates[frames.candidates["key"].isin(found["key"]) & frames.candidates["seconds"].isna()]
     counted = lost.groupby(["backend", "outcome", "reason"], sort=True).size().head(MOST_ROWS)
     rows = [[backend, outcome(what), why, count] for (backend, what, why), count in counted.items()]
     return _table(["backend", "outcome", "why", "decisions"], rows) if rows else "<p>Everything did.</p>"
@@ -147,8 +132,9 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
     def cell(value: Any) -> str:
         return f'<td class="n">{value}</td>' if isinstance(value, int) else f"<td>{_text(value)}</td>"
 
+    heads = "".join(f"<th>{_text(name)}</th>" for name in head)
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    return f"<table><thead><tr>{''.join(f'<th>{_text(one)}</th>' for one in head)}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _text(value: object) -> str:

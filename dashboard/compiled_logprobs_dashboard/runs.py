@@ -1,56 +1,60 @@
-"""One profile run at a time: a process of its own, which outlives a reload, a closed tab and the dashboard itself.
+"""Profile runs: what to know before one is started, and one run at a time, as a child of this server.
 
-<folder>/latest.json    what was asked for last, when, and the process that does it
-<folder>/<id>.jsonl     its events, one a line, as it writes them
-<folder>/<id>.txt       what it and foreign code wrote to standard error
-<folder>/<id>.exit      its exit code, if a dashboard was there to see it
-
-The run holds a lock from its first to its last moment, however it ends: the lock is taken here, and the process inherits it.
-So whoever cannot take the lock knows that a run is going on, and no number of a process can be mistaken for that of another.
-The lock lies in the temporary folder of whoever started the run, and latest.json says where, for another's may be another.
+A run writes its events to a file, so that it goes on whatever becomes of a tab, and any page can tell how it stands. It
+ends with the server; what it has finished by then is stored.
 """
 
 import contextlib
-import hashlib
-import json
 import os
-import platform
-import re
-import secrets
 import shlex
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import psutil
+import torch
+from filelock import BaseFileLock, FileLock, Timeout
+from platformdirs import user_state_path
+
+from compiled_logprobs.backends import EAGER, backends
+from compiled_logprobs.choose.tune import current
+from compiled_logprobs.cli.output import short
 from compiled_logprobs.errors import LogProbsError
+from compiled_logprobs.machine import clock
+from compiled_logprobs.machine.nvml import telemetry
 from compiled_logprobs.problem import Problem, bucket
-from compiled_logprobs.tuning import presets as profiling
+from compiled_logprobs.store import user_store
+from compiled_logprobs.store.files import Store
+from compiled_logprobs.tuning import presets
+from compiled_logprobs.tuning.rounds import BUFFERS, SHARE_OF_FREE_MEMORY
+from compiled_logprobs.tuning.tuner import alone_on
+from compiled_logprobs_dashboard.tables.run import Seen
 
-LATEST = "latest.json"
-PATIENCE_S = 0.5
-"""For whoever only looks whether the lock is taken."""
-GRACE_S = {"SIGINT": 15.0, "SIGTERM": 5.0}
-"""After which the next signal follows, SIGKILL at last. The first has the run keep what is finished and end."""
-POLL_S = 0.1
+START_S = 15.0
+"""About what it takes until the first problem begins, and to begin a worker program: torch is imported twice."""
+DISK_A_PROBLEM = 2**18
+"""Bytes that a decision and what stands beside it take at most, about."""
+BUSY_SHARE = 0.25
+"""Of the device: what more than this keeps busy would show in the figures."""
+GRACE_S = (15.0, 5.0)
+"""After SIGINT, which has the run keep what is finished and end, and after SIGTERM; then it is killed."""
+EVENTS, ERRORS, LOCK = "events.jsonl", "errors.txt", "run.lock"
 
-_ID = re.compile("[0-9]{8}T[0-9]{6}-[0-9a-f]{8}")
 Status = Literal["running", "stopping", "finished", "cancelled", "died"]
-
-
-class RunRefused(LogProbsError):
-    """A run cannot be started."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: the options of `compiled-logprobs profile`. What is empty is left to the preset, or means all."""
+    """What to measure: options of `compiled-logprobs profile`. Empty ones are left to the preset, or mean all."""
 
     device: str
     preset: str = "quick"
@@ -64,13 +68,13 @@ class Request:
 
     def problems(self) -> list[Problem]:
         """The problems of the run, each bucket of N once, in its order. Raises InputError for what is not valid."""
-        grid = profiling.grid(
+        grid = presets.grid(
             self.device.partition(":")[0],
             self.preset,
             vocabs=self.vocabs,
             rows=self.rows,
-            dtypes=[profiling.dtype_of(name) for name in self.dtypes],
-            modes=[profiling.mode_of(name) for name in self.modes],
+            dtypes=[presets.dtype_of(name) for name in self.dtypes],
+            modes=[presets.mode_of(name) for name in self.modes],
         )
         return list(dict.fromkeys(map(bucket, grid)))
 
@@ -84,265 +88,271 @@ class Request:
             "--backend": self.backends,
         }
         named = [f"{option}={','.join(map(str, values))}" for option, values in several.items() if values]
-        again = ["--again"] if self.again else []
-        return [
-            "profile",
-            f"--device={self.device}",
-            f"--preset={self.preset}",
-            *named,
-            f"--budget={self.budget_s:g}",
-            *again,
-        ]
+        start = ["profile", f"--device={self.device}", f"--preset={self.preset}", *named, f"--budget={self.budget_s:g}"]
+        return [*start, *(["--again"] if self.again else [])]
 
     def command_line(self) -> str:
         """What to type for the same run in a terminal."""
         return shlex.join(["compiled-logprobs", *self.arguments()])
 
 
+# Before a run
+
+
 @dataclass(frozen=True)
-class Job:
+class Preflight:
+    """What a run would be like. None where this machine does not tell."""
+
+    problems: tuple[Problem, ...]
+    stored: int
+    """How many of them are stored already, and would not be measured again."""
+    most_seconds: float
+    likely_seconds: float | None
+    """By what problems took here before; None where none was measured."""
+    largest: Problem | None
+    """The problem with the most logits."""
+    logits_bytes: int
+    """Of that problem."""
+    needed_bytes: int
+    """That its inputs, its gradient and what is taken beside them need."""
+    free_bytes: int | None
+    warnings: tuple[str, ...]
+    """In sentences."""
+    obstacles: tuple[str, ...]
+    """Why it cannot be started."""
+
+    @property
+    def to_measure(self) -> int:
+        return len(self.problems) - self.stored
+
+
+def preflight(request: Request, *, seconds_before: Sequence[float] = (), store: Store | None = None) -> Preflight:
+    """What the run that `request` asks for would be like here. Nothing is measured, and nothing written.
+
+    Args:
+        request: the run.
+        seconds_before: what problems took on this machine before, each.
+        store: where it would be stored; by default the user's.
+
+    Raises:
+        InputError: the request is not valid.
+    """
+    device = torch.device(request.device)
+    store = user_store() if store is None else store
+    problems = request.problems()
+    asked = [EAGER, *request.backends] if request.backends else backends()
+    stored = 0 if request.again else sum(current(store, problem, device, asked) is not None for problem in problems)
+    to_measure = len(problems) - stored
+    largest = max(problems, key=_logits_bytes, default=None)
+    logits = 0 if largest is None else _logits_bytes(largest)
+    needed = 0 if largest is None else (BUFFERS + largest.needs_grad + 1) * logits
+    free = _free_bytes(device)
+    warnings = _busy(device)
+    if largest is not None and free is not None and needed > SHARE_OF_FREE_MEMORY * free:
+        warnings.append(
+            f"{short(largest)} needs {needed / 2**30:.1f} GiB, and the run takes at most {SHARE_OF_FREE_MEMORY:.0%} "
+            f"of the {free / 2**30:.1f} GiB that are free: fewer rows will be timed, and the result says so."
+        )
+    each = min(request.budget_s, statistics.median(seconds_before)) if seconds_before else None
+    return Preflight(
+        problems=tuple(problems),
+        stored=stored,
+        most_seconds=START_S + to_measure * request.budget_s,
+        likely_seconds=None if each is None else START_S + to_measure * each,
+        largest=largest,
+        logits_bytes=logits,
+        needed_bytes=needed,
+        free_bytes=free,
+        warnings=tuple(warnings),
+        obstacles=tuple(_obstacles(store.root, to_measure)),
+    )
+
+
+def _logits_bytes(problem: Problem) -> int:
+    return problem.rows * problem.vocab * problem.dtype.itemsize
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cpu":
+        return clock.free_memory(device)
+    # Through the driver's library: torch would take some of the GPU's memory to answer, for as long as the dashboard
+    # lives.
+    seen = telemetry(device).snapshot()
+    return None if seen is None else seen.memory_free_bytes  # the total holds what the driver keeps for itself
+
+
+def _busy(device: torch.device) -> list[str]:
+    """What else uses the device now."""
+    told = []
+    with alone_on(device, 0) as alone:
+        if not alone:
+            told.append(f"Another process of this library is measuring on {device} now; the run would wait for it.")
+    if device.type == "cpu":
+        cores, load = psutil.cpu_count() or 1, psutil.getloadavg()[0]
+        if load > BUSY_SHARE * cores:
+            told.append(
+                f"This machine was busy in the last minute: {load:.1f} programs ran or waited, for {cores} cores. "
+                "What runs beside the measurement makes it slower and less certain."
+            )
+    elif (seen := telemetry(device).snapshot()) is not None:
+        if seen.process_count:
+            told.append(
+                f"Processes that compute on {device} now: {seen.process_count}. They would share it with the run."
+            )
+        if seen.busy_percent is not None and seen.busy_percent > 100 * BUSY_SHARE:
+            told.append(f"A kernel was running on {device} for {seen.busy_percent} % of the last moments.")
+    return told
+
+
+def _obstacles(root: Path, problems: int) -> list[str]:
+    place = next((folder for folder in (root, *root.parents) if folder.is_dir()), None)
+    if place is None or not os.access(place, os.W_OK | os.X_OK):
+        return [f"Profiles cannot be written to {root}. Make it writable, or set COMPILED_LOGPROBS_PROFILES."]
+    free = shutil.disk_usage(place).free
+    if free < problems * DISK_A_PROBLEM:
+        return [f"The disk that holds {root} has {free / 2**20:.0f} MiB left. Free some space."]
+    return []
+
+
+# A run
+
+
+class RunRefused(LogProbsError):
+    """A run cannot be started."""
+
+
+@dataclass
+class Run:
     """A run that was started, be it over or not."""
 
-    folder: Path
-    id: str
-    pid: int
-    host: str
-    started_at: float
-    """Seconds since 1970."""
     request: Request
-    lock: str
-    """The file that the run holds a lock of."""
+    process: "subprocess.Popen[bytes]"
+    folder: "tempfile.TemporaryDirectory[str]"
+    """With what it writes; removed when nobody looks at the run any more."""
+    started_at: float = field(default_factory=time.time)
+    """Seconds since 1970."""
+    is_cancelled: bool = False
+    """Whether somebody asked for its end."""
+    _seen: Seen = field(default_factory=Seen)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def events(self) -> Path:
-        return self.folder / f"{self.id}.jsonl"
+        """What it reports, a line an event."""
+        return Path(self.folder.name, EVENTS)
 
     @property
-    def errors(self) -> Path:
-        return self.folder / f"{self.id}.txt"
+    def is_running(self) -> bool:
+        return self.process.poll() is None
 
-    @property
-    def exit_code(self) -> int | None:
-        """None while it runs, and where no dashboard saw its end."""
-        try:
-            return int((self.folder / f"{self.id}.exit").read_text(encoding="ascii"))
-        except (OSError, ValueError):
-            return None
+    def seen(self) -> Seen:
+        """What its events told so far, as a copy: all tabs share this."""
+        with self._lock:
+            self._seen.read(self.events)
+            return self._seen.copy()
 
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether somebody asked for its end."""
-        return (self.folder / f"{self.id}.cancel").exists()
+    def status(self) -> Status:
+        """How it stands."""
+        if self.is_running:
+            return "stopping" if self.is_cancelled else "running"
+        end = self.seen().end
+        if end is None:
+            return "cancelled" if self.is_cancelled else "died"
+        return "cancelled" if end["interrupted"] else "finished"
 
     def said(self, most: int = 4000) -> str:
-        """The last characters that were written to standard error."""
-        try:
-            with self.errors.open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - most))
-                return file.read().decode("utf-8", "replace")
-        except OSError:
-            return ""
+        """The last characters that it and foreign code wrote to standard error."""
+        return Path(self.folder.name, ERRORS).read_bytes()[-most:].decode("utf-8", "replace")
+
+    def cancel(self) -> threading.Thread:
+        """Ask it to end, which keeps what is finished; then insist. Returns at once: a thread sees to it."""
+        self.is_cancelled = True
+        thread = threading.Thread(target=self._end, name="cancel the run", daemon=True)
+        thread.start()
+        return thread
+
+    def interrupt(self) -> None:
+        """Ask it to end."""
+        if self.is_running:
+            with contextlib.suppress(OSError):
+                self.process.terminate() if os.name == "nt" else self.process.send_signal(signal.SIGINT)
+
+    def _end(self) -> None:
+        for end, grace in zip((self.interrupt, self.process.terminate), GRACE_S, strict=True):
+            end()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(grace)
+                return
+        with contextlib.suppress(psutil.Error):
+            started = psutil.Process(self.process.pid).children(
+                recursive=True
+            )  # its worker program, which it cannot end now
+            self.process.kill()
+            for process in started:
+                process.kill()
 
 
-def why_not(folder: Path | None = None) -> str | None:
-    """Why no run can be started from here, or followed; None if one can."""
-    if os.name != "posix":
-        return "Runs are started from here on Linux and macOS only; `compiled-logprobs profile` does the same anywhere."
-    folder = state_folder() if folder is None else folder
-    job = latest(folder)
-    for path in {_lock_path(folder), *([] if job is None else [Path(job.lock)])}:
-        try:
-            with _lock(path, 0, look=True):
-                pass
-        except FileNotFoundError:
-            continue  # nobody has ever held it, or its temporary folder is gone, and the run with it
-        except OSError as error:
-            return (
-                f"Whether a run is going on cannot be told, since {path} cannot be opened: {error.strerror or error}. If it is "
-                "another user's, or no file, have it removed, or set TMPDIR to a folder of your own. `compiled-logprobs profile` "
-                "measures without it."
-            )
-    return None
+class Runs:
+    """The runs of this server: one at a time, and one on this machine by one user."""
 
+    def __init__(self) -> None:
+        self.latest: Run | None = None
+        self._lock = threading.Lock()
 
-def state_folder() -> Path:
-    """Where the state of this user's runs is kept."""
-    from platformdirs import user_state_path
+    @property
+    def is_measuring(self) -> bool:
+        return self.latest is not None and self.latest.is_running
 
-    return user_state_path("compiled-logprobs") / "run"
+    def interrupt(self) -> None:
+        """Ask a run that is going on to end; for the end of the server."""
+        if self.latest is not None:
+            self.latest.interrupt()
 
+    def start(self, request: Request) -> Run:
+        """Start a run, and return at once.
 
-def start(request: Request, folder: Path | None = None) -> Job:
-    """Start a run, and return at once.
-
-    Raises:
-        InputError: what is asked for is not valid.
-        RunRefused: another run is going on, or this one's state cannot be written.
-    """
-    folder = state_folder() if folder is None else folder
-    if reason := why_not(folder):
-        raise RunRefused(reason)
-    request.problems()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _lock(_lock_path(folder), PATIENCE_S) as lock:
-            before = latest(folder)
-            if lock is None or (before is not None and _is_held(before.lock, but=lock)):
+        Raises:
+            InputError: what is asked for is not valid.
+            RunRefused: another run is going on, or the files that this one needs cannot be written.
+        """
+        request.problems()
+        with self._lock:
+            try:
+                lock = FileLock(user_state_path("compiled-logprobs", ensure_exists=True) / LOCK, thread_local=False)
+                lock.acquire(timeout=0)
+            except Timeout:
                 raise RunRefused(
                     "A run is going on already; one at a time can measure. Wait for its end, or cancel it."
-                )
-            _remove_old(folder)
-            return _start(request, folder, lock)
-    except OSError as error:
-        raise RunRefused(
-            f"The run's state cannot be kept in {error.filename or folder}: {error.strerror or error}. Mend that."
-        ) from error
-
-
-def latest(folder: Path | None = None) -> Job | None:
-    """The run that was started last on this machine, over or not; None if there is none that can be read."""
-    folder = state_folder() if folder is None else folder
-    try:
-        fields: dict[str, Any] = json.loads((folder / LATEST).read_text(encoding="utf-8"))
-        asked: dict[str, Any] = fields.pop("request")
-        asked = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
-        request = Request(**asked)
-        request.problems()
-        job = Job(folder=folder, request=request, **fields)
-        right = _ID.fullmatch(job.id) and job.pid > 1 and job.started_at > 0 and request.budget_s > 0
-        right = right and os.path.isabs(job.lock) and "\0" not in job.lock
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, LogProbsError):
-        return None
-    return job if right and job.host == platform.node() else None  # a home may be shared by machines
-
-
-def is_running(job: Job) -> bool:
-    """Whether it has not ended. Only the latest run can be told about; an earlier one has.
-
-    Where its lock cannot be opened, nothing is known of it, which `why_not` says.
-    """
-    if os.name != "posix" or not _is_held(job.lock):
-        return False
-    newest = latest(job.folder)
-    return newest is not None and newest.id == job.id
-
-
-def cancel(job: Job) -> threading.Thread | None:
-    """Ask the run to end, which keeps what is finished; then insist. Returns at once: a thread sees to it.
-
-    Pressing twice is harmless. None if it is over.
-    """
-    if not is_running(job):
-        return None
-    with contextlib.suppress(OSError):
-        (job.folder / f"{job.id}.cancel").touch()
-    thread = threading.Thread(target=_end, args=(job,), name="cancel the run", daemon=True)
-    thread.start()
-    return thread
-
-
-def _end(job: Job) -> None:
-    for name, grace in GRACE_S.items():
-        _signal(job, signal.Signals[name])
-        until = time.monotonic() + grace
-        while time.monotonic() < until:
-            if not is_running(job):
-                return
-            time.sleep(POLL_S)
-    _signal(job, signal.SIGKILL)
-
-
-def _signal(job: Job, number: signal.Signals) -> None:
-    """To the run and all of its process group; its worker program is in another, and ends with it."""
-    if is_running(job):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(job.pid, number)
-
-
-def _start(request: Request, folder: Path, lock: int) -> Job:
-    name = time.strftime("%Y%m%dT%H%M%S-") + secrets.token_hex(4)
-    events, errors = folder / f"{name}.jsonl", folder / f"{name}.txt"
-    command = [sys.executable, "-m", "compiled_logprobs", *request.arguments(), "--progress=jsonl"]
-    with events.open("wb") as output, errors.open("wb") as said:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,  # a file, not a pipe: a pipe would end the run together with the dashboard
-            stderr=said,
-            pass_fds=[lock],
-            start_new_session=True,  # Ctrl-C in the dashboard's terminal is not for the run
-        )
-    job = Job(folder, name, process.pid, platform.node(), time.time(), request, str(_lock_path(folder)))
-    threading.Thread(target=_see_off, args=(process, folder / f"{name}.exit"), name="run", daemon=True).start()
-    fields: dict[str, Any] = asdict(job)
-    del fields["folder"]
-    new = folder / f"{LATEST}.{secrets.token_hex(4)}.tmp"
-    try:
-        new.write_text(json.dumps(fields), encoding="utf-8")
-        os.replace(new, folder / LATEST)
-    except BaseException:  # nobody could find the run, or end it
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return job
-
-
-def _see_off(process: "subprocess.Popen[bytes]", file: Path) -> None:
-    """Wait for the end of the process, which the system keeps until then, and note its exit code."""
-    code = process.wait()
-    with contextlib.suppress(OSError):
-        file.write_text(str(code), encoding="ascii")
-
-
-def _remove_old(folder: Path) -> None:
-    """The files of runs that are over; only the latest is of interest."""
-    (folder / LATEST).unlink(missing_ok=True)
-    for file in folder.iterdir():
-        if file.suffix in (".jsonl", ".txt", ".exit", ".cancel", ".tmp"):
-            file.unlink(missing_ok=True)
-
-
-def _lock_path(folder: Path) -> Path:
-    """The file whose lock a run of that folder holds.
-
-    It lies beside other temporary files, for a home can be on a network file system, where locks are not inherited.
-    """
-    name = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]
-    return Path(tempfile.gettempdir(), f"compiled-logprobs-run-{name}.lock").absolute()
-
-
-def _is_held(path: str, *, but: int | None = None) -> bool:
-    """Whether a run holds that lock; not if it is the one that was taken here, as the descriptor `but`."""
-    try:
-        if but is not None and os.path.samestat(os.stat(path), os.fstat(but)):
-            return False
-        with _lock(Path(path), 0, look=True) as lock:
-            return lock is None
-    except OSError:
-        return False
-
-
-@contextlib.contextmanager
-def _lock(path: Path, within: float, *, look: bool = False) -> Iterator[int | None]:
-    """Hold that lock; its descriptor, or None if a run holds it for longer than `within` s. Raises OSError if it is no such file.
-
-    Those who only look whether they could have it do not disturb one another.
-    """
-    import fcntl
-
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if look else os.O_CREAT)
-    descriptor = os.open(path, flags, 0o600)
-    try:
-        until = time.monotonic() + within
-        while True:
+                ) from None
+            except OSError as error:
+                raise _unwritable(error) from error
             try:
-                fcntl.flock(descriptor, (fcntl.LOCK_SH if look else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    yield None
-                    return
-                time.sleep(0.02)
-            else:
-                break
-        yield descriptor  # what inherited it goes on holding it when it is closed here
-    finally:
-        os.close(descriptor)
+                self.latest = _start(request, lock)
+            except OSError as error:
+                lock.release()
+                raise _unwritable(error) from error
+            return self.latest
+
+
+RUNS = Runs()
+
+
+def _start(request: Request, lock: BaseFileLock) -> Run:
+    folder = tempfile.TemporaryDirectory(prefix="compiled-logprobs-run-", ignore_cleanup_errors=True)
+    command = [sys.executable, "-m", "compiled_logprobs", *request.arguments(), "--progress=jsonl"]
+    with Path(folder.name, EVENTS).open("wb") as events, Path(folder.name, ERRORS).open("wb") as errors:
+        # In a group of its own: Ctrl-C in the dashboard's terminal comes through the dashboard.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=events, stderr=errors, start_new_session=True
+        )
+
+    def see_off() -> None:
+        process.wait()
+        lock.release()
+
+    threading.Thread(target=see_off, name="run", daemon=True).start()
+    return Run(request, process, folder)
+
+
+def _unwritable(error: OSError) -> RunRefused:
+    return RunRefused(f"The run's files cannot be kept in {error.filename}: {error.strerror or error}. Mend that.")

@@ -1,7 +1,7 @@
 """The dashboard in a real browser, on the profile that ships with the project: what no test without one can see.
 
-Any error in the browser's console, and any request to another place than the server, fails the test. Pictures of all pages are
-put into build/screenshots, to be looked at.
+Any error in the browser's console, and any request to another place than the server, fails the test. Pictures of all
+pages are put into build/screenshots, to be looked at.
 """
 
 import re
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     not CHROMIUM.exists(), reason=f"{CHROMIUM} is not there; `apt-get install chromium` brings it"
 )
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 PICTURES = REPOSITORY / "build" / "screenshots"
 PAGES = ["decide", "compare", "throughput", "memory", "sign_check", "live_gpu", "run", "profiles"]
 LOOKS = {
@@ -83,7 +83,8 @@ def visit(server, browser):
         return url.startswith(own)
 
     def hear(message):
-        # Streamlit looks for its own place under a page's address first; these 404 are its way to find that it is not there.
+        # Streamlit looks for its own place under a page's address first; these 404 are its way to find that it is not
+        # there.
         probe = re.fullmatch(
             re.escape(server.url) + r"/\w+/_stcore/(health|host-config)", message.location.get("url", "")
         )
@@ -122,7 +123,7 @@ def has(page, text: str):
 
 
 def picture(page, name: str) -> None:
-    """All of the page, which scrolls inside of a frame as high as the screen, as if the screen were as high as the page."""
+    """Take a picture of all of the page, which scrolls in a frame, as if the screen were as high as it."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     screen = page.viewport_size
     height = page.evaluate(HEIGHT)

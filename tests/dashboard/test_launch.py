@@ -115,7 +115,8 @@ def connected(server) -> socket.socket:
     """A WebSocket to the server, open."""
     stream = socket.create_connection(("127.0.0.1", server.port))
     stream.sendall(
-        f"GET /_stcore/stream HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"GET /_stcore/stream HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nUpgrade: websocket\r\nConnection: "
+        "Upgrade\r\n"
         "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
     )
     assert b" 101 " in stream.recv(1000)
@@ -160,7 +161,8 @@ def with_needs(name: str, known: dict[str, metadata.Distribution]) -> dict[str, 
 def installed(wheel, tmp_path):
     """The command of the wheel in an empty environment, into which pip brings what the wheel asks for.
 
-    Only torch, which can take gigabytes, is this environment's, with what it needs: linked, so that nothing beside it is found.
+    Only torch, which can take gigabytes, is this environment's, with what it needs: linked, so that nothing beside it
+    is found.
     """
     place, links = tmp_path / "environment", tmp_path / "torch"
     venv.create(place, with_pip=False)

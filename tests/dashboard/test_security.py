@@ -194,6 +194,6 @@ def test_nothing_of_the_users_settings_came_through(server):
     from compiled_logprobs_dashboard.__main__ import SETTINGS
 
     assert SETTINGS["browser.gatherUsageStats"] is False and SETTINGS["server.enableCORS"] is True
-    assert SETTINGS["server.enableXsrfProtection"] is True and SETTINGS["server.maxUploadSize"] == 8
+    assert SETTINGS["server.enableXsrfProtection"] is True and SETTINGS["server.maxUploadSize"] == 64
     _, headers, _ = ask(server, "/_stcore/health", origin=f"http://127.0.0.1:{server.port}")
     assert headers.get("access-control-allow-origin") != "*"

@@ -1,119 +1,206 @@
-"""The page Sign check, as Streamlit runs it."""
+"""The sign check, its tables and its page: verdicts by backend, dtype and input, errors, and the tokens most off."""
 
-import json
-from pathlib import Path
+import dataclasses
+import math
 
 import pytest
-import streamlit as st
-from streamlit.testing.v1 import AppTest
+from compiled_logprobs_dashboard import selection
+from compiled_logprobs_dashboard.charts import sign_check as charts
+from compiled_logprobs_dashboard.tables import sign_check as tables
 
-from tests.helpers.dashboard_checked import detailed
-from tests.helpers.dashboard_stores import (
-    SCENARIOS,
-    scenario,  # noqa: F401 - a fixture
-)
+from compiled_logprobs.check.report import MEANING
+from compiled_logprobs.decision import QUANTILES
+from tests.helpers.dashboard_checked import checked, detailed, gate, half_a_nat_off
+from tests.helpers.dashboard_crowd import details
+from tests.helpers.dashboard_pages import charts_of, metrics_of, opened, table_of, text_of
+from tests.helpers.dashboard_stores import good, here, problem
 
-APP = Path(__file__).parent.parent / "compiled_logprobs/dashboard/app.py"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_cached():
-    st.cache_data.clear()
-    st.cache_resource.clear()
-    yield
-    st.cache_data.clear()
-    st.cache_resource.clear()
+KEYS = ["backend", "dtype"]
 
 
-def page(**parameters) -> AppTest:
-    app = AppTest.from_file(str(APP), default_timeout=60)
-    for name, value in parameters.items():
-        app.query_params[name] = str(value)
-    app.switch_page("app_pages/sign_check.py")
-    return app.run()
+@pytest.fixture
+def gathered(load):
+    def of(name=None):
+        frames, profile = load(name)
+        return tables.gather(frames, profile, selection.first_shape(frames, profile))[0]
+
+    return of
 
 
-def text(app: AppTest) -> str:
-    """All that the page says."""
-    kinds = ("markdown", "caption", "info", "error", "success", "warning", "subheader", "title")
-    return "\n".join(str(one.value) for kind in kinds for one in getattr(app, kind))
-
-
-def table(app: AppTest, column: str, *, also: str = ""):
-    """The first table with these columns."""
-    return next(one.value for one in app.dataframe if {column, also or column} <= set(one.value.columns))
-
-
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_the_page_takes_every_store(scenario, name):  # noqa: F811
-    scenario(name)
-    app = page()
-    assert not app.exception
-    assert app.title[0].value == "Sign check"
-    said = text(app)
-    expected = {
-        "no profile": "No profile is stored yet",
-        "one": "No details stored",
-        "partial": "it is not known what they came to",
-        "all failed": "FAIL\\: log",
-        "other device": "No check failed",
-    }.get(name, "")
-    assert expected in said or expected in [one.proto.title for one in app.info]
-
-
-def test_what_failed_is_shown_first(scenario):  # noqa: F811
+@pytest.fixture
+def found(scenario, gathered):
     detailed(scenario("no profile"))
-    app = page()
-    assert not app.exception
-    assert app.toggle(key="only_failures").value is True
-    said = text(app)
-    assert "compiled \\(float32\\)\\: FAIL\\: log\\_prob\\_error" in said
-    assert "lost \\(float32\\)\\: could not be checked\\: crashed" in said
-    overview = table(app, "logits", also="log_prob_error")
+    return gathered()
+
+
+def cell(table, **where):
+    for column, value in where.items():
+        table = table[table[column] == value]
+    (row,) = table.to_dict("records")
+    return row
+
+
+def test_every_dtype_is_gathered(found):
+    assert [one.dtype for one in found] == ["float32", "bfloat16"]
+    assert all(one.exact and not one.missing for one in found)
+
+
+def test_the_overview_has_a_verdict_of_each(found):
+    table = tables.overview(found)
+    assert list(table.columns) == tables.CHECKS
+    assert cell(table, backend="cpp", dtype="float32", check="log_prob_error")["verdict"] == "pass"
+    failed = cell(table, backend="compiled", dtype="float32", check="log_prob_error")
+    assert failed["verdict"] == "fail" and failed["figure"] == pytest.approx(0.5, rel=1e-2) and failed["limit"] < 0.5
+    assert "limit" in failed["detail"]
+    lost = cell(table, backend="lost", dtype="float32", check="log_prob_error")
+    assert lost["verdict"] == "error" and lost["detail"] == "crashed: check: killed by SIGSEGV"
+    unable = cell(table, backend="flash_attn", dtype="bfloat16", check="log_prob_error")
+    assert unable["verdict"] == "unsupported" and "needs a GPU" in unable["detail"]
+
+
+def test_by_input(found):
+    table = tables.by_input(found)
+    wide = cell(table, backend="compiled", dtype="float32", input="wide", check="log_prob_error")
+    _, cases = gate(half_a_nat_off)
+    told = next(
+        check for case in cases if case.case == "wide" for check in case.checks if check.name == "log_prob_error"
+    )
+    assert wide["verdict"] == "fail" and wide["figure"] == pytest.approx(told.figure, rel=1e-5)
+    # Only the ordinary input is run twice, so that nothing else can show a stale result.
+    assert set(table.loc[table["check"] == "stale_result", "input"]) == {"normal"}
+    assert list(dict.fromkeys(table["check"])) == [name for name in MEANING if name in set(table["check"])]
+    assert list(dict.fromkeys(table["input"]))[:3] == ["no rows", "one row", "normal"]
+
+
+def test_what_a_stop_left_out_was_not_run(found):
+    """A NaN in front stops nothing, so that this is of a candidate whose case is cut short."""
+    one = found[0]
+    cut = one.evidence.cases["nan"][:3]
+    short = one._replace(evidence=dataclasses.replace(one.evidence, cases={**one.evidence.cases, "nan": cut}))
+    table = tables.by_input([short])
+    assert cell(table, backend="nan", input="wide", check="runs")["verdict"] == "not run"
+    assert cell(table, backend="nan", input="wide", check="runs")["detail"].startswith("not run, since another check")
+
+
+def test_the_matrix_has_glyphs_and_words(found):
+    table = tables.by_input(found)
+    wide = tables.matrix(table, ["backend", "dtype", "check"], "input").shown
+    row = wide[(wide["backend"] == "compiled") & (wide["check"] == "log_prob_error")].iloc[0]
+    assert row["wide"] == "✗ FAIL" and row["no rows"] == ""
+    assert set(wide["wide"]) <= {"✓ pass", "✗ FAIL", "· not run", "– unsupported", "! error", ""}
+    assert len(wide) == len(table.drop_duplicates(["backend", "dtype", "check"]))
+
+
+def test_the_check_of_the_dtype_is_no_key(found):
+    """Nor does a foreign name that a key has stand in its way."""
+    table = tables.overview(found)
+    table.loc[table["check"] == "shape", "check"] = "backend"
+    matrix = tables.matrix(table, ["backend", "dtype"], "check")
+    assert list(matrix.shown.columns[:2]) == ["backend", "logits"] and matrix.across["dtype"] == "dtype"
+    assert matrix.across["backend ·"] == "backend" and matrix.shown.columns.is_unique
+    assert list(matrix.keys.columns) == ["backend", "dtype"] and len(matrix.keys) == len(matrix.shown)
+
+
+def test_failures_alone(found):
+    table = tables.overview(found)
+    failed = table[tables.has_failed(table)]
+    assert set(failed["verdict"]) == {"fail", "error"} and set(failed["dtype"]) == {"float32"}
+    assert set(failed["backend"]) == {"compiled", "nan", "lost"}
+
+
+def test_errors_and_their_charts(found):
+    table = tables.errors(found)
+    part = table[(table["dtype"] == "float32") & (table["what"] == "log_prob")]
+    row = cell(part, backend="compiled", input="wide")
+    assert row["q100"] == pytest.approx(0.5, rel=1e-2) and row["limit"] < 1e-2
+    ranges = charts.ranges(part, "log_prob")
+    medians = [trace for trace in ranges.data if trace.name.endswith("median")]
+    assert {trace.name.split(",")[0] for trace in medians} == {"P cpp", "C compiled", "E eager", "N nan"}
+    drawn = next(trace for trace in medians if "compiled" in trace.name)
+    assert max(drawn.x) == pytest.approx(0.5, rel=1e-2)
+    assert ranges.layout.xaxis.type == "log"
+    one = part[part["input"] == "wide"]
+    shares = charts.shares(one, "log_prob")
+    assert all(list(trace.y) == [100 * share for share in QUANTILES] for trace in shares.data)
+    assert "compiled at most 0.5" in charts.in_words(one, "log_prob")
+    assert "<b> at most" in charts.in_words(one.assign(backend="<b>"), "log_prob"), "a text, which is escaped elsewhere"
+
+
+def test_an_error_of_zero_can_be_drawn(found):
+    table = tables.errors(found).assign(q0=0.0, q5=0.0)
+    part = table[(table["dtype"] == "float32") & (table["what"] == "log_prob")]
+    drawn = [x for trace in charts.ranges(part, "log_prob").data for x in trace.x if x is not None]
+    assert drawn and min(drawn) > 0
+
+
+def test_the_worst_tokens_come_first(found):
+    table = tables.tokens(found)
+    assert table.iloc[0]["backend"] == "nan" and table.iloc[0]["got"] == "nan" and table.iloc[0]["error"] == math.inf
+    errors = table["error"].tolist()
+    assert errors == sorted(errors, reverse=True)
+    assert {"compiled", "cpp", "eager"} <= set(table["backend"])
+    half = table[(table["backend"] == "compiled") & (table["input"] == "wide")].iloc[0]
+    assert float(half["float64"]) - float(half["got"]) == pytest.approx(0.5, rel=1e-3) and half["token"] >= 0
+
+
+def test_what_is_recorded_is_told(found):
+    table = tables.recorded(found)
+    assert cell(table, backend="cpp", dtype="float32")["row invariant"] == "yes"
+
+
+def test_a_profile_without_details_says_so(gathered, scenario):
+    (one,) = gathered("one")
+    assert one.missing == "what is stored beside the decision tells only times"
+    assert tables.by_input([one]).empty and tables.errors([one]).empty and tables.tokens([one]).empty
+    assert not tables.overview([one]).empty
+    assert set(tables.without_details([one])["bfloat16"]) == {"compiled", "cpp", "eager"}
+    where = scenario("partial")
+    assert [one.missing for one in gathered()] == ["nothing that can be read is stored beside the decision"]
+    where.path(here().fingerprint(), problem()).with_suffix(".evidence.json").write_text('{"cases": 1}')
+    with pytest.warns(RuntimeWarning, match="is passed over"):
+        assert [one.missing for one in gathered()] == ["nothing that can be read is stored beside the decision"]
+
+
+def test_backends_of_which_details_are_missing_are_named(scenario, gathered):
+    decision, evidence = checked(problem(), with_failures=False)
+    del evidence.cases["eager"]
+    scenario("no profile").publish(here(), decision, evidence)
+    found = gathered()
+    assert tables.without_details(found) == {"bfloat16": ["eager"]}
+    assert "eager" not in set(tables.by_input(found)["backend"])
+
+
+def test_a_matrix_is_cut_and_says_so(scenario, gathered):
+    decision = good()
+    scenario("no profile").publish(here(), decision, details(decision, 2 * tables.MOST_ACROSS, tables.MOST_DOWN))
+    matrix = tables.matrix(tables.by_input(gathered()), [*KEYS, "check"], "input")
+    assert matrix.shown.shape == (tables.MOST_DOWN, 3 + tables.MOST_ACROSS)
+    assert len(matrix.keys) == tables.MOST_DOWN and len(matrix.across) == tables.MOST_ACROSS
+    assert f"{tables.MOST_ACROSS} inputs more" in matrix.left_out and "rows more" in matrix.left_out
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_failed_first_and_all_on_demand(scenario):
+    detailed(scenario("no profile"))
+    at = opened("sign_check")
+    assert not at.exception and at.toggle(key="only_failures").value is True
+    assert "compiled (float32): FAIL: log_prob_error" in text_of(at)
+    assert "lost (float32): could not be checked: crashed" in text_of(at)
+    overview = table_of(at, "logits", "log_prob_error")
     assert set(overview["backend"]) == {"compiled", "nan", "lost"} and set(overview["logits"]) == {"float32"}
-    assert overview.loc[overview["backend"] == "compiled", "log_prob_error"].item() == "✗ FAIL"
-    assert overview.loc[overview["backend"] == "lost", "log_prob_error"].item() == "! error"
+    verdicts = overview.set_index("backend")["log_prob_error"]
+    assert verdicts["compiled"] == "✗ FAIL" and verdicts["lost"] == "! error"
+    assert [chart.alt.split(" of ")[0] for chart in charts_of(at)] == ["Absolute errors", "Share"]
+    assert table_of(at, "got").iloc[0]["got"] == "nan" and "row invariant" in table_of(at, "repeatable")
 
-
-def test_all_verdicts_on_demand(scenario):  # noqa: F811
-    detailed(scenario("no profile"))
-    app = page()
-    app.toggle(key="only_failures").set_value(False).run()
-    assert not app.exception
-    matrix = table(app, "logits", also="wide")
+    at.toggle(key="only_failures").set_value(False).run()
+    matrix = table_of(at, "logits", "wide")
     assert {"eager", "cpp", "flash_attn", "compiled", "nan", "lost"} == set(matrix["backend"])
     assert set(matrix["logits"]) == {"float32", "bfloat16"}
     row = matrix[(matrix["backend"] == "cpp") & (matrix["logits"] == "float32") & (matrix["check"] == "runs")]
     assert row["wide"].item() == "✓ pass"
 
-
-def test_the_values_of_one_verdict(scenario):  # noqa: F811
-    """A click on a cell sets these widgets."""
-    detailed(scenario("no profile"))
-    app = page()
-    app.selectbox(key="check_backend").set_value("compiled").run()
-    app.selectbox(key="check_name").set_value("log_prob_error").run()
-    app.selectbox(key="check_input").set_value("wide").run()
-    assert not app.exception
-    metrics = {one.label: one.value for one in app.metric}
-    assert metrics["Worst that was seen"].startswith("0.5") and float(metrics["Limit"]) < 0.01
-    assert "✗ FAIL" in text(app) and "largest error of a log" in text(app) and "wide\\: 0\\.5" in text(app)
-
-
-def test_the_charts_have_texts_and_tokens_are_listed(scenario):  # noqa: F811
-    detailed(scenario("no profile"))
-    app = page()
-    charts = {one.proto.id.rsplit("-", 1)[0]: one.proto for one in app.get("plotly_chart")}
-    assert len(charts) == 2 and all(
-        one.alt.startswith(("Absolute errors", "Share of the values")) for one in charts.values()
-    )
-    assert all(json.loads(one.spec)["data"] for one in charts.values())
-    assert table(app, "got").iloc[0]["got"] == "nan"
-    assert "row invariant" in table(app, "repeatable").columns
-
-
-def test_markup_in_names_stays_text(scenario):  # noqa: F811
-    scenario("hostile")
-    app = page()
-    assert not app.exception
-    assert not any("<b onclick" in one for one in text(app).replace("\\<", "").split("\n"))
+    for key, value in (("check_backend", "compiled"), ("check_name", "log_prob_error"), ("check_input", "wide")):
+        at.selectbox(key=key).set_value(value).run()  # as a click on a cell does
+    assert not at.exception and "✗ FAIL" in text_of(at) and "wide: 0.5" in text_of(at)
+    assert metrics_of(at)["Worst that was seen"].startswith("0.5") and float(metrics_of(at)["Limit"]) < 0.01

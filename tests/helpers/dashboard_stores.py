@@ -1,26 +1,21 @@
 """Stores for the dashboard's tests: one folder of profiles a scenario, made by hand; nothing is measured.
 
-`SCENARIOS` names them; the fixture `scenario`, which every test may ask for, makes one the user's store, with no other source
-beside it and an index folder of its own. `generate` writes thousands of decisions.
+`SCENARIOS` names them; the fixture `scenario` makes one the user's store, with no other beside it. `generate` writes
+thousands of decisions.
 """
 
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import pytest
 import torch
 
 from compiled_logprobs.decision import Candidate, Check, Decision, Speedup
 from compiled_logprobs.machine.environment import Environment, environment_at
 from compiled_logprobs.problem import MODES, Problem, as_it_lies, problem_to_dict
-from compiled_logprobs.store import ROOT_VARIABLE
-from compiled_logprobs.store import files as store
-from compiled_logprobs.store.files import Store
+from compiled_logprobs.store.files import FACTS, Store
 from compiled_logprobs.tuning.presets import MODELS
 from tests.helpers.stored_decisions import CPU, all_measured, decided, evidence_of, measured
 
@@ -62,6 +57,16 @@ def problem(
     return as_it_lies(Problem(device, rows, vocab, dtype, **MODES[mode]))
 
 
+def about(speedup: float) -> Speedup:
+    """With an interval of 5 % to both sides."""
+    return Speedup(0.95 * speedup, speedup, 1.05 * speedup)
+
+
+def without_plain(candidates: dict[str, Candidate]) -> dict[str, Candidate]:
+    """As an earlier release stored them, which did not time plain log_softmax and gather."""
+    return {name: dataclasses.replace(one, speedup_over_plain=None) for name, one in candidates.items()}
+
+
 def good_candidates(scale: float = 1.0) -> dict[str, Candidate]:
     """cpp the fastest, then compiled, then eager; flash_attn cannot run. `scale` multiplies all times."""
     checks = tuple(Check(name, True, 1e-6, 1e-5, "") for name in ("log_prob_error", "gradient_error"))
@@ -72,7 +77,8 @@ def good_candidates(scale: float = 1.0) -> dict[str, Candidate]:
             seconds=seconds * scale,
             extra_bytes=int(multiple * 512 * QWEN * 2),
             extra_multiple=multiple,
-            speedup=Speedup(0.95 * speedup, speedup, 1.05 * speedup) if name != "eager" else Speedup(1.0, 1.0, 1.0),
+            speedup=about(speedup) if name != "eager" else Speedup(1.0, 1.0, 1.0),
+            speedup_over_plain=about(1.2 * speedup),
             percent_of_bandwidth=6.0 * speedup,
             checks=checks,
         )
@@ -130,7 +136,7 @@ def one(where: Store) -> None:
 
 
 def many(where: Store) -> None:
-    """A grid of this machine, with a tie and a plain loss in it, two decisions by an earlier torch, and another machine's."""
+    """A grid of this machine with a tie and a loss in it, two decisions by an earlier torch, another machine's."""
     for rows in (64, 512, 2048):
         for vocab in (QWEN, MODELS["llama3"], MODELS["gpt2"]):
             for dtype in (torch.float32, torch.bfloat16):
@@ -161,6 +167,7 @@ def tied(what: Problem) -> Decision:
         reason="as fast as cpp, within 3%",
         seconds=0.003,
         speedup=Speedup(6.4, 6.6, 6.8),
+        speedup_over_plain=Speedup(7.7, 7.9, 8.1),
     )
     reason = "clearly faster than eager, by more than 3%; as fast as compiled within 3%, and simpler"
     return good(what, candidates=candidates, code="TIE_SIMPLEST", reason=reason)
@@ -174,6 +181,7 @@ def baseline_wins(what: Problem) -> Decision:
             candidates[name],
             seconds=0.0021,
             speedup=Speedup(0.9, 0.95, 1.0),
+            speedup_over_plain=Speedup(1.0, 1.1, 1.2),
             outcome="slower",
             reason="slower than eager",
         )
@@ -206,7 +214,7 @@ def corrupt(where: Store) -> None:
 
 
 def partial(where: Store) -> None:
-    """As a run leaves it that was cut off: part of a grid, no evidence beside a decision, no file of facts, figures missing."""
+    """As a run that was cut off leaves it: part of a grid, no evidence, no facts, figures missing."""
     unknown = {"extra_bytes": None, "extra_multiple": None, "percent_of_bandwidth": None, "first_call_seconds": None}
     candidates = {
         name: dataclasses.replace(
@@ -216,6 +224,7 @@ def partial(where: Store) -> None:
             repeatable=None,
             row_invariant=None,
             speedup=one.speedup and Speedup(None, 1.5, None),
+            speedup_over_plain=None,
         )
         for name, one in good_candidates().items()
     }
@@ -223,14 +232,14 @@ def partial(where: Store) -> None:
     few["code"] = "AMBIGUOUS_AT_BUDGET"
     publish(where, good(problem(512), candidates=candidates, **few), evidence=False)
     publish(where, good(problem(64), candidates={name: candidates[name] for name in ("cpp", "eager")}, **few))
-    where.path(here().fingerprint(), problem()).parents[1].joinpath(store.FACTS).unlink()
+    where.path(here().fingerprint(), problem()).parents[1].joinpath(FACTS).unlink()
 
 
 def other_device(where: Store) -> None:
     """Of a GPU that is not here, by another torch; figures that nobody measured."""
     for rows in (2048, 8192):
         for mode in ("forward", "backward"):
-            candidates = good_candidates(rows / 512 / 100)
+            candidates = without_plain(good_candidates(rows / 512 / 100))
             candidates["compiled"], candidates["cpp"] = (
                 candidates["cpp"],
                 Candidate("unsupported", "needs the CPU", "0" * 16),
@@ -273,29 +282,6 @@ SCENARIOS: dict[str, Callable[[Store], None]] = {
 }
 
 
-@contextmanager
-def only(root: Path, cache: Path, patch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """The store at `root` is the only one that is found, and indices lie under `cache`."""
-    root.mkdir(parents=True, exist_ok=True)
-    patch.setenv(ROOT_VARIABLE, str(root))
-    patch.setenv("XDG_CACHE_HOME", str(cache))
-    patch.setattr(store, "project_store", lambda: None)
-    patch.setattr(store, "bundled_store", lambda: Store(root))
-    yield Store(root)
-
-
-@pytest.fixture
-def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Store]]:
-    """From a scenario's name to its store, which is then the only one."""
-    with only(tmp_path / "profiles", tmp_path / "cache", monkeypatch) as where:
-
-        def make(name: str) -> Store:
-            SCENARIOS[name](where)
-            return where
-
-        yield make
-
-
 def generate(where: Store, count: int, environments: int = 4) -> None:
     """Write `count` decisions, of `environments` machines; without evidence, and without waiting for the disk."""
     per = -(-count // environments)
@@ -310,7 +296,7 @@ def generate(where: Store, count: int, environments: int = 4) -> None:
             path = where.path(name, what)
             if not path.parent.is_dir():
                 path.parent.mkdir(parents=True)
-                path.parents[1].joinpath(store.FACTS).write_text(json.dumps(facts))
+                path.parents[1].joinpath(FACTS).write_text(json.dumps(facts))
             path.write_bytes(dataclasses.replace(template, problem=what, environment=facts, seed=done).to_json())
             done += 1
 

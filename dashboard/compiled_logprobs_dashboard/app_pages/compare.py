@@ -1,12 +1,11 @@
-"""Compare: two profiles where both measured the same problem, what differs between them first; and a shape's history."""
+"""Compare: two profiles where both measured the same problem, and a shape's history."""
 
 import streamlit as st
-from compiled_logprobs_dashboard import data
-from compiled_logprobs_dashboard import selection as session
-from compiled_logprobs_dashboard.charts import compare as figures
-from compiled_logprobs_dashboard.index import Tables
-from compiled_logprobs_dashboard.looks import plain, plain_line
-from compiled_logprobs_dashboard.tables import compare as comparison
+from compiled_logprobs_dashboard import selection
+from compiled_logprobs_dashboard.charts import compare as charts
+from compiled_logprobs_dashboard.frames import Frames, Profile, problem_of
+from compiled_logprobs_dashboard.looks import foremost_in, plain, plain_line
+from compiled_logprobs_dashboard.tables import compare as tables
 
 from compiled_logprobs.problem import bucket
 
@@ -22,29 +21,29 @@ RATIO = {
 def show() -> None:
     """The page."""
     st.title("Compare")
-    tables = session.tables()
-    this = session.choose_profile(tables)
+    frames = selection.current_frames()
+    this = selection.choose_profile(frames)
     if this is None:
         return
-    if len(tables.environments) < 2:
+    if len(frames.environments) < 2:
         st.info(
-            "There is one profile, and two or more can be compared. Measure another device or version of torch, or take a "
-            "profile from elsewhere on the page **Profiles**.",
+            "There is one profile, and two or more can be compared. Measure another device or version of torch, or "
+            "take a profile from elsewhere on the page **Profiles**.",
             title="Nothing to compare with",
         )
     else:
-        that = session.choose_profile(tables, key="against", label="Against", place=st, other_than=this)
+        that = selection.choose_profile(frames, key="against", label="Against", place=st, other_than=this)
         if that is not None:
-            _guard(tables, this, that)
-            _ratios(tables, this, that)
-    _history(tables, this)
+            _guard(frames, this, that)
+            _ratios(frames, this, that)
+    _history(frames, this)
 
 
-def _guard(tables: Tables, this: session.Profile, that: session.Profile) -> None:
+def _guard(frames: Frames, this: Profile, that: Profile) -> None:
     if this == that:
         st.warning("Both are the same profile: every ratio is 1.")
         return
-    found = comparison.differences(tables, this, that)
+    found = tables.differences(frames, this, that)
     if found.empty:
         st.success("Device and versions are the same in both.", title="What differs")
         return
@@ -67,11 +66,11 @@ def _guard(tables: Tables, this: session.Profile, that: session.Profile) -> None
     )
 
 
-def _ratios(tables: Tables, this: session.Profile, that: session.Profile) -> None:
-    names = comparison.backends_of(tables, this, that)
-    backend = st.selectbox("Times of", [comparison.WINNER, *names], key="backend", bind="query-params")
-    found = comparison.matched(tables, this, that, backend or comparison.WINNER)
-    text = comparison.in_words(found)
+def _ratios(frames: Frames, this: Profile, that: Profile) -> None:
+    names = tables.backends_of(frames, this, that)
+    backend = st.selectbox("Times of", [tables.WINNER, *names], key="backend", bind="query-params")
+    found = tables.matched(frames, this, that, backend or tables.WINNER)
+    text = tables.in_words(found)
     st.write(plain(text))
     left = [
         f"{count} {what}"
@@ -86,24 +85,25 @@ def _ratios(tables: Tables, this: session.Profile, that: session.Profile) -> Non
         st.caption(f"Left out of all figures: {', '.join(left)}.")
     if found.table.empty:
         return
-    session.chart(figures.ratios(found.table), alt=text, key="ratios", table=found.table, columns=RATIO)
+    selection.chart(charts.ratios(found.table), alt=text, key="ratios", table=found.table, columns=RATIO)
     st.caption(
-        "Times are scaled to N where fewer rows were timed. The band is the width of the widest interval of each decision, both "
-        "together: what varies within a run. From day to day, clocks and load can change more than that."
+        "Times are scaled to N where fewer rows were timed. The band is the width of the widest interval of each "
+        "decision, both together: what varies within a run. From day to day, clocks and load can change more than "
+        "that."
     )
 
 
-def _history(tables: Tables, this: session.Profile) -> None:
+def _history(frames: Frames, this: Profile) -> None:
     st.subheader("History of a shape")
-    shape = session.choose_shape(tables, this)
-    problem = bucket(data.problem_of(tables, *this, shape))
-    device = data.profile_facts(tables, *this)["device"]
-    found = comparison.history(tables, problem, device)
+    shape = selection.choose_shape(frames, this)
+    problem = bucket(problem_of(frames, this, shape))
+    device = frames.facts(this)["device"]
+    found = tables.history(frames, problem, device)
     what = f"N {problem.rows}, V {problem.vocab}, {plain(shape.dtype)}, {plain(shape.mode)}, on {plain(device)}"
     if found.empty:
         st.info(f"{what}: nothing was measured.")
         return
-    found, left_out = data.foremost_in(found)
+    found, left_out = foremost_in(found)
     if left_out:
         st.caption(f"{left_out} more backends are not shown.")
     times = found["label"].nunique()
@@ -112,8 +112,8 @@ def _history(tables: Tables, this: session.Profile) -> None:
     )
     if times == 1:
         st.caption(f"{what}: measured once. Each other version of torch, or number of threads, adds to this.")
-    session.chart(
-        figures.history(found, among=tables.backends),
+    selection.chart(
+        charts.history(found, among=frames.backends),
         alt=f"Times over {times} measurements. Winners: {winners}.",
         key="history",
         table=found,

@@ -1,15 +1,13 @@
-"""Decide, the landing page: which backend to use for a shape, how fast and how right it is, what it takes; and the winner map."""
+"""Decide, the landing page: which backend to use for a shape, and why; and the winner map."""
 
 from datetime import datetime, timezone
 
 import streamlit as st
-from compiled_logprobs_dashboard import data
-from compiled_logprobs_dashboard import selection as session
-from compiled_logprobs_dashboard.charts import decide as figures
-from compiled_logprobs_dashboard.index import Tables
-from compiled_logprobs_dashboard.looks import plain, plain_line
-from compiled_logprobs_dashboard.tables import decide as verdict
-from compiled_logprobs_dashboard.tables import decide_map as winners
+from compiled_logprobs_dashboard import selection
+from compiled_logprobs_dashboard.charts import decide as charts
+from compiled_logprobs_dashboard.frames import Answer, Frames, Profile, Shape, against, look_up
+from compiled_logprobs_dashboard.looks import MOST_BACKENDS, foremost, plain, plain_line
+from compiled_logprobs_dashboard.tables import decide as tables
 
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import ProfileError
@@ -20,9 +18,14 @@ COLUMNS = {
     "letter": st.column_config.TextColumn("", help="As in the charts.", width="small"),
     "outcome": st.column_config.TextColumn("outcome"),
     "ms": st.column_config.NumberColumn("a call", format="%.3g ms"),
-    "speedup": st.column_config.NumberColumn("speed-up", format="%.2fx", help="The baseline's time over its own."),
+    "speedup": st.column_config.NumberColumn(
+        "speed-up", format="%.2fx", help="See the chart's title for whose time over its own."
+    ),
     "low": st.column_config.NumberColumn("from", format="%.2fx", help="End of the confidence interval."),
     "high": st.column_config.NumberColumn("to", format="%.2fx", help="End of the confidence interval."),
+    "ratio": st.column_config.NumberColumn(
+        "over the baseline", format="%.2fx", help="The baseline's time over its own."
+    ),
     "extra_mib": st.column_config.NumberColumn("extra memory", format="%.0f MiB"),
     "extra_multiple": st.column_config.NumberColumn("x logits", format="%.2f"),
     "percent_of_bandwidth": st.column_config.NumberColumn("bandwidth", format="%.0f %%"),
@@ -37,32 +40,30 @@ COLUMNS = {
 def show() -> None:
     """The page."""
     st.title("Which backend?")
-    tables = session.tables()
-    profile = session.choose_profile(tables)
+    frames = selection.current_frames()
+    profile = selection.choose_profile(frames)
     if profile is None:
         return
-    shape = session.choose_shape(tables, profile)
-    answer = data.answer(tables, *profile, shape)
+    shape = selection.choose_shape(frames, profile)
+    answer = look_up(frames, profile, shape)
     decision = None
     if answer.key is not None:
         try:
-            decision = data.decision(tables, answer.key)
+            decision = frames.decision(answer.key)
         except ProfileError as error:
             st.error(plain(error), title="The decision cannot be read")
             return
-    _headline(tables, profile, shape, answer, decision)
+    _headline(frames, profile, shape, answer, decision)
     if decision is not None and answer.key is not None:
-        part, left_out = data.foremost(decision)
-        _ranking(tables, part, left_out)
+        part, left_out = foremost(decision)
+        _ranking(frames, part, left_out)
         _why(part, left_out)
         _what_if(decision, shape)
         _code(decision, answer)
-    _map(tables, profile, shape, answer, decision)
+    _map(frames, profile, shape, answer, decision)
 
 
-def _headline(
-    tables: Tables, profile: session.Profile, shape: data.Shape, answer: data.Answer, decision: Decision | None
-) -> None:
+def _headline(frames: Frames, profile: Profile, shape: Shape, answer: Answer, decision: Decision | None) -> None:
     asked = f"N {shape.rows}, V {shape.vocab}, {plain(shape.dtype)}, {plain(shape.mode)}"
     if decision is None or answer.key is None:
         if answer.kind == "rule":
@@ -78,10 +79,10 @@ def _headline(
                 f"{asked} was not measured in this profile, nor was another N of it. The map below shows what was."
             )
         return
-    st.subheader(plain(verdict.sentence(decision)))
-    _badges(tables, profile, answer, decision)
+    st.subheader(plain(tables.sentence(decision)))
+    _badges(frames, profile, answer, decision)
     with st.container(horizontal=True):
-        for one in verdict.figures(decision):
+        for one in tables.figures(decision):
             st.metric(
                 one.label,
                 one.value,
@@ -94,10 +95,10 @@ def _headline(
             )
 
 
-def _badges(tables: Tables, profile: session.Profile, answer: data.Answer, decision: Decision) -> None:
-    row, facts = data.row(tables, answer.key or 0), data.profile_facts(tables, *profile)
+def _badges(frames: Frames, profile: Profile, answer: Answer, decision: Decision) -> None:
+    row, facts = frames.decisions.iloc[answer.key or 0], frames.facts(profile)
     rows = decision.problem.rows
-    when = verdict.age(decision.measured_at, datetime.now(timezone.utc))
+    when = tables.age(decision.measured_at, datetime.now(timezone.utc))
     with st.container(horizontal=True):
         if answer.kind == "exact":
             st.badge(
@@ -125,9 +126,9 @@ def _badges(tables: Tables, profile: session.Profile, answer: data.Answer, decis
         st.caption(f"Stale: {plain(row['stale'])}. Measuring it again would tell whether it still holds.")
 
 
-def _ranking(tables: Tables, decision: Decision, left_out: int) -> None:
+def _ranking(frames: Frames, decision: Decision, left_out: int) -> None:
     st.subheader("Ranking")
-    board = verdict.leaderboard(decision, tables.backends)
+    board = tables.leaderboard(decision, frames.backends)
     st.dataframe(
         board.drop(columns="name"),
         hide_index=True,
@@ -138,20 +139,21 @@ def _ranking(tables: Tables, decision: Decision, left_out: int) -> None:
     )
     timed = "" if decision.measured_rows == decision.problem.rows else f", timed with {decision.measured_rows} rows"
     st.caption(
-        f"{plain(decision.code)}: {plain(decision.reason)}. {decision.rounds} rounds{timed}."
+        f"{plain(decision.code)}: {plain(decision.reason)}. {decision.rounds} rounds{timed}. Speed-ups are over "
+        f"{plain(against(decision))}, and beside that over the baseline, {plain(decision.baseline)}."
         + (f" {left_out} more candidates are not shown; the download below has all." if left_out else "")
     )
-    session.chart(
-        figures.ranking(board, decision.baseline, among=tables.backends),
-        alt=figures.ranking_in_words(board, decision.baseline),
+    selection.chart(
+        charts.ranking(board, against(decision), among=frames.backends),
+        alt=charts.ranking_in_words(board, against(decision)),
         key="ranking",
-        table=board[["backend", "outcome", "speedup", "low", "high"]],
+        table=board[["backend", "outcome", "speedup", "low", "high", "ratio"]],
         columns=COLUMNS,
     )
 
 
 def _why(decision: Decision, left_out: int) -> None:
-    lost = verdict.why_lost(decision)
+    lost = tables.why_lost(decision)
     st.subheader("Why not the others")
     if lost.empty:
         st.write("There were no others.")
@@ -162,15 +164,15 @@ def _why(decision: Decision, left_out: int) -> None:
         st.caption(f"{left_out} more candidates are not shown.")
 
 
-def _what_if(decision: Decision, shape: data.Shape) -> None:
+def _what_if(decision: Decision, shape: Shape) -> None:
     st.subheader("What if memory is short?")
-    need = verdict.needed(decision, shape.rows)
+    need = tables.needed(decision, shape.rows)
     if not need:
         st.write("The extra memory of none of them was measured.")
         return
     by_need = sorted(need, key=lambda name: need[name])
-    listed = ", ".join(f"{plain(name, 40)} {verdict.size(need[name])}" for name in by_need[: data.MOST_BACKENDS])
-    more = "" if len(need) <= data.MOST_BACKENDS else f", and {len(need) - data.MOST_BACKENDS} that take more"
+    listed = ", ".join(f"{plain(name, 40)} {tables.size(need[name])}" for name in by_need[:MOST_BACKENDS])
+    more = "" if len(need) <= MOST_BACKENDS else f", and {len(need) - MOST_BACKENDS} that take more"
     st.write(f"For N {shape.rows}, beside the logits: {listed}{more}.")
     cap = st.number_input(
         "Extra memory that is free, MiB",
@@ -180,33 +182,33 @@ def _what_if(decision: Decision, shape: data.Shape) -> None:
         placeholder="no cap",
         key="cap",
         bind="query-params",
-        help="Beside the logits. Extra memory grows with N: for another N than the one measured, its multiple is taken.",
+        help="Beside the logits. Extra memory grows with N: for another N, its measured multiple is taken.",
     )
     if cap is None:
         return
-    found = verdict.under_cap(decision, cap * 2**20, shape.rows)
+    found = tables.under_cap(decision, cap * 2**20, shape.rows)
     name = "nothing" if found.name is None else f"**{plain(found.name)}**"
     show = st.success if found.name == decision.chosen else st.warning
     show(f"Under {cap:,.0f} MiB, for N {shape.rows}: use {name}: {plain(found.why, 600)}")
 
 
-def _code(decision: Decision, answer: data.Answer) -> None:
+def _code(decision: Decision, answer: Answer) -> None:
     st.subheader("Use it")
-    st.code(verdict.snippet(answer.problem, decision.chosen), language="python")
-    command = verdict.command(decision)
+    st.code(tables.snippet(answer.problem, decision.chosen), language="python")
+    command = tables.command(decision)
     if command is None:
         st.caption("No command poses these options; a call of the function itself, with `autotune`, measures them.")
     else:
         st.caption("Measures this row again, and stores it:")
         st.code(command, language="bash", wrap_lines=True)
-        if others := [plain_line(name, 40) for name in verdict.of_others(decision)]:
+        if others := [plain_line(name, 40) for name in tables.of_others(decision)]:
             st.caption(
-                f"Where {plain(', '.join(others[: data.MOST_BACKENDS]), 900)} came from is not stored: in its place, write "
+                f"Where {plain(', '.join(others[:MOST_BACKENDS]), 900)} came from is not stored: in its place, write "
                 "`package.module:Class`."
             )
     st.download_button(
         "Download this decision (JSON)",
-        lambda: verdict.as_json(decision),
+        lambda: tables.as_json(decision),
         file_name="decision.json",
         mime="application/json",
         icon=":material/download:",
@@ -214,24 +216,22 @@ def _code(decision: Decision, answer: data.Answer) -> None:
     )
 
 
-def _map(
-    tables: Tables, profile: session.Profile, shape: data.Shape, answer: data.Answer, decision: Decision | None
-) -> None:
+def _map(frames: Frames, profile: Profile, shape: Shape, answer: Answer, decision: Decision | None) -> None:
     st.subheader("Winners by N and V")
-    table = winners.winners(tables, *profile, shape.mode, shape.dtype)
+    table = tables.winners(frames, profile, shape.mode, shape.dtype)
     if table.empty:
         st.info(f"Nothing was measured in this profile for {plain(shape.mode)} and {plain(shape.dtype)}.")
         return
-    part = winners.around(table, shape.rows, shape.vocab)
-    text = winners.in_words(part)
+    part = tables.around(table, shape.rows, shape.vocab)
+    text = tables.map_in_words(part)
     st.caption(
         f"A click on a square selects its shape. {plain(text)} The fainter a square, the closer the runner-up."
         + (f" Of {len(table)} squares, the nearest are shown." if len(part) < len(table) else "")
     )
     shown = None if decision is None else decision.problem
-    session.chart(
-        figures.winner_map(
-            part, *((shown.rows, shown.vocab) if shown is not None else (None, None)), among=tables.backends
+    selection.chart(
+        charts.winner_map(
+            part, *((shown.rows, shown.vocab) if shown is not None else (None, None)), among=frames.backends
         ),
         alt=text,
         key=MAP,
@@ -241,7 +241,7 @@ def _map(
 
 
 def _take_square() -> None:
-    session.select_square(st.session_state[MAP])
+    selection.select_square(st.session_state[MAP])
 
 
 show()

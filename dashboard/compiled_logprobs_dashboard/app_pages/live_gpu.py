@@ -2,17 +2,16 @@
 
 import pandas as pd
 import streamlit as st
-from compiled_logprobs_dashboard import machine
-from compiled_logprobs_dashboard import runs as jobs
-from compiled_logprobs_dashboard import selection as session
-from compiled_logprobs_dashboard.charts import live
+from compiled_logprobs_dashboard import runs, selection
+from compiled_logprobs_dashboard.charts.live_gpu import line
 from compiled_logprobs_dashboard.looks import plain, plain_line
-from compiled_logprobs_dashboard.machine import GpuLook, Host, Machine, of, size
+from compiled_logprobs_dashboard.machine import NOT_TOLD, GpuLook, Host, Machine, process_name
+from compiled_logprobs_dashboard.tables.live_gpu import history, of, size, throttling
 
 EVERY = {"off": None, "1 s": 1.0, "2 s": 2.0, "5 s": 5.0}
 BUSY = (
-    "The share of the last moments in which a kernel was running. 100 % does not mean that the GPU is full: one small kernel "
-    "will do."
+    "The share of the last moments in which a kernel was running. 100 % does not mean that the GPU is full: one "
+    "small kernel will do."
 )
 MEMORY_BUSY = (
     "The share of the last moments in which the GPU's memory was read or written. It is no share of the bandwidth."
@@ -51,25 +50,26 @@ def show_gpu(look: GpuLook) -> None:
     columns[1].caption(f"memory was at work: {percent(seen.memory_busy_percent)}", help=MEMORY_BUSY)
     columns[2].metric("Clock", of(seen.sm_clock_mhz, None, "MHz"))
     columns[2].caption(
-        f"at most {of(seen.sm_clock_max_mhz, None, 'MHz')}; memory {of(seen.memory_clock_mhz, seen.memory_clock_max_mhz, 'MHz')}"
+        f"at most {of(seen.sm_clock_max_mhz, None, 'MHz')}; memory "
+        f"{of(seen.memory_clock_mhz, seen.memory_clock_max_mhz, 'MHz')}"
     )
     columns[3].metric("Power", of(seen.power_w, None, "W"))
     columns[3].caption(f"limit {of(seen.power_limit_w, None, 'W')}")
     columns[4].metric("Temperature", of(seen.temperature_c, None, "°C"))
     columns[4].caption(f"persistence mode {on_or_off(seen.persistence_mode)}; MIG {on_or_off(seen.mig_mode)}")
     held = seen.throttle_reasons is not None and set(seen.throttle_reasons) - {"idle"}
-    (st.warning if held else st.caption)(f"Throttling: {machine.throttling(seen.throttle_reasons)}.")
+    (st.warning if held else st.caption)(f"Throttling: {throttling(seen.throttle_reasons)}.")
     if seen.processes is None:
         st.caption("Processes: n/a. The driver does not tell this user which there are.")
     elif not seen.processes:
         st.caption("No process computes on it.")
     else:
-        names = [machine.process_name(one.pid) for one in seen.processes]
+        names = [process_name(one.pid) for one in seen.processes]
         st.dataframe(
             pd.DataFrame(
                 {
                     "process": [one.pid for one in seen.processes],
-                    "name": [machine.NOT_TOLD if name is None else plain_line(name) for name in names],
+                    "name": [NOT_TOLD if name is None else plain_line(name) for name in names],
                     "memory": [size(one.memory_bytes) for one in seen.processes],
                 }
             ),
@@ -83,7 +83,7 @@ def show_host(host: Host) -> None:
     columns = st.columns(4)
     columns[0].metric("Processors busy", percent(host.busy_percent), help="Of all processors, since the look before.")
     columns[0].caption(f"{host.processors} processors")
-    columns[1].metric("Load", machine.NOT_TOLD if host.load is None else f"{host.load:.2f}")
+    columns[1].metric("Load", f"{host.load:.2f}")
     columns[1].caption("programs that ran or waited, averaged over the last minute")
     columns[2].metric("Memory in use", size(host.memory_used_bytes))
     columns[2].caption(f"of {size(host.memory_total_bytes)}; free for one process: {size(host.memory_free_bytes)}")
@@ -92,16 +92,15 @@ def show_host(host: Host) -> None:
 
 
 def percent(value: float | None) -> str:
-    return machine.NOT_TOLD if value is None else f"{value:.0f} %"
+    return NOT_TOLD if value is None else f"{value:.0f} %"
 
 
 def on_or_off(value: bool | None) -> str:
-    return machine.NOT_TOLD if value is None else "on" if value else "off"
+    return NOT_TOLD if value is None else "on" if value else "off"
 
 
 st.title("Live GPU")
-job = jobs.latest()
-measuring = job is not None and jobs.is_running(job)
+measuring = runs.RUNS.is_measuring
 every = st.segmented_control(
     "Refresh every",
     list(EVERY),
@@ -122,17 +121,18 @@ def show() -> None:
     now = looks[-1]
     if watched.reason is not None:
         st.info(
-            f"No NVIDIA GPU is reported on here: {plain(watched.reason)}. This is the CPU and the memory of this machine instead."
+            f"No NVIDIA GPU is reported on here: {plain(watched.reason)}. This is the CPU and the memory of this "
+            "machine instead."
         )
         show_host(now.host)
     else:
         drivers = sorted({gpu.driver for gpu in watched.gpus if gpu.driver})
-        st.caption(f"As NVML tells it, in its order; driver {plain(', '.join(drivers) or machine.NOT_TOLD)}.")
+        st.caption(f"As NVML tells it, in its order; driver {plain(', '.join(drivers) or NOT_TOLD)}.")
         for gpu in now.gpus:
             show_gpu(gpu)
         with st.expander("CPU and memory of this machine"):
             show_host(now.host)
-    table = machine.history(looks, watched.interval)
+    table = history(looks, watched.interval)
     table["memory_used_bytes"] /= 2**30
     st.subheader("The last minutes")
     columns = st.columns(2)
@@ -140,8 +140,8 @@ def show() -> None:
     for place, (column, title, unit) in enumerate(told):
         with columns[place % 2]:
             last = table[column].dropna().iloc[-1]
-            session.chart(
-                live.line(table, column, title, unit, top=100 if unit == "%" else None),
+            selection.chart(
+                line(table, column, title, unit, top=100 if unit == "%" else None),
                 alt=f"{title} over the last minutes, in {unit}; now {last:.4g}",
                 key=f"live_{column}",
             )

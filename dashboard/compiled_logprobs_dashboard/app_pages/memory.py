@@ -2,27 +2,28 @@
 
 import pandas as pd
 import streamlit as st
-from compiled_logprobs_dashboard import data
-from compiled_logprobs_dashboard import selection as session
-from compiled_logprobs_dashboard.charts import memory as figures
-from compiled_logprobs_dashboard.index import Tables
+from compiled_logprobs_dashboard import selection
+from compiled_logprobs_dashboard.charts import memory as charts
+from compiled_logprobs_dashboard.frames import Frames, Profile, Shape, look_up
 from compiled_logprobs_dashboard.looks import plain, plain_line
-from compiled_logprobs_dashboard.tables import memory as data_memory
+from compiled_logprobs_dashboard.tables import memory as tables
 from compiled_logprobs_dashboard.tables.memory import Capacity
 
 GIB = 2**30
 THREE_NUMBERS = """
 Three numbers are called "the memory that is used", and they differ:
 
-* **Allocated**: what tensors hold just now. Its peak during a call, less what was held before, is the **extra memory** on this
-  page. torch tells the peak as `torch.cuda.max_memory_allocated()`.
-* **Reserved**: what torch's allocator has taken from the device and keeps, so that the next tensor is quick to get: at least what
-  is allocated, often more, in blocks that may be too small for the next request: `torch.cuda.max_memory_reserved()`.
-* **Device used**: what all processes have taken: what each of them has reserved, their contexts (hundreds of MiB each), and what
-  libraries hold: `nvidia-smi`, and the page **Live GPU**.
+* **Allocated**: what tensors hold just now. Its peak during a call, less what was held before, is the **extra memory**
+  on this page. torch tells the peak as `torch.cuda.max_memory_allocated()`.
+* **Reserved**: what torch's allocator has taken from the device and keeps, so that the next tensor is quick to get: at
+  least what is allocated, often more, in blocks that may be too small for the next request:
+  `torch.cuda.max_memory_reserved()`.
+* **Device used**: what all processes have taken: what each of them has reserved, their contexts (hundreds of MiB each),
+  and what libraries hold: `nvidia-smi`, and the page **Live GPU**.
 
-An allocation fails when neither the allocator's blocks nor the rest of the device has room for it, which can be while *allocated*
-is far below the device's size. On a CPU there is one number: what the process has in memory, whose growth in a call is taken.
+An allocation fails when neither the allocator's blocks nor the rest of the device has room for it, which can be while
+*allocated* is far below the device's size. On a CPU there is one number: what the process has in memory, whose growth
+in a call is taken.
 """
 COLUMNS = {
     "extra_bytes": st.column_config.NumberColumn("extra, bytes", format="localized"),
@@ -41,30 +42,31 @@ COLUMNS = {
 def show() -> None:
     """The page."""
     st.title("Memory")
-    tables = session.tables()
-    profile = session.choose_profile(tables)
+    frames = selection.current_frames()
+    profile = selection.choose_profile(frames)
     if profile is None:
         return
-    shape = session.choose_shape(tables, profile)
-    points, left_out = data_memory.memory(tables, *profile, shape)
+    shape = selection.choose_shape(frames, profile)
+    points, left_out = tables.memory(frames, profile, shape)
     for why in left_out[:10]:
         st.caption(f"Not drawn: {plain(why, 400)}")
     if len(left_out) > 10:
         st.caption(f"Not drawn: {len(left_out) - 10} more.")
     if points.empty:
         st.info(
-            f"No extra memory was measured in this profile for {plain(shape.mode)}, {plain(shape.dtype)} and V {shape.vocab}.",
+            f"No extra memory was measured in this profile for {plain(shape.mode)}, {plain(shape.dtype)} and V "
+            f"{shape.vocab}.",
             title="Not measured",
         )
     else:
-        _one_decision(tables, profile, shape, points)
-        _growth(tables, profile, shape, points)
+        _one_decision(frames, profile, shape, points)
+        _growth(frames, profile, shape, points)
     with st.expander("Which memory? Allocated, reserved, device used"):
         st.markdown(THREE_NUMBERS)
 
 
-def _one_decision(tables: Tables, profile: session.Profile, shape: data.Shape, points: pd.DataFrame) -> None:
-    answer = data.answer(tables, *profile, shape)
+def _one_decision(frames: Frames, profile: Profile, shape: Shape, points: pd.DataFrame) -> None:
+    answer = look_up(frames, profile, shape)
     part = points[points["key"] == answer.key]
     if part.empty:
         distance = (points["rows"] - shape.rows).abs()
@@ -75,23 +77,23 @@ def _one_decision(tables: Tables, profile: session.Profile, shape: data.Shape, p
         f"For N up to {rows}, V {shape.vocab}, {plain(shape.dtype)}, {plain(shape.mode)}"
         + ("" if timed == rows else f"; measured with {timed} rows")
         + ("" if answer.kind == "exact" else f". For N {shape.rows} itself nothing is stored; this is the nearest")
-        + ". The least possible is what no backend can do without: the results, and the gradient unless it is written over the "
-        "logits."
+        + ". The least possible is what no backend can do without: the results, and the gradient unless it is written "
+        "over the logits."
     )
-    session.chart(
-        figures.bars(part, among=tables.backends),
-        alt=data_memory.in_words(part),
+    selection.chart(
+        charts.bars(part, among=frames.backends),
+        alt=tables.in_words(part),
         key="memory-bars",
         table=part[["backend", "extra_bytes", "extra_multiple", "least_bytes", "least_multiple", "logits_bytes"]],
         columns=COLUMNS,
     )
 
 
-def _growth(tables: Tables, profile: session.Profile, shape: data.Shape, points: pd.DataFrame) -> None:
+def _growth(frames: Frames, profile: Profile, shape: Shape, points: pd.DataFrame) -> None:
     st.subheader("The largest N that fits")
-    has = data_memory.capacity(tables, *profile)
+    has = tables.capacity(frames, profile)
     free = _free(has)
-    fits = data_memory.largest(points, shape.vocab, data_memory.itemsize_of(shape.dtype), free)
+    fits = tables.largest(points, shape.vocab, tables.itemsize_of(shape.dtype), free)
     if free is not None:
         with st.container(horizontal=True):
             for row in fits.itertuples():
@@ -105,15 +107,15 @@ def _growth(tables: Tables, profile: session.Profile, shape: data.Shape, points:
                     border=True,
                     width="stretch",
                 )
-    st.caption(data_memory.RULE)
+    st.caption(tables.RULE)
     told = (
         ""
         if free is None
         else f" With {free / GIB:.3g} GiB free: "
         + ", ".join(f"{plain_line(row.backend, 40)} N {row.largest_rows:,.0f}" for row in fits.itertuples())
     )
-    session.chart(
-        figures.growth(points, has.bytes, free, among=tables.backends),
+    selection.chart(
+        charts.growth(points, has.bytes, free, among=frames.backends),
         alt=f"Logits and extra memory by N, at V {shape.vocab}.{told}",
         key="memory-growth",
         table=points.drop(columns=["key", "chosen"]),

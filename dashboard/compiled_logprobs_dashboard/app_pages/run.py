@@ -5,22 +5,20 @@ from collections.abc import Callable
 
 import streamlit as st
 import torch
-from compiled_logprobs_dashboard import runs as jobs
-from compiled_logprobs_dashboard import selection as session
-from compiled_logprobs_dashboard.following import Following, Seen, outlook
+from compiled_logprobs_dashboard import runs, selection
 from compiled_logprobs_dashboard.looks import plain, plain_line
-from compiled_logprobs_dashboard.preflight import preflight
-from compiled_logprobs_dashboard.tables.run import decided, losses, standings
+from compiled_logprobs_dashboard.runs import Request, Run, preflight
+from compiled_logprobs_dashboard.tables.run import Seen, decided, losses, outlook, over, standings
 
 from compiled_logprobs.backends import backends
 from compiled_logprobs.cli.output import short
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.problem import MODES, short_name
-from compiled_logprobs.tuning import presets as profiling
+from compiled_logprobs.tuning import presets
 
 REFRESH_S = 1.0
-DTYPES = [short_name(dtype) for dtype in profiling.DTYPES]
+DTYPES = [short_name(dtype) for dtype in presets.DTYPES]
 PRESETS = {
     "quick": "One vocabulary and one N.",
     "standard": "Two vocabularies, a few N.",
@@ -35,12 +33,6 @@ HEADINGS = {
 }
 
 
-@st.cache_resource(max_entries=4)
-def following(_job: jobs.Job, folder: str, name: str) -> Following:
-    """One for all tabs, by folder and name: Streamlit does not look at what begins with an underscore."""
-    return Following(_job)
-
-
 def in_words(seconds: float) -> str:
     """A time that is no more exact than an estimate."""
     if seconds < 90:
@@ -52,7 +44,7 @@ def numbers(texts: list[str], convert: Callable[[str], int]) -> tuple[int, ...]:
     return tuple(convert(text.strip()) for text in texts)
 
 
-def asked() -> jobs.Request | None:
+def asked() -> Request | None:
     """The form; None where something in it is not valid, which is then said."""
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     left, right = st.columns(2)
@@ -71,15 +63,15 @@ def asked() -> jobs.Request | None:
         )
         again = st.checkbox("Measure also what is stored already", key="run_again")
     with right:
-        base = profiling.PRESETS[preset]
+        base = presets.PRESETS[preset]
         vocabs = st.multiselect(
             "Vocabulary",
-            list(profiling.MODELS),
+            list(presets.MODELS),
             accept_new_options=True,
             key="run_vocab",
             placeholder="as in the preset",
             help="V: a model, or type a number.",
-            format_func=lambda text: f"{text} ({profiling.MODELS[text]})" if text in profiling.MODELS else text,
+            format_func=lambda text: f"{text} ({presets.MODELS[text]})" if text in presets.MODELS else text,
         )
         rows = st.multiselect(
             "Rows",
@@ -95,11 +87,11 @@ def asked() -> jobs.Request | None:
             "Backends", backends(), key="run_backends", placeholder="all", help="eager is always measured beside them."
         )
     try:
-        return jobs.Request(
+        return Request(
             device=device,
             preset=preset,
-            vocabs=numbers(vocabs, profiling.vocab_of),
-            rows=numbers(rows, profiling.rows_of),
+            vocabs=numbers(vocabs, presets.vocab_of),
+            rows=numbers(rows, presets.rows_of),
             dtypes=tuple(dtypes),
             modes=tuple(modes),
             backends=tuple(names),
@@ -114,7 +106,7 @@ def asked() -> jobs.Request | None:
 def seconds_before(device: str) -> list[float]:
     """What problems took in this environment before."""
     try:
-        table = session.tables().decisions
+        table = selection.current_frames().decisions
         return list(table.loc[table["environment"] == fingerprint_of(torch.device(device)), "tuning_seconds"].dropna())
     except (LogProbsError, RuntimeError):
         return []
@@ -157,7 +149,7 @@ def form(running: bool) -> None:
         icon=":material/play_arrow:",
     ):
         try:
-            jobs.start(request)
+            runs.RUNS.start(request)
         except LogProbsError as error:
             st.error(plain(error, 1000))
         else:
@@ -168,37 +160,37 @@ def form(running: bool) -> None:
         st.caption("All of this is stored already. Tick the box above to measure it again.")
 
 
-def show_job(job: jobs.Job) -> None:
+def show_run(run: Run) -> None:
     """How a run stands, and what it found."""
-    reader = following(job, str(job.folder), job.id)
-    status, seen = reader.status(), reader.seen()
+    status, seen = run.status(), run.seen()
     st.subheader(HEADINGS[status])
-    st.caption(plain(job.request.command_line(), 1000))
+    st.caption(plain(run.request.command_line(), 1000))
     if status in ("running", "stopping"):
-        show_progress(job, seen)
+        show_progress(run, seen)
         if st.button("Cancel", key="run_cancel", disabled=status == "stopping", icon=":material/stop:"):
-            jobs.cancel(job)
+            run.cancel()
             st.rerun(scope="app")
         st.caption(
-            "What is finished is kept, also if you cancel or close this page."
+            "What is finished is kept, also if you cancel or close this page. It ends with the dashboard."
             if status == "running"
             else "It keeps what is finished, and ends."
         )
     else:
-        total = len(seen.problems)
-        st.write(f"{len(seen.decisions)} of {total} problems decided, {seen.measured} of them measured by this run.")
+        st.write(
+            f"{len(seen.decisions)} of {len(seen.problems)} problems decided, {seen.measured} of them measured by "
+            "this run."
+        )
         if status == "died":
-            code = job.exit_code
             st.error(
-                f"It ended by itself{'' if code is None else f', with exit code {code}'}. What was finished before is kept. "
-                "What it said last is below."
+                f"It ended by itself, with exit code {run.process.returncode}. What was finished before is kept. What "
+                "it said last is below."
             )
-    show_results(job, seen)
+    show_results(run, seen)
 
 
-def show_progress(job: jobs.Job, seen: Seen) -> None:
-    elapsed = time.time() - job.started_at
-    view = outlook(seen, job.request.budget_s, elapsed)
+def show_progress(run: Run, seen: Seen) -> None:
+    elapsed = time.time() - run.started_at
+    view = outlook(seen, run.request.budget_s, elapsed)
     left = ""
     if view.seconds_left is not None:
         left = f", {'about' if view.measured else 'at most about'} {in_words(view.seconds_left)} left"
@@ -210,7 +202,7 @@ def show_progress(job: jobs.Job, seen: Seen) -> None:
         st.write(f"{plain(short(seen.current))}: {plain(seen.doing)}")
 
 
-def show_results(job: jobs.Job, seen: Seen) -> None:
+def show_results(run: Run, seen: Seen) -> None:
     if seen.decisions:
         st.markdown("**Leaderboard**")
         times = st.column_config.NumberColumn(format="%.2fx")
@@ -218,7 +210,7 @@ def show_results(job: jobs.Job, seen: Seen) -> None:
             standings(seen.decisions),
             hide_index=True,
             key="run_standings",
-            column_config={"median speed-up over the baseline": times},
+            column_config={f"median speed-up over {over(seen.decisions)}": times},
         )
         st.markdown("**Winners**")
         figure = st.column_config.NumberColumn(format="%.3f")
@@ -233,7 +225,7 @@ def show_results(job: jobs.Job, seen: Seen) -> None:
         st.dataframe(losses(seen.losses), hide_index=True, key="run_losses")
     with st.expander("Log", expanded=False):
         st.code("\n".join(plain_line(line) for line in seen.log) or "nothing yet", language=None, height=300)
-        said = job.said().strip()
+        said = run.said().strip()
         if said:
             st.caption("On standard error:")
             st.code("\n".join(plain_line(line) for line in said.splitlines()), language=None, height=200)
@@ -241,24 +233,17 @@ def show_results(job: jobs.Job, seen: Seen) -> None:
 
 st.title("Run a profile")
 st.write("Measures which backend is right and fastest here, and stores what it finds with your profiles.")
-if (reason := jobs.why_not()) is not None:
-    st.info(reason)
-    st.stop()
-job = jobs.latest()
-running = job is not None and jobs.is_running(job)
+running = runs.RUNS.is_measuring
 
 
 @st.fragment(run_every=REFRESH_S if running else None)
-def show() -> None:
+def show(run: Run) -> None:
     """How the run stands, again and again while it goes on."""
-    latest = jobs.latest()
-    if latest is None:
-        return
-    show_job(latest)
-    if running and not jobs.is_running(latest):
+    show_run(run)
+    if running and not run.is_running:
         st.rerun(scope="app")
 
 
-if job is not None:
-    show()
+if runs.RUNS.latest is not None:
+    show(runs.RUNS.latest)
 form(running)

@@ -1,14 +1,14 @@
-"""Sign check: what each check came to for each backend, dtype and kind of input, how the errors spread, the tokens most off."""
+"""Sign check: what each check came to by backend, dtype and input, and how far off the errors are."""
 
 from collections.abc import Callable, Sequence
 
 import pandas as pd
 import streamlit as st
-from compiled_logprobs_dashboard import selection as session
-from compiled_logprobs_dashboard.charts import sign_check as figures
-from compiled_logprobs_dashboard.index import Tables
+from compiled_logprobs_dashboard import selection
+from compiled_logprobs_dashboard.charts import sign_check as charts
+from compiled_logprobs_dashboard.frames import Frames
 from compiled_logprobs_dashboard.looks import VERDICTS, plain, plain_line
-from compiled_logprobs_dashboard.tables import sign_check as evidence
+from compiled_logprobs_dashboard.tables import sign_check as tables
 from compiled_logprobs_dashboard.tables.sign_check import ALL, KINDS, UNITS, Checked, Matrix
 
 from compiled_logprobs.check.report import MEANING
@@ -29,12 +29,12 @@ TOKENS = {
 def show() -> None:
     """The page."""
     st.title("Sign check")
-    tables = session.tables()
-    profile = session.choose_profile(tables)
+    frames = selection.current_frames()
+    profile = selection.choose_profile(frames)
     if profile is None:
         return
-    shape = session.choose_shape(tables, profile, dtype=False)
-    found, broken = evidence.gather(tables, *profile, shape)
+    shape = selection.choose_shape(frames, profile, dtype=False)
+    found, broken = tables.gather(frames, profile, shape)
     for why in broken:
         st.error(plain(why), title="A decision cannot be read")
     asked = f"N {shape.rows}, V {shape.vocab}, {plain(shape.mode)}"
@@ -47,32 +47,33 @@ def show() -> None:
     for one in found:
         if not one.exact:
             st.caption(
-                f"{plain(one.dtype)}: for this N nothing is stored; shown is the nearest, N {one.decision.problem.rows}."
+                f"{plain(one.dtype)}: for this N nothing is stored; shown is the nearest, N "
+                f"{one.decision.problem.rows}."
             )
         if one.left_out:
             st.caption(
-                f"{plain(one.dtype)}: {one.left_out} more candidates are not shown. The chosen one, the baseline and those that "
-                "failed come first."
+                f"{plain(one.dtype)}: {one.left_out} more candidates are not shown. The chosen one, the baseline and "
+                "those that failed come first."
             )
-    whole = evidence.overview(found)
+    whole = tables.overview(found)
     if whole.empty:
         st.info("The decisions are stored without verdicts of the checks, so that it is not known what they came to.")
         return
     _summary(whole, found)
-    details = evidence.by_input(found)
+    details = tables.by_input(found)
     only_failures = _filter(whole)
     _overview(whole, only_failures)
     _without_details(found)
     if not details.empty:
         _matrix(details, only_failures)
     _one_verdict(whole, details)
-    _errors(tables, found)
+    _errors(frames, found)
     _tokens(found)
     _recorded(found)
 
 
 def _summary(whole: pd.DataFrame, found: Sequence[Checked]) -> None:
-    failed = whole[evidence.has_failed(whole)]
+    failed = whole[tables.has_failed(whole)]
     if failed.empty:
         checked = sorted({plain_line(name, 40) for name in whole.loc[whole["verdict"] == "pass", "backend"]})
         st.success(f"No check failed. Passed by: {plain(', '.join(checked))}.", icon=":material/verified:")
@@ -89,25 +90,25 @@ def _summary(whole: pd.DataFrame, found: Sequence[Checked]) -> None:
 
 def _filter(whole: pd.DataFrame) -> bool:
     """Whether only failures are shown: at first where there are some."""
-    some = bool(evidence.has_failed(whole).any())
+    some = bool(tables.has_failed(whole).any())
     return st.toggle(
         "Only failures", value=some, key="only_failures", bind="query-params", help="FAIL and error, in what follows."
     )
 
 
 def _kept(table: pd.DataFrame, only_failures: bool) -> pd.DataFrame:
-    return table[evidence.has_failed(table)] if only_failures else table
+    return table[tables.has_failed(table)] if only_failures else table
 
 
 def _overview(whole: pd.DataFrame, only_failures: bool) -> None:
     st.subheader("By backend and dtype")
     part = _kept(whole, only_failures)
-    text = evidence.in_words(part)
+    text = tables.in_words(part)
     st.caption(f"{plain(text)} The worst over all inputs. A click on a cell shows its values.")
     if part.empty:
         st.info("No check failed: switch off **Only failures** to see all of them.")
         return
-    _grid(evidence.matrix(part, ["backend", "dtype"], "check"), OVERVIEW, _take_overview, text)
+    _grid(tables.matrix(part, ["backend", "dtype"], "check"), OVERVIEW, _take_overview, text)
 
 
 def _matrix(details: pd.DataFrame, only_failures: bool) -> None:
@@ -126,10 +127,10 @@ def _matrix(details: pd.DataFrame, only_failures: bool) -> None:
                 format_func=lambda name: plain_line(name, 40),
             )
             part = part[part[column].isin(chosen)] if chosen else part
-    text = evidence.in_words(part)
+    text = tables.in_words(part)
     st.caption(f"{plain(text)} Empty: that input does not put it to the test.")
     if not part.empty:
-        _grid(evidence.matrix(part, ["backend", "dtype", "check"], "input"), MATRIX, _take_matrix, text)
+        _grid(tables.matrix(part, ["backend", "dtype", "check"], "input"), MATRIX, _take_matrix, text)
 
 
 def _grid(found: Matrix, key: str, on_select: Callable[[], None], text: str) -> None:
@@ -203,7 +204,7 @@ def _one_verdict(whole: pd.DataFrame, details: pd.DataFrame) -> None:
 def _narrowed(table: pd.DataFrame, key: str, column: str, label: str) -> pd.DataFrame:
     """A widget for the values of `column` that are left, and what is left of the table."""
     values = list(dict.fromkeys(table[column]))
-    failed = table.loc[evidence.has_failed(table), column]
+    failed = table.loc[tables.has_failed(table), column]
     if st.session_state.get(key) not in values:
         st.session_state[key] = failed.iloc[0] if len(failed) else values[0]
     chosen = st.selectbox(label, values, key=key, format_func=lambda name: plain_line(name, 60))
@@ -215,16 +216,16 @@ def _without_details(found: Sequence[Checked]) -> None:
         if one.missing:
             st.info(
                 f"{plain(one.dtype)}: this profile tells only the worst of each check, and no details by input: "
-                f"{plain(one.missing)}. It is older, or was carried here without its evidence. `compiled-logprobs profile "
-                "--again` measures it anew.",
+                f"{plain(one.missing)}. It is older, or was carried here without its evidence. `compiled-logprobs "
+                "profile --again` measures it anew.",
                 title="No details stored",
             )
-    for dtype, names in evidence.without_details([one for one in found if not one.missing]).items():
+    for dtype, names in tables.without_details([one for one in found if not one.missing]).items():
         st.caption(f"{plain(dtype)}: no details by input are stored of {plain(', '.join(names))}.")
 
 
-def _errors(tables: Tables, found: Sequence[Checked]) -> None:
-    table = evidence.errors(found)
+def _errors(frames: Frames, found: Sequence[Checked]) -> None:
+    table = tables.errors(found)
     if table.empty:
         return
     st.subheader("How far off")
@@ -237,8 +238,8 @@ def _errors(tables: Tables, found: Sequence[Checked]) -> None:
         st.info(f"No errors of the {KINDS[what]} are stored for {plain(dtype)}.")
         return
     st.caption(
-        "Absolute errors against float64. Thin: all values; thick: the middle 90 %; the mark: the median; the grey bar: the "
-        "limit of the largest error, which comes from what plain torch makes of the same kind of input."
+        "Absolute errors against float64. Thin: all values; thick: the middle 90 %; the mark: the median; the grey "
+        "bar: the limit of the largest error, which comes from what plain torch makes of the same kind of input."
         + (
             " Quantiles of a gradient are of a sample of its values; its largest error is of all."
             if what == "gradient"
@@ -246,32 +247,32 @@ def _errors(tables: Tables, found: Sequence[Checked]) -> None:
         )
     )
     inputs = list(dict.fromkeys(part["input"]))
-    drawn = part[part["input"].isin(inputs[: evidence.MOST_ACROSS])]
-    if len(inputs) > evidence.MOST_ACROSS:
-        st.caption(f"{len(inputs) - evidence.MOST_ACROSS} more inputs are not drawn; the table has them.")
-    session.chart(
-        figures.ranges(drawn, what, among=tables.backends),
-        alt=figures.in_words(drawn, what),
+    drawn = part[part["input"].isin(inputs[: tables.MOST_ACROSS])]
+    if len(inputs) > tables.MOST_ACROSS:
+        st.caption(f"{len(inputs) - tables.MOST_ACROSS} more inputs are not drawn; the table has them.")
+    selection.chart(
+        charts.ranges(drawn, what, among=frames.backends),
+        alt=charts.in_words(drawn, what),
         key="error-ranges",
         table=part,
     )
     chosen = st.selectbox("Input", inputs, key="errors_input")
     one = part[part["input"] == chosen]
-    session.chart(
-        figures.shares(one, what, among=tables.backends),
+    selection.chart(
+        charts.shares(one, what, among=frames.backends),
         alt=f"Share of the values by error, for the input {plain_line(chosen, 40)!r}. "
-        f"{figures.in_words(one, what)} Dashed: the limits.",
+        f"{charts.in_words(one, what)} Dashed: the limits.",
         key="error-shares",
         table=one,
     )
 
 
 def _tokens(found: Sequence[Checked]) -> None:
-    table = evidence.tokens(found)
+    table = tables.tokens(found)
     if table.empty:
         return
     st.subheader("The worst tokens")
-    kinds = list(dict.fromkeys(evidence.errors(found)["what"]))
+    kinds = list(dict.fromkeys(tables.errors(found)["what"]))
     what = st.segmented_control(
         "Of", kinds, default=kinds[0], key="tokens_what", format_func=lambda one: KINDS.get(one, one), required=True
     )
@@ -295,12 +296,13 @@ def _tokens(found: Sequence[Checked]) -> None:
 
 
 def _recorded(found: Sequence[Checked]) -> None:
-    table = evidence.recorded(found)
+    table = tables.recorded(found)
     if table.empty:
         return
     st.subheader("Recorded, and no failure")
     st.caption(
-        "Whether the same call gives the same bits twice, and whether a row's bits stay the same whatever N it came with."
+        "Whether the same call gives the same bits twice, and whether a row's bits stay the same whatever N it came "
+        "with."
     )
     st.dataframe(table, hide_index=True, key="recorded", alt="Repeatable and row invariant, by backend and dtype")
 

@@ -1,19 +1,18 @@
-"""Throughput: bytes and tokens a second against N and V, the share of the roof measured here, and what the first call costs."""
+"""Throughput: bytes and tokens a second against N and V, the share of the roof, and the first call's cost."""
 
 from typing import cast
 
 import pandas as pd
 import streamlit as st
-from compiled_logprobs_dashboard import data
-from compiled_logprobs_dashboard import selection as session
-from compiled_logprobs_dashboard.charts import throughput as figures
-from compiled_logprobs_dashboard.index import Tables
+from compiled_logprobs_dashboard import selection
+from compiled_logprobs_dashboard.charts import throughput as charts
+from compiled_logprobs_dashboard.frames import Frames, Profile, Shape, look_up, problem_of
 from compiled_logprobs_dashboard.looks import plain, plain_line
-from compiled_logprobs_dashboard.tables import throughput as roof
+from compiled_logprobs_dashboard.tables import throughput as tables
 
 from compiled_logprobs.machine.clock import cache_bytes
 
-ALONG: dict[str, roof.Axis] = {"N, rows": "rows", "V, vocabulary": "vocab"}
+ALONG: dict[str, tables.Axis] = {"N, rows": "rows", "V, vocabulary": "vocab"}
 COLUMNS = {
     "seconds": st.column_config.NumberColumn("a call, s", format="%.4g"),
     "gbps": st.column_config.NumberColumn("GB/s", format="%.4g"),
@@ -31,17 +30,17 @@ COLUMNS = {
 def show() -> None:
     """The page."""
     st.title("Throughput")
-    tables = session.tables()
-    profile = session.choose_profile(tables)
+    frames = selection.current_frames()
+    profile = selection.choose_profile(frames)
     if profile is None:
         return
-    shape = session.choose_shape(tables, profile)
-    cache = _cache_bytes(tables, profile)
+    shape = selection.choose_shape(frames, profile)
+    cache = _cache_bytes(frames, profile)
     chosen = st.segmented_control(
         "Against", list(ALONG), default="N, rows", key="along", bind="query-params", required=True
     )
     along = ALONG[chosen if chosen in ALONG else "N, rows"]
-    found = roof.throughput(tables, *profile, shape, along, cache)
+    found = tables.throughput(frames, profile, shape, along, cache)
     for why in found.left_out[:10]:
         st.caption(f"Not drawn: {plain(why, 400)}")
     if len(found.left_out) > 10:
@@ -59,13 +58,13 @@ def show() -> None:
     if along == "vocab" and points["rows"].iloc[0] < shape.rows:
         st.caption(f"For N {shape.rows} nothing is stored; what is shown is the nearest N, {points['rows'].iloc[0]}.")
     st.caption(f"{other}, {plain(shape.dtype)}, {plain(shape.mode)}.")
-    _rates(tables, points, along)
-    _roof(tables, points, along, cache)
-    _first_calls(tables, profile, shape, points)
-    _bytes_model(tables, profile, shape)
+    _rates(frames, points, along)
+    _roof(frames, points, along, cache)
+    _first_calls(frames, profile, shape, points)
+    _bytes_model(frames, profile, shape)
 
 
-def _rates(tables: Tables, points: pd.DataFrame, along: roof.Axis) -> None:
+def _rates(frames: Frames, points: pd.DataFrame, along: tables.Axis) -> None:
     for column, title, unit in (("gbps", "Bytes a second", "GB/s"), ("tokens", "Tokens a second", "tokens/s")):
         st.subheader(title)
         if points[f"{column}_low"].isna().all():
@@ -74,28 +73,29 @@ def _rates(tables: Tables, points: pd.DataFrame, along: roof.Axis) -> None:
             st.caption(
                 "Median of the calls, and as a band the middle 60 % of them (from the 20th to the 80th percentile)."
             )
-        roofs = roof.roofs(tables, points["key"].unique().tolist()) if column == "gbps" else None
-        session.chart(
-            figures.rate(points, along, column, roofs, among=tables.backends),
-            alt=roof.in_words(points, along, column, unit),
+        roofs = tables.roofs(frames, points["key"].unique().tolist()) if column == "gbps" else None
+        selection.chart(
+            charts.rate(points, along, column, roofs, among=frames.backends),
+            alt=tables.in_words(points, along, column, unit),
             key=f"rate-{column}",
             table=_shown(points),
             columns=COLUMNS,
         )
 
 
-def _roof(tables: Tables, points: pd.DataFrame, along: roof.Axis, cache: float | None) -> None:
+def _roof(frames: Frames, points: pd.DataFrame, along: tables.Axis, cache: float | None) -> None:
     st.subheader("How near to the roof")
     if points["percent"].isna().all():
-        st.info("The bandwidth of the device was not measured with these decisions, so that there is no roof.")
+        st.info("The bandwidth of the device was not measured with these decisions, so that there is no tables.")
         return
     st.caption(
-        "The time that the bytes which must move take at the bandwidth measured on this device in the same run, in per cent of "
-        "the time of a call: forward at the bandwidth of reading, backward at that of copying. Hollow points are above it."
+        "The time that the bytes which must move take at the bandwidth measured on this device in the same run, in "
+        "per cent of the time of a call: forward at the bandwidth of reading, backward at that of copying. Hollow "
+        "points are above it."
     )
-    session.chart(
-        figures.share(points, along, among=tables.backends),
-        alt=roof.in_words(points, along, "percent", "% of the measured roof"),
+    selection.chart(
+        charts.share(points, along, among=frames.backends),
+        alt=tables.in_words(points, along, "percent", "% of the measured roof"),
         key="share",
         table=_shown(points),
         columns=COLUMNS,
@@ -108,9 +108,9 @@ def _roof(tables: Tables, points: pd.DataFrame, along: roof.Axis, cache: float |
     st.caption("How long a launch takes was not measured, so that no point is marked as bound by it.")
 
 
-def _first_calls(tables: Tables, profile: session.Profile, shape: data.Shape, points: pd.DataFrame) -> None:
+def _first_calls(frames: Frames, profile: Profile, shape: Shape, points: pd.DataFrame) -> None:
     st.subheader("What the first call costs")
-    answer = data.answer(tables, *profile, shape)
+    answer = look_up(frames, profile, shape)
     part = points[points["key"] == answer.key] if answer.key is not None else points.iloc[:0]
     if part.empty:
         part = points[points["key"] == points["key"].iloc[-1]]
@@ -119,15 +119,16 @@ def _first_calls(tables: Tables, profile: session.Profile, shape: data.Shape, po
         st.info(f"The first calls for {at} were not timed.")
         return
     st.caption(
-        f"For {at}: the first call, compiling included as far as the compiler's cache did not spare it, and after how many "
-        "calls it has paid against the baseline. What has no such number is no faster than the baseline, or is the baseline."
+        f"For {at}: the first call, compiling included as far as the compiler's cache did not spare it, and after how "
+        "many calls it has paid against the baseline. What has no such number is no faster than the baseline, or is "
+        "the baseline."
     )
     told = ", ".join(
         f"{plain_line(row.backend, 40)} {row.first_call_seconds:.2g} s"
         for row in part.dropna(subset=["first_call_seconds"]).itertuples()
     )
-    session.chart(
-        figures.first_calls(part, among=tables.backends),
+    selection.chart(
+        charts.first_calls(part, among=frames.backends),
         alt=f"Seconds of the first call for {at}: {told}.",
         key="first-calls",
         table=part[["backend", "first_call_seconds", "pays_after"]],
@@ -135,19 +136,19 @@ def _first_calls(tables: Tables, profile: session.Profile, shape: data.Shape, po
     )
 
 
-def _bytes_model(tables: Tables, profile: session.Profile, shape: data.Shape) -> None:
+def _bytes_model(frames: Frames, profile: Profile, shape: Shape) -> None:
     with st.expander("Which bytes are counted"):
-        problem = data.problem_of(tables, *profile, shape)
-        st.write(f"For N {shape.rows}, V {shape.vocab}: {plain(roof.bytes_model(problem), 600)}.")
+        problem = problem_of(frames, profile, shape)
+        st.write(f"For N {shape.rows}, V {shape.vocab}: {plain(tables.bytes_model(problem), 600)}.")
         st.write(
-            "These are the bytes that every backend has to move. One that moves more, such as eager with its copies, gets no "
-            "credit for them: its GB/s are those of the useful bytes."
+            "These are the bytes that every backend has to move. One that moves more, such as eager with its copies, "
+            "gets no credit for them: its GB/s are those of the useful bytes."
         )
 
 
-def _cache_bytes(tables: Tables, profile: session.Profile) -> float | None:
+def _cache_bytes(frames: Frames, profile: Profile) -> float | None:
     """Of the last cache: from the profile for a GPU, of this machine if the profile is its; else not known."""
-    facts = data.profile_facts(tables, *profile)
+    facts = frames.facts(profile)
     if facts.get("l2_bytes"):
         return float(facts["l2_bytes"])
     if facts.get("here") and facts.get("device_type") == "cpu":

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from compiled_logprobs_dashboard.charts import categories, interval, line_of, name_of, new_figure
 from compiled_logprobs_dashboard.looks import BAD, DOUBTFUL, GOOD, NEUTRAL, looks, plain_in_chart
 
-CLEAR = "rgba(0,0,0,0)"
 MOST = 40
 """Rows that can be told apart; those that differ most are shown."""
 VERDICTS = {
@@ -20,7 +20,7 @@ VERDICTS = {
 
 
 def ratios(table: pd.DataFrame) -> go.Figure:
-    """`comparison.matched`: that profile's seconds over this one's, with the noise band, one row a problem."""
+    """`tables.compare.matched`: that profile's seconds over this one's, with the noise band, one row a problem."""
     shown = table.iloc[np.log(table["ratio"]).abs().sort_values(ascending=False, kind="stable").index[:MOST]]
     shown = shown.sort_values("ratio", kind="stable")
     labels: dict[int, str] = {}
@@ -29,81 +29,43 @@ def ratios(table: pd.DataFrame) -> go.Figure:
         while label in labels.values():  # cut off, or called the same by a foreign file: each has a line of its own
             label += " ·"
         labels[number] = label
-    figure = go.Figure()
+    figure = new_figure(140 + 24 * max(3, len(shown)))
     for verdict, (name, colour, symbol) in VERDICTS.items():
         part = shown[shown["verdict"] == verdict]
         if part.empty:
             continue
-        figure.add_trace(
-            go.Scatter(
-                x=part["ratio"],
-                y=[labels[number] for number in part.index],
-                mode="markers",
-                name=name,
-                marker={"color": colour, "symbol": symbol, "size": 12, "line": {"width": 2, "color": colour}},
-                error_x={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": (part["high"] - part["ratio"]).fillna(0),
-                    "arrayminus": (part["ratio"] - part["low"]).fillna(0),
-                    "color": colour,
-                },
-                hovertemplate="%{y}<br>%{x:.2f}x<extra></extra>",
-            )
+        figure.add_scatter(
+            x=part["ratio"],
+            y=[labels[number] for number in part.index],
+            mode="markers",
+            name=name,
+            marker={"color": colour, "symbol": symbol, "size": 12, "line": {"width": 2, "color": colour}},
+            error_x=interval(part["ratio"], part["low"], part["high"], colour),
+            hovertemplate="%{y}<br>%{x:.2f}x<extra></extra>",
         )
     figure.add_vline(x=1.0, line={"dash": "dash", "color": NEUTRAL})
-    figure.update_layout(
-        height=140 + 24 * max(3, len(shown)),
-        margin={"l": 10, "r": 20, "t": 10, "b": 10},
-        paper_bgcolor=CLEAR,
-        plot_bgcolor=CLEAR,
-        legend={"orientation": "h", "y": 1.08},
-        xaxis={
-            "title": {"text": "That profile's time over this one's: right of 1, this is faster"},
-            "type": "log",
-            "dtick": "D1",
-        },
-        yaxis={
-            "type": "category",
-            "categoryorder": "array",
-            "categoryarray": list(labels.values()),
-            "automargin": True,
-        },
+    title = "That profile's time over this one's: right of 1, this is faster"
+    return figure.update_layout(
+        xaxis={"title": {"text": title}, "type": "log", "dtick": "D1"}, yaxis=categories(list(labels.values()))
     )
-    return figure
 
 
 def history(table: pd.DataFrame, *, among: Iterable[str] = ()) -> go.Figure:
-    """`comparison.history`: milliseconds of each backend, in the order in which they were measured, with the noise band."""
-    figure = go.Figure()
-    order = [plain_in_chart(one, 90) for one in dict.fromkeys(table["label"])]
+    """`tables.compare.history`: milliseconds of each backend by the time of measuring, with the noise band."""
+    order = [plain_in_chart(label, 90) for label in dict.fromkeys(table["label"])]
+    figure = new_figure(
+        380, xaxis=categories(order), yaxis={"title": {"text": "a call, ms"}, "rangemode": "tozero"}, showlegend=True
+    )
     for name, look in looks(table["backend"], among).items():
         part = table[table["backend"] == name]
         figure.add_trace(
-            go.Scatter(
-                x=[plain_in_chart(one, 90) for one in part["label"]],
-                y=part["ms"],
-                mode="lines+markers",
-                name=f"{look.letter} {plain_in_chart(name, 30)}",
-                line={"color": look.colour, "dash": look.dash},
-                marker={"color": look.colour, "symbol": look.symbol, "size": 11},
-                error_y={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": (part["high"] - part["ms"]).fillna(0),
-                    "arrayminus": (part["ms"] - part["low"]).fillna(0),
-                    "color": look.colour,
-                },
+            line_of(
+                [plain_in_chart(label, 90) for label in part["label"]],
+                part["ms"],
+                name_of(name, look),
+                look,
+                error_y=interval(part["ms"], part["low"], part["high"], look.colour),
                 hovertemplate="%{x}<br>%{y:.3g} ms<extra></extra>",
             )
         )
-    figure.update_layout(
-        height=380,
-        margin={"l": 10, "r": 20, "t": 10, "b": 10},
-        paper_bgcolor=CLEAR,
-        plot_bgcolor=CLEAR,
-        legend={"orientation": "h", "y": 1.12},
-        xaxis={"type": "category", "categoryorder": "array", "categoryarray": order, "automargin": True},
-        yaxis={"title": {"text": "a call, ms"}, "rangemode": "tozero"},
-    )
     return figure

@@ -6,16 +6,15 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from compiled_logprobs_dashboard.data import MOST_BACKENDS
-from compiled_logprobs_dashboard.looks import NEUTRAL, Look, looks, plain_in_chart
+from compiled_logprobs_dashboard.charts import categories, in_rgb, interval, new_figure
+from compiled_logprobs_dashboard.looks import MOST_BACKENDS, NEUTRAL, Look, looks, plain_in_chart
 
-CLEAR = "rgba(0,0,0,0)"
 OTHERS = Look(NEUTRAL, "…", "square", "solid")
 """Of the backends that win the fewest squares, where they are too many to be told apart."""
 SQUARE = 48
 """Pixels a side; smaller where there are many."""
 NEAR_ONE = 0.2
-"""Of a speed-up, whose figure would then be crossed by the line of the baseline."""
+"""Of a speed-up, whose figure would then be crossed by the line at 1."""
 STRONG = 0.65
 """Opacity from which a letter has to stand out against the square's colour rather than the page's."""
 
@@ -23,7 +22,7 @@ STRONG = 0.65
 def winner_map(
     table: pd.DataFrame, rows: int | None = None, vocab: int | None = None, *, among: Iterable[str] = ()
 ) -> go.Figure:
-    """`winners.winners` as squares over N and V: colour and letter the backend, opacity its margin, ties hollow.
+    """`tables.decide.winners` as squares over N and V: colour and letter the backend, opacity its margin, ties hollow.
 
     Squares are points, since only points can be clicked; each carries [N, V] as `customdata`.
 
@@ -31,12 +30,19 @@ def winner_map(
         table: one row a square.
         rows: N of the decision that is shown, whose square gets a frame.
         vocab: V of the same.
-        among: all backends that there are, see `palette.looks`.
+        among: all backends that there are, see `looks.looks`.
     """
-    figure = go.Figure()
-    across = [str(one) for one in sorted(table["rows"].unique())]
-    up = [str(one) for one in sorted(table["vocab"].unique())]
+    across = [str(value) for value in sorted(table["rows"].unique())]
+    up = [str(value) for value in sorted(table["vocab"].unique())]
     side = max(10, min(SQUARE, 900 // max(1, len(across)), 620 // max(1, len(up)) + 6))
+    figure = new_figure(
+        max(240, 150 + (side + 8) * len(up)),
+        dragmode=False,
+        clickmode="event+select",
+        legend={"itemclick": False, "itemdoubleclick": False},
+        xaxis=categories(across, "N, rows", showgrid=False),
+        yaxis=categories(up, "V, vocabulary", showgrid=False),
+    )
     counts = table["backend"].value_counts()  # most first; what is not measured has none
     own, rest = list(counts.index[:MOST_BACKENDS]), list(counts.index[MOST_BACKENDS:])
     drawn = [(look, [name], plain_in_chart(name, 30)) for name, look in looks(own, among).items()]
@@ -52,50 +58,33 @@ def winner_map(
                 figure.add_trace(trace)
     missing = table[table["state"] == "unmeasured"]
     if len(missing):
-        figure.add_trace(
-            go.Scatter(
-                x=missing["rows"].astype(str),
-                y=missing["vocab"].astype(str),
-                mode="markers+text",
-                name="· not measured",
-                text=["·"] * len(missing),
-                marker={"symbol": "square", "size": side, "color": "rgba(138,143,152,0.25)"},
-                unselected={"marker": {"opacity": 1.0}},
-                customdata=missing[["rows", "vocab"]].to_numpy().tolist(),
-                hovertext=[f"N {row.rows}, V {row.vocab}: not measured" for row in missing.itertuples()],
-                hoverinfo="text",
-            )
+        figure.add_scatter(
+            x=missing["rows"].astype(str),
+            y=missing["vocab"].astype(str),
+            mode="markers+text",
+            name="· not measured",
+            text=["·"] * len(missing),
+            marker={"symbol": "square", "size": side, "color": in_rgb(NEUTRAL, 0.25)},
+            unselected={"marker": {"opacity": 1.0}},
+            customdata=missing[["rows", "vocab"]].to_numpy().tolist(),
+            hovertext=[f"N {row.rows}, V {row.vocab}: not measured" for row in missing.itertuples()],
+            hoverinfo="text",
         )
     if rows is not None and str(rows) in across and str(vocab) in up:
-        figure.add_trace(
-            go.Scatter(
-                x=[str(rows)],
-                y=[str(vocab)],
-                mode="markers",
-                name="shown above",
-                marker={"symbol": "square-open", "size": side + 9, "color": NEUTRAL, "line": {"width": 3}},
-                hoverinfo="skip",
-                customdata=[[rows, vocab]],
-            )
+        figure.add_scatter(
+            x=[str(rows)],
+            y=[str(vocab)],
+            mode="markers",
+            name="shown above",
+            marker={"symbol": "square-open", "size": side + 9, "color": NEUTRAL, "line": {"width": 3}},
+            hoverinfo="skip",
+            customdata=[[rows, vocab]],
         )
-    figure.update_layout(
-        height=max(240, 150 + (side + 8) * len(up)),
-        margin={"l": 10, "r": 10, "t": 10, "b": 10},
-        paper_bgcolor=CLEAR,
-        plot_bgcolor=CLEAR,
-        dragmode=False,
-        clickmode="event+select",
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "itemclick": False, "itemdoubleclick": False},
-        xaxis={"title": {"text": "N, rows"}, "type": "category", "categoryorder": "array", "categoryarray": across},
-        yaxis={"title": {"text": "V, vocabulary"}, "type": "category", "categoryorder": "array", "categoryarray": up},
-    )
-    figure.update_xaxes(showgrid=False, fixedrange=True)
-    figure.update_yaxes(showgrid=False, fixedrange=True, automargin=True)
     return figure
 
 
 def _squares(part: pd.DataFrame, look: Look, side: int, *, hollow: bool) -> go.Scatter:
-    """Of one backend, all drawn strongly or all faintly: there, the page's own colour of text can be read, and here it cannot."""
+    """Draw squares of one backend, all strong or all faint: on faint ones the page's own text colour is readable."""
     red, green, blue = (int(look.colour[start : start + 2], 16) for start in (1, 3, 5))
     font: dict[str, Any] = {"size": max(8, side // 2)}
     if hollow:
@@ -112,7 +101,7 @@ def _squares(part: pd.DataFrame, look: Look, side: int, *, hollow: bool) -> go.S
             "symbol": "square-open" if hollow else "square",
             "size": side,
             # In the colour, so that a click, which sets the opacity of points, does not change it.
-            "color": [f"rgba({red},{green},{blue},{1.0 if hollow else one:.2f})" for one in part["opacity"]],
+            "color": [in_rgb(look.colour, 1.0 if hollow else opacity) for opacity in part["opacity"]],
             "line": {"width": 3 if hollow else 1, "color": look.colour},
         },
         customdata=part[["rows", "vocab"]].to_numpy().tolist(),
@@ -122,82 +111,57 @@ def _squares(part: pd.DataFrame, look: Look, side: int, *, hollow: bool) -> go.S
     )
 
 
-def _hover(one: dict[str, Any]) -> str:
-    lines = [f"N {one['rows']}, V {one['vocab']}: {plain_in_chart(one['backend'], 40)}"]
-    if pd.notna(one["speedup"]):
-        band = "" if pd.isna(one["low"]) or pd.isna(one["high"]) else f" ({one['low']:.2f} to {one['high']:.2f})"
-        lines.append(f"{one['speedup']:.2f}x the baseline's speed{band}")
-    if pd.notna(one["runner_up"]):
-        tie = "a tie with" if one["state"] == "tie" else f"{one['margin']:.2f}x as fast as"
-        lines.append(f"{tie} {plain_in_chart(one['runner_up'], 40)}")
+def _hover(square: dict[str, Any]) -> str:
+    lines = [f"N {square['rows']}, V {square['vocab']}: {plain_in_chart(square['backend'], 40)}"]
+    if pd.notna(square["speedup"]):
+        known = pd.notna(square["low"]) and pd.notna(square["high"])
+        band = f" ({square['low']:.2f} to {square['high']:.2f})" if known else ""
+        lines.append(f"{square['speedup']:.2f}x the speed of {plain_in_chart(square['against'], 40)}{band}")
+    if pd.notna(square["runner_up"]):
+        tie = "a tie with" if square["state"] == "tie" else f"{square['margin']:.2f}x as fast as"
+        lines.append(f"{tie} {plain_in_chart(square['runner_up'], 40)}")
     else:
         lines.append("nothing else got through")
-    if pd.notna(one["stale"]):
-        lines.append(f"stale: {plain_in_chart(one['stale'])}")
+    if pd.notna(square["stale"]):
+        lines.append(f"stale: {plain_in_chart(square['stale'])}")
     return "<br>".join(lines)
 
 
-def ranking(board: pd.DataFrame, baseline: str, *, among: Iterable[str] = ()) -> go.Figure:
-    """`verdict.leaderboard`: each timed candidate's speed-up over the baseline, with its interval."""
+def ranking(board: pd.DataFrame, against: str, *, among: Iterable[str] = ()) -> go.Figure:
+    """`tables.decide.leaderboard`: each timed candidate's speed-up over `against`, with its interval."""
     timed = board[board["speedup"].notna()]
     named = looks(board["name"], among)
-    figure = go.Figure()
-    labels = []
-    for row in timed.itertuples():
-        look, name = named[row.name], plain_in_chart(row.backend, 30)
-        label = f"{look.letter}  {name}"
-        labels.append(label)
-        known = pd.notna(row.low) and pd.notna(row.high)
-        figure.add_trace(
-            go.Scatter(
-                x=[row.speedup],
-                y=[label],
-                mode="markers+text",
-                name=name,
-                text=[f"{row.speedup:.2f}x"],
-                textposition="top right" if abs(row.speedup - 1) < NEAR_ONE else "top center",  # clear of the line at 1
-                marker={"symbol": look.symbol, "size": 14, "color": look.colour},
-                error_x={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [row.high - row.speedup if known else 0],
-                    "arrayminus": [row.speedup - row.low if known else 0],
-                    "color": look.colour,
-                    "thickness": 3,
-                },
-                hovertext=[plain_in_chart(f"{row.backend}: {row.outcome}, {row.speedup:.2f}x")],
-                hoverinfo="text",
-            )
-        )
-    figure.add_vline(x=1.0, line={"dash": "dash", "color": NEUTRAL})
-    figure.update_layout(
-        height=110 + 60 * max(1, len(timed)),
-        margin={"l": 10, "r": 20, "t": 20, "b": 10},
-        paper_bgcolor=CLEAR,
-        plot_bgcolor=CLEAR,
+    labels = [f"{named[row.name].letter}  {plain_in_chart(row.backend, 30)}" for row in timed.itertuples()]
+    title = f"Speed over {plain_in_chart(against, 40)}, with its interval"
+    figure = new_figure(
+        110 + 60 * max(1, len(timed)),
         showlegend=False,
-        xaxis={
-            "title": {"text": f"Speed over {plain_in_chart(baseline, 30)}, with its interval"},
-            "rangemode": "tozero",
-        },
-        yaxis={
-            "type": "category",
-            "categoryorder": "array",
-            "categoryarray": labels[::-1],
-            "range": [-0.5, len(labels) - 0.3],
-            "automargin": True,
-        },
+        xaxis={"title": {"text": title}, "rangemode": "tozero"},
+        yaxis=categories(labels[::-1], range=[-0.5, len(labels) - 0.3]),
     )
-    figure.update_xaxes(fixedrange=True)
-    figure.update_yaxes(fixedrange=True)
-    return figure
+    for label, row in zip(labels, timed.itertuples(), strict=True):
+        look = named[row.name]
+        middle, low, high = (pd.Series([value]) for value in (row.speedup, row.low, row.high))
+        figure.add_scatter(
+            x=[row.speedup],
+            y=[label],
+            mode="markers+text",
+            name=plain_in_chart(row.backend, 30),
+            text=[f"{row.speedup:.2f}x"],
+            textposition="top right" if abs(row.speedup - 1) < NEAR_ONE else "top center",  # clear of the line at 1
+            marker={"symbol": look.symbol, "size": 14, "color": look.colour},
+            error_x={**interval(middle, low, high, look.colour), "thickness": 3},
+            hovertext=[plain_in_chart(f"{row.backend}: {row.outcome}, {row.speedup:.2f}x")],
+            hoverinfo="text",
+        )
+    return figure.add_vline(x=1.0, line={"dash": "dash", "color": NEUTRAL})
 
 
-def ranking_in_words(board: pd.DataFrame, baseline: str) -> str:
+def ranking_in_words(board: pd.DataFrame, against: str) -> str:
     """The ranking's text."""
     timed = board[board["speedup"].notna()]
     parts = [f"{row.backend} {row.speedup:.2f}x" for row in timed.itertuples()]
     rest = len(board) - len(timed)
-    return f"Speed over {baseline}: {', '.join(parts) or 'nothing was timed'}." + (
+    return f"Speed over {against}: {', '.join(parts) or 'nothing was timed'}." + (
         f" {rest} more {'was' if rest == 1 else 'were'} not timed." if rest else ""
     )

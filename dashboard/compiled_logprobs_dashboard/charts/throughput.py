@@ -1,18 +1,18 @@
-"""Charts of throughput: a rate against N or V with its band, the share of the measured roof, and what the first call costs."""
+"""Charts of throughput: a rate against N or V with its band, the share of the roof, and the first call's cost."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
+from compiled_logprobs_dashboard.charts import across, categories, in_rgb, interval, line_of, name_of, new_figure
 from compiled_logprobs_dashboard.looks import NEUTRAL, Look, looks, plain_in_chart
 
-CLEAR = "rgba(0,0,0,0)"
 TITLES = {"rows": "N, rows (logarithmic)", "vocab": "V, vocabulary (logarithmic)"}
 RATES = {"gbps": "GB/s, of the bytes that must move", "tokens": "tokens (rows) a second"}
 ROOFS = {"read": "measured read", "copy": "measured copy", "in_place": "measured in place"}
-MOST_TICKS = 12
 
 
 def rate(
@@ -23,194 +23,120 @@ def rate(
     *,
     among: Iterable[str] = (),
 ) -> go.Figure:
-    """`roof.throughput` as a line a backend; its band is the middle 60 per cent of the calls.
+    """`tables.throughput.throughput` as a line a backend; its band is the middle 60 per cent of the calls.
 
     Args:
         points: columns backend, rows, vocab, and `column` with `_low` and `_high`.
         along: "rows" or "vocab", the axis across.
         column: "gbps" or "tokens".
         roofs: bandwidths to draw as lines, GB/s: lowest and highest that was measured.
-        among: all backends that there are, see `palette.looks`.
+        among: all backends that there are, see `looks.looks`.
     """
-    figure = go.Figure()
-    for name, look in looks(points["backend"], among).items():
-        part = points[(points["backend"] == name) & points[column].notna()].sort_values(along)
-        if part.empty:
-            continue
-        shown = f"{look.letter} {plain_in_chart(name, 30)}"
+    roofs = roofs or {}
+    ends = [points[column].max(), points[f"{column}_high"].max(), *(high for _, high in roofs.values())]
+    figure = _along(points, along, RATES[column], ends)
+    for name, look, part in _each(points, along, column, among):
         known = part[part[f"{column}_low"].notna() & part[f"{column}_high"].notna()]
         if len(known) > 1:
-            figure.add_trace(
-                go.Scatter(
-                    x=[*known[along], *known[along][::-1]],
-                    y=[*known[f"{column}_high"], *known[f"{column}_low"][::-1]],
-                    fill="toself",
-                    fillcolor=_faint(look.colour),
-                    line={"width": 0},
-                    mode="lines",
-                    name=f"{shown}, middle 60 % of the calls",
-                    legendgroup=name,
-                    showlegend=False,
-                    hoverinfo="skip",
-                )
-            )
-        figure.add_trace(
-            go.Scatter(
-                x=part[along],
-                y=part[column],
-                mode="lines+markers",
-                name=shown,
+            figure.add_scatter(
+                x=[*known[along], *known[along][::-1]],
+                y=[*known[f"{column}_high"], *known[f"{column}_low"][::-1]],
+                fill="toself",
+                fillcolor=in_rgb(look.colour, 0.2),
+                line={"width": 0},
+                mode="lines",
+                name=f"{name}, middle 60 % of the calls",
                 legendgroup=name,
-                line={"color": look.colour, "dash": look.dash, "width": 2},
-                marker=_marks(part, look),
-                error_y=_bars(part, column, look.colour),
-                hovertext=[_hover(row._asdict(), column) for row in part.itertuples(index=False)],
-                hoverinfo="text",
+                showlegend=False,
+                hoverinfo="skip",
             )
-        )
-    for number, (kind, (low, high)) in enumerate((roofs or {}).items()):
+        bars = None  # but of a single point, whose band would have no width
+        if len(part) == 1 and part[f"{column}_low"].notna().all():
+            bars = interval(part[column], part[f"{column}_low"], part[f"{column}_high"], look.colour)
+        line = _line(part, along, column, name, look)
+        figure.add_trace(line.update(legendgroup=name, error_y=bars))
+    for number, (kind, (low, high)) in enumerate(roofs.items()):
         span = f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
-        label = {"text": f"{ROOFS[kind]}, {span} GB/s", "font": {"size": 11}}
         # They are often as high as one another: one is named at the left, above, and the other at the right, below.
         place = (
             {"textposition": "end", "yanchor": "top"} if number % 2 else {"textposition": "start", "yanchor": "bottom"}
         )
-        figure.add_hline(y=high, line={"dash": "dot", "color": NEUTRAL}, label={**label, **place})
-    ends = [points[column].max(), points[f"{column}_high"].max(), *(high for _, high in (roofs or {}).values())]
-    _lay_out(figure, points, along, RATES[column], ends)
+        label = {"text": f"{ROOFS[kind]}, {span} GB/s", **place}
+        figure.add_hline(y=high, line={"dash": "dot", "color": NEUTRAL}, label=label)
     return figure
 
 
 def share(points: pd.DataFrame, along: str, *, among: Iterable[str] = ()) -> go.Figure:
-    """Per cent of the roof: the time that the bytes take at the measured bandwidth, of the time of a call. Above 100: hollow."""
-    figure = go.Figure()
-    for name, look in looks(points["backend"], among).items():
-        part = points[(points["backend"] == name) & points["percent"].notna()].sort_values(along)
-        if part.empty:
-            continue
-        figure.add_trace(
-            go.Scatter(
-                x=part[along],
-                y=part["percent"],
-                mode="lines+markers",
-                name=f"{look.letter} {plain_in_chart(name, 30)}",
-                line={"color": look.colour, "dash": look.dash, "width": 2},
-                marker=_marks(part, look),
-                hovertext=[_hover(row._asdict(), "percent") for row in part.itertuples(index=False)],
-                hoverinfo="text",
-            )
-        )
-    figure.add_hline(
-        y=100,
-        line={"dash": "dash", "color": NEUTRAL},
-        label={"text": "100 %: the bandwidth measured on this device", "textposition": "start", "font": {"size": 11}},
-    )
-    _lay_out(figure, points, along, "% of the measured roof", [100.0, points["percent"].max()])
-    return figure
+    """Per cent of the roof: the time of the bytes at the measured bandwidth over that of a call; hollow above 100."""
+    figure = _along(points, along, "% of the measured roof", [100.0, points["percent"].max()])
+    for name, look, part in _each(points, along, "percent", among):
+        figure.add_trace(_line(part, along, "percent", name, look))
+    label = {"text": "100 %: the bandwidth measured on this device", "textposition": "start"}
+    return figure.add_hline(y=100, line={"dash": "dash", "color": NEUTRAL}, label=label)
 
 
 def first_calls(points: pd.DataFrame, *, among: Iterable[str] = ()) -> go.Figure:
     """Seconds of the first call of each backend of one decision, with the calls after which it has paid."""
     part = points[points["first_call_seconds"].notna()].sort_values("first_call_seconds")
     named = looks(points["backend"], among)
-    labels = [f"{named[name].letter} {plain_in_chart(name, 30)}" for name in part["backend"]]
-    figure = go.Figure(
-        go.Bar(
-            x=part["first_call_seconds"],
-            y=labels,
-            orientation="h",
-            marker={"color": [named[name].colour for name in part["backend"]]},
-            text=[_paid(row.first_call_seconds, row.pays_after) for row in part.itertuples()],
-            textposition="auto",
-            hoverinfo="text",
-            name="first call, s",
-        )
+    labels = [name_of(name, named[name]) for name in part["backend"]]
+    title = "seconds of the first call, compiling included"
+    figure = new_figure(
+        90 + 44 * max(1, len(part)),
+        xaxis={"title": {"text": title}, "rangemode": "tozero"},
+        yaxis=categories(labels[::-1]),
     )
-    figure.update_layout(
-        height=90 + 44 * max(1, len(part)),
-        margin={"l": 10, "r": 20, "t": 10, "b": 10},
-        paper_bgcolor=CLEAR,
-        plot_bgcolor=CLEAR,
-        xaxis={"title": {"text": "seconds of the first call, compiling included"}, "rangemode": "tozero"},
-        yaxis={"type": "category", "categoryorder": "array", "categoryarray": labels[::-1], "automargin": True},
+    return figure.add_bar(
+        x=part["first_call_seconds"],
+        y=labels,
+        orientation="h",
+        marker={"color": [named[name].colour for name in part["backend"]]},
+        text=[_paid(row.first_call_seconds, row.pays_after) for row in part.itertuples()],
+        hoverinfo="text",
+        name="first call, s",
     )
-    figure.update_xaxes(fixedrange=True)
-    figure.update_yaxes(fixedrange=True)
-    return figure
 
 
-def _marks(part: pd.DataFrame, look: Look) -> dict[str, object]:
+def _each(
+    points: pd.DataFrame, along: str, column: str, among: Iterable[str]
+) -> Iterator[tuple[str, Look, pd.DataFrame]]:
+    """What a backend is called, how it looks, and its points; of those that have any."""
+    for backend, look in looks(points["backend"], among).items():
+        part = points[(points["backend"] == backend) & points[column].notna()].sort_values(along)
+        if len(part):
+            yield name_of(backend, look), look, part
+
+
+def _line(part: pd.DataFrame, along: str, column: str, name: str, look: Look) -> go.Scatter:
     """Of points above the roof only an outline: they are no speed that the device is known to have."""
-    return {
-        "symbol": [f"{look.symbol}-open" if one > 100 else look.symbol for one in part["percent"]],
-        "size": 11,
-        "color": look.colour,
-        "line": {"width": 2, "color": look.colour},
-    }
+    symbols = [f"{look.symbol}-open" if percent > 100 else look.symbol for percent in part["percent"]]
+    marker = {"symbol": symbols, "line": {"width": 2, "color": look.colour}}
+    hover = [_hover(row._asdict(), column) for row in part.itertuples(index=False)]
+    return line_of(part[along], part[column], name, look, marker=marker, hovertext=hover, hoverinfo="text")
 
 
 def _paid(seconds: float, calls: float) -> str:
     return f"{seconds:.2g} s" + ("" if pd.isna(calls) else f", paid after {calls:,.0f} call{'' if calls == 1 else 's'}")
 
 
-def _bars(part: pd.DataFrame, column: str, colour: str) -> dict[str, object] | None:
-    """Of a single point, whose band would have no width."""
-    if len(part) != 1 or part[f"{column}_low"].isna().any():
-        return None
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": part[f"{column}_high"] - part[column],
-        "arrayminus": part[column] - part[f"{column}_low"],
-        "color": colour,
-    }
-
-
-def _hover(one: Mapping[str, object], column: str) -> str:
+def _hover(point: Mapping[str, Any], column: str) -> str:
     lines = [
-        f"{plain_in_chart(one['backend'], 40)}: N {one['rows']}, V {one['vocab']}",
-        f"{one['gbps']:.4g} GB/s, {one['tokens']:,.4g} tokens/s",
+        f"{plain_in_chart(point['backend'], 40)}: N {point['rows']}, V {point['vocab']}",
+        f"{point['gbps']:.4g} GB/s, {point['tokens']:,.4g} tokens/s",
     ]
-    if column != "percent" and pd.notna(one[f"{column}_low"]):
-        lines.append(f"middle 60 % of the calls: {one[f'{column}_low']:.4g} to {one[f'{column}_high']:.4g}")
-    if pd.notna(one["percent"]):
-        lines.append(f"{one['percent']:.0f} % of the measured roof")
-    if one["timed_rows"] != one["rows"]:
-        lines.append(f"timed with {one['timed_rows']} rows")
-    if one["note"]:
-        lines.append(plain_in_chart(one["note"], 200))
+    if column != "percent" and pd.notna(point[f"{column}_low"]):
+        lines.append(f"middle 60 % of the calls: {point[f'{column}_low']:.4g} to {point[f'{column}_high']:.4g}")
+    if pd.notna(point["percent"]):
+        lines.append(f"{point['percent']:.0f} % of the measured roof")
+    if point["timed_rows"] != point["rows"]:
+        lines.append(f"timed with {point['timed_rows']} rows")
+    if point["note"]:
+        lines.append(plain_in_chart(point["note"], 200))
     return "<br>".join(lines)
 
 
-def _faint(colour: str) -> str:
-    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.2)"
-
-
-def _lay_out(figure: go.Figure, points: pd.DataFrame, along: str, title: str, ends: list[float]) -> None:
+def _along(points: pd.DataFrame, along: str, title: str, ends: list[float]) -> go.Figure:
     """From 0 to a little above the largest of `ends`, so that there is room for what is written over a line."""
-    highest = max((one for one in ends if math.isfinite(one)), default=1.0)
-    figure.update_layout(
-        height=400,
-        margin={"l": 10, "r": 10, "t": 20, "b": 10},
-        paper_bgcolor=CLEAR,
-        plot_bgcolor=CLEAR,
-        legend={"orientation": "h", "y": -0.25},
-        hovermode="closest",
-    )
-    figure.update_xaxes(**across(points[along], TITLES[along]))
-    figure.update_yaxes(title={"text": title}, range=[0, 1.12 * highest], automargin=True, fixedrange=True)
-
-
-def across(values: "pd.Series[int]", title: str) -> dict[str, object]:
-    """A logarithmic axis with marks at the values themselves, or at some of them where they are many."""
-    marks = sorted({int(one) for one in values if one > 0})
-    marks = marks[:: -(-len(marks) // MOST_TICKS)] if marks else marks
-    return {
-        "type": "log",
-        "title": {"text": title},
-        "tickmode": "array",
-        "tickvals": marks,
-        "ticktext": [str(one) for one in marks],
-        "fixedrange": True,
-    }
+    highest = max((end for end in ends if math.isfinite(end)), default=1.0)
+    upward = {"title": {"text": title}, "range": [0, 1.12 * highest]}
+    return new_figure(400, xaxis=across(points[along], TITLES[along]), yaxis=upward)

@@ -9,22 +9,17 @@ import pandas as pd
 from compiled_logprobs.decision import MEASURED
 from compiled_logprobs.machine.environment import MATCHED
 from compiled_logprobs.problem import Problem
-from compiled_logprobs_dashboard.data import profile_facts, same_but_rows
-from compiled_logprobs_dashboard.index import Tables
+from compiled_logprobs_dashboard.frames import Frames, Profile, same_but_rows
 from compiled_logprobs_dashboard.looks import plain_line
 
 WINNER = "the winner of each"
-PROBLEM = (
-    *("rows", "vocab", "dtype", "out_dtype", "labels_per_row", "needs_grad", "entropy", "temperature", "masked_logits"),
-    *("inplace_backward", "layout", "aligned"),
-)
-"""What two decisions share that are for the same problem, on whichever device."""
+HISTORY = ["measured_at", "torch", "triton", "source", "environment", "backend", "chosen", "ms", "low", "high", "label"]
 _NOT_FACTS = ("source", "environment", "device", "here", "decisions", "measured_at")
 
 
-def differences(tables: Tables, one: tuple[str, str], other: tuple[str, str]) -> pd.DataFrame:
-    """What differs between two profiles: fact, this, that, and decides: whether it makes another environment. Those first."""
-    here, there = profile_facts(tables, *one), profile_facts(tables, *other)
+def differences(frames: Frames, one: Profile, other: Profile) -> pd.DataFrame:
+    """What differs between two profiles: fact, this, that, and decides (does it make another environment)."""
+    here, there = frames.facts(one), frames.facts(other)
     kinds = {str(facts.get("device_type")) for facts in (here, there)}
     deciding = {"device_type", *(name for kind in kinds for name in MATCHED.get(kind, MATCHED["cpu"]))}
     rows = [
@@ -37,24 +32,18 @@ def differences(tables: Tables, one: tuple[str, str], other: tuple[str, str]) ->
 
 
 def _text(value: object) -> str:
-    if value is None:
-        return "not known"
-    return (
-        f"{value:g}"
-        if isinstance(value, float) and abs(value) < 1e6
-        else f"{value:.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:g}" if abs(value) < 1e6 else f"{value:.0f}"
+    return "not known" if value is None else str(value)
 
 
 class Matched(NamedTuple):
     """Two profiles, problem by problem."""
 
     table: pd.DataFrame
-    """One row a problem that both decided: problem, mode, rows, vocab, dtype, winner_this, winner_that, backend_this and
-    backend_that (those whose times are held against each other), seconds_this and seconds_that (a call of N rows), ratio (that
-    profile's seconds over this one's: above 1, this is faster), low and high (the noise band), verdict."""
+    """One row a problem that both decided: problem, mode, rows, vocab, dtype, winner_this, winner_that, backend_this
+    and backend_that (those whose times are held against each other), seconds_this and seconds_that (a call of N rows),
+    ratio (that profile's seconds over this one's: above 1, this is faster), low and high (the noise band), verdict."""
     only_this: int
     only_that: int
     """Decisions of problems that the other profile has none for; they are in no figure."""
@@ -62,13 +51,13 @@ class Matched(NamedTuple):
     """Problems that both decided but where one did not time the backend."""
 
 
-def matched(tables: Tables, one: tuple[str, str], other: tuple[str, str], backend: str = WINNER) -> Matched:
+def matched(frames: Frames, one: Profile, other: Profile, backend: str = WINNER) -> Matched:
     """The problems that both profiles decided, with the times of `backend` or of each one's winner."""
-    this, that = (_with_times(tables, *profile, backend) for profile in (one, other))
-    both = this.merge(that, on=list(PROBLEM), suffixes=("_this", "_that"))
+    this, that = (_with_times(frames, profile, backend) for profile in (one, other))
+    both = this.merge(that, on="asked", suffixes=("_this", "_that"))
     timed = both[both["per_row_this"].gt(0) & both["per_row_that"].gt(0)].copy()
     for side in ("this", "that"):
-        timed[f"seconds_{side}"] = timed[f"per_row_{side}"] * timed["rows"]
+        timed[f"seconds_{side}"] = timed[f"per_row_{side}"] * timed["rows_this"]
     timed["ratio"] = timed["per_row_that"] / timed["per_row_this"]
     width = np.hypot(timed["noise_this"], timed["noise_that"])
     timed["low"], timed["high"] = timed["ratio"] * np.exp(-width), timed["ratio"] * np.exp(width)
@@ -77,50 +66,46 @@ def matched(tables: Tables, one: tuple[str, str], other: tuple[str, str], backen
         ["noise not known", "this is faster", "that is faster"],
         "within noise",
     )
-    columns = [
-        *(
-            "problem_this",
-            "mode_this",
-            "rows",
-            "vocab",
-            "dtype",
-            "chosen_this",
-            "chosen_that",
-            "backend_this",
-            "backend_that",
-        ),
-        *("seconds_this", "seconds_that", "ratio", "low", "high", "verdict"),
-    ]
-    names = {"problem_this": "problem", "mode_this": "mode", "chosen_this": "winner_this", "chosen_that": "winner_that"}
-    table = timed[columns].rename(columns=names).sort_values(["mode", "dtype", "vocab", "rows"], ignore_index=True)
+    names = {"name_this": "problem", **{f"{name}_this": name for name in ("mode", "rows", "vocab", "dtype")}}
+    names |= {f"{name}_{side}": f"{title}_{side}" for name, title in _OF_BOTH.items() for side in ("this", "that")}
+    table = timed.rename(columns=names)[[*names.values(), "ratio", "low", "high", "verdict"]]
+    table = table.sort_values(["mode", "dtype", "vocab", "rows"], ignore_index=True)
     return Matched(table, len(this) - len(both), len(that) - len(both), len(both) - len(timed))
 
 
-def _with_times(tables: Tables, source: str, environment: str, backend: str) -> pd.DataFrame:
-    """The decisions of a profile with backend, per_row (seconds) and noise, the logarithm of a ratio."""
-    found = tables.decisions
-    found = found[(found["environment"] == environment) & (found["source"] == source)]
-    timed = tables.candidates[tables.candidates["key"].isin(found["key"])]
+_OF_BOTH = {"chosen": "winner", "backend": "backend", "seconds": "seconds"}
+
+
+def _with_times(frames: Frames, profile: Profile, backend: str) -> pd.DataFrame:
+    """The decisions of a profile with asked (the problem, on any device), backend, per_row (seconds) and noise."""
+    decided = frames.of(profile)
+    timed = frames.candidates[frames.candidates["key"].isin(decided["key"])]
     timed = timed[timed["outcome"].isin(MEASURED)]
     # The baseline has no interval of its own, and a candidate's holds the noise of both: the widest one speaks for all.
-    width = (
-        np.log(
-            timed["speedup_high"].where(timed["speedup_low"] > 0) / timed["speedup_low"].where(timed["speedup_low"] > 0)
-        )
-        / 2
-    )
-    noise = width.where(timed["speedup_low"] != timed["speedup_high"]).groupby(timed["key"]).max()
+    noise = _width(timed).where(timed["ratio_low"] != timed["ratio_high"]).groupby(timed["key"]).max()
     taken = timed[timed["chosen"]] if backend == WINNER else timed[timed["backend"] == backend]
-    taken = _measured_with(found, taken).set_index("key")
-    found = found[[*PROBLEM, "key", "problem", "mode", "chosen", "measured_rows"]].copy()
-    found["backend"] = found["key"].map(taken["backend"])
-    found["per_row"] = found["key"].map(taken["seconds"]) / found["measured_rows"]
-    found["noise"] = found["key"].map(noise)
-    return found.drop_duplicates(list(PROBLEM))
+    taken = _measured_with(decided, taken).set_index("key")
+    columns = ["key", "name", "mode", "rows", "vocab", "dtype", "chosen"]
+    return (
+        decided[columns]
+        .assign(
+            asked=[problem._replace(device_type="") for problem in decided["problem"]],
+            backend=decided["key"].map(taken["backend"]),
+            per_row=decided["key"].map(taken["seconds"]) / decided["measured_rows"],
+            noise=decided["key"].map(noise),
+        )
+        .drop_duplicates("asked")
+    )
+
+
+def _width(timed: pd.DataFrame) -> "pd.Series[float]":
+    """Half of the interval of a ratio's logarithm; missing where it is not known."""
+    low = timed["ratio_low"].where(timed["ratio_low"] > 0)
+    return np.log(timed["ratio_high"].where(low.notna()) / low) / 2
 
 
 def _measured_with(decisions: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
-    """Those of `candidates` that were measured with their decision: how many rows an earlier one timed is not stored."""
+    """Drop candidates that an earlier decision measured: how many rows it timed is not stored."""
     moments = candidates["key"].map(decisions.set_index("key")["measured_at"])
     return candidates[candidates["measured_at"] == moments]
 
@@ -136,53 +121,33 @@ def in_words(found: Matched) -> str:
     return f"Of {len(table)} problems that both timed: {parts}. Median ratio {middle:.2f}: above 1, this one is faster."
 
 
-def backends_of(tables: Tables, one: tuple[str, str], other: tuple[str, str]) -> list[str]:
+def backends_of(frames: Frames, one: Profile, other: Profile) -> list[str]:
     """What was timed in either."""
-    timed = tables.candidates[tables.candidates["outcome"].isin(MEASURED)]
-    mine = (timed["source"] == one[0]) & (timed["environment"] == one[1])
-    theirs = (timed["source"] == other[0]) & (timed["environment"] == other[1])
-    return sorted(timed.loc[mine | theirs, "backend"].unique())
+    timed = frames.candidates[frames.candidates["outcome"].isin(MEASURED)]
+    keys = pd.concat([frames.of(one)["key"], frames.of(other)["key"]])
+    return sorted(timed.loc[timed["key"].isin(keys), "backend"].unique())
 
 
-def history(tables: Tables, problem: Problem, device: str) -> pd.DataFrame:
+def history(frames: Frames, problem: Problem, device: str) -> pd.DataFrame:
     """What each backend took for `problem` on `device`, whatever the versions and the source.
 
     Returns:
-        One row a decision and timed candidate, oldest first: measured_at, torch, triton, source, environment, backend, chosen,
-        ms (a call of N rows), low and high (its noise band), label (a place on an axis).
+        One row a decision and timed candidate, oldest first: measured_at, torch, triton, source, environment, backend,
+        chosen, ms (a call of N rows), low and high (its noise band), label (a place on an axis).
     """
-    found = tables.decisions[tables.decisions["device"] == device]
-    found = same_but_rows(found, problem)
-    found = found[found["rows"] == problem.rows]
-    timed = tables.candidates[tables.candidates["key"].isin(found["key"]) & tables.candidates["outcome"].isin(MEASURED)]
-    timed = _measured_with(found, timed)
-    facts = tables.environments[["source", "environment", "torch", "triton"]]
-    table = timed[
-        ["key", "source", "environment", "backend", "chosen", "seconds", "speedup_low", "speedup_high", "measured_at"]
-    ]
-    table = table.merge(found[["key", "measured_rows"]], on="key").merge(facts, on=["source", "environment"])
-    scale = problem.rows / table["measured_rows"]
-    table["ms"] = table["seconds"] * scale * 1e3
-    known = table["speedup_low"].where((table["speedup_low"] > 0) & (table["speedup_low"] < table["speedup_high"]))
-    width = (np.log(table["speedup_high"] / known) / 2).groupby(table["key"]).transform("max")
+    decided = same_but_rows(frames.decisions[frames.decisions["device"] == device], problem)
+    decided = decided[decided["rows"] == problem.rows]
+    timed = frames.candidates[frames.candidates["key"].isin(decided["key"])]
+    timed = _measured_with(decided, timed[timed["outcome"].isin(MEASURED)])
+    table = timed.merge(decided[["key", "source", "environment", "measured_rows"]], on="key")
+    table = table.merge(frames.environments[["source", "environment", "torch", "triton"]], on=["source", "environment"])
+    table["ms"] = table["seconds"] * problem.rows / table["measured_rows"] * 1e3
+    width = _width(table).where(table["ratio_low"] < table["ratio_high"]).groupby(table["key"]).transform("max")
     table["low"], table["high"] = table["ms"] * np.exp(-width), table["ms"] * np.exp(width)
     # The same decision may lie in several sources: once is enough.
     table = table.drop_duplicates(["environment", "backend", "measured_at", "ms"])
     table["label"] = _labels(table)
-    columns = [
-        "measured_at",
-        "torch",
-        "triton",
-        "source",
-        "environment",
-        "backend",
-        "chosen",
-        "ms",
-        "low",
-        "high",
-        "label",
-    ]
-    return table.sort_values(["measured_at", "backend"], kind="stable", ignore_index=True)[columns]
+    return table.sort_values(["measured_at", "backend"], kind="stable", ignore_index=True)[HISTORY]
 
 
 def _labels(table: pd.DataFrame) -> list[str]:

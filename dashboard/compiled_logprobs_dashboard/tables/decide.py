@@ -1,48 +1,79 @@
-"""What the page Decide says of one decision: the sentence, the ranking, why the others lost, and what a memory cap would change.
+"""What the page Decide says: of a decision the sentence, the ranking, why the others lost, and what a memory cap
+would change; of a profile, what serves each N and V.
 
-Every figure is one of `records.Decision`; here they are only put into words and order.
+Every figure is one of `Decision`; here they are only put into words and order.
 """
 
+import itertools
 import json
 import math
 import shlex
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from compiled_logprobs.backends import BUILT_IN, EAGER, backends, target_of
 from compiled_logprobs.choose.explain import candidate_figures
-from compiled_logprobs.decision import Candidate, Decision
+from compiled_logprobs.decision import MEASURED, Candidate, Decision, Speedup
 from compiled_logprobs.machine.environment import environments
 from compiled_logprobs.problem import MODES, Problem, mode_name, short_name
-from compiled_logprobs_dashboard.looks import looks, outcome, plain_line
+from compiled_logprobs_dashboard.frames import Frames, Profile, against, published
+from compiled_logprobs_dashboard.looks import MOST_BACKENDS, looks, outcome, plain_line
 
 SAME = 0.05
 """Multiples of the logits; memory that differs by less is called the same."""
+FAINTEST, FULL_AT = 0.35, 2.0
+"""Opacity of a margin of none; the margin, as a ratio of times, from which a square is drawn in full."""
+MOST_SQUARES = 100_000
+MOST_ROWS, MOST_VOCABS = 40, 24
+"""Squares a side that can still be told apart and hit; what is farthest from the selected shape is left out."""
+SQUARE = [
+    "rows",
+    "vocab",
+    "state",
+    "backend",
+    "margin",
+    "opacity",
+    "runner_up",
+    "speedup",
+    "low",
+    "high",
+    "against",
+    "key",
+    "stale",
+]
 
 
 def sentence(decision: Decision) -> str:
     """Which backend to use, how much faster it is, what memory it takes, and whether it is right. Plain text."""
-    winner, name = decision.winner, plain_line(decision.chosen, 40)
-    parts = [_speed(decision), _memory(decision)]
-    if winner.checks:
-        parts.append(f"{winner.checks_passed} of {len(winner.checks)} checks")
-    else:
-        parts.append("checks not stored")
+    winner = decision.winner
+    parts = [
+        _speed(decision),
+        _memory(decision),
+        f"{winner.checks_passed} of {len(winner.checks)} checks" if winner.checks else "checks not stored",
+    ]
     if winner.percent_of_bandwidth is not None:
         parts.append(f"{winner.percent_of_bandwidth:.0f} % of measured bandwidth")
-    return f"Use {name}: {', '.join(part for part in parts if part)}"
+    return f"Use {plain_line(decision.chosen, 40)}: {', '.join(parts)}"
 
 
 def _speed(decision: Decision) -> str:
-    baseline, speedup = plain_line(decision.baseline, 40), decision.winner.speedup
-    if decision.chosen == decision.baseline:
-        return plain_line(decision.reason)
-    if speedup is None:
-        return f"its speed against {baseline} is not known"
+    winner, baseline = decision.winner, plain_line(decision.baseline, 40)
+    parts = [plain_line(decision.reason)] if decision.chosen == decision.baseline else []
+    if (speedup := winner.speedup_over_plain) is not None:
+        parts.append(_faster(speedup, against(decision)))
+    if decision.chosen != decision.baseline and winner.speedup is not None:
+        beside = f"{winner.speedup.median:.2f}x {baseline}"  # the second of two figures, in brief
+        parts.append(beside if parts else _faster(winner.speedup, baseline))
+    return ", ".join(parts) or f"its speed against {baseline} is not known"
+
+
+def _faster(speedup: Speedup, than: str) -> str:
+    words = "faster than" if speedup.median >= 1 else "the speed of"
     band = "" if speedup.low is None or speedup.high is None else f" ({speedup.low:.2f} to {speedup.high:.2f})"
-    return f"{speedup.median:.2f}x faster than {baseline}{band}"
+    return f"{speedup.median:.2f}x {words} {than}{band}"
 
 
 def _memory(decision: Decision) -> str:
@@ -92,8 +123,8 @@ def figures(decision: Decision) -> list[Figure]:
             "Bandwidth",
             "not measured" if winner.percent_of_bandwidth is None else f"{winner.percent_of_bandwidth:.0f} %",
             "of what was measured on this device" if winner.percent_of_bandwidth is not None else "",
-            "Time that the bytes which must move take at the bandwidth measured on the device, in per cent of that of a call. "
-            "Above 100 where the logits fit into its cache.",
+            "Time that the bytes which must move take at the bandwidth measured on the device, in per cent of that "
+            "of a call. Above 100 where the logits fit into its cache.",
         ),
         Figure(
             "Checks passed",
@@ -108,12 +139,13 @@ def figures(decision: Decision) -> list[Figure]:
 def leaderboard(decision: Decision, among: Iterable[str] = ()) -> pd.DataFrame:
     """One row a candidate, the chosen one first, then by speed, then those that were not timed.
 
-    `name` is as it is stored, and `backend` as it can be shown; `among` are all backends that there are, see `palette.looks`.
+    `name` is as it is stored, and `backend` as it can be shown; `speedup` with `low` and `high` is over
+    `frames.against`, and `ratio` over the baseline; `among` are all backends that there are, see `looks.looks`.
     """
     look = looks(decision.candidates, among)
     rows = []
     for name, one in sorted(decision.candidates.items(), key=lambda item: _rank(decision, *item)):
-        speedup = one.speedup
+        speedup = published(decision, one)
         rows.append(
             {
                 "name": name,
@@ -124,6 +156,7 @@ def leaderboard(decision: Decision, among: Iterable[str] = ()) -> pd.DataFrame:
                 "speedup": None if speedup is None else speedup.median,
                 "low": None if speedup is None else speedup.low,
                 "high": None if speedup is None else speedup.high,
+                "ratio": None if one.speedup is None else one.speedup.median,
                 "extra_mib": None if one.extra_bytes is None else one.extra_bytes / 2**20,
                 "extra_multiple": one.extra_multiple,
                 "percent_of_bandwidth": one.percent_of_bandwidth,
@@ -132,9 +165,9 @@ def leaderboard(decision: Decision, among: Iterable[str] = ()) -> pd.DataFrame:
                 "pays_after": decision.calls_to_pay(name) if one.measured else None,
             }
         )
-    found = pd.DataFrame(rows)
-    numbers = [column for column in found if column not in ("name", "backend", "letter", "outcome", "checks")]
-    return found.astype(dict.fromkeys(numbers, float))
+    table = pd.DataFrame(rows)
+    numbers = [column for column in table if column not in ("name", "backend", "letter", "outcome", "checks")]
+    return table.astype(dict.fromkeys(numbers, float))
 
 
 def _rank(decision: Decision, name: str, one: Candidate) -> tuple[bool, float, str]:
@@ -173,8 +206,8 @@ class WhatIf(NamedTuple):
 def under_cap(decision: Decision, cap_bytes: float, rows: int) -> WhatIf:
     """The backend to take for `rows` rows where at most `cap_bytes` of extra memory are free.
 
-    The chosen one if it fits, else the fastest of those that passed the check and fit. Extra memory is taken to grow with N: its
-    multiple of the logits stays.
+    The chosen one if it fits, else the fastest of those that passed the check and fit. Extra memory is taken to grow
+    with N: its multiple of the logits stays.
     """
     need = needed(decision, rows)
     fit = {name: size for name, size in need.items() if size <= cap_bytes}
@@ -203,7 +236,7 @@ def needed(decision: Decision, rows: int) -> dict[str, float]:
 
 
 def command(decision: Decision) -> str | None:
-    """The command that measures this decision again; None where no command can, since its options are those of a call only."""
+    """The command that measures this decision again; None where only a call can have its options."""
     problem = decision.problem
     if mode_name(problem) not in MODES:
         return None
@@ -223,7 +256,7 @@ def command(decision: Decision) -> str | None:
 
 
 def where_from(name: str) -> str:
-    """How the command line finds that backend: by its name, or for another's, where this process knows it, by its place."""
+    """How the command line finds that backend: by its name or, where this process knows it, by its place."""
     target = target_of(name) if name not in BUILT_IN and name in backends() else name
     return target if isinstance(target, str) else name
 
@@ -296,3 +329,78 @@ def size(number: float | None) -> str:
 def as_json(decision: Decision) -> str:
     """All that is stored of the decision."""
     return json.dumps(decision.to_dict(), indent=2, allow_nan=False) + "\n"
+
+
+# The winner map
+
+
+def winners(frames: Frames, profile: Profile, mode: str, dtype: str) -> pd.DataFrame:
+    """One row for each pair of an N and a V that occur in a profile, with that mode and dtype.
+
+    Returns:
+        The columns `SQUARE`. state: "won", "tie" (another cannot be told from it), "alone" (nothing else got through)
+        or "unmeasured"; backend, which serves; margin, its speed-up over the runner-up's; opacity, from that; speedup
+        over `against` with low and high; key of the decision. What is unmeasured has no more than rows and vocab, and
+        is left out where there would be more than `MOST_SQUARES`: a few thousand decisions, each of an N and a V of its
+        own, make millions.
+    """
+    decided = frames.of(profile)
+    decided = decided[(decided["mode"] == mode) & (decided["dtype"] == dtype)]
+    # Options that have no name beside the mode's cannot differ: the mode says all of them. Alignment follows from V.
+    decided = decided.drop_duplicates(["rows", "vocab"], keep="first")
+    if decided.empty:
+        return pd.DataFrame(columns=SQUARE)
+    timed = frames.candidates[frames.candidates["key"].isin(decided["key"])]
+    timed = timed[timed["outcome"].isin(MEASURED)]
+    chosen = timed[timed["chosen"]].set_index("key")
+    # By the speed-up, a ratio within rounds: seconds of a candidate that an earlier decision measured are of another
+    # run.
+    others = timed[~timed["chosen"]].assign(parted=timed["outcome"] != "tie")
+    others = others.sort_values(["parted", "ratio"], ascending=[True, False], kind="stable")
+    second = others.drop_duplicates("key").set_index("key")
+
+    table = decided[["rows", "vocab", "key", "chosen", "against", "stale"]].rename(columns={"chosen": "backend"})
+    for column, name in (("speedup", "speedup"), ("speedup_low", "low"), ("speedup_high", "high")):
+        table[name] = table["key"].map(chosen[column])
+    table["runner_up"] = table["key"].map(second["backend"])
+    table["margin"] = table["key"].map(chosen["ratio"]) / table["key"].map(second["ratio"])
+    tied = table["key"].isin(others.loc[~others["parted"], "key"])
+    table["state"] = np.select([tied, table["runner_up"].isna()], ["tie", "alone"], default="won")
+    table["opacity"] = opacity(table["margin"])
+    across, up = (sorted(table[column].unique()) for column in ("rows", "vocab"))
+    if len(across) * len(up) > MOST_SQUARES:
+        return table[SQUARE].reset_index(drop=True)
+    everywhere = pd.MultiIndex.from_tuples(itertools.product(across, up), names=["rows", "vocab"])
+    whole = table.set_index(["rows", "vocab"]).reindex(everywhere).reset_index()
+    whole["state"] = whole["state"].fillna("unmeasured")
+    return whole[SQUARE]
+
+
+def opacity(margin: "pd.Series[float]") -> "pd.Series[float]":
+    """From `FAINTEST`, for no margin, to 1, for `FULL_AT` and more; as much for an unknown one as for none."""
+    share = np.log(margin.clip(lower=1.0, upper=FULL_AT)) / np.log(FULL_AT)
+    return FAINTEST + (1 - FAINTEST) * share.fillna(0.0)
+
+
+def around(table: pd.DataFrame, rows: int, vocab: int) -> pd.DataFrame:
+    """The part of `winners` that is nearest to a shape, where it is too large to be drawn."""
+    for column, value, most in (("rows", rows, MOST_ROWS), ("vocab", vocab, MOST_VOCABS)):
+        values = table[column].unique()
+        if len(values) > most:
+            near = sorted(values, key=lambda other: abs(np.log(max(other, 1) / max(value, 1))))[:most]
+            table = table[table[column].isin(near)]
+    return table.reset_index(drop=True)
+
+
+def map_in_words(table: pd.DataFrame) -> str:
+    """How many squares each backend serves, as the map's text."""
+    if table.empty:
+        return "Nothing was measured in this mode and dtype."
+    counts = table["backend"].value_counts()
+    own, rest = counts[:MOST_BACKENDS], counts[MOST_BACKENDS:]
+    measured = ", ".join(f"{plain_line(name)} {count}" for name, count in own.items())
+    measured += f", {len(rest)} others {rest.sum()}" if len(rest) else ""
+    ties, missing = (int((table["state"] == state).sum()) for state in ("tie", "unmeasured"))
+    hollow = f" Ties, drawn hollow: {ties}." if ties else ""
+    grey = f" Not measured, drawn grey: {missing}." if missing else ""
+    return f"Winner by N and V, {len(table)} square{'' if len(table) == 1 else 's'}: {measured}.{hollow}{grey}"

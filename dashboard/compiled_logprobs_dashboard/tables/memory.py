@@ -9,10 +9,9 @@ import torch
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import environments
 from compiled_logprobs.problem import Problem
-from compiled_logprobs_dashboard import data
-from compiled_logprobs_dashboard.index import Tables
-from compiled_logprobs_dashboard.looks import plain_line
-from compiled_logprobs_dashboard.tables import throughput as roof
+from compiled_logprobs_dashboard.frames import Frames, Profile, Shape
+from compiled_logprobs_dashboard.looks import MOST_BACKENDS, foremost_in, plain_line
+from compiled_logprobs_dashboard.tables.throughput import keys_along
 
 COLUMNS = {
     "backend": str,
@@ -21,9 +20,10 @@ COLUMNS = {
     **dict.fromkeys(("extra_bytes", "extra_multiple", "least_bytes", "least_multiple", "logits_bytes"), float),
 }
 RULE = (
-    "A call needs the logits and its extra memory at once. Both grow with N, so that the multiple that was measured at the "
-    "largest N stands for a larger one: the largest N is what is free, divided by V times the bytes of a logit times (1 + that "
-    "multiple), rounded down. What a model, its optimizer or other tensors hold has to be taken off before."
+    "A call needs the logits and its extra memory at once. Both grow with N, so that the multiple that was measured "
+    "at the largest N stands for a larger one: the largest N is what is free, divided by V times the bytes of a "
+    "logit times (1 + that multiple), rounded down. What a model, its optimizer or other tensors hold has to be "
+    "taken off before."
 )
 """How `largest` reckons."""
 
@@ -38,7 +38,7 @@ class Capacity(NamedTuple):
 
 
 def least_bytes(problem: Problem) -> int:
-    """What no backend can do without beside the logits: the results, and the gradient unless it is written over the logits."""
+    """What every backend needs beside the logits: the results, and the gradient unless it goes over the logits."""
     results = problem.rows * (problem.labels_per_row + problem.entropy) * problem.out_dtype.itemsize
     return results + (logits_bytes(problem) if problem.needs_grad and not problem.inplace_backward else 0)
 
@@ -48,18 +48,18 @@ def logits_bytes(problem: Problem) -> int:
     return problem.rows * problem.vocab * problem.dtype.itemsize
 
 
-def memory(tables: Tables, source: str, environment: str, shape: data.Shape) -> tuple[pd.DataFrame, list[str]]:
+def memory(frames: Frames, profile: Profile, shape: Shape) -> tuple[pd.DataFrame, list[str]]:
     """Extra memory by N for the V, mode and dtype of `shape`: a row a decision and candidate, the columns of `COLUMNS`.
 
-    Bytes are of the rows that were timed, `timed_rows`. A candidate whose memory was not measured has no row; the words that
-    come second say which.
+    Bytes are of the rows that were timed, `timed_rows`. A candidate whose memory was not measured has no row; the words
+    that come second say which.
     """
-    keys, dropped = roof.keys_along(tables, source, environment, shape, "rows")
+    keys, dropped = keys_along(frames, profile, shape, "rows")
     left_out = [f"of {dropped + len(keys)} decisions, the {len(keys)} nearest are shown"] if dropped else []
     rows = []
     for key in keys:
         try:
-            decision = data.decision(tables, key)
+            decision = frames.decision(key)
         except ProfileError as error:
             left_out.append(plain_line(error))
             continue
@@ -90,18 +90,18 @@ def memory(tables: Tables, source: str, environment: str, shape: data.Shape) -> 
                     "logits_bytes": float(logits),
                 }
             )
-    points, others = data.foremost_in(pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS))
-    left_out += [f"{others} backends more than the {data.MOST_BACKENDS} that are shown"] if others else []
+    points, others = foremost_in(pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS))
+    left_out += [f"{others} backends more than the {MOST_BACKENDS} that are shown"] if others else []
     return points, left_out
 
 
-def capacity(tables: Tables, source: str, environment: str) -> Capacity:
+def capacity(frames: Frames, profile: Profile) -> Capacity:
     """The device's memory: what the profile says, else this machine's if it is the same environment."""
-    facts = data.profile_facts(tables, source, environment)
+    facts = frames.facts(profile)
     known = facts.get("memory_bytes")
     if known is not None and known > 0:
         return Capacity(float(known), "as the profile says of its device")
-    here = next((one for one in environments() if one.fingerprint() == environment), None)
+    here = next((one for one in environments() if one.fingerprint() == profile.environment), None)
     if here is not None and here.memory_bytes:
         return Capacity(float(here.memory_bytes), "of this machine, which is the profile's environment")
     return Capacity(None, "not known: the profile does not say, and this machine is another environment")
@@ -111,8 +111,8 @@ def largest(points: pd.DataFrame, vocab: int, itemsize: int, free: float | None)
     """The largest N that fits into `free` bytes, a row a backend; see `RULE`.
 
     Returns:
-        backend, multiple (of the logits, extra), at_rows (where that was measured), largest_rows (NaN where `free` is not known),
-        extrapolated (is it above what was measured).
+        backend, multiple (of the logits, extra), at_rows (where that was measured), largest_rows (NaN where `free` is
+        not known), extrapolated (is it above what was measured).
     """
     rows = []
     for name, part in points.groupby("backend", sort=False):

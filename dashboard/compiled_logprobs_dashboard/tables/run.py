@@ -1,46 +1,216 @@
-"""Tables of what a run has found so far."""
+"""What a run has told so far, from the events that it writes: how far it is, its decisions, and what failed."""
 
+import contextlib
+import copy
+import json
 import statistics
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from compiled_logprobs.cli.output import short
+from compiled_logprobs.cli.output import short, speedup_in_words
 from compiled_logprobs.decision import Decision
-from compiled_logprobs.problem import mode_name, short_name
-from compiled_logprobs_dashboard.following import Loss
+from compiled_logprobs.errors import ProfileError
+from compiled_logprobs.problem import Problem, mode_name, problem_from_dict, short_name
+from compiled_logprobs_dashboard.frames import against, published
 from compiled_logprobs_dashboard.looks import plain_line
 
+LOG_LINES = 200
+NEARLY = 0.95
+"""How much of a problem counts as done at most, before it is."""
+UNABLE = ("unavailable", "unsupported")
+"""The outcomes that are as expected on many machines."""
+STEPS = {
+    "import": "loading",
+    "compile": "first calls of",
+    "check": "checking",
+    "inputs": "making inputs",
+    "memory": "measuring the memory of",
+    "time": "timing",
+    "full size": "looking at all rows of",
+}
+"""The worker program's words for what it does, in people's."""
 
-def standings(found: Sequence[Decision]) -> pd.DataFrame:
+
+@dataclass(frozen=True)
+class Loss:
+    """A problem without a decision, or a candidate that failed."""
+
+    problem: Problem | None
+    backend: str | None
+    """None for the whole problem."""
+    outcome: str
+    reason: str
+
+
+@dataclass
+class Seen:
+    """What the events told so far."""
+
+    problems: list[Problem] = field(default_factory=list)
+    """All that the run is to decide."""
+    current: Problem | None = None
+    """What it is at; None before the first, between two, and after the last."""
+    doing: str = ""
+    """In words."""
+    rounds: int = 0
+    decisions: list[Decision] = field(default_factory=list)
+    """Those that were stored already among them."""
+    measured: int = 0
+    """How many decisions this run measured."""
+    losses: list[Loss] = field(default_factory=list)
+    log: deque[str] = field(default_factory=lambda: deque(maxlen=LOG_LINES))
+    end: dict[str, Any] | None = None
+    """The last event."""
+    is_stored: bool = False
+    """Whether the problem that it is at is stored already."""
+    offset: int = 0
+    """Bytes of the events that were read."""
+
+    @property
+    def finished(self) -> int:
+        """How many problems are over, decided or not."""
+        return len(self.decisions) + sum(loss.backend is None for loss in self.losses)
+
+    def copy(self) -> "Seen":
+        """One that does not change any more."""
+        kept = {name: copy.copy(getattr(self, name)) for name in ("decisions", "losses", "log")}
+        return Seen(**{**vars(self), **kept})
+
+    def read(self, events: Path) -> None:
+        """Take in what was written since; what the last line lacks of its end is left for the next time."""
+        with contextlib.suppress(OSError), events.open("rb") as file:
+            file.seek(self.offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self.offset += len(line)
+                try:
+                    self.hear(json.loads(line))
+                except (AttributeError, KeyError, TypeError, ValueError, ProfileError, RecursionError) as error:
+                    self.log.append(f"a line that is no event of a run is left out: {type(error).__name__}")
+
+    def hear(self, event: dict[str, Any]) -> None:
+        """Take in one event. Raises one of several errors for what is none of a run's."""
+        hear = getattr(self, f"_hear_{event['event']}", None)
+        if hear is not None:
+            hear(event)
+
+    def _hear_start(self, event: dict[str, Any]) -> None:
+        self.problems = [problem_from_dict(fields) for fields in event["problems"]]
+        self.log.append(f"{len(self.problems)} problems on {event['device']}, environment {event['environment']}")
+
+    def _hear_problem(self, event: dict[str, Any]) -> None:
+        self.current, self.rounds = problem_from_dict(event["problem"]), 0
+        self.is_stored = bool(event["known"])
+        self.doing = "is stored already" if self.is_stored else "waiting for the device"
+        self.log.append(f"{event['index']} of {event['total']}: {short(self.current)}")
+
+    def _hear_step(self, event: dict[str, Any]) -> None:
+        if event["step"] != "time":  # there are many a second
+            self.doing = f"{STEPS.get(event['step'], event['step'])} {event['candidate'] or ''}".strip()
+
+    def _hear_checked(self, event: dict[str, Any]) -> None:
+        passed = sum(bool(check["passed"]) for check in event["checks"])
+        self.log.append(f"  {event['candidate']}: {passed} of {len(event['checks'])} checks passed")
+
+    def _hear_lost(self, event: dict[str, Any]) -> None:
+        self.log.append(f"  {event['candidate']}: {event['outcome']}: {event['reason']}")
+        if event["outcome"] not in UNABLE:
+            self.losses.append(Loss(self.current, event["candidate"], event["outcome"], event["reason"]))
+
+    def _hear_measuring(self, event: dict[str, Any]) -> None:
+        self.doing = f"timing, {event['rows']} rows"
+
+    def _hear_round(self, event: dict[str, Any]) -> None:
+        self.rounds += 1
+        self.doing = f"timing {', '.join(event['seconds'])}: round {self.rounds}"
+
+    def _hear_decision(self, event: dict[str, Any]) -> None:
+        decision = Decision.from_json(json.dumps(event["decision"]).encode())
+        self.decisions.append(decision)
+        self.measured += not self.is_stored
+        self.log.append(f"  {'stored already' if self.is_stored else 'decided'}: {speedup_in_words(decision)}")
+        self.current = None
+
+    def _hear_failed(self, event: dict[str, Any]) -> None:
+        self.losses.append(Loss(self.current, None, "not decided", event["reason"]))
+        self.log.append(f"  not decided: {event['reason']}")
+        self.current = None
+
+    def _hear_end(self, event: dict[str, Any]) -> None:
+        how = "interrupted" if event["interrupted"] else "finished"
+        self.log.append(f"{how} after {event['done']} of {event['total']} problems, {event['seconds']:.0f} s")
+        self.end, self.current = event, None
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """How far a run is."""
+
+    share: float
+    """Of all problems, 0 to 1."""
+    seconds_left: float | None
+    """None where there is nothing to go by."""
+    measured: bool
+    """Whether that rests on what this run took so far; else on the budget, which is about the most."""
+
+
+def outlook(seen: Seen, budget_s: float, elapsed_s: float) -> Outlook:
+    """How far the run is, and how long the rest may take.
+
+    Args:
+        seen: its events.
+        budget_s: seconds that it may take for a problem.
+        elapsed_s: seconds since its start.
+    """
+    total = len(seen.problems)
+    if not total:
+        return Outlook(0.0, None, measured=False)
+    took = [decision.tuning_seconds for decision in seen.decisions[-seen.measured :]] if seen.measured else []
+    each = statistics.fmean(took) if took else budget_s
+    left = total - seen.finished
+    into = min(NEARLY * each, max(0.0, elapsed_s - sum(took))) if seen.current is not None else 0.0
+    share = min(1.0, (seen.finished + into / each) / total) if each > 0 else seen.finished / total
+    return Outlook(share, max(0.0, left * each - into), measured=bool(took))
+
+
+def standings(decisions: Sequence[Decision]) -> pd.DataFrame:
     """A row for each backend, the one that won most often first.
 
-    The speed-up is the median of the problems in which it was timed, whose number stands beside it: these differ by backend.
+    The speed-up is the median of the problems in which it was timed, whose number stands beside it: these differ by
+    backend.
     """
     rows = []
-    for name in dict.fromkeys(name for one in found for name in one.candidates):
-        candidates = [(one, one.candidates[name]) for one in found if name in one.candidates]
-        speedups = [candidate.speedup.median for _, candidate in candidates if candidate.speedup is not None]
+    for name in dict.fromkeys(name for decision in decisions for name in decision.candidates):
+        candidates = [(decision, decision.candidates[name]) for decision in decisions if name in decision.candidates]
+        speedups = [speedup.median for pair in candidates if (speedup := published(*pair)) is not None]
+        unable = sum(candidate.outcome in UNABLE for _, candidate in candidates)
+        timed = sum(candidate.measured for _, candidate in candidates)
         rows.append(
             {
                 "backend": plain_line(name),
-                "won": sum(one.chosen == name for one, _ in candidates),
-                "timed": sum(candidate.measured for _, candidate in candidates),
-                "did not get through": sum(
-                    not candidate.measured and candidate.outcome not in ("unavailable", "unsupported")
-                    for _, candidate in candidates
-                ),
-                "cannot run it": sum(
-                    candidate.outcome in ("unavailable", "unsupported") for _, candidate in candidates
-                ),
-                "median speed-up over the baseline": statistics.median(speedups) if speedups else None,
+                "won": sum(decision.chosen == name for decision, _ in candidates),
+                "timed": timed,
+                "did not get through": len(candidates) - timed - unable,
+                "cannot run it": unable,
+                f"median speed-up over {over(decisions)}": statistics.median(speedups) if speedups else None,
             }
         )
     table = pd.DataFrame(rows)
     return table.sort_values(["won", "timed"], ascending=False, kind="stable", ignore_index=True) if rows else table
 
 
-def decided(found: Sequence[Decision]) -> pd.DataFrame:
+def over(decisions: Sequence[Decision]) -> str:
+    """Whose time the speed-ups of these decisions are over."""
+    return " or ".join(plain_line(name, 40) for name in dict.fromkeys(map(against, decisions)))
+
+
+def decided(decisions: Sequence[Decision]) -> pd.DataFrame:
     """A row for each problem, the latest first, as `compiled-logprobs profile` prints it."""
     return pd.DataFrame(
         {
@@ -50,14 +220,15 @@ def decided(found: Sequence[Decision]) -> pd.DataFrame:
             "dtype": short_name(one.problem.dtype),
             "mode": mode_name(one.problem),
             "winner": plain_line(one.chosen),
-            "speed-up over the baseline": "" if one.winner.speedup is None else str(one.winner.speedup),
+            f"speed-up over {over(decisions)}": str(published(one, one.winner) or ""),
+            "speed-up over the baseline": str(one.winner.speedup or ""),
             "a call, ms": None if one.winner.seconds is None else 1e3 * one.winner.seconds,
             "extra memory, MiB": None if one.winner.extra_bytes is None else one.winner.extra_bytes / 2**20,
             "sign check": f"{one.winner.checks_passed} of {len(one.winner.checks)}"
             if one.winner.checks
             else "not stored",
         }
-        for one in reversed(found)
+        for one in reversed(decisions)
     )
 
 
@@ -65,10 +236,10 @@ def losses(found: Sequence[Loss]) -> pd.DataFrame:
     """A row for each problem without a decision, and for each backend that failed."""
     return pd.DataFrame(
         {
-            "problem": "" if one.problem is None else short(one.problem),
-            "backend": "all" if one.backend is None else plain_line(one.backend),
-            "outcome": plain_line(one.outcome),
-            "reason": plain_line(one.reason),
+            "problem": "" if loss.problem is None else short(loss.problem),
+            "backend": "all" if loss.backend is None else plain_line(loss.backend),
+            "outcome": plain_line(loss.outcome),
+            "reason": plain_line(loss.reason),
         }
-        for one in found
+        for loss in found
     )

@@ -1,5 +1,5 @@
-"""Tables of the sign check: what each check came to for each backend, dtype and kind of input, how the errors spread, which
-tokens are most off.
+"""Tables of the sign check: what each check came to for each backend, dtype and kind of input, how the errors spread,
+which tokens are most off.
 
 All of it was found by the gate when the decision was made, and is stored; nothing is checked here.
 """
@@ -14,9 +14,8 @@ import pandas as pd
 from compiled_logprobs.check.report import MEANING
 from compiled_logprobs.decision import QUANTILES, Candidate, Decision, Evidence
 from compiled_logprobs.errors import ProfileError
-from compiled_logprobs_dashboard import data
-from compiled_logprobs_dashboard.index import Tables
-from compiled_logprobs_dashboard.looks import VERDICTS, plain_line
+from compiled_logprobs_dashboard.frames import Frames, Profile, Shape, dtypes, look_up
+from compiled_logprobs_dashboard.looks import VERDICTS, foremost, plain_line
 
 ALL = "all inputs"
 """Stands for the worst over all kinds of input."""
@@ -45,40 +44,33 @@ class Checked(NamedTuple):
     """How many candidates more the decision has than are shown."""
 
 
-def gather(tables: Tables, source: str, environment: str, shape: data.Shape) -> tuple[list[Checked], list[str]]:
+def gather(frames: Frames, profile: Profile, shape: Shape) -> tuple[list[Checked], list[str]]:
     """For each dtype of a profile what serves `shape` but for its dtype; and why one cannot be read."""
-    found, broken = [], []
-    dtypes = data.in_profile(tables, source, environment)["dtype"].unique()
-    for dtype in (one for one in data.dtypes(tables) if one in dtypes):
-        answer = data.answer(tables, source, environment, shape._replace(dtype=dtype))
-        if answer.key is None:
+    checked, broken = [], []
+    stored = set(frames.of(profile)["dtype"])
+    for dtype in (name for name in dtypes(frames) if name in stored):
+        says = look_up(frames, profile, shape._replace(dtype=dtype))
+        if says.key is None:
             continue
         try:
-            decision = data.decision(tables, answer.key)
+            decision = frames.decision(says.key)
         except ProfileError as error:
             broken.append(f"{dtype}: {plain_line(error)}")
             continue
-        evidence, missing = _evidence(tables, answer.key)
-        decision, left_out = data.foremost(decision, failures_first=True)
+        evidence, missing = frames.evidence(says.key, decision), ""
+        if evidence is None:
+            evidence, missing = Evidence(0, ""), "nothing that can be read is stored beside the decision"
+        elif not evidence.cases:
+            missing = "what is stored beside the decision tells only times"
+        decision, left_out = foremost(decision, failures_first=True)
         cases = {name: one for name, one in evidence.cases.items() if name in decision.candidates}
         evidence = dataclasses.replace(evidence, cases=cases)
-        found.append(Checked(dtype, decision, evidence, answer.kind == "exact", missing, left_out))
-    return found, broken
-
-
-def _evidence(tables: Tables, key: int) -> tuple[Evidence, str]:
-    none = Evidence(0, "")
-    try:
-        found = data.evidence(tables, key)
-        if found is None:
-            return none, "nothing is stored beside the decision"
-    except ProfileError as error:
-        return none, plain_line(error)
-    return found, "" if found.cases else "what is stored beside the decision tells only times"
+        checked.append(Checked(dtype, decision, evidence, says.kind == "exact", missing, left_out))
+    return checked, broken
 
 
 def overview(found: Iterable[Checked]) -> pd.DataFrame:
-    """The worst over all inputs: a row for each backend, dtype and check. `CHECKS` are the columns; `input` is `ALL`."""
+    """The worst over all inputs, a row for each backend, dtype and check: `CHECKS`, with `ALL` as input."""
     rows = []
     for one in found:
         names = _in_order({check.name for each in one.decision.candidates.values() for check in each.checks})
@@ -178,7 +170,7 @@ class Matrix(NamedTuple):
 
 
 def matrix(table: pd.DataFrame, rows: list[str], column: str) -> Matrix:
-    """`overview` or `by_input` with the values of `rows` down and those of `column` across, both in the table's order."""
+    """Spread `overview` or `by_input`: the values of `rows` down, those of `column` across, in the table's order."""
     shown = table.assign(verdict=table["verdict"].map(VERDICTS))
     wide = shown.pivot_table(index=rows, columns=column, values="verdict", aggfunc="first", sort=False)
     values = list(dict.fromkeys(table[column]))
@@ -203,16 +195,14 @@ _HEADS = {"backend": "backend", "dtype": "logits", "check": "check"}
 
 
 def errors(found: Iterable[Checked]) -> pd.DataFrame:
-    """How the errors spread, a row for each backend, dtype, input and kind of result: `ERRORS`; `limit` is the largest's."""
+    """How the errors spread, a row for each backend, dtype, input and kind of result: `ERRORS`."""
     rows = []
     for one in found:
         for backend, by_case in one.evidence.cases.items():
             for case in by_case:
                 limits = {check.name: check.limit for check in case.checks}
                 for spread in case.errors:
-                    quantiles = (
-                        spread.quantiles if len(spread.quantiles) == len(QUANTILE) else (math.nan,) * len(QUANTILE)
-                    )
+                    known = len(spread.quantiles) == len(QUANTILE)
                     rows.append(
                         {
                             "backend": backend,
@@ -221,7 +211,7 @@ def errors(found: Iterable[Checked]) -> pd.DataFrame:
                             "what": spread.what,
                             "count": spread.count,
                             "limit": limits.get(f"{spread.what}_error"),
-                            **dict(zip(QUANTILE, quantiles, strict=True)),
+                            **(dict(zip(QUANTILE, spread.quantiles, strict=True)) if known else {}),
                         }
                     )
     return _table(rows, ERRORS)

@@ -1,4 +1,5 @@
-"""Tables of throughput: bytes and tokens a second of each backend, against N and against V, and how near that is to the roof.
+"""Tables of throughput: bytes and tokens a second of each backend, against N and against V, and how near that is to the
+roof.
 
 The roof is the bandwidth that was measured on the same device, in the same run. Nothing is held against a data sheet.
 """
@@ -14,9 +15,8 @@ from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.bandwidth import backward_bytes, forward_bytes, minimum_bytes
 from compiled_logprobs.problem import Problem, bucket
-from compiled_logprobs_dashboard import data
-from compiled_logprobs_dashboard.index import Tables
-from compiled_logprobs_dashboard.looks import plain_line
+from compiled_logprobs_dashboard.frames import Frames, Profile, Shape, problem_of
+from compiled_logprobs_dashboard.looks import MOST_BACKENDS, foremost_in, plain_line
 
 Axis = Literal["rows", "vocab"]
 MOST = 40
@@ -41,40 +41,40 @@ class Throughput(NamedTuple):
     """Why a decision or candidate is not among them, in words."""
 
 
-def throughput(
-    tables: Tables, source: str, environment: str, shape: data.Shape, along: Axis, cache_bytes: float | None
-) -> Throughput:
+def throughput(frames: Frames, profile: Profile, shape: Shape, along: Axis, cache_bytes: float | None) -> Throughput:
     """The points along one axis, the other being as in `shape`.
 
     Args:
-        tables, source, environment: which profile.
+        frames: where from.
+        profile: which one.
         shape: mode, dtype, and the N and V that stay or are near.
         along: what changes from point to point.
         cache_bytes: of the device's last cache; None where it is not known.
     """
-    keys, dropped = keys_along(tables, source, environment, shape, along)
+    keys, dropped = keys_along(frames, profile, shape, along)
     left_out = [f"of {dropped + len(keys)} decisions, the {len(keys)} nearest are shown"] if dropped else []
     rows: list[dict[str, Any]] = []
     for key in keys:
         try:
-            decision, times = data.decision(tables, key), data.times(tables, key)
+            decision = frames.decision(key)
+            evidence = frames.evidence(key, decision)
         except ProfileError as error:
             left_out.append(plain_line(error))
             continue
-        more, why = _points(key, decision, times, cache_bytes)
+        more, why = _points(key, decision, evidence.seconds if evidence else {}, cache_bytes)
         rows += more
         left_out += why
-    points, others = data.foremost_in(pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS))
-    left_out += [f"{others} backends more than the {data.MOST_BACKENDS} that are shown"] if others else []
+    points, others = foremost_in(pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS))
+    left_out += [f"{others} backends more than the {MOST_BACKENDS} that are shown"] if others else []
     return Throughput(points, left_out)
 
 
-def keys_along(tables: Tables, source: str, environment: str, shape: data.Shape, along: Axis) -> tuple[list[int], int]:
+def keys_along(frames: Frames, profile: Profile, shape: Shape, along: Axis) -> tuple[list[int], int]:
     """Keys of the decisions along an axis, by rising N or V, and how many more there are.
 
     Along V, those for the bucket of N are taken; where none is, those of the nearest N.
     """
-    found = data.in_profile(tables, source, environment)
+    found = frames.of(profile)
     found = found[(found["mode"] == shape.mode) & (found["dtype"] == shape.dtype)]
     other: Axis = "vocab" if along == "rows" else "rows"
     if found.empty:
@@ -82,7 +82,7 @@ def keys_along(tables: Tables, source: str, environment: str, shape: data.Shape,
     if along == "rows":
         found = found[found["vocab"] == shape.vocab]
     else:
-        top = bucket(data.problem_of(tables, source, environment, shape)).rows
+        top = bucket(problem_of(frames, profile, shape)).rows
         values = found["rows"].unique()
         nearest = min(values, key=lambda one: (abs(math.log(max(1, one) / top)), one))
         found = found[found["rows"] == nearest]
@@ -103,8 +103,8 @@ def _points(
             continue
         if one.measured_at is not None and decision.measured_rows != decision.problem.rows:
             left_out.append(
-                f"{plain_line(name, 40)} at N {decision.problem.rows}: it was timed for an earlier decision, and with how "
-                "many rows is not stored"
+                f"{plain_line(name, 40)} at N {decision.problem.rows}: it was timed for an earlier decision, and with "
+                "how many rows is not stored"
             )
             continue
         # Of an earlier decision, the times that lie beside this one are none of its.
@@ -144,13 +144,13 @@ def why_above(percent: float, timed: Problem, cache_bytes: float | None) -> str:
         return f"cache-resident: the logits ({logits / 2**20:.0f} MiB) fit into the last cache" if fits else ""
     if fits:
         return (
-            f"above the roof: the logits ({logits / 2**20:.0f} MiB) fit into the last cache, so that not all bytes came from "
-            "memory"
+            f"above the roof: the logits ({logits / 2**20:.0f} MiB) fit into the last cache, so that not all bytes "
+            "came from memory"
         )
     if timed.needs_grad:
         return (
-            "above the roof: part of what moves did not come from memory, such as logits that forward had left in the cache for "
-            "backward, or the bandwidth was measured at a slower moment"
+            "above the roof: part of what moves did not come from memory, such as logits that forward had left in "
+            "the cache for backward, or the bandwidth was measured at a slower moment"
         )
     return (
         "above the roof: the bandwidth was measured at a slower moment, or part of the logits was in a cache; it is no "
@@ -158,9 +158,9 @@ def why_above(percent: float, timed: Problem, cache_bytes: float | None) -> str:
     )
 
 
-def roofs(tables: Tables, keys: Sequence[int]) -> dict[str, tuple[float, float]]:
+def roofs(frames: Frames, keys: Sequence[int]) -> dict[str, tuple[float, float]]:
     """The bandwidths measured with these decisions, in GB/s, lowest and highest; without those that are not known."""
-    found = tables.decisions[tables.decisions["key"].isin(list(keys))]
+    found = frames.decisions.loc[list(keys)]
     kinds = ["read"]  # and what backward is held against
     if found["needs_grad"].any():
         kinds.append("in_place" if found["inplace_backward"].all() else "copy")

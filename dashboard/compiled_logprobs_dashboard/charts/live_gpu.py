@@ -3,11 +3,11 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from compiled_logprobs_dashboard.looks import plain_in_chart
+from compiled_logprobs_dashboard.charts import new_figure
+from compiled_logprobs_dashboard.looks import BACKENDS, plain_in_chart
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+COLOURS = (*(look.colour for look in BACKENDS.values()), "#56B4E9", "#D55E00")
 DASHES = ("solid", "dash", "dot", "dashdot")
-HEIGHT = 260
 SHORTEST = pd.Timedelta(seconds=30)
 """Along the axis, so that a first look is not told in parts of milliseconds."""
 
@@ -22,7 +22,7 @@ def line(table: pd.DataFrame, column: str, title: str, unit: str, *, top: float 
         unit: of the numbers, also shown when the pointer is over a line.
         top: upper end of the axis; by default as the numbers have it.
     """
-    figure = go.Figure()
+    figure = new_figure(260)
     for place, (device, rows) in enumerate(table.groupby("device", sort=True)):
         if rows[column].notna().any():
             figure.add_scatter(
@@ -35,15 +35,7 @@ def line(table: pd.DataFrame, column: str, title: str, unit: str, *, top: float 
                 connectgaps=False,
                 hovertemplate="%{y:.4g} " + unit + "<extra>%{fullData.name}</extra>",
             )
-    figure.update_layout(
-        height=HEIGHT,
-        margin={"l": 10, "r": 10, "t": 10, "b": 10},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        showlegend=len(figure.data) > 1,
-        legend={"orientation": "h", "y": -0.2},
-    )
     last = table["at"].max()
-    figure.update_xaxes(title=None, range=[min(table["at"].min(), last - SHORTEST), last] if len(table) else None)
+    figure.update_xaxes(range=[min(table["at"].min(), last - SHORTEST), last] if len(table) else None)
     figure.update_yaxes(title=f"{title}, {unit}", range=[0, top] if top else None, rangemode="tozero")
-    return figure
+    return figure.update_layout(showlegend=len(figure.data) > 1)

@@ -2,16 +2,29 @@
 
 import itertools
 import math
+import re
 from typing import get_args
 
 import pytest
-from compiled_logprobs_dashboard import looks as palette
-from streamlit.testing.v1 import AppTest
+from compiled_logprobs_dashboard import looks as module
+from compiled_logprobs_dashboard.looks import (
+    BACKENDS,
+    MOST_BACKENDS,
+    foremost,
+    looks,
+    outcome,
+    plain,
+    plain_in_chart,
+    plain_line,
+)
 
 from compiled_logprobs.backends import BUILT_IN
 from compiled_logprobs.decision import Outcome
+from tests.helpers.dashboard_crowd import crowded
+from tests.helpers.dashboard_stores import good
 
-# Brettel, Viénot and Mollon's simulation as Viénot (1999) made it linear: linear RGB as one without L or M cones sees it.
+# Brettel, Viénot and Mollon's simulation as Viénot (1999) made it linear: linear RGB as one without L or M cones sees
+# it.
 BLIND = {
     "none": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
     "protanopia": ((0.11238, 0.88762, 0), (0.11238, 0.88762, 0), (0.00401, -0.00401, 1)),
@@ -37,7 +50,7 @@ def lab(rgb: list[float]) -> tuple[float, float, float]:
 @pytest.mark.parametrize("sight", BLIND)
 def test_backends_are_told_apart_by_colour(sight):
     seen = {}
-    for name, look in palette.BACKENDS.items():
+    for name, look in BACKENDS.items():
         rgb = linear(look.colour)
         seen[name] = lab([sum(a * b for a, b in zip(line, rgb, strict=True)) for line in BLIND[sight]])
     for one, other in itertools.combinations(seen, 2):
@@ -49,44 +62,39 @@ def test_colours_stand_out_from_light_and_dark(background):
     def luminance(colour: str) -> float:
         return sum(a * b for a, b in zip((0.2126, 0.7152, 0.0722), linear(colour), strict=True))
 
-    for colour in (*(look.colour for look in palette.BACKENDS.values()), palette.NEUTRAL, palette.GOOD, palette.BAD):
+    for colour in (*(look.colour for look in BACKENDS.values()), module.NEUTRAL, module.GOOD, module.BAD):
         dark, light = sorted((luminance(colour), luminance(background)))
         assert (light + 0.05) / (dark + 0.05) > 2.0, colour
 
 
 def test_no_colour_stands_alone():
-    named = palette.looks([*BUILT_IN, "third", "fourth", "cobra", "<b>"])
+    named = looks([*BUILT_IN, "third", "fourth", "cobra", "<b>"])
     for attribute in ("letter", "colour"):
         assert len({getattr(look, attribute) for look in named.values()}) == len(named), attribute
     assert all(len(look.letter) == 1 and look.symbol and look.dash for look in named.values())
-    assert len({look.symbol for look in palette.BACKENDS.values()}) == len(palette.BACKENDS)
-    assert set(palette.BACKENDS) == set(BUILT_IN)
+    assert len({look.symbol for look in BACKENDS.values()}) == len(BACKENDS)
+    assert set(BACKENDS) == set(BUILT_IN)
 
 
 def test_a_backend_looks_the_same_whatever_is_beside_it():
-    assert palette.looks(["third", "cpp"])["cpp"] == palette.looks(["cpp"])["cpp"] == palette.BACKENDS["cpp"]
-    assert palette.looks(["b", "a"]) == palette.looks(["a", "b"])
-    assert list(palette.looks(["eager", "cpp"])) == ["eager", "cpp"]
+    assert looks(["third", "cpp"])["cpp"] == looks(["cpp"])["cpp"] == BACKENDS["cpp"]
+    assert looks(["b", "a"]) == looks(["a", "b"])
+    assert list(looks(["eager", "cpp"])) == ["eager", "cpp"]
 
 
 def test_a_backend_looks_the_same_on_every_page():
     known = ["mat", "cpp", "mast", "star"]
-    alone, beside = palette.looks(["mat"], known)["mat"], palette.looks(["star", "mast", "mat"], known)["mat"]
-    assert alone == beside != palette.looks(["mat"])["mat"]
-    assert list(palette.looks(["mat"], known)) == ["mat"]
-    for built_in in palette.BACKENDS.values():  # also where it is not drawn
-        assert built_in.letter not in {look.letter for look in palette.looks(["pear", "fig", "cherry", "egg"]).values()}
-
-
-def test_hundreds_of_names_do_not_break_it():
-    named = palette.looks([f"backend{number}" for number in range(200)])
-    assert len(named) == 200 and all(look.letter for look in named.values())
+    alone, beside = looks(["mat"], known)["mat"], looks(["star", "mast", "mat"], known)["mat"]
+    assert alone == beside != looks(["mat"])["mat"]
+    assert list(looks(["mat"], known)) == ["mat"]
+    for built_in in BACKENDS.values():  # also where it is not drawn
+        assert built_in.letter not in {look.letter for look in looks(["pear", "fig", "cherry", "egg"]).values()}
 
 
 def test_every_outcome_has_a_glyph_and_a_word():
-    assert set(palette.OUTCOMES) == set(get_args(Outcome))
-    assert len(set(palette.OUTCOMES.values())) == len(palette.OUTCOMES)
-    assert palette.outcome("<b>") == "? <b>"
+    assert set(module.OUTCOMES) == set(get_args(Outcome))
+    assert len(set(module.OUTCOMES.values())) == len(module.OUTCOMES)
+    assert outcome("<b>") == "? <b>"
 
 
 HOSTILE = [
@@ -107,10 +115,9 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_markdown_shows_just_the_text(text):
-    import re
-
-    escaped = palette.plain(text)
-    # What is left after the escapes are taken out has no character that Markdown, HTML or Streamlit takes for more than itself.
+    escaped = plain(text)
+    # What is left after the escapes are taken out has no character that Markdown, HTML or Streamlit takes for more than
+    # itself.
     bare = re.sub(r"\\.", "", escaped)
     assert not re.search(r"[\\`*_{}\[\]()#|~$<>:&]", bare), bare
     assert "\n" not in escaped and "www." not in re.sub(r"\\", "", escaped)
@@ -118,23 +125,21 @@ def test_markdown_shows_just_the_text(text):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_charts_show_just_the_text(text):
-    shown = palette.plain_in_chart(text)
+    shown = plain_in_chart(text)
     assert "<" not in shown and ">" not in shown and "%{" not in shown and "$" not in shown and "\n" not in shown
 
 
 def test_a_line_is_cut_and_clean():
-    assert palette.plain_line("x" * 10_000, 50) == "x" * 49 + "…"
-    assert palette.plain_line("a\u202eb\x00c\td") == "abc d"
-    assert palette.plain_line(None) == "None"
+    assert plain_line("x" * 10_000, 50) == "x" * 49 + "…"
+    assert plain_line("a\u202eb\x00c\td") == "abc d"
+    assert plain_line(None) == "None"
 
 
-def test_streamlit_takes_it_as_text():
-    def page(text):
-        import streamlit as st
-        from compiled_logprobs_dashboard.looks import plain
-
-        st.markdown(plain(text))
-
-    for text in HOSTILE:
-        at = AppTest.from_function(page, args=(text,)).run()
-        assert not at.exception and not at.markdown[0].allow_html
+def test_the_foremost_are_the_chosen_the_baseline_and_the_fastest():
+    decision = crowded(failing=5)
+    part, left_out = foremost(decision)
+    assert len(part.candidates) == MOST_BACKENDS and left_out == len(decision.candidates) - MOST_BACKENDS
+    assert {"cpp", "eager", "compiled", "crowd000", "crowd016"} <= set(part.candidates)
+    part, _ = foremost(decision, failures_first=True)
+    assert {"cpp", "eager", "crowd195", "crowd199", "crowd000"} <= set(part.candidates)
+    assert foremost(good()) == (good(), 0)

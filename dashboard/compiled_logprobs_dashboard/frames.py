@@ -1,0 +1,393 @@
+"""Profiles as DataFrames: what the stores hold, a row a decision and a row a candidate, for all pages.
+
+They are made anew when a store changes; of its files, only those are opened that were not there before.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+import torch
+
+from compiled_logprobs.backends import BUILT_IN, backends, code_of, is_loaded
+from compiled_logprobs.choose.memory import Choice, Memory
+from compiled_logprobs.choose.rule import Context, walk
+from compiled_logprobs.cli.output import short
+from compiled_logprobs.decision import PLAIN, Candidate, Decision, Evidence, Speedup
+from compiled_logprobs.errors import ProfileError
+from compiled_logprobs.machine.environment import MATCHED, VERSIONS_MATCHED, Environment, environments
+from compiled_logprobs.policy import Policy
+from compiled_logprobs.problem import (
+    MODES,
+    Problem,
+    as_it_lies,
+    bucket,
+    mode_name,
+    nearest_first,
+    short_name,
+)
+from compiled_logprobs.store import stores
+from compiled_logprobs.store.files import FACTS, Store, decision_files, read_decision, read_facts
+from compiled_logprobs.tuning.presets import DTYPES
+from compiled_logprobs_dashboard.looks import plain_line
+
+SOURCES = {"user store": "yours", "project profiles": "project", "bundled profiles": "bundled"}
+"""What the dashboard calls a store, by the label of `stores`."""
+MOST_FILES = 100_000
+"""Whose rows are remembered."""
+DECISIONS = {
+    **dict.fromkeys(("key",), "int64"),
+    **dict.fromkeys(("source", "environment", "file"), "str"),
+    "problem": object,
+    **dict.fromkeys(("name", "mode", "dtype"), "str"),
+    **dict.fromkeys(("rows", "vocab", "measured_rows"), "int64"),
+    **dict.fromkeys(("needs_grad", "inplace_backward"), "bool"),
+    **dict.fromkeys(("chosen", "baseline", "against", "code", "measured_at", "fingerprint"), "str"),
+    **dict.fromkeys(("tuning_seconds", "bandwidth_read", "bandwidth_copy", "bandwidth_in_place"), "float64"),
+}
+"""Columns. `against` is whose time the speed-ups that are shown are over, `fingerprint` the chosen backend's then. What
+was not measured is missing, never 0. `device` and `stale` (a reason, or missing) follow from the environment."""
+CANDIDATES = {
+    "key": "int64",  # of its decision
+    **dict.fromkeys(("backend", "outcome", "reason"), "str"),
+    "chosen": "bool",
+    **dict.fromkeys(("ratio", "ratio_low", "ratio_high"), "float64"),  # the baseline's time over its own
+    **dict.fromkeys(("speedup", "speedup_low", "speedup_high"), "float64"),  # the time of `against` over its own
+    **dict.fromkeys(("seconds", "extra_bytes", "percent_of_bandwidth"), "float64"),
+    **dict.fromkeys(("checks_passed", "checks_total"), "int64"),
+    "measured_at": "str",
+}
+
+
+class Profile(NamedTuple):
+    """What is looked at: one environment of one source."""
+
+    source: str
+    environment: str
+
+
+class Shape(NamedTuple):
+    """What is asked for: a problem, but for the device."""
+
+    mode: str
+    """One of `MODES`, or the options in words."""
+    dtype: str
+    """Of the logits."""
+    rows: int
+    """N."""
+    vocab: int
+    """V."""
+
+
+Kind = Literal["exact", "nearest", "rule", "none"]
+KINDS: dict[str, Kind] = {"stored": "exact", "near": "nearest", "related": "nearest", "small": "rule"}
+"""By the step of the library's rule that chose. Any other: not measured."""
+
+
+class Answer(NamedTuple):
+    """What a profile says of a shape."""
+
+    kind: Kind
+    problem: Problem
+    """That is asked about, at the top of its bucket."""
+    key: int | None
+    """Of the decision, where there is one."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """All that the stores hold."""
+
+    decisions: pd.DataFrame
+    """One row a decision, see `DECISIONS`; its place is its key."""
+    candidates: pd.DataFrame
+    """One row a candidate, see `CANDIDATES`."""
+    environments: pd.DataFrame
+    """One row a profile: source, environment, device, here (this machine's), decisions, measured_at, and facts."""
+    broken: pd.DataFrame
+    """One row a file that could not be read: source, environment, path (below the store's root), reason."""
+    stores: dict[str, Store]
+    """By source, in the order in which the library asks them."""
+
+    @cached_property
+    def backends(self) -> tuple[str, ...]:
+        """The names of all candidates, sorted: they decide how each is drawn, so that all pages agree."""
+        return tuple(sorted(self.candidates["backend"].unique()))
+
+    @cached_property
+    def keys(self) -> dict[tuple[str, str, Problem], int]:
+        """The key of each decision, by source, environment and problem."""
+        columns = (self.decisions[name] for name in ("source", "environment", "problem", "key"))
+        return {(source, environment, problem): key for source, environment, problem, key in zip(*columns, strict=True)}
+
+    def of(self, profile: Profile) -> pd.DataFrame:
+        """The decisions of one profile."""
+        table = self.decisions
+        return table[(table["environment"] == profile.environment) & (table["source"] == profile.source)]
+
+    def facts(self, profile: Profile) -> dict[str, Any]:
+        """The row of a profile in `environments`; None for a fact that is missing."""
+        table = self.environments
+        table = table[(table["source"] == profile.source) & (table["environment"] == profile.environment)]
+        return {} if table.empty else {name: None if pd.isna(value) else value for name, value in table.iloc[0].items()}
+
+    def decision(self, key: int) -> Decision:
+        """Read the decision behind a row. Raises ProfileError if its file is gone or broken since."""
+        row = self.decisions.iloc[key]
+        path = self.stores[row["source"]].path(row["environment"], row["problem"])
+        decision = read_decision(path)
+        if decision is None:
+            raise ProfileError(f"{path.name} is no longer there. Load the page again.")
+        return decision
+
+    def evidence(self, key: int, decision: Decision) -> Evidence | None:
+        """What the decision behind a row rests on; None where that is not stored, or cannot be read."""
+        row = self.decisions.iloc[key]
+        return self.stores[row["source"]].evidence(row["environment"], decision)
+
+    def labels(self) -> dict[str, Profile]:
+        """Each profile by what people call it: this machine's first, then that of the most decisions."""
+        order = {source: place for place, source in enumerate(self.stores)}
+        table = self.environments.assign(order=self.environments["source"].map(order))
+        table = table.sort_values(["here", "order", "decisions"], ascending=[False, True, False], kind="stable")
+        labels: dict[str, Profile] = {}
+        for device, source, environment in table[["device", "source", "environment"]].itertuples(index=False):
+            start = f"{plain_line(device, 60)} · {source} · "
+            label = start + environment[:8]
+            labels[start + environment if label in labels else label] = Profile(source, environment)
+        return labels
+
+
+def sources() -> dict[str, Store]:
+    """The stores that the library looks into, those that are there, in its order."""
+    return {SOURCES[label]: store for label, store in stores().items() if store.root.is_dir()}
+
+
+def load(found: Mapping[str, Store]) -> Frames:
+    """What `found` holds, by source."""
+    here = environments()
+    decisions: list[tuple[Any, ...]] = []
+    candidates: list[tuple[Any, ...]] = []
+    facts: list[tuple[str, str, dict[str, Any]]] = []
+    broken: list[tuple[str, str, str, str]] = []
+    for source, store in found.items():
+        for folder in store.folders():
+            first = None
+            for path in decision_files(folder):
+                if not path.name.isascii():  # a name that no store gives, and that may be no text
+                    continue
+                try:
+                    rows = _rows(path, path.stat().st_mtime_ns)
+                except (ProfileError, OSError) as error:
+                    broken.append((source, folder.name, path.relative_to(store.root).as_posix(), str(error)))
+                    continue
+                key = len(decisions)
+                decisions.append((key, source, folder.name, path.name, *rows[0]))
+                candidates += [(key, *row) for row in rows[1]]
+                first = first or path
+            told = None
+            try:
+                told = read_facts(folder / FACTS)
+            except ProfileError as error:
+                broken.append((source, folder.name, (folder / FACTS).relative_to(store.root).as_posix(), str(error)))
+            if first is not None:  # each decision tells the facts, too
+                facts.append((source, folder.name, _plain(told or getattr(read_decision(first), "environment", {}))))
+    table = _table(decisions, DECISIONS)
+    known = _environments(facts, table, here)
+    device = known.set_index(["source", "environment"])["device"]
+    table["device"] = device.reindex(pd.MultiIndex.from_frame(table[["source", "environment"]])).to_numpy()
+    table["stale"] = _staleness(table, {environment: told for _, environment, told in facts}, here)
+    lost = pd.DataFrame(broken, columns=["source", "environment", "path", "reason"])
+    return Frames(table, _table(candidates, CANDIDATES), known, lost, dict(found))
+
+
+def _table(rows: list[tuple[Any, ...]], columns: dict[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(columns)).astype(columns)
+
+
+@lru_cache(maxsize=MOST_FILES)
+def _rows(path: Path, written: int) -> tuple[tuple[Any, ...], list[tuple[Any, ...]]]:
+    """The row of the decision in a file, and those of its candidates. Raises ProfileError if it cannot be read."""
+    decision = read_decision(path)
+    if decision is None:
+        raise ProfileError("it is no longer there")
+    problem, chosen = decision.problem, decision.winner
+    row = (
+        *(problem, short(problem), mode_name(problem), short_name(problem.dtype)),
+        *(problem.rows, problem.vocab, decision.measured_rows, problem.needs_grad, problem.inplace_backward),
+        *(
+            decision.chosen,
+            decision.baseline,
+            against(decision),
+            decision.code,
+            decision.measured_at,
+            chosen.fingerprint,
+        ),
+        *(decision.tuning_seconds, *(decision.bandwidth.get(kind) for kind in ("read", "copy", "in_place"))),
+    )
+    candidates = [
+        (
+            *(name, one.outcome, one.reason, name == decision.chosen),
+            *_ends(one.speedup),
+            *_ends(published(decision, one)),
+            *(one.seconds, one.extra_bytes, one.percent_of_bandwidth, one.checks_passed, len(one.checks)),
+            one.measured_at or decision.measured_at,
+        )
+        for name, one in decision.candidates.items()
+    ]
+    return row, candidates
+
+
+def _ends(speedup: Speedup | None) -> tuple[float | None, ...]:
+    return (None, None, None) if speedup is None else (speedup.median, speedup.low, speedup.high)
+
+
+def against(decision: Decision) -> str:
+    """Whose time the speed-ups that are shown are over: what people use, or the baseline where that was not timed."""
+    return f"plain {PLAIN}" if decision.winner.speedup_over_plain is not None else decision.baseline
+
+
+def published(decision: Decision, candidate: Candidate) -> Speedup | None:
+    """The speed-up of a candidate over `against(decision)`."""
+    return candidate.speedup if against(decision) == decision.baseline else candidate.speedup_over_plain
+
+
+# Facts of environments
+
+
+def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of `Environment` in `facts`; None for what is missing or no such value: a file may be foreign."""
+    plain = {one.name: facts.get(one.name) for one in fields(Environment)}
+    for one in fields(Environment):
+        value = plain[one.name]
+        if isinstance(value, str):  # half of a surrogate pair is valid in JSON, and in no table
+            plain[one.name] = value[:200].encode("utf-8", "replace").decode()
+        if not isinstance(value, one.type):  # type: ignore[arg-type]
+            plain[one.name] = None
+    return plain
+
+
+def device_name(facts: Mapping[str, Any]) -> str:
+    """The device in words, with what tells it from its like: SMs or threads."""
+    if facts.get("device_type") == "cpu":
+        threads = facts.get("cpu_threads")
+        told = "" if threads is None else f", {threads} thread{'' if threads == 1 else 's'}"
+        return (facts.get("cpu_model") or "CPU") + told
+    units = facts.get("multiprocessors")
+    return (facts.get("gpu_name") or facts.get("device_type") or "unknown device") + (f", {units} SMs" if units else "")
+
+
+def _environments(
+    facts: list[tuple[str, str, dict[str, Any]]], decisions: pd.DataFrame, here: list[Environment]
+) -> pd.DataFrame:
+    ours = {environment.fingerprint() for environment in here}
+    by = decisions.groupby(["source", "environment"])["measured_at"].agg(["size", "max"])
+    rows = [
+        (source, name, device_name(told), name in ours, *by.loc[(source, name)], *told.values())
+        for source, name, told in facts
+    ]
+    columns = ["source", "environment", "device", "here", "decisions", "measured_at"]
+    table = pd.DataFrame(rows, columns=[*columns, *(one.name for one in fields(Environment))])
+    numbers = {one.name: float for one in fields(Environment) if isinstance(0, one.type)}  # type: ignore[arg-type]
+    return table.astype({"here": bool, "decisions": int, **numbers})
+
+
+def _staleness(
+    decisions: pd.DataFrame, facts: Mapping[str, Mapping[str, Any]], here: list[Environment]
+) -> list[str | None]:
+    """Why each decision may no longer hold: other versions or other code than here; None where nothing says so."""
+    versions = {environment: _other_versions(told, here) for environment, told in facts.items()}
+    same_device = {name: any(_is_like(one, told) for one in here) for name, told in facts.items()}
+    ours = {name: code_of(name) if name in BUILT_IN or is_loaded(name) else None for name in backends()}
+
+    @cache
+    def why(environment: str, chosen: str, there: str | None) -> str | None:
+        if versions.get(environment) is not None:
+            return versions[environment]
+        if chosen not in ours:
+            return f"backend {chosen}, which it chose, is not registered here"
+        code = ours[chosen]
+        if code is not None and there is not None and not same_device.get(environment):
+            # There, other packages are to be expected, which some backends add to the digest of their source.
+            code, there = code.split(",")[0], there.split(",")[0]
+        return None if code is None or code == there else f"backend {chosen} has changed since this was measured"
+
+    columns = decisions[["environment", "chosen", "fingerprint"]].itertuples(index=False)
+    return [
+        why(environment, chosen, there if isinstance(there, str) else None) for environment, chosen, there in columns
+    ]
+
+
+def _other_versions(facts: Mapping[str, Any], here: list[Environment]) -> str | None:
+    """What of the versions that a measurement depends on is another on this machine; None if nothing is."""
+    ours = [one for one in here if _is_like(one, facts)]
+    near = ours or [one for one in here if one.device_type == facts.get("device_type")] or here
+    return min((_versions(facts, one, exact=bool(ours)) for one in near), key=lambda why: why is not None, default=None)
+
+
+def _versions(facts: Mapping[str, Any], one: Environment, *, exact: bool) -> str | None:
+    # Another device needs another build, and may need no triton: there, only torch's own version can be compared.
+    for name in VERSIONS_MATCHED if exact else ("torch",):
+        there, ours = facts.get(name), getattr(one, name)
+        if there is not None and not exact:
+            there, ours = str(there).split("+")[0], str(ours).split("+")[0]
+        if there is not None and there != ours:
+            return f"measured with {name} {there}; this machine has {ours or 'none'}"
+    return None
+
+
+def _is_like(one: Environment, facts: Mapping[str, Any]) -> bool:
+    """Whether `facts` are of the same silicon."""
+    names = [name for name in MATCHED.get(one.device_type, MATCHED["cpu"]) if name not in VERSIONS_MATCHED]
+    return all(facts.get(name) == getattr(one, name) for name in ("device_type", *names))
+
+
+# What serves a shape
+
+
+def dtypes(frames: Frames) -> list[str]:
+    """The dtypes that a run measures, and those that are stored."""
+    return list(dict.fromkeys([*map(short_name, DTYPES), *sorted(frames.decisions["dtype"].unique())]))
+
+
+def problem_of(frames: Frames, profile: Profile, shape: Shape) -> Problem:
+    """The problem that `shape` is on the device of a profile."""
+    device = frames.facts(profile).get("device_type") or "cpu"
+    asked = {"device_type": device, "rows": shape.rows, "vocab": shape.vocab, "dtype": getattr(torch, shape.dtype)}
+    if shape.mode in MODES:
+        return as_it_lies(Problem(**asked, **MODES[shape.mode]))
+    like = frames.decisions[frames.decisions["mode"] == shape.mode]
+    same = like[like["environment"] == profile.environment]
+    problem: Problem = (like if same.empty else same)["problem"].iloc[0]
+    return problem._replace(**asked)
+
+
+def look_up(frames: Frames, profile: Profile, shape: Shape) -> Answer:
+    """What a profile says of `shape`: the library's own rule, walked over its store, with nothing measured."""
+    asked = problem_of(frames, profile, shape)
+    store = {profile.source: _Listed(frames.stores[profile.source].root, tuple(frames.of(profile)["problem"]))}
+    device = torch.device("cpu")  # which only measuring would ask for
+    context = Context(asked, Policy("lookup"), device, profile.environment, store, Memory(), is_here=False)
+    *_, (step, choice) = walk(context)
+    decision = choice.decision if isinstance(choice, Choice) else None
+    key = None if decision is None else frames.keys.get((*profile, decision.problem))
+    return Answer("none" if decision is not None and key is None else KINDS.get(step, "none"), bucket(asked), key)
+
+
+@dataclass(frozen=True)
+class _Listed(Store):
+    """A store whose files are listed already, those of one environment."""
+
+    listed: tuple[Problem, ...]
+
+    def near(self, environment: str, problem: Problem) -> list[Problem]:
+        return nearest_first(problem, self.listed)
+
+
+def same_but_rows(decisions: pd.DataFrame, problem: Problem) -> pd.DataFrame:
+    """Those of `decisions` that are for `problem` but for N."""
+    like = decisions[decisions["vocab"] == problem.vocab]
+    return like[like["problem"].map(lambda other: other._replace(rows=problem.rows) == problem).astype(bool)]

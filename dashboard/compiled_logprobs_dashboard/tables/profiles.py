@@ -1,0 +1,37 @@
+"""Tables of what is stored, and of what an archive would bring."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from compiled_logprobs.cli.output import short
+from compiled_logprobs.store.transfer import Imported
+from compiled_logprobs_dashboard.frames import Frames, device_name
+from compiled_logprobs_dashboard.looks import plain_line
+
+FIRST = ["source", "device", "here", "decisions", "stale", "measured_at", "torch", "triton", "environment"]
+
+
+def stored(frames: Frames) -> pd.DataFrame:
+    """A row a profile: how many decisions, how many of them stale, and the facts of its environment."""
+    stale = frames.decisions[frames.decisions["stale"].notna()].groupby(["source", "environment"]).size()
+    pairs = zip(frames.environments["source"], frames.environments["environment"], strict=True)
+    table = frames.environments.assign(stale=[int(stale.get(pair, 0)) for pair in pairs])
+    return table[[*FIRST, *(name for name in table if name not in FIRST)]]
+
+
+def imported(found: Sequence[Imported]) -> pd.DataFrame:
+    """A row a decision of an archive, or of what else is in there: its fate and why, and what it is."""
+    rows = [
+        (
+            one.fate,
+            "" if one.decision is None else plain_line(device_name(one.decision.environment), 80),
+            plain_line(one.environment or "", 40),
+            plain_line(one.name, 100) if one.decision is None else short(one.decision.problem),
+            "" if one.decision is None else plain_line(one.decision.chosen, 60),
+            "" if one.decision is None else one.decision.measured_at,
+            plain_line(one.why),
+        )
+        for one in found
+    ]
+    return pd.DataFrame(rows, columns=["fate", "device", "environment", "problem", "chosen", "measured_at", "why"])

@@ -1,0 +1,265 @@
+"""Profiles as DataFrames: what a row holds, which files are read, what is stale, and what serves a shape."""
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+from compiled_logprobs_dashboard import frames as module
+from compiled_logprobs_dashboard import selection
+from compiled_logprobs_dashboard.frames import CANDIDATES, DECISIONS, Profile, Shape, device_name, look_up, sources
+from compiled_logprobs_dashboard.tables.decide import winners
+
+from compiled_logprobs.errors import ProfileError
+from compiled_logprobs.problem import MODES, bucket
+from compiled_logprobs.store.files import Store
+from tests.helpers import dashboard_stores as stores
+from tests.helpers.stored_decisions import decided
+
+SHAPE = Shape("backward", "bfloat16", 512, stores.QWEN)
+
+
+def ours() -> Profile:
+    return Profile("yours", stores.here().fingerprint())
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The files of decisions that are opened."""
+    opened: list[Path] = []
+    real = module.read_decision
+    monkeypatch.setattr(module, "read_decision", lambda path: opened.append(path) or real(path))
+    module._rows.cache_clear()
+    return opened
+
+
+def test_a_row_holds_what_the_decision_holds(load):
+    frames, _ = load("one")
+    decision, row = stores.good(), frames.decisions.iloc[0]
+    for name in ("chosen", "baseline", "code", "measured_at", "measured_rows", "tuning_seconds", "problem"):
+        assert row[name] == getattr(decision, name), name
+    assert (row["rows"], row["vocab"], row["dtype"], row["mode"]) == (512, stores.QWEN, "bfloat16", "backward")
+    assert row["name"] == f"512 x {stores.QWEN} bfloat16 on cpu, backward"
+    assert (row["bandwidth_read"], row["bandwidth_copy"], row["bandwidth_in_place"]) == (3.5e10, 3.1e10, 4.5e10)
+    assert (row["source"], row["environment"]) == ours() and pd.isna(row["stale"])
+    assert row["against"] == "plain log_softmax"
+    for name, candidate in decision.candidates.items():
+        one = frames.candidates[frames.candidates["backend"] == name].iloc[0]
+        assert one["key"] == row["key"] and one["chosen"] == (name == "cpp")
+        assert one["outcome"] == candidate.outcome and one["checks_total"] == len(candidate.checks)
+        for column, value in (
+            ("seconds", candidate.seconds),
+            ("ratio", candidate.speedup and candidate.speedup.median),
+            ("speedup", candidate.speedup_over_plain and candidate.speedup_over_plain.median),
+            ("speedup_low", candidate.speedup_over_plain and candidate.speedup_over_plain.low),
+        ):
+            assert pd.isna(one[column]) if value is None else one[column] == value, column
+
+
+def test_what_was_not_timed_beside_plain_torch_is_held_against_the_baseline(load):
+    frames, _ = load("other device")
+    assert set(frames.decisions["against"]) == {"eager"}
+    assert frames.candidates["speedup"].equals(frames.candidates["ratio"])
+
+
+def test_columns_are_there_without_any_row(load):
+    frames, profile = load("no profile")
+    assert set(frames.decisions) == {*DECISIONS, "device", "stale"} and set(frames.candidates) == set(CANDIDATES)
+    assert frames.decisions.empty and frames.environments.empty and frames.broken.empty and frames.backends == ()
+    assert frames.facts(profile) == {} and look_up(frames, profile, SHAPE).kind == "none"
+
+
+def test_missing_figures_stay_missing(load):
+    frames, _ = load("partial")
+    assert frames.candidates["extra_bytes"].isna().all() and frames.decisions["bandwidth_read"].isna().all()
+    assert frames.environments["device_type"].tolist() == ["cpu"], "a decision tells facts, too"
+
+
+def test_only_what_changed_is_read_again(load, read, scenario):
+    where = scenario("many")
+    first, _ = load()
+    assert len(first.decisions) == 42 and len(set(read)) == 42
+    changed, removed, new = (stores.problem(rows) for rows in (64, 512, 4096))
+    stores.publish(where, stores.good(changed, code="OTHER"))
+    stores.publish(where, stores.good(new))
+    where.path(ours().environment, removed).unlink()
+    read.clear()
+    frames, _ = load()
+    first_of_each = {folder.name for folder in where.folders()}  # whose facts are asked for
+    assert {path.name for path in read} >= {where.path(ours().environment, one).name for one in (changed, new)}
+    assert len(read) <= 2 + len(first_of_each)
+    same = frames.of(ours()).query(f"mode == 'backward' and dtype == 'bfloat16' and vocab == {stores.QWEN}")
+    assert same.set_index("rows")["code"].to_dict() == {64: "OTHER", 2048: "FASTER_CLEAR", 4096: "FASTER_CLEAR"}
+    chosen = frames.candidates[frames.candidates["chosen"]].set_index("key")["backend"]
+    assert (frames.decisions.set_index("key")["chosen"] == chosen).all(), "each candidate belongs to its decision"
+
+
+def test_files_that_cannot_be_read_are_listed_with_the_reason(load):
+    frames, _ = load("corrupt")
+    assert len(frames.decisions) == 1 and set(frames.broken["source"]) == {"yours"}
+    reasons = dict(zip([Path(path).stem for path in frames.broken["path"]], frames.broken["reason"], strict=True))
+    assert len(reasons) == 10
+    for rows, words in {1: "JSON", 3: "JSON", 4: "another problem", 6: "rounds", 12: "earlier", 24: "regular"}.items():
+        assert words in reasons[f"cpu-n{rows}-v1031-float32-unaligned"]
+
+
+def test_a_broken_file_of_facts_is_listed(load, scenario):
+    path = scenario("one").path(ours().environment, stores.problem()).parents[1] / "environment.json"
+    path.write_text("{")
+    frames, _ = load()
+    assert frames.broken["path"].tolist() == [f"v1/{ours().environment}/environment.json"]
+    assert len(frames.decisions) == len(frames.environments) == 1
+
+
+def test_each_source_has_profiles_of_its_own(scenario, tmp_path):
+    other = Store(tmp_path / "other")
+    stores.SCENARIOS["all failed"](other)
+    frames = module.load({"yours": scenario("one"), "project": other})
+    assert frames.decisions["source"].tolist() == ["yours", "project", "project"]
+    assert frames.decisions["key"].tolist() == [0, 1, 2] and set(frames.candidates["key"]) == {0, 1, 2}
+    assert len(frames.environments) == 2 and len(frames.of(ours())) == 1
+
+
+def test_sources_are_those_that_are_there(scenario, monkeypatch, tmp_path):
+    where = scenario("one")
+    assert sources() == {"yours": where}
+    monkeypatch.setenv("COMPILED_LOGPROBS_PROFILES", str(tmp_path / "nowhere"))
+    assert list(sources()) == ["bundled"]
+
+
+def test_frames_are_made_anew_when_a_store_changes(scenario):
+    where = scenario("one")
+    first = selection.current_frames()
+    assert selection.current_frames() is first
+    stores.publish(where, stores.good(stores.problem(64)))
+    assert len(selection.current_frames().decisions) == 2
+    where.path(ours().environment, stores.problem(64)).unlink()
+    assert len(selection.current_frames().decisions) == 1
+
+
+def test_stale_says_what_is_another(load, scenario):
+    where = scenario("other device")
+    stores.publish(where, stores.good())
+    old = dataclasses.replace(stores.here(), torch="1.0.0")
+    stores.publish(where, stores.good(), old)
+    changed = stores.good_candidates()
+    changed["cpp"] = dataclasses.replace(changed["cpp"], fingerprint="0" * 16)
+    stores.publish(where, stores.good(stores.problem(64), candidates=changed))
+    foreign = {**stores.good_candidates(), "third": stores.good_candidates()["cpp"]}
+    stores.publish(where, decided(stores.problem(128), "third", candidates=foreign))
+    by = load()[0].decisions.set_index(["environment", "rows"])["stale"]
+    here = ours().environment
+    assert pd.isna(by[here, 512])
+    assert by[old.fingerprint(), 512] == f"measured with torch 1.0.0; this machine has {stores.here().torch}"
+    assert by[here, 64] == "backend cpp has changed since this was measured"
+    assert by[here, 128] == "backend third, which it chose, is not registered here"
+    assert by[stores.H100.fingerprint(), 2048].str.startswith("measured with torch 2.12.0;").all()
+
+
+def test_facts_that_are_no_facts_count_as_missing(load, scenario):
+    path = scenario("one").path(ours().environment, stores.problem()).parents[1] / "environment.json"
+    odd = {"cpu_threads": "many", "torch": 5, "gpu_name": "half \ud800 a pair"}
+    path.write_text(json.dumps({**stores.here().to_dict(), **odd}))
+    frames, profile = load()
+    facts = frames.facts(profile)
+    assert facts["cpu_threads"] is None and facts["torch"] is None and facts["gpu_name"] == "half ? a pair"
+    assert pa.Table.from_pandas(frames.environments).num_rows == 1
+
+
+def test_devices_are_told_apart(load):
+    assert device_name(dataclasses.asdict(stores.H100)) == "NVIDIA H100 80GB HBM3, 132 SMs"
+    assert device_name({"device_type": "cpu", "cpu_model": "Some CPU", "cpu_threads": 4}) == "Some CPU, 4 threads"
+    assert device_name({}) == "unknown device"
+    frames, profile = load("other device")
+    facts = frames.facts(profile)
+    assert all(facts[name] == value for name, value in dataclasses.asdict(stores.H100).items())
+    assert not facts["here"] and facts["decisions"] == 4
+
+
+def test_this_machine_comes_first(load):
+    frames, first = load("many")
+    assert first == ours() and len(frames.labels()) == 3
+    assert all(environment[:8] in label for label, (_, environment) in frames.labels().items())
+    assert selection.first_shape(frames, first) == SHAPE._replace(rows=2048), "a training step"
+
+
+def test_the_decision_behind_a_row_is_read_when_it_is_asked_for(load, scenario):
+    where = scenario("one")
+    frames, _ = load()
+    decision = frames.decision(0)
+    assert decision.problem == stores.problem() and set(frames.evidence(0, decision).seconds) == {
+        "eager",
+        "cpp",
+        "compiled",
+    }
+    path = where.path(ours().environment, stores.problem())
+    path.write_text("{")
+    with pytest.raises(ProfileError, match="JSON"):
+        frames.decision(0)
+    path.unlink()
+    with pytest.raises(ProfileError, match="no longer there"):
+        frames.decision(0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "found"),
+    [(1, "rule", None), (64, "exact", 64), (100, "nearest", 64), (500, "exact", 512), (10**6, "nearest", 2048)],
+)
+def test_what_serves_a_shape(load, rows, kind, found):
+    frames, profile = load("many")
+    answer = look_up(frames, profile, SHAPE._replace(rows=rows))
+    assert answer.kind == kind and answer.problem == bucket(stores.problem(rows))
+    assert (None if answer.key is None else frames.decision(answer.key).problem.rows) == found
+
+
+def test_nothing_serves_what_was_never_measured(load):
+    frames, profile = load("one")
+    for other in ({"mode": "entropy"}, {"dtype": "float16"}, {"vocab": stores.QWEN + 8}):
+        assert look_up(frames, profile, SHAPE._replace(**other)).kind == "none"
+
+
+def test_modes_without_a_name_can_be_asked_for(load, scenario):
+    special = stores.problem()._replace(labels_per_row=4, temperature="per_token", masked_logits=True)
+    stores.publish(scenario("one"), stores.good(special))
+    frames, profile = load()
+    assert special.details() not in MODES
+    answer = look_up(frames, profile, SHAPE._replace(mode=special.details(), rows=500))
+    assert answer.kind == "exact" and frames.decision(answer.key).problem == special
+
+
+COUNT = 5_000
+
+
+@pytest.mark.slow
+def test_thousands_of_decisions_are_read_once(scenario, read):
+    where = scenario("no profile")
+    stores.generate(where, COUNT)
+
+    def seconds(look) -> float:
+        began = time.perf_counter()
+        look()
+        return time.perf_counter() - began
+
+    first = seconds(selection.current_frames)
+    frames = selection.current_frames()
+    assert len(frames.decisions) == COUNT and COUNT <= len(read) <= COUNT + 4
+    profile = ours()
+    read.clear()
+    filtering = seconds(lambda: (winners(frames, profile, "backward", "bfloat16"), look_up(frames, profile, SHAPE)))
+    assert read == [], "what is looked at is answered from the frames"
+    stores.publish(where, stores.good(stores.problem(64, 999)))
+    again = seconds(selection.current_frames)
+    assert len(read) <= 5 and len(selection.current_frames().decisions) == COUNT + 1, "only the new one, and facts"
+    print(f"{COUNT} decisions: read in {first:.2f} s, filtered in {filtering:.3f} s, with one more in {again:.2f} s")
+    assert again < first / 2 and filtering < first / 5
+
+
+def test_a_file_whose_name_is_no_text_is_passed_over(load, scenario):
+    (folder,) = scenario("one").root.glob("v1/*/decisions")
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.json")).write_text("{}")
+    frames, _ = load()
+    assert len(frames.decisions) == 1 and frames.broken.empty

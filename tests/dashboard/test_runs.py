@@ -1,0 +1,197 @@
+"""Profile runs: what to know before, a child that is followed, cancelled and killed, and one at a time."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from compiled_logprobs_dashboard import runs
+from compiled_logprobs_dashboard.runs import START_S, Request, RunRefused, Runs, preflight
+
+from compiled_logprobs.errors import InputError
+from compiled_logprobs.machine import clock
+from compiled_logprobs.store import user_store
+from compiled_logprobs.store.files import Store
+from compiled_logprobs.tuning.tuner import alone_on
+from tests.helpers import nvml_library
+from tests.helpers.dashboard_runs import FIRST, LIMIT_S, LONG, START, TINY, event, wait_until
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch, tmp_path):
+    """Whatever else this machine does, and measures."""
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
+# --- before a run -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_is_the_same_run():
+    assert TINY.command_line() == (
+        "compiled-logprobs profile --device=cpu --preset=quick --vocab=512 --rows=4 --dtype=float32 --mode=forward "
+        "--backend=eager --budget=2"
+    )
+    again = Request("cuda:1", again=True)
+    assert again.arguments() == ["profile", "--device=cuda:1", "--preset=quick", "--budget=60", "--again"]
+    assert {problem.device_type for problem in again.problems()} == {"cuda"}
+    for wrong in ({"preset": "huge"}, {"dtypes": ("float8",)}, {"modes": ("sideways",)}):
+        with pytest.raises(InputError):
+            Runs().start(dataclasses.replace(TINY, **wrong))
+        with pytest.raises(InputError):
+            preflight(dataclasses.replace(TINY, **wrong))
+
+
+def test_the_time_it_may_take():
+    request = dataclasses.replace(TINY, rows=(4, 64, 1024), budget_s=10.0)
+    check = preflight(request)
+    assert len(check.problems) == check.to_measure == 3
+    assert check.most_seconds == START_S + 30 and check.likely_seconds is None
+    assert preflight(request, seconds_before=[1.0, 4.0, 99.0]).likely_seconds == START_S + 12
+    assert preflight(TINY, seconds_before=[99.0]).likely_seconds == START_S + 2, "never more than the budget"
+
+
+def test_the_memory_it_needs(monkeypatch):
+    dtypes, modes = ("float32", "bfloat16"), ("forward", "backward")
+    request = Request("cpu", vocabs=(1000,), rows=(64, 512), dtypes=dtypes, modes=modes)
+    monkeypatch.setattr(clock, "free_memory", lambda device: 2**30)
+    check = preflight(request)
+    assert (check.largest.rows, check.largest.dtype) == (512, torch.float32)
+    assert check.logits_bytes == 512 * 1000 * 4 and check.free_bytes == 2**30 and check.warnings == ()
+    assert check.needed_bytes in (3 * check.logits_bytes, 4 * check.logits_bytes)
+    monkeypatch.setattr(clock, "free_memory", lambda device: check.needed_bytes)
+    (warning,) = preflight(request).warnings
+    assert "fewer rows will be timed" in warning
+    monkeypatch.setattr(clock, "free_memory", lambda device: None)
+    assert preflight(request).free_bytes is None
+
+
+def test_memory_that_the_driver_keeps_is_not_free(monkeypatch, nvml):
+    nvml_library.use(nvml, monkeypatch)
+    gpu = SimpleNamespace(uuid="aaaaaaaa-0000-0000-0000-000000000000", pci_domain_id=0, pci_bus_id=10, pci_device_id=0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert runs._free_bytes(torch.device("cuda:0")) == 1000 - 100 - 50
+
+
+def test_a_busy_machine_is_said(monkeypatch):
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (50.0, 0.0, 0.0))
+    with alone_on(torch.device("cpu"), LIMIT_S) as alone:
+        assert alone
+        told = " ".join(preflight(TINY).warnings)
+    assert "Another process of this library is measuring on cpu now" in told and "50.0 programs ran or waited" in told
+
+
+def test_what_keeps_it_from_being_stored(monkeypatch, tmp_path):
+    assert preflight(TINY, store=Store(tmp_path / "not" / "yet")).obstacles == ()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000))
+    assert preflight(TINY, store=Store(tmp_path)).obstacles[0].endswith("has 0 MiB left. Free some space.")
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    assert "cannot be written" in preflight(TINY, store=Store(tmp_path)).obstacles[0]
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+WAITING = f"import time; print({json.dumps(event('ready').decode())}, flush=True); time.sleep(600)"
+STUBBORN = "import signal\nfor n in (2, 15): signal.signal(n, signal.SIG_IGN)\n" + WAITING
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Runs that program in place of `compiled-logprobs profile`."""
+    popen = subprocess.Popen
+
+    def use(text: str) -> None:
+        monkeypatch.setattr(subprocess, "Popen", lambda command, **rest: popen([sys.executable, "-c", text], **rest))
+
+    return use
+
+
+def test_a_run_is_followed_to_its_end(program):
+    end = event("end", done=0, total=2, seconds=1.0, interrupted=False)
+    program(f"import sys; sys.stdout.buffer.write({START + FIRST + end!r}); sys.stderr.write('a word')")
+    run = runs.RUNS.start(TINY)
+    wait_until(lambda: not run.is_running)
+    assert run.status() == "finished" and len(run.seen().problems) == 2 and run.said() == "a word"
+    second = runs.RUNS.start(TINY)  # the lock is free again
+    assert runs.RUNS.latest is second
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [(WAITING, -signal.SIGINT), (STUBBORN, -signal.SIGKILL)], ids=["listens", "does not"]
+)
+def test_a_cancelled_run_ends_in_any_case(program, monkeypatch, text, code):
+    monkeypatch.setattr(runs, "GRACE_S", (20.0, 20.0) if text == WAITING else (0.3, 0.3))
+    program(text)
+    run = runs.RUNS.start(TINY)
+    wait_until(lambda: run.events.read_bytes().strip())
+    thread = run.cancel()
+    assert run.status() in ("stopping", "cancelled")
+    run.cancel()  # pressing twice is harmless
+    thread.join(LIMIT_S)
+    assert run.process.wait(LIMIT_S) in (code, 1) and run.status() == "cancelled"
+
+
+def test_a_run_that_ends_by_itself_has_died_and_leaves_no_lock(program):
+    program("raise SystemExit(7)")
+    run = runs.RUNS.start(TINY)
+    assert run.process.wait(LIMIT_S) == 7 and run.status() == "died"
+    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "run"])
+    runs.RUNS.start(TINY)
+
+
+def test_only_one_of_many_tabs_starts_a_run_and_no_second_dashboard_does(program):
+    program(WAITING)
+    started, refused = [], []
+
+    def press(desk: Runs) -> None:
+        try:
+            started.append(desk.start(TINY))
+        except RunRefused as error:
+            refused.append(str(error))
+
+    tabs = [threading.Thread(target=press, args=(desk,)) for desk in (*[runs.RUNS] * 4, Runs())]
+    for tab in tabs:
+        tab.start()
+    for tab in tabs:
+        tab.join()
+    assert len(started) == 1 and len(refused) == 4 and "A run is going on already" in refused[0]
+    started[0].process.kill()
+
+
+def test_a_place_that_cannot_be_written_is_said(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(runs, "user_state_path", lambda *_, **__: tmp_path / "file")
+    with pytest.raises(RunRefused, match="files cannot be kept in .*Mend that"):
+        runs.RUNS.start(TINY)
+
+
+@pytest.mark.slow
+def test_a_real_run_is_stored_and_a_cancelled_one_keeps_what_is_finished():
+    run = runs.RUNS.start(TINY)
+    wait_until(lambda: not run.is_running)
+    assert run.status() == "finished", run.said()
+    seen = run.seen()
+    assert seen.finished == seen.measured == len(seen.problems) == len(seen.decisions) == 1
+    assert [decision.chosen for _, decision in user_store().decisions()] == ["eager"]
+    assert any("decided: " in line and "eager" in line for line in seen.log) and "finished after 1 of 1" in seen.log[-1]
+    assert preflight(TINY).to_measure == 0, "what is stored already is not measured again"
+
+    run = runs.RUNS.start(LONG)
+    wait_until(lambda: run.seen().finished >= 1)
+    run.cancel().join(LIMIT_S)
+    seen = run.seen()
+    assert run.status() == "cancelled" and seen.end["interrupted"] and seen.finished < len(seen.problems)
+    assert len(seen.decisions) == len(list(user_store().decisions()))
