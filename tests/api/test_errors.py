@@ -187,6 +187,7 @@ print(json.dumps(said))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is set by what Linux tells of a process")
+@pytest.mark.slow
 def test_a_winner_that_runs_out_of_memory_under_a_limit_is_not_set_aside(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(LIMITED)

@@ -12,6 +12,7 @@ import pytest
 from compiled_logprobs import policy
 from compiled_logprobs.store import ROOT_VARIABLE
 
+pytestmark = pytest.mark.slow
 LIMIT_S = 240
 """For a program, which ends after a tenth of it; what hangs is killed."""
 PROGRAM = """
