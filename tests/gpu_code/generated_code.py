@@ -3,8 +3,8 @@
 All private interfaces of torch and triton that `python -m tests.gpu_code` needs are used here and nowhere else.
 Inductor compiles for fake CUDA tensors and a described device, and is stopped when the code is written. That code is
 then run on tensors without memory, where its launches are recorded, and each kernel is assembled with the ptxas of
-triton's wheel, in every configuration that the autotuner could choose. It was tested with torch 2.13.0 and
-triton 3.7.1.
+triton's wheel, in every configuration that the autotuner could choose. It was tested with torch 2.13.0 and triton
+3.7.1, and with torch 2.14.1 built for CUDA, on a machine without a driver, and triton 3.8.0.
 """
 
 import itertools
