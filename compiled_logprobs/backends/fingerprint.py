@@ -3,7 +3,6 @@
 import ast
 import hashlib
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -27,7 +26,9 @@ def _meaning(path: Path) -> str:
 
 def meaning_of_python(text: str) -> str:
     """The names of nodes and of fields that are not empty, without docstrings and imports."""
-    return " ".join(_words(ast.parse(text)))
+    words: list[str] = []
+    _add(ast.parse(text), words)
+    return " ".join(words)
 
 
 def meaning_of_cpp(text: str) -> str:
@@ -37,23 +38,29 @@ def meaning_of_cpp(text: str) -> str:
     return " ".join(code.split())
 
 
-def _words(node: object) -> Iterator[str]:
-    if isinstance(node, list):
-        for item in node:
-            if not isinstance(item, (ast.Import, ast.ImportFrom)) and not _is_docstring(item):
-                yield from _words(item)
-    elif isinstance(node, ast.AST):
-        yield f"({type(node).__name__}"
-        for name, value in ast.iter_fields(node):
-            if name in NO_MEANING or (not isinstance(node, ast.Constant) and value in (None, [])):
+def _add(node: object, words: list[str]) -> None:
+    """What `node` means, to `words`: a list, since the first call of a process waits for this."""
+    if isinstance(node, ast.AST):
+        is_constant = isinstance(node, ast.Constant)
+        words.append(f"({type(node).__name__}")
+        for name in node._fields:
+            value = getattr(node, name, None)
+            if name in NO_MEANING or (not is_constant and (value is None or value == [])):
                 continue
             if isinstance(node, ast.JoinedStr):  # releases differ in which empty parts they keep
-                value = [part for part in value if not (isinstance(part, ast.Constant) and part.value == "")]
-            yield name
-            yield from _words(value)
-        yield ")"
+                value = [part for part in node.values if not (isinstance(part, ast.Constant) and part.value == "")]
+            words.append(name)
+            if isinstance(value, str):
+                words.append(repr(value))
+            else:
+                _add(value, words)
+        words.append(")")
+    elif isinstance(node, list):
+        for item in node:
+            if not isinstance(item, (ast.Import, ast.ImportFrom)) and not _is_docstring(item):
+                _add(item, words)
     else:
-        yield repr(node)
+        words.append(repr(node))
 
 
 def _is_docstring(node: object) -> bool:

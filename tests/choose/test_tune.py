@@ -12,7 +12,6 @@ import torch
 from filelock import FileLock, Timeout
 
 import compiled_logprobs as clp
-from compiled_logprobs.backends import get_backend
 from compiled_logprobs.choose import auto, memory, rule, tune
 from compiled_logprobs.choose.memory import Memory
 from compiled_logprobs.machine.environment import fingerprint_of
@@ -20,8 +19,7 @@ from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import Problem, bucket
 from compiled_logprobs.store import ROOT_VARIABLE, user_store
 from compiled_logprobs.store.files import Store
-from compiled_logprobs.tuning.tuner import Tuner, TuningFailed
-from tests.helpers.backends_for_tuning import registered
+from compiled_logprobs.tuning.tuner import TuningFailed
 from tests.helpers.disks import a_file, a_full_disk
 from tests.helpers.stored_decisions import (
     CPU,
@@ -445,28 +443,3 @@ def test_everything_is_measured_where_little_still_holds(stands, options):
     answers = Answers("eager")
     renewed(answers, stands, **options)
     assert [names for names, _ in answers.asked] == [ALL]
-
-
-@pytest.mark.slow
-def test_only_what_has_changed_is_timed_for_real():
-    """Of four backends one gets another code: the worker program times three."""
-    problem = Problem("cpu", rows=256, vocab=1024, dtype=torch.float32, needs_grad=True)
-    timed = []
-
-    def on_event(event):
-        if event["event"] == "round":
-            timed.append({name for name in event["seconds"] if name != "log_softmax"})
-
-    names = ["right", "same", "slow"]
-    with registered(right="Right", same="Same", slow="SlowByRow"), Tuner(CPU, short=True, on_event=on_event) as tuner:
-        first, _ = tuner.decide(problem, 30.0, names=names)
-        stale = dataclasses.replace(first.candidates["slow"], fingerprint=NEW)
-        stands = dataclasses.replace(first, candidates=first.candidates | {"slow": stale})
-        for name in names:  # loaded here, too, so that their code can be compared
-            get_backend(name)
-        timed.clear()
-        again, _ = tune.decide(tuner, problem, 30.0, standing=stands, names=names)
-    assert timed and all(names == {"eager", first.chosen, "slow"} for names in timed)
-    assert again.chosen == first.chosen
-    carried = (set(names) - {first.chosen, "slow"}).pop()
-    assert again.candidates[carried].measured_at == first.measured_at

@@ -1,11 +1,10 @@
 """Backends whose code stays the same while what they do does not, as after an upgrade of what they call.
 
-Named to the worker program, which has the environment of whoever starts it, as 'backends_that_change:Name'.
+Named to the worker program, which has the environment of whoever starts it, as 'tests.helpers.backends_that_change:Name'.
 """
 
 import os
 import signal
-import time
 
 from tests.helpers.backends_for_tuning import Right
 
@@ -26,12 +25,6 @@ class Changes(Right):
 class BecomesWrong(Changes):
     def change(self, log_probs):
         return -log_probs
-
-
-class BecomesSlow(Changes):
-    def change(self, log_probs):
-        time.sleep(0.02)
-        return log_probs
 
 
 class Crashes(Changes):
