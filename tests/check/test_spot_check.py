@@ -8,7 +8,7 @@ from compiled_logprobs.check.spot_check import what_is_wrong
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning.rounds import Measurement
 
-PROBLEM = Problem("cpu", rows=96, vocab=4099, dtype=torch.float32, aligned=False)
+PROBLEM = Problem("cpu", rows=96, vocab=1031, dtype=torch.float32, aligned=False)
 OPTIONS = {
     "forward": {},
     "backward": {"needs_grad": True},
