@@ -15,7 +15,7 @@ from rich.console import Console
 
 from compiled_logprobs.backends import backends, register_backend
 from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.cli.progress import Bar, JsonLines, Progress, Silence
+from compiled_logprobs.cli.progress import Bar, JsonLines, Progress
 from compiled_logprobs.errors import InputError, LogProbsError, is_out_of_memory
 from compiled_logprobs.store import bundled_store, project_store, user_store
 from compiled_logprobs.store.files import Store
@@ -54,6 +54,10 @@ Backends = Annotated[
         show_default=False,
         help="package.module:Class of a backend of your own that decisions may have chosen.",
     ),
+]
+Shown = Annotated[
+    str,
+    typer.Option("--progress", help="bar, jsonl (events on standard output, one a line, and no table), or none."),
 ]
 
 
@@ -113,7 +117,7 @@ def reported_errors() -> Iterator[None]:
 
 def progress_of(kind: str, as_json: bool) -> Progress:
     """What --progress asks for."""
-    kinds: dict[str, type[Progress]] = {"bar": Bar, "jsonl": JsonLines, "none": Silence}
+    kinds: dict[str, type[Progress]] = {"bar": Bar, "jsonl": JsonLines, "none": Progress}
     if kind not in kinds:
         raise InputError(f"got --progress {kind}; {', '.join(kinds)} are valid. Name one of them.")
     if kind == "jsonl" and as_json:
@@ -131,6 +135,18 @@ def split(texts: list[str] | None) -> list[str]:
             f"got {', '.join(map(repr, texts or []))}, in which a value is empty; e.g. 64,512 is valid. Fill it in."
         )
     return parts
+
+
+def values_of(
+    vocab: list[str] | None, rows: list[str] | None, dtype: list[str] | None, mode: list[str] | None
+) -> dict[str, list[Any]]:
+    """What the options of a grid mean."""
+    return {
+        "vocabs": [presets.vocab_of(text) for text in split(vocab)],
+        "rows": [presets.rows_of(text) for text in split(rows)],
+        "dtypes": [presets.dtype_of(text) for text in split(dtype)],
+        "modes": [presets.mode_of(text) for text in split(mode)],
+    }
 
 
 def backend_name_of(text: str) -> str:

@@ -1,8 +1,9 @@
 """`profile` measures a grid of problems and stores what was decided; `verify` measures stored decisions again."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 import typer
@@ -19,6 +20,7 @@ from compiled_logprobs.cli.options import (
     Dtype,
     Mode,
     Rows,
+    Shown,
     Vocab,
     Where,
     backend_name_of,
@@ -26,6 +28,7 @@ from compiled_logprobs.cli.options import (
     progress_of,
     reported_errors,
     split,
+    values_of,
 )
 from compiled_logprobs.cli.output import print_decisions, print_json, print_line, print_verifications
 from compiled_logprobs.cli.progress import Progress
@@ -38,6 +41,7 @@ from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning import presets
 
 BUDGET_S = 60.0
+Result = TypeVar("Result", bound=Decision | verification.Verification | LogProbsError)
 
 
 def profile(
@@ -63,9 +67,7 @@ def profile(
         Path | None, typer.Option(show_default=False, help="Folder to store in; by default the user's profiles.")
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure also what is stored there already.")] = False,
-    progress: Annotated[
-        str, typer.Option(help="bar, jsonl (events on standard output, one a line, and no table), or none.")
-    ] = "bar",
+    progress: Shown = "bar",
     as_json: AsJson = False,
 ) -> None:
     """Measure which backend is fastest for a grid of problems, store it, and show the winners.
@@ -77,20 +79,18 @@ def profile(
         problems = presets.grid(
             where.type,
             preset,
-            vocabs=[presets.vocab_of(text) for text in split(vocab)],
-            rows=[presets.rows_of(text) for text in split(rows)],
-            dtypes=[presets.dtype_of(text) for text in split(dtype)],
-            modes=[presets.mode_of(text) for text in split(mode)],
+            **values_of(vocab, rows, dtype, mode),
         )
         problems = list(dict.fromkeys(map(bucket, problems)))
         names = [backend_name_of(text) for text in split(backend)] or None
         store = user_store() if out is None else Store(out)
         shown = progress_of(progress, as_json)
-        found, interrupted = _profile(problems, where, store, names, budget, again, shown)
-    decided = [one for one in found if isinstance(one, Decision)]
+        tuned = tune_all(problems, where, store=store, names=names, budget_s=budget, again=again, on_event=shown.event)
+        results, interrupted = _follow(tuned, problems, where, shown)
+    decided = [result for result in results if isinstance(result, Decision)]
     fingerprint = fingerprint_of(where)
     stored = sum(store.read(fingerprint, decision.problem) == decision for decision in decided)
-    failed = [str(one) for one in found if not isinstance(one, Decision)]
+    failed = [str(result) for result in results if not isinstance(result, Decision)]
     if as_json:
         print_json(
             {
@@ -114,31 +114,23 @@ def profile(
     raise typer.Exit(WRONG if wrong else PASSED)
 
 
-def _profile(
-    problems: list[Problem],
-    where: torch.device,
-    store: Store,
-    names: list[str] | None,
-    budget: float,
-    again: bool,
-    shown: Progress,
-) -> tuple[list[Decision | LogProbsError], bool]:
-    """What came of each problem, and whether it was interrupted before the last."""
-    found: list[Decision | LogProbsError] = []
+def _follow(
+    running: Iterable[Result], problems: list[Problem], where: torch.device, shown: Progress
+) -> tuple[list[Result], bool]:
+    """The result of each problem, and whether it was interrupted before the last."""
+    results: list[Result] = []
+    interrupted = False
     began = time.monotonic()
     with shown:
         shown.start(problems, str(where), fingerprint_of(where))
         try:
-            for one in tune_all(
-                problems, where, store=store, names=names, budget_s=budget, again=again, on_event=shown.event
-            ):
-                found.append(one)
-                shown.result(one)
+            for result in running:
+                results.append(result)
+                shown.result(result)
         except KeyboardInterrupt:
-            shown.end(len(found), time.monotonic() - began, interrupted=True)
-            return found, True
-        shown.end(len(found), time.monotonic() - began, interrupted=False)
-    return found, False
+            interrupted = True
+        shown.end(len(results), time.monotonic() - began, interrupted=interrupted)
+    return results, interrupted
 
 
 def verify(
@@ -155,9 +147,7 @@ def verify(
         ),
     ] = None,
     backend: Backends = None,
-    progress: Annotated[
-        str, typer.Option(help="bar, jsonl (events on standard output, one a line, and no table), or none.")
-    ] = "bar",
+    progress: Shown = "bar",
     as_json: AsJson = False,
 ) -> None:
     """Check the winners of the stored decisions again, and time them again beside the baseline. Nothing stored changes.
@@ -165,8 +155,6 @@ def verify(
     Exit code 1 if a winner is wrong, does not get through, or has lost its advantage: the interval of its speed-up lies below
     1.03, or by more than 3 % below the one that is stored, twice. Exit code 2 if nothing could be verified.
     """
-    results: list[verification.Verification] = []
-    interrupted = False
     with reported_errors():
         for text in split(backend):
             backend_name_of(text)
@@ -175,26 +163,15 @@ def verify(
         found = verification.stored_decisions(
             stores() if folder is None else {str(folder): Store(folder)},
             where,
-            vocabs=[presets.vocab_of(text) for text in split(vocab)],
-            rows=[presets.rows_of(text) for text in split(rows)],
-            dtypes=[presets.dtype_of(text) for text in split(dtype)],
-            modes=[presets.mode_of(text) for text in split(mode)],
+            **values_of(vocab, rows, dtype, mode),
         )
         if not found:
             raise ProfileError(
                 f"no decision is stored for {where} in environment {fingerprint_of(where)} that was asked for, and "
                 "one or more are valid. `compiled-logprobs profile` measures some; `compiled-logprobs show --all` lists all."
             )
-        began = time.monotonic()
-        with shown:
-            shown.start([decision.problem for decision, _ in found], str(where), fingerprint_of(where))
-            try:
-                for result in verification.verify(found, where, budget_s=budget, on_event=shown.event):
-                    results.append(result)
-                    shown.result(result)
-            except KeyboardInterrupt:
-                interrupted = True
-            shown.end(len(results), time.monotonic() - began, interrupted=interrupted)
+        running = verification.verify(found, where, budget_s=budget, on_event=shown.event)
+        results, interrupted = _follow(running, [decision.problem for decision, _ in found], where, shown)
     if as_json:
         print_json({"decisions": [one.to_dict() for one in results], "interrupted": interrupted})
     elif progress != "jsonl":

@@ -6,7 +6,6 @@ The bar is not drawn while candidates are timed: on a CPU it would take time fro
 import json
 import sys
 import time
-from abc import ABC, abstractmethod
 from typing import Any
 
 from rich.console import Console
@@ -23,8 +22,8 @@ from compiled_logprobs.problem import Problem, problem_to_dict
 Event = dict[str, Any]
 
 
-class Progress(ABC):
-    """Told what happens during a run; a context manager."""
+class Progress:
+    """Told what happens during a run, and shows nothing of it; a context manager."""
 
     def __enter__(self) -> "Progress":
         return self
@@ -32,41 +31,21 @@ class Progress(ABC):
     def __exit__(self, *_: object) -> None:
         return None
 
-    @abstractmethod
     def start(self, problems: list[Problem], device: str, environment: str) -> None:
         """The run begins."""
 
-    @abstractmethod
     def event(self, event: Event) -> None:
         """A problem begins ('problem', with the Problem itself), or an event of the worker program."""
 
-    @abstractmethod
-    def result(self, found: Decision | Verification | LogProbsError) -> None:
+    def result(self, result: Decision | Verification | LogProbsError) -> None:
         """A problem ends."""
 
-    @abstractmethod
     def end(self, done: int, seconds: float, *, interrupted: bool) -> None:
         """The run ends."""
 
 
-class Silence(Progress):
-    """Nothing."""
-
-    def start(self, problems: list[Problem], device: str, environment: str) -> None:
-        pass
-
-    def event(self, event: Event) -> None:
-        pass
-
-    def result(self, found: Decision | Verification | LogProbsError) -> None:
-        pass
-
-    def end(self, done: int, seconds: float, *, interrupted: bool) -> None:
-        pass
-
-
 class JsonLines(Progress):
-    """One JSON object a line on standard output: start, problem, what the worker program says, decision or the like, end."""
+    """One JSON object a line on standard output: start, problem, the worker program's events, decision or the like, end."""
 
     def start(self, problems: list[Problem], device: str, environment: str) -> None:
         self._total, self._index = len(problems), 0
@@ -81,13 +60,13 @@ class JsonLines(Progress):
             return
         self._write(event)
 
-    def result(self, found: Decision | Verification | LogProbsError) -> None:
-        if isinstance(found, Decision):
-            self._write({"event": "decision", "decision": found.to_dict()})
-        elif isinstance(found, Verification):
-            self._write({"event": "verified", "verification": found.to_dict()})
+    def result(self, result: Decision | Verification | LogProbsError) -> None:
+        if isinstance(result, Decision):
+            self._write({"event": "decision", "decision": result.to_dict()})
+        elif isinstance(result, Verification):
+            self._write({"event": "verified", "verification": result.to_dict()})
         else:
-            self._write({"event": "failed", "reason": str(found)})
+            self._write({"event": "failed", "reason": str(result)})
 
     def end(self, done: int, seconds: float, *, interrupted: bool) -> None:
         self._write(
@@ -140,13 +119,13 @@ class Bar(Progress):
         elif event["event"] == "memory":  # the last before the rounds
             self._draw(f"{self._problem}: timing")
 
-    def result(self, found: Decision | Verification | LogProbsError) -> None:
-        if isinstance(found, Decision):
-            text = f"{short(found.problem)}: {speedup_in_words(found)}"
-        elif isinstance(found, Verification):
-            text = f"{found.outcome}: {verified_in_words(found)}"
+    def result(self, result: Decision | Verification | LogProbsError) -> None:
+        if isinstance(result, Decision):
+            text = f"{short(result.problem)}: {speedup_in_words(result)}"
+        elif isinstance(result, Verification):
+            text = f"{result.outcome}: {verified_in_words(result)}"
         else:
-            text = f"{self._problem}: not decided: {found}"
+            text = f"{self._problem}: not decided: {result}"
         self._console.print(Text(text), soft_wrap=True)
         self._bar.advance(self._task)
         self._bar.refresh()

@@ -7,19 +7,13 @@ import sys
 import tarfile
 
 import pytest
-from typer.testing import CliRunner
 
-from compiled_logprobs.cli.main import app
 from compiled_logprobs.machine.environment import environment_of, fingerprint_of
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
 from tests.helpers.stored_decisions import CPU, LARGE, all_measured, decided, measured, publish
 
 ELSEWHERE = dataclasses.replace(environment_of(), cpu_threads=96)
-
-
-def run(*arguments, **options):
-    return CliRunner().invoke(app, arguments, **options)
 
 
 def files(store: Store) -> dict[str, bytes]:
@@ -41,7 +35,7 @@ def target(tmp_path_factory) -> Store:
     return Store(tmp_path_factory.mktemp("target") / "profiles")
 
 
-def test_export_and_import(here, target):
+def test_export_and_import(run, here, target):
     first = run("export")
     assert first.exit_code == 0, first.output
     file = here / f"compiled-logprobs-{fingerprint_of(CPU)}.tar.gz"
@@ -56,7 +50,7 @@ def test_export_and_import(here, target):
     assert told["decisions"][0].keys() == {"name", "fate", "why", "environment", "chosen", "measured_at", "problem"}
 
 
-def test_an_import_for_another_machine_says_so(here, target):
+def test_an_import_for_another_machine_says_so(run, here, target):
     run("export", "all", "--environment", ELSEWHERE.fingerprint())
     result = run("import", "all", "--out", str(target.root))
     assert result.exit_code == 0
@@ -64,14 +58,14 @@ def test_an_import_for_another_machine_says_so(here, target):
     assert "None is for this machine" in result.stdout
 
 
-def test_an_archive_through_pipes(here, target):
+def test_an_archive_through_pipes(run, here, target):
     sent = run("export", "-", "--all")
     assert sent.exit_code == 0 and sent.stderr.startswith("3 decisions, ")
     assert run("import", "-", "--out", str(target.root), input=sent.stdout_bytes).exit_code == 0
     assert files(target) == files(user_store())
 
 
-def test_what_is_broken_in_an_archive_is_told_and_exit_1(here, target):
+def test_what_is_broken_in_an_archive_is_told_and_exit_1(run, here, target):
     run("export", "archive")
     with tarfile.open("archive") as archive:
         members = {one.name: archive.extractfile(one).read() for one in archive}
@@ -86,7 +80,7 @@ def test_what_is_broken_in_an_archive_is_told_and_exit_1(here, target):
 
 
 @pytest.mark.parametrize("source", ["project", "./profiles"])
-def test_where_to_export_from(here, source):
+def test_where_to_export_from(run, here, source):
     publish(decided(), Store(here / "profiles"))
     told = json.loads(run("export", "archive", "--from", source, "--all", "--json").stdout)
     assert told == {
@@ -97,7 +91,7 @@ def test_where_to_export_from(here, source):
     }
 
 
-def test_a_file_that_exists_is_replaced_on_demand_only(here):
+def test_a_file_that_exists_is_replaced_on_demand_only(run, here):
     (here / "archive").write_text("precious")
     (here / "link").symlink_to("archive")
     for name in ("archive", "link"):
@@ -122,14 +116,14 @@ def test_a_file_that_exists_is_replaced_on_demand_only(here):
         (("import", __file__), "the archive cannot be used: "),
     ],
 )
-def test_what_cannot_be_done_is_said(here, arguments, said):
+def test_what_cannot_be_done_is_said(run, here, arguments, said):
     result = run(*arguments)
     assert result.exit_code == 2 and result.stdout == ""
     assert said in result.stderr and "Traceback" not in result.stderr
     assert list(here.iterdir()) == []
 
 
-def test_a_foreign_backend_in_an_archive_is_never_imported(here, target, tmp_path, monkeypatch):
+def test_a_foreign_backend_in_an_archive_is_never_imported(run, here, target, tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     candidates = {**all_measured(), "evil": dataclasses.replace(measured("eager"), fingerprint="0" * 16)}
@@ -139,7 +133,7 @@ def test_a_foreign_backend_in_an_archive_is_never_imported(here, target, tmp_pat
     assert "evil" in result.stdout and "evil" not in sys.modules
 
 
-def test_prune_says_what_goes(here):
+def test_prune_says_what_goes(run, here):
     path = user_store().path(fingerprint_of(CPU), LARGE)
     path.write_text("{")
     dry = run("prune", "--dry-run")
@@ -154,7 +148,7 @@ def test_prune_says_what_goes(here):
     assert list(user_store().decisions()) == []
 
 
-def test_what_cannot_be_pruned_is_exit_2(here, monkeypatch):
+def test_what_cannot_be_pruned_is_exit_2(run, here, monkeypatch):
     user_store().path(fingerprint_of(CPU), LARGE).write_text("{")
     monkeypatch.setattr("pathlib.Path.unlink", lambda self: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
     result = run("prune")

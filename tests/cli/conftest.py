@@ -1,0 +1,23 @@
+"""What tests of the command line share: it runs in this process, and nothing that it registers or imports stays."""
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from click.testing import Result
+from typer.testing import CliRunner
+
+from compiled_logprobs.cli.main import app
+
+
+@pytest.fixture
+def run(monkeypatch) -> Callable[..., Result]:
+    """Calls the command line in this process, with the backends and the import path put back afterwards."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    registry = sys.modules["compiled_logprobs.backends"]  # a function of that name stands before it in the package
+    monkeypatch.setattr(registry, "_targets", dict(registry._targets))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two that wait for each other on a busy machine take ten times as long
+    yield lambda *arguments, **options: CliRunner().invoke(app, arguments, **options)
+    torch.set_num_threads(threads)
