@@ -16,8 +16,10 @@ from compiled_logprobs.machine.environment import fingerprint_of, without_paths
 from compiled_logprobs.problem import Problem, bucket, mode_name, problem_to_dict
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.process import Event
-from compiled_logprobs.tuning.statistics import MARGIN, look
+from compiled_logprobs.tuning.statistics import MARGIN
 from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on
+
+Standing = Literal["holds", "wrong", "failed", "regressed", "unverifiable"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Verification:
     decision: Decision
     source: str
     """The store, such as 'user store'."""
-    outcome: Literal["holds", "wrong", "failed", "regressed", "unverifiable"]
+    outcome: Standing
     """Holds; wrong: the check stops the winner; failed: it does not get through; regressed: see `verify`; unverifiable:
     it could not be found out, which says nothing against it."""
     why: str
@@ -67,8 +69,7 @@ def stored_decisions(
     dtypes: Collection[torch.dtype] = (),
     modes: Collection[str] = (),
 ) -> list[tuple[Decision, str]]:
-    """The decisions for `device` and their stores, the first for each problem; of these values only, where some are
-    named."""
+    """The decisions for `device` and their stores, the first for each problem; of the values that are named."""
     tops = {bucket(Problem(device.type, n, 1, torch.float32)).rows for n in rows}
     chosen: dict[Problem, tuple[Decision, str]] = {}
     for label, store in stores.items():
@@ -111,66 +112,65 @@ def verify(
     with Tuner(device, on_event=on_event) as tuner:
         for decision, source in decisions:
             on_event({"event": "problem", "problem": decision.problem, "known": False})
-            result = _why_unverifiable(decision, source)
-            if result is None:
-                with alone_on(device, WAIT_S) as is_alone:
-                    if is_alone:
-                        result = _measured_again(tuner, decision, source, budget_s)
-                        if result.outcome == "regressed":
-                            with Tuner(device, on_event=on_event) as another:
-                                result = _measured_again(another, decision, source, budget_s)
-                    else:
-                        reason = f"another process has been measuring on {device} for {WAIT_S:g} s"
-                        result = Verification(decision, source, "unverifiable", reason)
+            if (reason := _why_unverifiable(decision)) is not None:
+                yield Verification(decision, source, "unverifiable", reason)
+                continue
+            with alone_on(device, WAIT_S) as is_alone:
+                if is_alone:
+                    result = _measure_again(tuner, decision, source, budget_s)
+                    if result.outcome == "regressed":
+                        with Tuner(device, on_event=on_event) as another:
+                            result = _measure_again(another, decision, source, budget_s)
+                else:
+                    reason = f"another process has been measuring on {device} for {WAIT_S:g} s"
+                    result = Verification(decision, source, "unverifiable", reason)
             yield result
 
 
-def _why_unverifiable(decision: Decision, source: str) -> Verification | None:
-    """Where the choice is not what was measured, or cannot run here."""
+def _why_unverifiable(decision: Decision) -> str | None:
+    """Why the choice is not what was measured, or cannot run here."""
     name = decision.chosen
     if name not in backends():
-        reason = f"backend {name!r:.100} is not registered here; name it with --backend package.module:Class"
-    elif (told := why_not(name, decision.problem)) is not None:
-        reason = f"backend {name!r} cannot run here: {without_paths(told)}"
-    elif not holds(decision, name):
-        reason = f"backend {name!r} has changed since it was measured; `compiled-logprobs profile` measures it anew"
-    else:
-        return None
-    return Verification(decision, source, "unverifiable", reason)
+        return f"backend {name!r:.100} is not registered here; name it with --backend package.module:Class"
+    if (reason := why_not(name, decision.problem)) is not None:
+        return f"backend {name!r} cannot run here: {without_paths(reason)}"
+    if not holds(decision, name):
+        return f"backend {name!r} has changed since it was measured; `compiled-logprobs profile` measures it anew"
+    return None
 
 
-def _measured_again(tuner: Tuner, decision: Decision, source: str, budget_s: float) -> Verification:
-    name, baseline = decision.chosen, decision.baseline
+def _measure_again(tuner: Tuner, decision: Decision, source: str, budget_s: float) -> Verification:
+    asked = [name for name in (decision.chosen, decision.baseline) if name in backends()]
     try:
-        now, evidence = tuner.decide(
-            decision.problem, budget_s, names=[name, baseline] if baseline in backends() else [name]
-        )
+        now, _ = tuner.decide(decision.problem, budget_s, names=asked)
     except TuningFailed as error:
         return Verification(decision, source, "unverifiable", f"it could not be measured: {error}")
-    candidate, rows = now.candidates[name], now.measured_rows
+    outcome, why = _compare(decision, now)
+    candidate = now.candidates[decision.chosen]
+    if not candidate.measured:
+        return Verification(decision, source, outcome, why)
+    speedup = None if decision.chosen == decision.baseline else candidate.speedup
+    return Verification(decision, source, outcome, why, speedup, now.measured_rows)
+
+
+def _compare(decision: Decision, now: Decision) -> tuple[Standing, str]:
+    """What `now`, of the chosen backend and the baseline alone, says of `decision`, and why."""
+    candidate, baseline = now.candidates[decision.chosen], decision.baseline
     checks = f"passed {candidate.checks_passed} of {len(candidate.checks)} checks"
     if candidate.outcome == "wrong":
-        return Verification(decision, source, "wrong", candidate.reason)
+        return "wrong", candidate.reason
     if candidate.outcome in ("failed", "crashed", "timeout"):
-        return Verification(decision, source, "failed", f"{candidate.outcome}: {candidate.reason}")
+        return "failed", f"{candidate.outcome}: {candidate.reason}"
     if not candidate.measured:  # out of memory, which others may have taken
-        return Verification(decision, source, "unverifiable", f"{candidate.outcome}: {candidate.reason}")
-    if name == baseline:
-        return Verification(decision, source, "holds", checks, rows=rows)
-    if baseline not in evidence.seconds:
-        reason = f"{checks}, but the baseline {baseline!r:.100} could not be timed beside it"
-        return Verification(decision, source, "unverifiable", reason, rows=rows)
-    selection = look({each: evidence.seconds[each] for each in (baseline, name)}, baseline=baseline, final=True)
-    assert selection is not None
-    speedup = selection.verdicts[name].speedup
-    if speedup.high is None:
-        reason = f"{checks}, and {selection.rounds} rounds are too few to tell how fast it is"
-        return Verification(decision, source, "unverifiable", reason, speedup, rows)
-    slower = how_it_regressed(decision, speedup, rows)
-    outcome, reason = (
-        ("holds", f"{speedup} the speed of {baseline}, {checks}") if slower is None else ("regressed", slower)
-    )
-    return Verification(decision, source, outcome, reason, speedup, rows)  # type: ignore[arg-type]
+        return "unverifiable", f"{candidate.outcome}: {candidate.reason}"
+    if decision.chosen == baseline:
+        return "holds", checks
+    if now.baseline != baseline or candidate.speedup is None:
+        return "unverifiable", f"{checks}, but the baseline {baseline!r:.100} could not be timed beside it"
+    if candidate.speedup.high is None:
+        return "unverifiable", f"{checks}, and {now.rounds} rounds are too few to tell how fast it is"
+    slower = how_it_regressed(decision, candidate.speedup, now.measured_rows)
+    return ("regressed", slower) if slower else ("holds", f"{candidate.speedup} the speed of {baseline}, {checks}")
 
 
 def how_it_regressed(decision: Decision, now: Speedup, rows: int) -> str | None:

@@ -353,8 +353,8 @@ def test_a_required_hit_that_is_none_is_told(name, mode, nothing_measures):
     with clp.autotune(require_hit=True), pytest.raises(clp.ProfileError) as error:
         chosen()
     assert str(error.value) == (
-        "no profile decides 1024 x 1031 float32 on cpu (not 16-byte aligned), and require_hit=True forbids to measure or "
-        "guess. Run `compiled-logprobs profile` or tune(...) for it on this machine, or set require_hit=False.\n"
+        "no profile decides 1024 x 1031 float32 on cpu (not 16-byte aligned), and require_hit=True forbids to measure "
+        "or guess. Run `compiled-logprobs profile` or tune(...) for it on this machine, or set require_hit=False.\n"
         "Nearest in the profiles: 2048 x 1031 float32 on cpu (user store): rows is 2048 there, and 1024 here"
     )
 

@@ -1,4 +1,5 @@
-"""`verify`: winners that became wrong, slow, or crash are found; what is within noise, or cannot be known, is no failure."""
+"""`verify`: winners that became wrong, slow, or crash are found; what is within noise, or cannot be known, is no
+failure."""
 
 import contextlib
 import dataclasses
@@ -96,16 +97,16 @@ def test_a_speed_up_over_other_code_is_not_compared():
 
 @pytest.fixture
 def again(monkeypatch):
-    """`again(decision, (candidate, seconds)...)`: what becomes of it, given what each measurement finds."""
+    """`again(decision, candidate...)`: what becomes of it, given the winner as each measurement finds it."""
 
-    def verified(decision: Decision, *told: tuple[Candidate, dict[str, float]]) -> Verification:
+    def verified(decision: Decision, *told: Candidate, baseline: str = "eager") -> Verification:
         answers = list(told)
 
         class Tuner(FakeTuner):
             def decide(self, problem, seconds, *, names, **_):
-                candidate, times = answers.pop(0)
-                now = decided(PROBLEM, candidates={**all_measured(), "compiled": candidate})
-                return now, evidence_of(now, {name: [time] * 20 for name, time in times.items()})
+                candidates = {**all_measured(), "compiled": answers.pop(0)}
+                now = decided(PROBLEM, candidates=candidates, baseline=baseline)
+                return now, evidence_of(now)
 
         monkeypatch.setattr(module, "Tuner", Tuner())
         monkeypatch.setattr(module, "alone_on", lambda *_: contextlib.nullcontext(True))
@@ -125,35 +126,32 @@ def again(monkeypatch):
     ],
 )
 def test_what_each_outcome_says_of_the_winner(again, outcome, becomes):
-    result = again(won_by(), (Candidate(outcome, "so it is"), {"eager": 1.0}))
+    result = again(won_by(), Candidate(outcome, "so it is"))
     assert result.outcome == becomes and "so it is" in result.why
 
 
-SLOW, FAST = ((measured("compiled"), {"eager": 1.0, "compiled": seconds}) for seconds in (1.1, 0.5))
+SLOW, FAST = (measured("compiled", speedup=Speedup(low, low + 0.01, low + 0.02)) for low in (0.9, 2.0))
 
 
 @pytest.mark.parametrize(
-    ("told", "outcome", "why"),
+    ("told", "baseline", "outcome", "why"),
     [
-        ([FAST], "holds", "2.00x (2.00 to 2.00) the speed of eager, passed 1 of 1 checks"),
-        ([SLOW, FAST], "holds", "2.00x"),  # the first found the machine busy
-        ([SLOW, SLOW], "regressed", "no longer faster than eager by 3%: 0.91x"),
-        (
-            [(measured("compiled"), {"compiled": 1.0})],
-            "unverifiable",
-            "the baseline 'eager' could not be timed beside it",
-        ),
+        ([FAST], "eager", "holds", "2.01x (2.00 to 2.02) the speed of eager, passed 1 of 1 checks"),
+        ([SLOW, FAST], "eager", "holds", "2.01x"),  # the first found the machine busy
+        ([SLOW, SLOW], "eager", "regressed", "no longer faster than eager by 3%: 0.91x"),
+        ([FAST], "cpp", "unverifiable", "the baseline 'eager' could not be timed beside it"),
+        ([measured("compiled", speedup=Speedup(None, 2.0, None))], "eager", "unverifiable", "10 rounds are too few"),
     ],
-    ids=["fast", "confirmed not", "confirmed", "no baseline"],
+    ids=["fast", "confirmed not", "confirmed", "no baseline", "few rounds"],
 )
-def test_what_the_times_say(again, told, outcome, why):
-    result = again(won_by(), *told)
+def test_what_the_times_say(again, told, baseline, outcome, why):
+    result = again(won_by(), *told, baseline=baseline)
     assert result.outcome == outcome and why in result.why
     assert result.is_failure == (outcome == "regressed") and result.to_dict()["speedup_then"]["median"] == 1.6
 
 
 def test_a_baseline_that_was_chosen_is_checked_only(again):
-    result = again(decided(PROBLEM), (measured("compiled"), {"eager": 1.0}))
+    result = again(decided(PROBLEM), measured("compiled"))
     assert result.outcome == "holds" and result.speedup is None and result.why == "passed 1 of 1 checks"
 
 
