@@ -39,8 +39,8 @@ def minimum_bytes(problem: Problem) -> int:
     """Bytes that every backend has to move between memory and chip.
 
     Forward reads the logits once; backward, which begins when forward has returned, reads them again and writes their
-    gradient, in place or not. Labels, results, temperatures and what a row keeps for backward are counted, with labels in
-    int64.
+    gradient, in place or not. Labels, results, temperatures and what a row keeps for backward are counted, with labels
+    in int64.
     """
     return forward_bytes(problem) + backward_bytes(problem)
 

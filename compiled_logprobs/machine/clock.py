@@ -31,7 +31,8 @@ INFINITY_CACHE = 256 * MIB
 class Clock:
     """Seconds between `start()` and `stop()` on `device`, by the device's own events if it is CUDA.
 
-    Work that was queued on the current stream before `start()` is not counted, and `stop()` waits for what came after it.
+    Work that was queued on the current stream before `start()` is not counted, and `stop()` waits for what came after
+    it.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -91,8 +92,8 @@ def flush_cache(device: torch.device | str) -> None:
 def free_memory(device: torch.device | str) -> int:
     """Bytes that can still be taken.
 
-    On CUDA: of the device, without what torch's allocator holds in reserve. On the CPU: within the limits of the control
-    groups that this process is in.
+    On CUDA: of the device, without what torch's allocator holds in reserve. On the CPU: within the limits of the
+    control groups that this process is in.
     """
     device = measurable(device)
     if device.type == "cuda":

@@ -133,20 +133,20 @@ def cpp_compiler() -> str | None:
 
 def cpp_compiler_version() -> str | None:
     """Name and version of `cpp_compiler()`, without its place; None if there is none, or it cannot be run."""
-    found = cpp_compiler()
-    if found is None:
+    compiler = cpp_compiler()
+    if compiler is None:
         return None
-    if Path(found).stem == "cl":
+    if Path(compiler).stem == "cl":
         return "cl"  # has no option that only prints the version
     try:
-        answer = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+        answer = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return without_paths(next(iter(answer.splitlines()), Path(found).name))
+    return without_paths(next(iter(answer.splitlines()), Path(compiler).name))
 
 
 def without_paths(text: str) -> str:
-    """`text` with each absolute path cut down to its last part; messages of other libraries hold paths, which tell names."""
+    """Cut each absolute path in `text` down to its last part: paths tell names, and messages of libraries hold them."""
     try:
         home = Path.home()
     except RuntimeError:  # a user without an entry in the system's list, as in containers, has none

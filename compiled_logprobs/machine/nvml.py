@@ -167,7 +167,7 @@ class Silent:
 
 
 def telemetry(device: torch.device | str) -> Provider:
-    """What reports on `device`, which is found by its identity: CUDA_VISIBLE_DEVICES gives torch other numbers than NVML's."""
+    """Find what reports on `device`, by its identity: CUDA_VISIBLE_DEVICES gives torch other numbers than NVML's."""
     device = torch.device(device)
     if device.type != "cuda":
         return NoTelemetry(f"clocks, power and throttling are reported for NVIDIA GPUs only, not for '{device.type}'")
@@ -211,17 +211,17 @@ def gpus() -> list[Gpu] | NoTelemetry:
         count = nvml.nvmlDeviceGetCount()
     except nvml.NVMLError as error:
         return NoTelemetry(f"NVML does not say which GPUs there are: {error}")
-    found: list[Gpu] = []
+    listed: list[Gpu] = []
     for index in range(count):
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        except nvml.NVMLError as error:  # one that this user may not see, or that is lost
-            found.append(Gpu(index, None, None, None, None, Silent(_explained(nvml, error))))
+        except nvml.NVMLError as error:  # this user may not see it, or it is lost
+            listed.append(Gpu(index, None, None, None, None, Silent(_explained(nvml, error))))
             continue
         most = Nvml(nvml, handle, handle)._ask("nvmlDeviceGetMaxMigDeviceCount", handle) or 0
-        slices = [one for one in (_slice(nvml, handle, place) for place in range(most)) if one is not None]
-        found += [_gpu(nvml, index, one, handle) for one in (handle, *slices)]
-    return found or NoTelemetry("NVML starts, and shows no GPU")
+        slices = [part for part in (_slice(nvml, handle, place) for place in range(most)) if part is not None]
+        listed += [_gpu(nvml, index, part, handle) for part in (handle, *slices)]
+    return listed or NoTelemetry("NVML starts, and shows no GPU")
 
 
 @dataclass(frozen=True)
@@ -273,10 +273,10 @@ class Watch:
         """None if the provider has a reason to have none."""
         if not self.snapshots:
             return None
-        busy = [one for one in self.snapshots if IDLE not in (one.throttle_reasons or ())] or self.snapshots
-        clocks = [one.sm_clock_mhz for one in busy if one.sm_clock_mhz is not None]
-        reasons = [one.throttle_reasons for one in busy if one.throttle_reasons is not None]
-        memory = [one.memory_used_bytes for one in self.snapshots if one.memory_used_bytes is not None]
+        busy = [look for look in self.snapshots if IDLE not in (look.throttle_reasons or ())] or self.snapshots
+        clocks = [look.sm_clock_mhz for look in busy if look.sm_clock_mhz is not None]
+        reasons = [look.throttle_reasons for look in busy if look.throttle_reasons is not None]
+        memory = [look.memory_used_bytes for look in self.snapshots if look.memory_used_bytes is not None]
         return Summary(
             snapshots=len(self.snapshots),
             sm_clock_min_mhz=min(clocks, default=None),
@@ -358,5 +358,5 @@ def _find(nvml: Any, properties: Any) -> Any:
 def _in_words(bits: int | None) -> tuple[str, ...] | None:
     if bits is None:
         return None
-    found = [1 << place for place in range(bits.bit_length()) if bits >> place & 1]
-    return tuple(THROTTLE_REASONS.get(bit, f"unknown reason 0x{bit:x}") for bit in found)
+    bits_set = [1 << place for place in range(bits.bit_length()) if bits >> place & 1]
+    return tuple(THROTTLE_REASONS.get(bit, f"unknown reason 0x{bit:x}") for bit in bits_set)

@@ -1,4 +1,4 @@
-"""What people use today: torch's `log_softmax` and `gather`, with autograd for the way back. It is timed, and serves nobody.
+"""What people use today: torch's `log_softmax` and `gather`, with autograd for backward. It is timed and serves nobody.
 
 Shapes: ... leading dimensions (rows), V vocabulary, K labels a row.
 """
@@ -13,7 +13,14 @@ from compiled_logprobs.problem import Problem, accumulation_dtype
 def plain(
     logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities [..., K] and, if asked for, the entropy [...] of logits [..., V] and labels [..., K] in [0, V)."""
+    """Log-probabilities [..., K], and the entropy [...] if asked for.
+
+    Args:
+        logits: [..., V].
+        labels: [..., K] int64 in [0, V).
+        temperature: a number, or a tensor [...].
+        entropy: whether to compute the entropy.
+    """
     x = logits.to(accumulation_dtype(logits.dtype))
     if isinstance(temperature, Tensor) or temperature != 1.0:
         x = x / per_row(temperature)

@@ -26,7 +26,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Preset:
-    """A grid of problems. The rows depend on the device: an accelerator is idle with what keeps a CPU busy for seconds."""
+    """A grid of problems. The rows depend on the device: an accelerator is idle with what keeps a CPU busy for
+    seconds."""
 
     vocabs: tuple[int, ...]
     rows_cpu: tuple[int, ...]

@@ -1,10 +1,10 @@
 """Time the candidates of one problem: shuffled rounds on inputs that look real, with a cold cache.
 
-A candidate that raises has an outcome of its own, and the others go on. Plain `log_softmax` and `gather` run beside them, for
-comparison. Nothing is chosen here, and nothing stored.
+A candidate that raises has an outcome of its own, and the others go on. Plain `log_softmax` and `gather` run beside
+them, for comparison. Nothing is chosen here, and nothing stored.
 
-Shapes: N rows, D of them drawn and the others made of these, V vocabulary, K labels a row; R the leading dimensions of the
-logits, one or two, whose product is N.
+Shapes: N rows, D of them drawn and the others made of these, V vocabulary, K labels a row; R the leading dimensions of
+the logits, one or two, whose product is N.
 """
 
 import math
@@ -30,7 +30,7 @@ from compiled_logprobs.problem import Problem
 BUFFERS = 2
 """How many inputs take turns, so that no candidate can live on having seen one before."""
 DISTINCT_ROWS = 64
-"""Drawing and sorting out every row would take longer than timing them; the others are these, shifted along the vocabulary."""
+"""Drawing every row would take longer than timing it: the others are these, shifted along the vocabulary."""
 LIKELY = 8
 """Tokens of a row that share most of the probability, as a language model's do."""
 KEPT = 50
@@ -72,17 +72,18 @@ class Run:
 class Measurement:
     """The candidates of one problem on one device.
 
-    Forward alone, or with backward where the problem needs the gradient, through `autograd.compute` as the public functions
-    call it. Ask `rounds()` for rounds, one at a time, and look at `times()` in between.
+    Forward alone, or with backward where the problem needs the gradient, through `autograd.compute` as the public
+    functions call it. Ask `rounds()` for rounds, one at a time, and look at `times()` in between.
 
     Args:
         problem: what to compute; for a bucket of N, its top.
-        candidates: in the order in which they are first called; the baseline first, so that it has run whatever comes after.
+        candidates: in the order in which they are first called; the baseline first, so that it has run whatever comes
+            after.
         device: by default the current one of the problem's type.
         seed: of the inputs and of the order within rounds; fresh at random by default.
         on_step: told the candidate and the step before each of its calls, for whoever watches over their duration.
-        look_at_results: whether to hold a few rows of what it returns against float64, which not even candidates that passed the
-            check are sure to get right at this size.
+        look_at_results: whether to hold a few rows of what it returns against float64, which not even candidates that
+            passed the check are sure to get right at this size.
         plain_s: how long a call of plain torch may take to be timed in each round, too; by default it is not called.
     """
 
@@ -119,8 +120,8 @@ class Measurement:
     def rounds(self, most: int | None = None) -> Generator[int, None, None]:
         """Compile, measure memory, then time: yields the number of rounds done, after each.
 
-        Ends after `most` rounds, or when no candidate is left. What making the inputs raises is raised here: it concerns
-        all of them.
+        Ends after `most` rounds, or when no candidate is left. What making the inputs raises is raised here: it
+        concerns all of them.
         """
         inputs = _Inputs(self.problem, self.device, self.seed)
         for name in self._candidates:
@@ -146,7 +147,7 @@ class Measurement:
         self._attempt(name, "full size", inputs)
 
     def _begin_plain(self, inputs: "_Inputs") -> None:
-        """Give plain torch its first calls, and leave it out of the rounds where they take too long or too much memory."""
+        """Give plain torch its first calls; leave it out where they take too long, or too much memory."""
         room = SHARE_OF_FREE_MEMORY * clock.free_memory(self.device)
         if self._plain_s > 0.0 and bytes_of_plain(self.problem) <= room:
             for index in range(BUFFERS):

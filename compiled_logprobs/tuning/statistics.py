@@ -1,8 +1,8 @@
 """Choosing by paired rounds: which candidate, if any, is clearly faster than the baseline, and when to stop measuring.
 
-All times are compared within a round, as logarithms of ratios: what slows a whole round down cancels. Medians and intervals
-of these come from order statistics, so nothing is assumed about how the noise is distributed, and one round with a hiccup
-counts no more than any other.
+All times are compared within a round, as logarithms of ratios: what slows a whole round down cancels. Medians and
+intervals of these come from order statistics, so nothing is assumed about how the noise is distributed, and one round
+with a hiccup counts no more than any other.
 """
 
 import math
@@ -16,12 +16,13 @@ from compiled_logprobs.decision import Outcome, Speedup
 from compiled_logprobs.errors import InputError
 
 ALPHA = 0.01
-"""The chance that any interval of one tuning, of a candidate against the baseline at any of the looks, misses its true median."""
+"""The chance that any interval of one tuning, of a candidate against the baseline at any of the looks, misses its true
+median."""
 LOOKS = (20, 40, 80, 160, 320, 640, 1280)
 """After how many rounds the times are looked at; each look costs a share of `ALPHA`."""
 MARGIN = 0.03
-"""How much faster than the baseline a candidate has to be: what is less is not worth another backend. And how much less memory
-one of two has to take, for it to be the one that takes less."""
+"""How much faster than the baseline a candidate has to be: what is less is not worth another backend. And how much less
+memory one of two has to take, for it to be the one that takes less."""
 
 Code = Literal[
     "ONLY_ONE",
@@ -105,11 +106,11 @@ def look(
 ) -> Selection | None:
     """Choose by the rounds so far.
 
-    A candidate may replace the baseline if its whole interval is faster by the margin. Of those that may, the one of the
-    smallest median leads; those whose interval against the leader does not exclude the margin tie with it, and of these the
-    incumbent is chosen, else the simplest, of equally simple ones that of the least memory, and of those that take as much,
-    within the margin, the first by name. An incumbent that the rounds do not tell from the baseline, but that is the faster of
-    the two by its median, counts as one that may.
+    A candidate may replace the baseline if its whole interval is faster by the margin. Of those that may, the one of
+    the smallest median leads; those whose interval against the leader does not exclude the margin tie with it, and of
+    these the incumbent is chosen, else the simplest, of equally simple ones that of the least memory, and of those that
+    take as much, within the margin, the first by name. An incumbent that the rounds do not tell from the baseline, but
+    that is the faster of the two by its median, counts as one that may.
 
     Args:
         times: seconds, by candidate and round; the same rounds for all. Only of candidates that ran in every round.
@@ -141,8 +142,8 @@ def look(
         tied = [name for name in clear if name == leader or not bench.is_faster(leader, than=name)]
         chosen = ties.preferred(tied)
 
-    # What is still open matters only where it could change the choice: a candidate that may be faster than the chosen one
-    # by the margin, or one that would be preferred to it if it proves to be faster than the baseline.
+    # What is still open matters only where it could change the choice: a candidate that may be faster than the chosen
+    # one by the margin, or one that would be preferred to it if it proves to be faster than the baseline.
     open_ = [
         name
         for name in times
@@ -241,14 +242,14 @@ class _Ties:
 def _rounds(times: Mapping[str, Sequence[float]], baseline: str) -> int:
     if baseline not in times:
         raise InputError(
-            f"got times of {', '.join(times) or 'nothing'} with {baseline!r} as the baseline; a candidate that ran in every "
-            "round is valid. Name one of them, or measure the baseline too."
+            f"got times of {', '.join(times) or 'nothing'} with {baseline!r} as the baseline; "
+            "a candidate that ran in every round is valid. Name one of them, or measure the baseline too."
         )
     counts = {name: len(series) for name, series in times.items()}
     if len(set(counts.values())) > 1:
         raise InputError(
-            f"got different numbers of rounds ({', '.join(f'{name}: {n}' for name, n in counts.items())}); times of the same "
-            "rounds are valid. Leave out the candidates that failed in one."
+            f"got different numbers of rounds ({', '.join(f'{name}: {n}' for name, n in counts.items())}); "
+            "times of the same rounds are valid. Leave out the candidates that failed in one."
         )
     return counts[baseline]
 
@@ -260,7 +261,7 @@ def _confidence(candidates: int, looks: Sequence[int]) -> float:
 
 @lru_cache(maxsize=1024)
 def _rank(count: int, miss: float) -> int:
-    """The largest r such that the r-th smallest and the r-th largest of `count` hold the median but for `miss`; 0 if none.
+    """The largest r whose r-th smallest and r-th largest of `count` hold the median but for `miss`; 0 if none.
 
     The true median lies below the r-th smallest if fewer than r fall below it, each by the toss of a coin.
     """

@@ -101,10 +101,11 @@ class Tally:
         self._note(name, outcome=outcome, reason=reason)
 
     def lose_program(self, outcome: Outcome, reason: str) -> bool:
-        """Find what the loss of the program costs: the candidate at work; False if there is none, nor any other to blame.
+        """Have the loss of the program cost the candidate at work; False if there is none, nor any other to blame.
 
-        Between candidates, and while eager is at work, which is plain torch, it costs the third parties' candidates that are
-        in the program: what they have started, such as a thread, may have ended it. Plain torch costs its line alone.
+        Between candidates, and while eager is at work, which is plain torch, it costs the third parties' candidates
+        that are in the program: a thread of theirs may have ended it. Where plain `log_softmax` was at work, its line
+        goes.
         """
         if self.step == "plain":
             self.with_plain = False
@@ -116,8 +117,7 @@ class Tally:
             return True
         if self.candidate in self.alive:
             self.lose(self.candidate, outcome, f"{self.step}: {reason}")
-            return True
-        return False
+        return self.candidate is not None  # one that was out already is not in the next program
 
     def times(self) -> dict[str, list[float]]:
         """Seconds by candidate and round, of those that ran in every round."""

@@ -33,7 +33,7 @@ LIMITS_S = {
 START_S = 120.0
 """How long the worker program may take to start: it imports torch."""
 SHARE = 0.25
-"""Of what is left of such a budget, what a step of a third party's backend may take."""
+"""Of what is left of a strict budget, what a step of a third party's backend may take."""
 ONCE = ("import", "compile", "check", "memory")
 """The steps that a candidate goes through once."""
 
@@ -50,8 +50,9 @@ class Tuner:
     Args:
         device: where to measure.
         short: whether the check has its fewer inputs.
-        on_event: told each event of the worker program as it comes, but not the evidence, which is long; and `program_lost`. No
-            time between two of them is longer than the longest of `LIMITS_S` and `START_S`, but for moments.
+        on_event: told each event of the worker program as it comes, but not the evidence, which is long; and
+            `program_lost`. No time between two of them is longer than the longest of `LIMITS_S` and `START_S`, but for
+            moments.
     """
 
     def __init__(
@@ -87,9 +88,9 @@ class Tuner:
         Args:
             problem: what to decide.
             seconds: for all of it; N shrinks where the rounds would take longer.
-            strict: whether to end when they are over, whatever is under way: at the price, perhaps, of no decision. Else each
-                step only has the limit after which it is taken for hanging, and what was spent on a program that was lost
-                does not count.
+            strict: whether to end when they are over, whatever is under way: at the price, perhaps, of no decision.
+                Else each step only has the limit after which it is taken for hanging, and what was spent on a program
+                that was lost does not count.
             names: of the backends to measure; the baseline is always among them. By default all that are registered.
             incumbent: the backend that has served so far, which only a clear win replaces.
 
@@ -111,7 +112,8 @@ class Tuner:
                 if tally.step == "start" and self._is_reused and not over:
                     continue  # it has ended between two problems: a new one takes its place
                 doing = tally.doing()
-                # That the budget ends is no candidate's fault; a crash is, also then, and so is a call that does not return.
+                # That the budget ends is no candidate's fault; a crash is, also then, and so is a call that does not
+                # return.
                 blames = not over or error.outcome == "crashed" or tally.is_stuck()
                 survives = blames and tally.lose_program(error.outcome, error.reason)
                 if over:

@@ -1,8 +1,8 @@
 """The program in which candidates run: `python -m compiled_logprobs.tuning.worker`.
 
-It reads jobs from standard input and writes events to what was standard output when it started, both as JSON, one a line.
-Before anything that may crash or hang, an event says what comes next, so that whoever listens knows at which step it ended.
-What candidates print goes to standard error.
+It reads jobs from standard input and writes events to what was standard output when it started, both as JSON, one a
+line. Before anything that may crash or hang, an event says what comes next, so that whoever listens knows at which step
+it ended. What candidates print goes to standard error.
 """
 
 import ctypes
@@ -41,17 +41,17 @@ PILOT_LOGITS = 2**22
 SHARE_OF_TIME = 0.6
 """Of the seconds that are left, what the rounds up to the first look may take; inputs have to be made, too."""
 SHARE_WITH_PLAIN = 0.9
-"""The same of the fewest rounds that a choice needs, with plain torch among them; where they take more, it is left out."""
+"""Of the same, what the fewest rounds that a choice needs may take with plain torch in them; else it is left out."""
 SHARE_FOR_PROOF = 0.25
 """Of all seconds, where none may be added to them, what the rounds leave for calling the winner once with all rows."""
 CHECKED_LOGITS = {"cpu": 2**27}
 """Size of the largest input of the check; an accelerator takes the whole problem."""
-BYTES_OF_A_LOGIT, OF_ONE_THAT_IS_COPIED, OF_ONE_COMPARED = 28, 64, 200
-"""What the check takes for each in float32, as measured and rounded up; where the rows of its view lie apart; and, on top of
-that, for each that is held against float64."""
+BYTES_OF_A_LOGIT, OF_A_COPIED_LOGIT, OF_A_COMPARED_LOGIT = 28, 64, 200
+"""What the check takes for each in float32, as measured and rounded up; where the rows of its view lie apart; and, on
+top of that, for each that is held against float64."""
 ONLY_THERE = (
-    "only the process that registered it knows it; register it by its place, 'package.module:attribute', so that it can be "
-    "imported where candidates are measured"
+    "only the process that registered it knows it; register it by its place, 'package.module:attribute', "
+    "so that it can be imported where candidates are measured"
 )
 
 
@@ -76,10 +76,11 @@ def main() -> None:
 class Job:
     """One problem: load, compile, check and time its candidates.
 
-    Order, as it was read:
+    Its order, as it was read:
         problem: as `problem_to_dict` gives it; for a bucket of N, its top.
         device, threads: where, and by how many threads of the CPU.
-        candidates: [name, target] of each, the baseline first; the target of one that only its own process knows is None.
+        candidates: [name, target] of each, the baseline first; the target of one that only its own process knows is
+            None.
         checked: names of those that have passed the check already.
         incumbent, simplicity: for `statistics.look`.
         short: whether the check has its fewer inputs.
@@ -174,11 +175,9 @@ class Job:
             return False
         (result,) = report.results  # of the one problem
         checks = [asdict(check) for check in result.checks]
-        for one in checks:
-            one["detail"] = _line(one["detail"])
         by_case = [asdict(case) for case in result.cases]
-        for one in (check for case in by_case for check in case["checks"]):
-            one["detail"] = _line(one["detail"])
+        for check in chain(checks, *(case["checks"] for case in by_case)):
+            check["detail"] = _line(check["detail"])
         self._emit("evidence", candidate=name, cases=by_case)
         self._emit(
             "checked",
@@ -190,12 +189,12 @@ class Job:
             row_invariant=report.row_invariant,
         )
         if not report.passed:
-            detail = next(one.detail for one in report.checks if not one.passed)
+            detail = next(check.detail for check in result.checks if not check.passed)
             self._lose(name, "wrong", f"{', '.join(report.reasons)}: {detail}")
         return report.passed
 
     def _report(self, name: str) -> tuple[Problem, CheckReport]:
-        """What the check finds, and for which N: where memory is short, less than the problem's.
+        """Check the candidate: for which N, and with what result. N shrinks where memory is short.
 
         Raises:
             MemoryError: there is no room for one row. And what else nothing can serve after.
@@ -207,7 +206,8 @@ class Job:
         while (needed := bytes_of_check(problem)) > room:
             if problem.rows == 1:
                 raise MemoryError(
-                    f"not begun, since it takes {needed / MIB:.0f} MiB, and may take {room / MIB:.0f} MiB of what is free"
+                    f"not begun, since it takes {needed / MIB:.0f} MiB, "
+                    f"and may take {room / MIB:.0f} MiB of what is free"
                 )
             problem = problem._replace(rows=_top_within(problem.rows - 1))
         while True:
@@ -227,7 +227,7 @@ class Job:
         return self._problem.rows if most >= self._problem.rows else _top_within(int(most))
 
     def _rows_that_fit(self, seconds_a_row: float) -> int:
-        """The largest N, the problem's or the top of a bucket below, whose rounds memory and time have room for."""
+        """The largest N, the problem's or the top of a bucket below, whose rounds fit into memory and time."""
         calls = LOOKS[0] + BUFFERS + 1  # the rounds up to the first look, and the calls before them
         by_time = SHARE_OF_TIME * (self._ends - time.monotonic()) / (calls * seconds_a_row)
         by_memory = self._rows_in_memory(BUFFERS)
@@ -237,7 +237,7 @@ class Job:
         return rows
 
     def _rows_in_memory(self, buffers: int) -> float:
-        # Inputs, the original of those that are overwritten, and what candidates take beside them, the gradient among that.
+        # Inputs, the original of those that are overwritten, and what candidates take, gradient included.
         copies = buffers + self._problem.inplace_backward + self._extra_multiple
         room = SHARE_OF_FREE_MEMORY * free_memory(self._device)
         return room / (copies * self._problem.vocab * self._problem.dtype.itemsize)
@@ -297,7 +297,7 @@ class Job:
         return True
 
     def _look_at_winner(self, measurement: Measurement, lost: set[str], seconds_a_row: float) -> None:
-        """Where fewer rows were timed than it would serve: whether it is right with as many as memory and time have room for."""
+        """Call the winner with more rows than were timed, as far as memory and time go, to see that it is right."""
         timed = measurement.problem.rows
         rows = min(self._problem.rows, self._rows_in_memory(1))
         if self._order["strict"]:  # by the seconds of a call of each, where one is called
@@ -333,23 +333,9 @@ class Job:
             final=final,
         )
 
-    def _measurement(
-        self,
-        problem: Problem,
-        candidates: Mapping[str, Backend],
-        *,
-        look_at_results: bool = True,
-        plain_s: float = 0.0,
-    ) -> Measurement:
-        return Measurement(
-            problem,
-            candidates,
-            device=self._device,
-            seed=self._order["seed"],
-            on_step=self._step,
-            look_at_results=look_at_results,
-            plain_s=plain_s,
-        )
+    def _measurement(self, problem: Problem, candidates: Mapping[str, Backend], **options: Any) -> Measurement:
+        seed = self._order["seed"]
+        return Measurement(problem, candidates, device=self._device, seed=seed, on_step=self._step, **options)
 
     def _lose_failed(self, measurement: Measurement, lost: set[str]) -> None:
         for name, run in measurement.runs.items():
@@ -362,7 +348,7 @@ class Job:
 
     def _step(self, name: str | None, step: str) -> None:
         if self._device.type == "cuda":
-            # After a fault every call fails, the right candidates' too: this raises while the one before is to blame still.
+            # After a fault every call fails, those of right candidates too: raise while the last is still to blame.
             torch.cuda.synchronize(self._device)
         if name == PLAIN:
             name, step = None, "plain"
@@ -370,12 +356,12 @@ class Job:
 
 
 def bytes_of_check(problem: Problem) -> int:
-    """What a check takes at most, whatever the backend, while it compares inputs of up to as many rows as `problem` has."""
+    """What a check takes at most, whatever the backend, for inputs of up to as many rows as `problem` has."""
     logits = problem.rows * problem.vocab
-    a_logit = OF_ONE_THAT_IS_COPIED if problem.layout == "other" else BYTES_OF_A_LOGIT
+    a_logit = OF_A_COPIED_LOGIT if problem.layout == "other" else BYTES_OF_A_LOGIT
     yardstick = min(SAMPLED_ROWS, max(8, YARDSTICK_ELEMENTS // problem.vocab)) * problem.vocab
     compared = max(yardstick, min(logits, CHECKED_ELEMENTS))
-    return a_logit * max(1, problem.dtype.itemsize // 4) * logits + OF_ONE_COMPARED * compared
+    return a_logit * max(1, problem.dtype.itemsize // 4) * logits + OF_A_COMPARED_LOGIT * compared
 
 
 def _top_within(rows: int) -> int:

@@ -1,4 +1,5 @@
-"""Backends for the worker program, named to it as 'tests.helpers.backends_for_tuning:Name': right, wrong, and doing harm.
+"""Backends for the worker program, named to it as 'tests.helpers.backends_for_tuning:Name': right, wrong, and doing
+harm.
 
 The harm is real: only `Right` and `Wrong` may be called in the process of the tests.
 """
@@ -119,7 +120,8 @@ class WrongForMany(Right):
 
 
 class Remembers(Eager):
-    """Far faster than any other at any size: with many rows it computes only what it has not seen in this place before."""
+    """Far faster than any other at any size: with many rows it computes only what it has not seen in this place
+    before."""
 
     name = "remembers"
     summary = "remembers its results by address"
@@ -181,9 +183,9 @@ class SlowWhereTold(Right):
         return super().forward(logits, labels, temperature, entropy=entropy)
 
 
-class NeedsNoGradient(Right):
+class NeedsFlatLogits(Right):
     def why_not(self, problem):
-        return "has no backward" if problem.needs_grad else None
+        return None if problem.layout == "flat" else "takes flat logits only"
 
 
 class NeedsAnotherMachine(Right):
@@ -246,7 +248,7 @@ class AsksForAPetabyte(Harmful):
 class NeedsMemoryInTheCheck(Right):
     """64 bytes for each logit, while there is a limit on the memory of its process."""
 
-    room = 2**26
+    room = 2**25
 
     def forward(self, logits, labels, temperature, *, entropy):
         import resource

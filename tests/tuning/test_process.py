@@ -16,6 +16,7 @@ import torch
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning import tuner as tuner_module
 from compiled_logprobs.tuning.process import Worker, WorkerLost
+from compiled_logprobs.tuning.statistics import fewest_rounds
 from compiled_logprobs.tuning.tuner import Tuner
 from tests.helpers.backends_for_tuning import FLOOD_BYTES, FOLDER_VARIABLE, has_ended, is_running, pids, registered
 
@@ -92,6 +93,9 @@ def test_what_ends_the_program_costs_the_candidate_and_the_others_are_measured(m
         assert is_running(kept)  # it serves the next problem
         again, _ = tuner.decide(PROBLEM._replace(rows=96), 0.0, names=["right"])
         assert again.candidates["right"].measured and pid_of(tuner._worker) == kept
+        assert (
+            again.rounds >= fewest_rounds(2) and again.plain_seconds is None
+        )  # a budget of nothing has no room for it
     told = {name: (candidate.outcome, candidate.reason) for name, candidate in decision.candidates.items()}
     assert {name: told[name] for name in LOST} == {name: tuple(expected[1:]) for name, expected in LOST.items()}
     assert {"eager", "right"} <= set(evidence.seconds) and not set(LOST) & set(evidence.seconds)

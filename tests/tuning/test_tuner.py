@@ -150,6 +150,13 @@ def test_those_that_are_not_in_the_program_yet_are_not_blamed(scripted):
     assert decision.candidates["eager"].outcome == "crashed" and decision.baseline == "a"
 
 
+def test_one_that_is_out_already_costs_nobody_when_it_ends_the_program(scripted):
+    out = {"event": "lost", "candidate": "a", "outcome": "wrong", "reason": "log_prob_error"}
+    scripted([*ready("eager"), step("a", "check"), out, CRASH], [*ready("eager"), *rounds(20, eager=1.0)])
+    decision, _ = decide("a")
+    assert outcomes(decision) == {"eager": "chosen", "a": "wrong"}
+
+
 def test_where_nobody_can_be_blamed_nothing_is_decided(scripted):
     scripted([*ready("eager"), CRASH])
     with pytest.raises(TuningFailed, match="^the worker program was lost at the step 'inputs': killed by SIGSEGV$"):
