@@ -34,8 +34,8 @@ def check(
         str | None,
         typer.Argument(
             show_default=False,
-            help="A backend's name, or package.module:function for anyone's function of logits [N, V] and labels [N], which "
-            "may lie in the current directory. Without it, every backend is checked.",
+            help="A backend's name, or package.module:function for anyone's function of logits [N, V] and labels [N], "
+            "which may lie in the current directory. Without it, every backend is checked.",
         ),
     ] = None,
     call: Annotated[

@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, options that mean the same everywhere, how arguments are read and errors are told."""
+"""What the commands share: exit codes, options that mean the same everywhere, reading arguments, telling errors."""
 
 import contextlib
 import os
@@ -28,8 +28,8 @@ Vocab = Annotated[
     list[str] | None,
     typer.Option(
         show_default=False,
-        help=f"V: a number or a model ({', '.join(presets.MODELS)}). Options like this one take several, as often as you "
-        "name them or with commas.",
+        help=f"V: a number or a model ({', '.join(presets.MODELS)}). Options like this one take several, as often as "
+        "you name them or with commas.",
     ),
 ]
 Rows = Annotated[list[str] | None, typer.Option(show_default=False, help="N: how many positions.")]
@@ -40,7 +40,7 @@ Mode = Annotated[
     list[str] | None,
     typer.Option(
         show_default=False,
-        help="forward; backward (forward and backward); inplace (the gradient over the logits); entropy (forward with it).",
+        help="forward; backward (with forward); inplace (the gradient over the logits); entropy (forward with it).",
     ),
 ]
 Where = Annotated[
@@ -73,25 +73,25 @@ def subject_of(target: str) -> str | Callable[..., Any]:
     sys.path.insert(0, "")
     try:
         with busy(f"importing {module_name}"):
-            found: Any = import_module(module_name)
+            subject: Any = import_module(module_name)
         for name in attribute.split("."):
-            found = getattr(found, name)
+            subject = getattr(subject, name)
     except (Exception, SystemExit) as error:  # a foreign module may do anything when it is imported
         raise InputError(
             f"got target {target!r}, which cannot be imported: {type(error).__name__}: {error}. Valid is a module that "
             "Python finds from the current directory, a colon and the function's name; install what the module needs."
         ) from error
-    if isinstance(found, Backend) or (isinstance(found, type) and issubclass(found, Backend)):
-        register_backend(found.name, target)
-        return found.name
-    if not callable(found):
-        raise InputError(f"got target {target!r}, which is of type {type(found).__name__}; a function is valid.")
-    return found  # type: ignore[no-any-return]  # narrowed to a callable from Any
+    if isinstance(subject, Backend) or (isinstance(subject, type) and issubclass(subject, Backend)):
+        register_backend(subject.name, target)
+        return subject.name
+    if not callable(subject):
+        raise InputError(f"got target {target!r}, which is of type {type(subject).__name__}; a function is valid.")
+    return subject  # type: ignore[no-any-return]  # narrowed to a callable from Any
 
 
 @contextlib.contextmanager
 def busy(doing: str) -> Iterator[None]:
-    """Say on a terminal what takes so long. What foreign code prints goes to standard error: the other is for results."""
+    """Say on a terminal what takes so long. What foreign code prints goes to standard error, apart from results."""
     with Console(stderr=True).status(doing), contextlib.redirect_stdout(sys.stderr):
         yield
 
@@ -165,15 +165,15 @@ def store_of(text: str) -> Store:
         return bundled_store()
     if text != "project":
         return Store(Path(text))
-    found = project_store()
-    if found is None:
+    store = project_store()
+    if store is None:
         raise InputError(
             "got 'project'; a current folder that holds profiles is valid. Go to it, or name the profiles."
         )
-    return found
+    return store
 
 
-def one_of(text: str, what: str, valid: tuple[str, ...]) -> Any:
+def choice_of(text: str, what: str, valid: tuple[str, ...]) -> Any:
     """`text`, if it is valid."""
     if text not in valid:
         raise InputError(f"got {what} {text!r}; {', '.join(valid)} are valid. Name one of them.")

@@ -85,10 +85,10 @@ def print_decisions(title: str, decisions: list[tuple[Decision, str]]) -> None:
     console().print(table)
     print_line(f"Speed-ups are over {PLAIN} and gather, which people use today, and over eager, both timed beside it.")
     lost = [
-        (name, one, decision.problem)
+        (name, candidate, decision.problem)
         for decision, _ in decisions
-        for name, one in decision.candidates.items()
-        if one.outcome in ("wrong", "failed", "oom", "timeout", "crashed")
+        for name, candidate in decision.candidates.items()
+        if candidate.outcome in ("wrong", "failed", "oom", "timeout", "crashed")
     ]
     for name, candidate, problem in lost:
         print_line(f"{name}: {candidate.outcome} on {problem}, {mode_name(problem)}: {candidate.reason}")
@@ -122,11 +122,11 @@ def print_pruned(pruned: list[Pruned], root: Path) -> None:
         print_line(_printable(f"{one.kind}: {one.path.relative_to(root)} ({one.bytes} bytes): {one.why}{still}"))
 
 
-def print_verifications(title: str, found: list[Verification]) -> None:
+def print_verifications(title: str, verifications: list[Verification]) -> None:
     """A row for each decision, and a line for each that does not hold."""
     table = new_table(title, "rows", "vocabulary", "dtype", "mode", "winner", "then", "now", "decision", "from")
-    for one in found:
-        problem, decision = one.decision.problem, one.decision
+    for verification in verifications:
+        problem, decision = verification.decision.problem, verification.decision
         table.add_row(
             str(problem.rows),
             str(problem.vocab),
@@ -134,19 +134,19 @@ def print_verifications(title: str, found: list[Verification]) -> None:
             Text(mode_name(problem)),
             Text(_printable(decision.chosen)),
             _speedup(decision),
-            "" if one.speedup is None else str(one.speedup),
-            Text(one.outcome, "bold red" if one.is_failure else ""),
-            Text(one.source),
+            "" if verification.speedup is None else str(verification.speedup),
+            Text(verification.outcome, "bold red" if verification.is_failure else ""),
+            Text(verification.source),
         )
     console().print(table)
-    for one in found:
-        if one.outcome != "holds":
-            print_line(f"{one.outcome}: {verified_in_words(one)}")
+    for verification in verifications:
+        if verification.outcome != "holds":
+            print_line(f"{verification.outcome}: {verified_in_words(verification)}")
 
 
-def verified_in_words(one: Verification) -> str:
+def verified_in_words(verification: Verification) -> str:
     """The problem, its winner, and what was found out about it."""
-    return _printable(f"{short(one.decision.problem)}: {one.decision.chosen}: {one.why}")
+    return _printable(f"{short(verification.decision.problem)}: {verification.decision.chosen}: {verification.why}")
 
 
 def print_line(text: str) -> None:
@@ -160,8 +160,8 @@ def print_json(result: dict[str, Any]) -> None:
 
 def console() -> Console:
     """As wide as the terminal; where there is none, so wide that tables keep one line a row."""
-    found = Console()
-    return found if found.is_terminal else Console(width=WIDTH_ELSEWHERE)
+    usual = Console()
+    return usual if usual.is_terminal else Console(width=WIDTH_ELSEWHERE)
 
 
 def new_table(title: str, *columns: str) -> Table:

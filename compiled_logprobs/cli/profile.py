@@ -94,7 +94,7 @@ def profile(
     if as_json:
         print_json(
             {
-                "decisions": [one.to_dict() for one in decided],
+                "decisions": [decision.to_dict() for decision in decided],
                 "stored": stored,
                 "failed": failed,
                 "interrupted": interrupted,
@@ -110,7 +110,7 @@ def profile(
         raise typer.Exit(INTERRUPTED)
     if stored < len(problems):
         raise typer.Exit(COULD_NOT_RUN)
-    wrong = any(candidate.outcome == "wrong" for one in decided for candidate in one.candidates.values())
+    wrong = any(candidate.outcome == "wrong" for decision in decided for candidate in decision.candidates.values())
     raise typer.Exit(WRONG if wrong else PASSED)
 
 
@@ -152,34 +152,35 @@ def verify(
 ) -> None:
     """Check the winners of the stored decisions again, and time them again beside the baseline. Nothing stored changes.
 
-    Exit code 1 if a winner is wrong, does not get through, or has lost its advantage: the interval of its speed-up lies below
-    1.03, or by more than 3 % below the one that is stored, twice. Exit code 2 if nothing could be verified.
+    Exit code 1 if a winner is wrong, does not get through, or has lost its advantage: the interval of its speed-up lies
+    below 1.03, or by more than 3 % below the one that is stored, twice. Exit code 2 if nothing could be verified.
     """
     with reported_errors():
         for text in split(backend):
             backend_name_of(text)
         where = device_of(device)
         shown = progress_of(progress, as_json)
-        found = verification.stored_decisions(
+        stored = verification.stored_decisions(
             stores() if folder is None else {str(folder): Store(folder)},
             where,
             **values_of(vocab, rows, dtype, mode),
         )
-        if not found:
+        if not stored:
             raise ProfileError(
                 f"no decision is stored for {where} in environment {fingerprint_of(where)} that was asked for, and "
-                "one or more are valid. `compiled-logprobs profile` measures some; `compiled-logprobs show --all` lists all."
+                "one or more are valid. `compiled-logprobs profile` measures some; `compiled-logprobs show --all` "
+                "lists all."
             )
-        running = verification.verify(found, where, budget_s=budget, on_event=shown.event)
-        results, interrupted = _follow(running, [decision.problem for decision, _ in found], where, shown)
+        running = verification.verify(stored, where, budget_s=budget, on_event=shown.event)
+        results, interrupted = _follow(running, [decision.problem for decision, _ in stored], where, shown)
     if as_json:
-        print_json({"decisions": [one.to_dict() for one in results], "interrupted": interrupted})
+        print_json({"decisions": [result.to_dict() for result in results], "interrupted": interrupted})
     elif progress != "jsonl":
         print_verifications(f"Winners on {where}, environment {fingerprint_of(where)}", results)
-    failures = sum(one.is_failure for one in results)
-    verified = failures + sum(one.outcome == "holds" for one in results)
+    failures = sum(result.is_failure for result in results)
+    verified = failures + sum(result.outcome == "holds" for result in results)
     if not as_json and progress != "jsonl":
-        print_line(f"{verified} of {len(found)} decisions verified, {verified - failures} of them hold")
+        print_line(f"{verified} of {len(stored)} decisions verified, {verified - failures} of them hold")
         if failures:
             print_line("`compiled-logprobs profile --again` measures those that do not hold anew.")
     if interrupted:

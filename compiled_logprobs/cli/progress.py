@@ -45,7 +45,7 @@ class Progress:
 
 
 class JsonLines(Progress):
-    """One JSON object a line on standard output: start, problem, the worker program's events, decision or the like, end."""
+    """One JSON object a line on standard output: start, problem, the worker program's events, decision, end."""
 
     def start(self, problems: list[Problem], device: str, environment: str) -> None:
         self._total, self._index = len(problems), 0

@@ -1,7 +1,7 @@
 """`show`, `explain` and `doctor`: what is stored, what serves a problem and why, and what this machine can run."""
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 import typer
@@ -9,7 +9,7 @@ from rich.text import Text
 
 from compiled_logprobs.backends import backends, why_not
 from compiled_logprobs.choose.explain import explain_problem
-from compiled_logprobs.cli.options import AsJson, Where, device_of, one_of, reported_errors
+from compiled_logprobs.cli.options import AsJson, Where, choice_of, device_of, reported_errors
 from compiled_logprobs.cli.output import console, new_table, print_decisions, print_environment, print_json, print_line
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.machine.environment import Environment, cpp_compiler_version, environments, without_paths
@@ -37,34 +37,31 @@ def show(
     with reported_errors():
         where = stores() if store is None else {str(store): Store(store)}
         here = {environment.fingerprint() for environment in environments()}
-        found: dict[tuple[str, Problem], tuple[Decision, str]] = {}
-        for label, one in where.items():
-            for environment, decision in one.decisions():
+        decisions: dict[tuple[str, Problem], tuple[Decision, str]] = {}
+        for label, asked in where.items():
+            for environment, decision in asked.decisions():
                 if (every or environment in here) and decision.chosen in backends():
-                    found.setdefault((environment, decision.problem), (decision, label))
+                    decisions.setdefault((environment, decision.problem), (decision, label))
     if as_json:
         print_json(
             {
                 "decisions": [
                     {"environment_fingerprint": environment, "from": label, **decision.to_dict()}
-                    for (environment, _), (decision, label) in found.items()
+                    for (environment, _), (decision, label) in decisions.items()
                 ]
             }
         )
         return
-    for environment in dict.fromkeys(environment for environment, _ in found):
-        rows = [value for key, value in found.items() if key[0] == environment]
-        rows.sort(
-            key=lambda row: (
-                row[0].problem.vocab,
-                short_name(row[0].problem.dtype),
-                *row[0].problem[6:],
-                row[0].problem.rows,
-            )
-        )
+    for environment in dict.fromkeys(environment for environment, _ in decisions):
+        rows = [value for key, value in decisions.items() if key[0] == environment]
+        rows.sort(key=lambda row: _order(row[0].problem))
         print_decisions(f"Environment {environment}{'' if environment in here else ', not this machine'}", rows)
-    if not found:
+    if not decisions:
         print_line("No decisions are stored for this machine. `compiled-logprobs profile` measures some.")
+
+
+def _order(problem: Problem) -> tuple[Any, ...]:
+    return problem.vocab, short_name(problem.dtype), *problem[6:], problem.rows
 
 
 def explain(
@@ -88,9 +85,9 @@ def explain(
             presets.vocab_of(vocab),
             presets.dtype_of(dtype),
             labels_per_row=labels_per_row,
-            temperature=one_of(temperature, "temperature", get_args(Temperature)),
+            temperature=choice_of(temperature, "temperature", get_args(Temperature)),
             masked_logits=masked,
-            layout=one_of(layout, "layout", get_args(Layout)),
+            layout=choice_of(layout, "layout", get_args(Layout)),
             **MODES[presets.mode_of(mode)],
         )
         explanation = explain_problem(as_it_lies(asked), where, policy())
@@ -102,18 +99,18 @@ def explain(
 
 def doctor(as_json: AsJson = False) -> None:
     """Show this machine, the versions on it, and which backends can run here, or why not."""
-    found = environments()
+    here = environments()
     compiler = cpp_compiler_version()
     answers = [
         (name, problem, reason if reason is None else without_paths(reason))
         for name in backends()
-        for problem in _sample_problems(found)
+        for problem in _sample_problems(here)
         for reason in [why_not(name, problem)]
     ]
     if as_json:
         print_json(
             {
-                "environments": [environment.to_dict() for environment in found],
+                "environments": [environment.to_dict() for environment in here],
                 "cpp_compiler": compiler,
                 "backends": [
                     {"name": name, "problem": str(problem), "can_run": reason is None, "why_not": reason}
@@ -122,7 +119,7 @@ def doctor(as_json: AsJson = False) -> None:
             }
         )
         return
-    for environment in found:
+    for environment in here:
         print_environment(environment)
     print_line(f"C++ compiler, for torch.compile on the CPU: {compiler or 'none found'}")
     table = new_table("Backends", "backend", "problem", "can run")
@@ -131,8 +128,8 @@ def doctor(as_json: AsJson = False) -> None:
     console().print(table)
 
 
-def _sample_problems(found: list[Environment]) -> list[Problem]:
-    device_types = dict.fromkeys(environment.device_type for environment in found)
+def _sample_problems(here: list[Environment]) -> list[Problem]:
+    device_types = dict.fromkeys(environment.device_type for environment in here)
     return [
         Problem(device_type, SAMPLE_ROWS, SAMPLE_VOCAB, dtype, needs_grad=True)
         for device_type in device_types

@@ -35,8 +35,8 @@ def export(
         str | None,
         typer.Argument(
             show_default=False,
-            help="The archive to write; - is standard output. By default compiled-logprobs.tar.gz, or, of one environment alone, "
-            "compiled-logprobs-FINGERPRINT.tar.gz, in the current folder.",
+            help="The archive to write; - is standard output. By default compiled-logprobs.tar.gz, or, of one "
+            "environment alone, compiled-logprobs-FINGERPRINT.tar.gz, in the current folder.",
         ),
     ] = None,
     environment: Annotated[
@@ -88,8 +88,8 @@ def _write(path: Path, content: bytes, overwrite: bool) -> None:
         write_bytes(Path(os.path.realpath(path)), content)  # so that a link stays one
     except OSError as error:
         raise InputError(
-            f"got {path}, which cannot be written ({error.strerror}). Valid is a file in a folder that this process may "
-            "write to, on a disk with room. Name one there."
+            f"got {path}, which cannot be written ({error.strerror}). Valid is a file in a folder that this process "
+            "may write to, on a disk with room. Name one there."
         ) from error
 
 
@@ -116,8 +116,8 @@ def import_(
                 opened = open(file, "rb")  # noqa: SIM115 - so that only an error of opening is told as one
             except (OSError, ValueError) as error:
                 raise InputError(
-                    f"got {file!r}, which cannot be opened ({getattr(error, 'strerror', None) or error}); the name of an "
-                    "archive is valid, or - for standard input. Correct it."
+                    f"got {file!r}, which cannot be opened ({getattr(error, 'strerror', None) or error}); the name of "
+                    "an archive is valid, or - for standard input. Correct it."
                 ) from error
             with opened:
                 imported = transfer.import_archive(store, opened, replace=replace)
@@ -145,8 +145,8 @@ def prune(
         bool,
         typer.Option(
             "--other-environments",
-            help="Decisions that are not used on this machine as it is now: those of another machine, and also of another "
-            "number of threads or another torch.",
+            help="Decisions that are not used on this machine as it is now: those of another machine, and also of "
+            "another number of threads or another torch.",
         ),
     ] = False,
     broken: Annotated[

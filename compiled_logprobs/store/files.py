@@ -4,7 +4,7 @@
 <root>/v1/<environment>/decisions/<problem>.json           one decision: the fields of `Decision`
 <root>/v1/<environment>/decisions/<problem>.evidence.json  the evidence that it rests on: the fields of `Evidence`
 
-There is no lock: a file is complete before it gets its name, so a reader meets the old one or the new one, whoever writes.
+There is no lock: a file is complete before it gets its name, so a reader meets the old one or the new one.
 A file that cannot be read is a miss with a warning, never an error.
 """
 
@@ -156,7 +156,7 @@ def parse_decision(data: bytes, name: str) -> Decision:
 
 
 def parse_evidence(data: bytes, decision: Decision) -> Evidence | None:
-    """The evidence in a file with this content, if it is that of `decision`. Raises ProfileError if it cannot be read."""
+    """The evidence in a file with this content, if it is that of `decision`. Raises ProfileError if it is none."""
     evidence = Evidence.from_json(data)
     # Two writers at once, or one killed between its two files, can leave the evidence of another decision.
     return evidence if (evidence.seed, evidence.measured_at) == (decision.seed, decision.measured_at) else None
@@ -275,6 +275,6 @@ def _is_usable(facts: Path) -> bool:
 
 def _unwritable(path: Path, why: str) -> ProfileError:
     return ProfileError(
-        f"the profile {path} cannot be written: {why}.\nValid is a folder that this process may write to, on a disk with "
-        f"room. Make it so, or let {ROOT_VARIABLE} name another folder."
+        f"the profile {path} cannot be written: {why}.\nValid is a folder that this process may write to, on a disk "
+        f"with room. Make it so, or let {ROOT_VARIABLE} name another folder."
     )

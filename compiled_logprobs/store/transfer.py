@@ -1,7 +1,8 @@
 """Carry decisions between stores as one file, and remove those that serve nobody.
 
-An archive is a folder of a store as .tar.gz. It may come from anywhere: only files with a name and a size of a store's are
-looked at, each is read as the store reads its own, and where a decision goes follows from its environment and problem.
+An archive is a folder of a store as .tar.gz. It may come from anywhere: only files with a name and a size of a store's
+are looked at, each is read as the store reads its own, and where a decision goes follows from its environment and
+problem.
 """
 
 import gzip
@@ -32,13 +33,14 @@ from compiled_logprobs.store.files import (
     listing,
     parse_decision,
     parse_evidence,
+    pass_over,
     read_bytes,
     read_decision,
     read_facts,
 )
 
 MOST_BYTES = 2**28
-"""Of an archive when unpacked, so that a wrong one costs little memory; the preset `full` with its evidence takes 40 MB."""
+"""Of an archive when unpacked, so that a wrong one costs little memory. The preset `full` with evidence takes 40 MB."""
 AHEAD = timedelta(days=1)
 """How far another machine's clock may be ahead: a decision of the year 9999 would win over every later one for ever."""
 AT_WORK_S = 3600.0
@@ -119,7 +121,12 @@ def export_archive(store: Store, environments: Collection[str] | None = None, *,
                 seen.append(environment)
                 files.append(path.parents[1] / FACTS)
             for file in files:
-                if (data := read_bytes(file, EVIDENCE_LIMIT)) is None:
+                try:
+                    data = read_bytes(file, EVIDENCE_LIMIT)
+                except ProfileError as error:
+                    pass_over(file, error)
+                    continue
+                if data is None:
                     continue
                 member = tarfile.TarInfo(file.relative_to(store.root).as_posix())
                 member.size = len(data)
@@ -134,8 +141,9 @@ def export_archive(store: Store, environments: Collection[str] | None = None, *,
     if not decisions:
         which = "" if environments is None else f" for {', '.join(sorted(environments))}"
         raise ProfileError(
-            f"{store.root} holds no decision{which}, and an archive of one or more is valid.\n`compiled-logprobs profile` "
-            "measures some; `compiled-logprobs show --all` lists what is stored for which environment."
+            f"{store.root} holds no decision{which}, and an archive of one or more is valid.\n"
+            "`compiled-logprobs profile` measures some; `compiled-logprobs show --all` lists what is stored for which "
+            "environment."
         )
     return Archive(content.getvalue(), decisions, seen)
 
@@ -150,8 +158,8 @@ def import_archive(store: Store, source: IO[bytes], *, replace: bool = False, dr
         dry_run: whether to store nothing, and only say what would become of each.
 
     Raises:
-        ProfileError: it is no archive, is not whole, or is too large, and nothing was stored; or a decision cannot be stored, and
-            those before it are.
+        ProfileError: it is no archive, is not whole, or is too large, and nothing was stored; or a decision cannot be
+            stored, and those before it are.
     """
     decisions, beside, imported = _unpack(source)
     for key, data in decisions.items():
@@ -270,10 +278,11 @@ def prune(
             if path.is_dir() or not (path.suffix == ".json" or _TEMPORARY.fullmatch(path.name)):
                 continue
             verdict: tuple[Waste, str] | None = ("other environment", "not for this machine as it is now")
-            if not elsewhere:
-                verdict = _judge(path, broken, older_than_days)
-            if verdict is not None:
-                gone.append(_remove(path, *verdict, dry_run))
+            with suppress(FileNotFoundError):  # another process was quicker
+                if not elsewhere:
+                    verdict = _judge(path, broken, older_than_days)
+                if verdict is not None:
+                    gone.append(_remove(path, *verdict, dry_run))
         if elsewhere and not dry_run:
             with suppress(OSError):  # a person's file is in there
                 (folder / "decisions").rmdir()
@@ -286,6 +295,8 @@ def _remove(path: Path, kind: Waste, why: str, dry_run: bool) -> Pruned:
     try:
         if not dry_run:
             path.unlink()
+    except FileNotFoundError:
+        raise
     except OSError as error:
         return pruned._replace(failed=error.strerror or str(error))
     return pruned
@@ -298,7 +309,7 @@ def _judge(path: Path, broken: bool, older_than_days: float | None) -> tuple[Was
     if older_than_days is None or path.name == FACTS or _TEMPORARY.fullmatch(path.name):
         return None
     try:
-        decision = read_decision(path.with_name(path.name.replace(EVIDENCE, ".json")))
+        decision = read_decision(_decision_of(path))
     except ProfileError:
         return None
     when = None if decision is None else moment(decision.measured_at)
@@ -313,18 +324,19 @@ def _why_broken(path: Path) -> str | None:
         if path.name == FACTS:
             read_facts(path)
         elif path.name.endswith(EVIDENCE):
-            decision, data = (
-                read_decision(path.with_name(path.name.replace(EVIDENCE, ".json"))),
-                read_bytes(path, EVIDENCE_LIMIT),
-            )
-            of_it = decision is not None and data is not None and parse_evidence(data, decision) is not None
-            return "it is of no decision that is there" if not of_it and _is_left(path) else None
+            data, decision = read_bytes(path, EVIDENCE_LIMIT), read_decision(_decision_of(path))
+            belongs = data is not None and decision is not None and parse_evidence(data, decision) is not None
+            return None if belongs or not _is_left(path) else "it is of no decision that is there"
         else:
             read_decision(path)
     except ProfileError as error:
         # That it cannot be read by this process, or now, says nothing about what is in it.
         return None if isinstance(error.__cause__, OSError) else str(error)
     return None
+
+
+def _decision_of(path: Path) -> Path:
+    return path.with_name(path.name.replace(EVIDENCE, ".json"))
 
 
 def _is_left(path: Path) -> bool:

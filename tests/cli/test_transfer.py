@@ -150,6 +150,8 @@ def test_prune_says_what_goes(run, here):
 
 def test_what_cannot_be_pruned_is_exit_2(run, here, monkeypatch):
     user_store().path(fingerprint_of(CPU), LARGE).write_text("{")
-    monkeypatch.setattr("pathlib.Path.unlink", lambda self: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    monkeypatch.setattr(
+        "pathlib.Path.unlink", lambda self, **_: (_ for _ in ()).throw(OSError(30, "Read-only file system"))
+    )
     result = run("prune")
     assert result.exit_code == 2 and "it is still there: Read-only file system" in result.stdout

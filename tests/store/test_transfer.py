@@ -1,4 +1,4 @@
-"""What goes from one store to another comes out the same, what is hostile is passed over, and what serves nobody goes."""
+"""What goes to another store comes out the same, what is hostile is passed over, and what serves nobody goes."""
 
 import dataclasses
 import gzip
@@ -191,11 +191,11 @@ HOSTILE = {
     "a hard link": (FIRST, lambda data: link(tarfile.LNKTYPE, "/etc/passwd"), NOT_A_STORES),
     "a pipe": (FIRST, lambda data: link(tarfile.FIFOTYPE, ""), NOT_A_STORES),
     "a large one": (FIRST, lambda data: data + b" " * LIMIT, f"it has more than {LIMIT} bytes"),
-    "large evidence": (FIRST_EVIDENCE, lambda data: b" " * (EVIDENCE_LIMIT + 1), f"it has more than {EVIDENCE_LIMIT} bytes"),
+    "large evidence": (FIRST_EVIDENCE, lambda data: b" " * (EVIDENCE_LIMIT + 1), f"more than {EVIDENCE_LIMIT} bytes"),
     "no JSON": (FIRST, lambda data: b"{", "it is not valid"),
     "deep": (FIRST, lambda data: b"[" * 10**6, "it is not valid"),
     "the earlier form": (FIRST, lambda data: b'{"record": {}, "sha256": ""}', "an earlier release wrote it"),
-    "another environment": (FIRST.replace(KEY, "0" * 16), lambda data: data, "its facts are those of another environment"),
+    "another environment": (FIRST.replace(KEY, "0" * 16), lambda data: data, "its facts are those of another"),
     "another problem": (FIRST.replace("n1024", "n512"), lambda data: data, "it is of another problem"),
     "a path as device": (FIRST, lambda data: data.replace(b'"cpu"', b'"../x"', 1), "valid"),
     "a winner not measured": (FIRST, edited(chosen="flash_attn"), "not among those that it measured"),
