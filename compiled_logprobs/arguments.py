@@ -68,7 +68,8 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
         shape = ", ".join(map(str, rows))
         raise InputError(
             f"got labels of shape {list(labels.shape)} for logits of shape {list(logits.shape)}; [{shape}] and "
-            f"[{f'{shape}, ' if shape else ''}K] are valid. Shift or slice one of them so that the leading dimensions agree."
+            f"[{f'{shape}, ' if shape else ''}K] are valid. Shift or slice one of them so that the leading dimensions "
+            "agree."
         )
     if labels.device != logits.device:
         raise InputError(
@@ -97,13 +98,14 @@ def checked_temperature(logits: Tensor, temperature: float | Tensor) -> float | 
     if isinstance(temperature, Tensor):
         return _checked_temperature_tensor(logits, temperature)
     if torch.compiler.is_compiling() and isinstance(temperature, int | float) and not isinstance(temperature, bool):
-        # As a tensor, which makes its rows NaN if it is not positive. A product: torch.full would be compiled for each value.
+        # As a tensor, which makes its rows NaN if it is not positive. A product: torch.full would be compiled for each
+        # value.
         return torch.ones((), dtype=accumulation_dtype(logits.dtype), device=logits.device) * temperature
     number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
     if not number or not _FLOAT32.tiny <= temperature <= _FLOAT32.max:
         raise InputError(
-            f"got temperature={temperature!r}; a number from {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g}, or a tensor of them "
-            "broadcastable to the leading dimensions of the logits, is valid. For greedy decoding take the argmax."
+            f"got temperature={temperature!r}; a number from {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g}, or a tensor of "
+            "them broadcastable to the leading dimensions of the logits, is valid. For greedy decoding take the argmax."
         )
     return float(temperature)
 
@@ -150,8 +152,8 @@ def checked_out_dtype(logits: Tensor, out_dtype: torch.dtype | None) -> torch.dt
         return logits.dtype
     if out_dtype not in DTYPES:
         raise InputError(
-            f"got out_dtype={out_dtype!r}; {', '.join(f'torch.{short_name(d)}' for d in DTYPES)}, or None for the dtype of "
-            "the logits, are valid."
+            f"got out_dtype={out_dtype!r}; {', '.join(f'torch.{short_name(d)}' for d in DTYPES)}, or None for the "
+            "dtype of the logits, are valid."
         )
     return out_dtype
 
@@ -160,7 +162,7 @@ def check_not_leaf(logits: Tensor) -> None:
     base = logits._base if logits._is_view() else logits
     if base is not None and base.is_leaf and base.requires_grad:
         raise InputError(
-            "got inplace_backward=True for logits that are a leaf (or a view of one) and require a gradient: the gradient "
-            "would overwrite their value, and be their .grad as well. Logits computed by a model are valid; "
+            "got inplace_backward=True for logits that are a leaf (or a view of one) and require a gradient: the "
+            "gradient would overwrite their value, and be their .grad as well. Logits computed by a model are valid; "
             "for a leaf set inplace_backward=False."
         )

@@ -67,7 +67,8 @@ class Token:
     row: int
     """Of N."""
     token: int | None
-    """Of V: the label whose log-probability it is, or the logit whose gradient; None for an entropy, which is a row's."""
+    """Of V: the label whose log-probability it is, or the logit whose gradient; None for an entropy, which is a
+    row's."""
     got: Number
     true: Number
     """In float64."""
@@ -77,11 +78,13 @@ class Token:
 
 @dataclass(frozen=True)
 class Spread:
-    """How far the values of one kind were off: log-probabilities and entropies in nats, the gradient in its own unit."""
+    """How far the values of one kind were off: log-probabilities and entropies in nats, the gradient in its own
+    unit."""
 
     what: Kind
     count: int
-    """Of the errors that these are quantiles of: of all values that are finite and not ignored; of a gradient, a sample."""
+    """Of the errors that these are quantiles of: of all values that are finite and not ignored; of a gradient, a
+    sample."""
     quantiles: tuple[float, ...]
     """Of the absolute errors, at `QUANTILES`; the last is the largest of all values."""
     worst: tuple[Token, ...]
@@ -142,8 +145,8 @@ class Candidate:
     seconds: float | None = None
     """Median of the timed calls, forward and, where the problem needs the gradient, backward."""
     first_call_seconds: float | None = None
-    """Of the first call, compiling included, as far as it was not spared that by the compiler's cache or by other problems
-    that were measured before in the same run."""
+    """Of the first call, compiling included, as far as it was not spared that by the compiler's cache or by other
+    problems that were measured before in the same run."""
     extra_bytes: int | None = None
     """Peak memory beyond the logits, results and their gradient included; None where it cannot be measured."""
     extra_multiple: float | None = None

@@ -34,7 +34,8 @@ DEVICE_FAULTS = ("Triton Error [CUDA]", "Triton Error [HIP]", "CUDA error:", "HI
 
 
 def nothing_can_serve_after(error: BaseException) -> bool:
-    """Whether `error` is out of memory, or a fault of the device, after which every call fails: neither is a backend's own."""
+    """Whether `error` is out of memory, or a fault of the device, after which every call fails: neither is a backend's
+    own."""
     return is_out_of_memory(error) or any(
         isinstance(one, torch.AcceleratorError)
         or (isinstance(one, RuntimeError) and any(words in _text(one) for words in DEVICE_FAULTS))

@@ -76,7 +76,8 @@ class Problem(NamedTuple):
 
 
 def as_it_lies(problem: Problem) -> Problem:
-    """`problem`, not aligned where rows that follow one another cannot be: V elements have to be multiples of 16 bytes."""
+    """`problem`, not aligned where rows that follow one another cannot be: V elements have to be multiples of 16
+    bytes."""
     possible = problem.layout != "flat" or problem.vocab * problem.dtype.itemsize % 16 == 0
     return problem if possible else problem._replace(aligned=False)
 
@@ -159,7 +160,8 @@ def is_small(problem: Problem) -> bool:
 
 
 def nearest_first(top: Problem, others: Iterable[Problem]) -> list[Problem]:
-    """Those of `others` that differ from `top` in N only: first that of the smallest ratio of both N, of two the smaller."""
+    """Those of `others` that differ from `top` in N only: first that of the smallest ratio of both N, of two the
+    smaller."""
     found = [other for other in others if other != top and other._replace(rows=top.rows) == top]
     return sorted(found, key=lambda other: (abs(math.log(max(1, other.rows) / top.rows)), other.rows))
 
@@ -229,9 +231,10 @@ def problem_name(problem: Problem) -> str:
 
 
 _NAME = re.compile(
-    "(?P<device_type>[a-z0-9_]+)-n(?P<rows>[0-9]+)-v(?P<vocab>[0-9]+)-(?P<dtype>[a-z0-9]+)(?:-out_(?P<out_dtype>[a-z0-9]+))?"
-    "(?:-k(?P<labels_per_row>[0-9]+))?(?P<needs_grad>-grad)?(?P<entropy>-entropy)?(?:-t_(?P<temperature>[a-z_]+))?"
-    "(?P<masked_logits>-masked)?(?P<inplace_backward>-inplace)?(?:-layout_(?P<layout>[a-z]+))?(?P<aligned>-unaligned)?"
+    "(?P<device_type>[a-z0-9_]+)-n(?P<rows>[0-9]+)-v(?P<vocab>[0-9]+)-(?P<dtype>[a-z0-9]+)"
+    "(?:-out_(?P<out_dtype>[a-z0-9]+))?(?:-k(?P<labels_per_row>[0-9]+))?(?P<needs_grad>-grad)?(?P<entropy>-entropy)?"
+    "(?:-t_(?P<temperature>[a-z_]+))?(?P<masked_logits>-masked)?(?P<inplace_backward>-inplace)?"
+    "(?:-layout_(?P<layout>[a-z]+))?(?P<aligned>-unaligned)?"
 )
 
 

@@ -138,8 +138,8 @@ def record(monkeypatch, seen: Seen, exact: bool) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_bfloat16_is_no_further_from_float64(train, report, monkeypatch, tmp_path, algorithm):
-    """From the same logits, those of a model in bfloat16 that learns nothing: log-probabilities, and gradients of the logits,
-    beside a run that computes them in float64.
+    """From the same logits, those of a model in bfloat16 that learns nothing: log-probabilities, and gradients of the
+    logits, beside a run that computes them in float64.
     """
     replayed = train(algorithm, torch.float32, False)
     seen = defaultdict(Seen)
@@ -160,8 +160,9 @@ def test_bfloat16_is_no_further_from_float64(train, report, monkeypatch, tmp_pat
         who: distance(list(seen[who].gradients.values()), list(true.gradients.values())) for who in ("TRL", "ours")
     }
     report(
-        f"{algorithm}, bfloat16, from float64 on the same logits: log-probabilities TRL's {errors['TRL'].mean():.2e}, ours "
-        f"{errors['ours'].mean():.2e} nats; gradients of the logits TRL's {apart['TRL']:.2e}, ours {apart['ours']:.2e}"
+        f"{algorithm}, bfloat16, from float64 on the same logits: log-probabilities TRL's {errors['TRL'].mean():.2e}, "
+        f"ours {errors['ours'].mean():.2e} nats; gradients of the logits TRL's {apart['TRL']:.2e}, ours "
+        f"{apart['ours']:.2e}"
     )
     assert apart["ours"] <= apart["TRL"]
 
@@ -182,7 +183,8 @@ def test_bfloat16_in_the_whole_model_hides_the_difference(train, report, algorit
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_what_it_takes_is_printed(train, report, algorithm, dtype):
-    """Loss and gradient of a step, model included: the median step's time, and the most memory of any step but the first."""
+    """Loss and gradient of a step, model included: the median step's time, and the most memory of any step but the
+    first."""
     figures = []
     for patched in (False, True):
         steps = train(algorithm, dtype, patched)
@@ -190,7 +192,7 @@ def test_what_it_takes_is_printed(train, report, algorithm, dtype):
         figures.append((sorted(steps.seconds)[STEPS // 2], max(steps.peak_bytes[1:]) / 2**20))
     (theirs_s, theirs_mib), (ours_s, ours_mib) = figures
     report(
-        f"{algorithm}, {str(dtype).removeprefix('torch.')}, a step: TRL {trl.__version__} {theirs_s * 1e3:.0f} ms, peak "
-        f"{theirs_mib:.0f} MiB; patched {ours_s * 1e3:.0f} ms, peak {ours_mib:.0f} MiB"
+        f"{algorithm}, {str(dtype).removeprefix('torch.')}, a step: TRL {trl.__version__} {theirs_s * 1e3:.0f} ms, "
+        f"peak {theirs_mib:.0f} MiB; patched {ours_s * 1e3:.0f} ms, peak {ours_mib:.0f} MiB"
     )
     assert all(value > 0 for value in (theirs_s, theirs_mib, ours_s, ours_mib))

@@ -27,9 +27,10 @@ if hasattr(utils, "selective_log_softmax_and_entropy"):
     both = utils.selective_log_softmax_and_entropy(x, y, False, 0.5, torch.ones_like(y))
     torch.testing.assert_close(both, utils.selective_log_softmax_and_entropy(x / 0.5, y))
 nodes = ast.walk(ast.parse(Path(find_spec("trl.trainer.grpo_trainer").origin).read_text()))
+calls = [node.func for node in nodes if isinstance(node, ast.Call)]
 print(json.dumps({
     "version": patched.version, "text": str(patched), "places": patched.places, "restored": compat.unpatch("trl"),
-    "called": sorted({node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}),
+    "called": sorted({called.id for called in calls if isinstance(called, ast.Name)}),
 }))
 """
 NAMES = {"selective_log_softmax", "selective_log_softmax_and_entropy", "entropy_from_logits"}

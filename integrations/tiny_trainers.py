@@ -1,7 +1,7 @@
 """GRPO and DPO by TRL's own trainers, on a randomly initialised GPT-2 of two layers, on the CPU, without a network.
 
-What each step computes is recorded: loss, gradient, and what computing them took. GPT-2, since it computes in the dtype of its
-weights throughout, float64 too, where newer models go through float32 in places.
+What each step computes is recorded: loss, gradient, and what computing them took. GPT-2, since it computes in the dtype
+of its weights throughout, float64 too, where newer models go through float32 in places.
 """
 
 import contextlib

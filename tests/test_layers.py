@@ -12,8 +12,8 @@ PACKAGES = {
     "dashboard": ROOT / "dashboard" / "compiled_logprobs_dashboard",
 }
 ORDER = (
-    "errors < policy < problem < decision < arguments < {operation, machine} < {store, backends} < check < tuning < choose < "
-    "api < {cli, compat, testing} < dashboard"
+    "errors < policy < problem < decision < arguments < {operation, machine} < {store, backends} < check < tuning < "
+    "choose < api < {cli, compat, testing} < dashboard"
 )
 LEVELS = [set(level.strip(" {}").split(", ")) for level in ORDER.split("<")]
 ANYWHERE = ("__init__", "__main__")

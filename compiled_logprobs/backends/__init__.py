@@ -41,7 +41,8 @@ def register_backend(name: str, target: str | Backend) -> None:
     """
     if not isinstance(name, str) or not name.isidentifier() or name in ("auto", PLAIN):
         raise InputError(
-            f"got {name!r} for a backend's name; an identifier is valid, e.g. 'my_backend', but not 'auto' or {PLAIN!r}."
+            f"got {name!r} for a backend's name; an identifier is valid, e.g. 'my_backend', but not 'auto' or "
+            f"{PLAIN!r}."
         )
     if name in _targets and _targets[name] != target:
         raise InputError(f"backend {name!r} is registered already; choose a name other than {', '.join(_targets)}.")

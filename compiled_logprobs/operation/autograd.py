@@ -20,7 +20,8 @@ from compiled_logprobs.problem import accumulation_dtype, collapse, overlaps
 
 
 class ForwardBackward(Protocol):
-    """The pair of functions that `compute` wraps; `compiled_logprobs.backends.base.Backend`, a layer above, documents them."""
+    """The pair of functions that `compute` wraps; `compiled_logprobs.backends.base.Backend`, a layer above, documents
+    them."""
 
     def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed: ...
 
@@ -55,7 +56,8 @@ def compute(
         backend: the pair of functions.
         logits: [..., V].
         labels: [..., K], any integers: those outside [0, V), unless they are `ignore_index`, make their row NaN.
-        temperature: a number, or a tensor broadcastable to [...]; values that are not positive and finite make their row NaN.
+        temperature: a number, or a tensor broadcastable to [...]; values that are not positive and finite make their
+            row NaN.
         ignore_index: the label that counts 0.
         entropy: whether to return the entropy.
         inplace_backward: whether the gradient may be written over `logits`.
@@ -117,7 +119,8 @@ class _LogProbs(torch.autograd.Function):
 
         all_ignored = ignored.all(-1)
         log_probs = log_probs.clamp(max=0.0).masked_fill(invalid.unsqueeze(-1), torch.nan)
-        # The last step makes a tensor that is no view: autograd refuses to have views that were made in here written into.
+        # The last step makes a tensor that is no view: autograd refuses to have views that were made in here written
+        # into.
         log_probs = log_probs.view(labels.shape).masked_fill(ignored.view(labels.shape), 0.0)
         if entropies is not None:
             entropies = entropies.clamp(min=0.0).masked_fill(invalid, torch.nan)
@@ -132,8 +135,9 @@ class _LogProbs(torch.autograd.Function):
         grad_log_probs, grad_entropy = grads
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise LogProbsError(
-                "double backward (create_graph=True) got to log_probs_from_logits, whose gradient is not differentiable "
-                "itself. Call backward without create_graph, or use torch.log_softmax and gather where you need it."
+                "double backward (create_graph=True) got to log_probs_from_logits, whose gradient is not "
+                "differentiable itself. Call backward without create_graph, or use torch.log_softmax and gather where "
+                "you need it."
             )
         if ctx.spent:
             raise LogProbsError(

@@ -15,8 +15,8 @@ subtraction comes before the division, so that a shift of the whole row costs no
 
 There are two forms of each direction, of which `compiled` takes one for a device:
 
-* `forward` and `backward` need the whole row's maximum before the first exponential, which a compiler turns into two loops
-  over the row. On a CPU these are the faster ones, and a row that was just read is still in its cache.
+* `forward` and `backward` need the whole row's maximum before the first exponential, which a compiler turns into two
+  loops over the row. On a CPU these are the faster ones, and a row that was just read is still in its cache.
 * `forward_in_blocks` and `gradient` are for GPUs: a block of the row is read once, while it lies in registers.
 """
 
@@ -95,7 +95,8 @@ def forward(logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entr
     """
     x = logits.to(accumulation_dtype(logits.dtype))
     t = per_row(temperature)
-    # An amax that keeps its dimension, a subtraction, an exp and a sum are what Inductor fuses into one online-softmax read.
+    # An amax that keeps its dimension, a subtraction, an exp and a sum are what Inductor fuses into one online-softmax
+    # read.
     m = x.amax(-1, keepdim=True)
     d = (x - m) * (1.0 / t)
     e = d.exp()
@@ -118,8 +119,9 @@ def forward_in_blocks(logits: Tensor, labels: Tensor, temperature: float | Tenso
         sum_v exp(d_v) d_v = sum_B w_B (q_B + s_B (m_B - m) / T)
 
     All terms of a sum have one sign, so that nothing cancels here either. The logits are read once, with or without the
-    entropy, and each costs one exponential: a sum that follows a running maximum through the row costs two. What the first
-    level leaves for the second is two or three numbers a block. Exponents are in bits, for exp2 is a GPU's own instruction.
+    entropy, and each costs one exponential: a sum that follows a running maximum through the row costs two. What the
+    first level leaves for the second is two or three numbers a block. Exponents are in bits, for exp2 is a GPU's own
+    instruction.
     """
     x = logits.to(accumulation_dtype(logits.dtype))
     inverse_t = 1.0 / per_row(temperature)
@@ -214,7 +216,8 @@ def _unsqueezed(number: float | Tensor) -> float | Tensor:
 
 
 def _at(logits: Tensor, labels: Tensor) -> Tensor:
-    """`logits` [..., V] at `labels` [..., K], which are in range: unlike gather, compiled without an assertion on the device."""
+    """`logits` [..., V] at `labels` [..., K], which are in range: unlike gather, compiled without an assertion on the
+    device."""
     rows = torch.meshgrid(*(torch.arange(n, device=labels.device) for n in labels.shape[:-1]), indexing="ij")
     picked: Tensor = torch.ops.aten._unsafe_index(logits, [*(r.unsqueeze(-1) for r in rows), labels])
     return picked

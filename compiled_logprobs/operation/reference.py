@@ -38,7 +38,8 @@ def reference(
     Args:
         logits: [..., V], any floating dtype.
         labels: [..., K], integers in [0, V) or `ignore_index`; any other makes its row NaN.
-        temperature: a number, or broadcastable to [...]; a value that is not positive and finite in float32 makes its row NaN.
+        temperature: a number, or broadcastable to [...]; a value that is not positive and finite in float32 makes its
+            row NaN.
         ignore_index: the label that counts 0.
         grad_log_probs: [..., K] upstream gradient; without it and `grad_entropy` no gradient is computed.
         grad_entropy: [...] upstream gradient.

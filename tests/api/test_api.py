@@ -23,7 +23,8 @@ def assert_near(found, true, atol=1e-5):
     torch.testing.assert_close(found.double(), true, atol=atol, rtol=0, equal_nan=True)
 
 
-# --- results ------------------------------------------------------------------------------------------------------------
+# --- results
+# ------------------------------------------------------------------------------------------------------------
 
 
 @each_backend
@@ -224,7 +225,8 @@ def wrong_calls():
         "logits of another type": ([1.0], y, {}, "got logits of type list; a torch.Tensor [..., V] is valid."),
         "integer logits": (
             *(x.long(), y, {}),
-            "got logits of dtype int64; float32, bfloat16, float16, float64 are valid. Convert them, e.g. logits.float().",
+            "got logits of dtype int64; float32, bfloat16, float16, float64 are valid. Convert them, e.g. "
+            "logits.float().",
         ),
         "no vocabulary": (x[..., :0], y, {}, "got logits of shape [2, 5, 0]; [..., V] with a vocabulary V"),
         "a number as logits": (x[0, 0, 0], y, {}, "got logits of shape []; [..., V] with a vocabulary V"),
@@ -253,8 +255,8 @@ def wrong_calls():
         ),
         "temperatures of another shape": (
             *(x, y, {"temperature": torch.ones(2)}),
-            "got a temperature tensor of shape [2] for logits of shape [2, 5, 7]; a shape broadcastable to [2, 5] is valid "
-            "(one temperature a token). For one a sequence use temperature.unsqueeze(-1).",
+            "got a temperature tensor of shape [2] for logits of shape [2, 5, 7]; a shape broadcastable to [2, 5] is "
+            "valid (one temperature a token). For one a sequence use temperature.unsqueeze(-1).",
         ),
         "a bad temperature": (x, y, {"temperature": negative}, "got temperature[0, 3] = -1; numbers from 1.18e-38"),
         "temperatures elsewhere": (x, y, {"temperature": meta}, "got a temperature tensor on meta and logits on cpu;"),
@@ -278,7 +280,8 @@ def test_an_unknown_reduction():
         clp.cross_entropy_from_logits(*problem(2), reduction="avg")
 
 
-# --- gradients and memory -----------------------------------------------------------------------------------------------
+# --- gradients and memory
+# -----------------------------------------------------------------------------------------------
 
 
 @each_backend
@@ -391,7 +394,8 @@ def test_overlapping_memory_takes_the_ordinary_path(backend):
     assert_near(leaf.grad, true)
 
 
-# --- values that are not looked at --------------------------------------------------------------------------------------
+# --- values that are not looked at
+# --------------------------------------------------------------------------------------
 
 
 @each_backend

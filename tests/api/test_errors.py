@@ -1,4 +1,5 @@
-"""Which errors are no backend's own: out of memory, a real one above all, and faults of the device. They set nothing aside."""
+"""Which errors are no backend's own: out of memory, a real one above all, and faults of the device. They set nothing
+aside."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Programs as users start them: scripts, notebooks, standard input, ranks, children; the first call of each may measure."""
+"""Programs as users start them: scripts, notebooks, standard input, ranks, children; the first call of each may
+measure."""
 
 import json
 import os

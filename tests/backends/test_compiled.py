@@ -40,7 +40,7 @@ def test_any_number_of_rows_and_any_temperature_take_one_compilation_a_direction
         for temperature in TEMPERATURES:
             logits = torch.randn(n, vocab, requires_grad=True)
             labels = torch.randint(vocab, (n, 1))
-            forward += compilations(lambda: compute(backend, logits, labels, temperature))  # noqa: B023 - called at once
+            forward += compilations(lambda: compute(backend, logits, labels, temperature))  # noqa: B023 - called here
             log_probs, _ = compute(backend, logits, labels, temperature)
             backward += compilations(lambda: log_probs.sum().backward())  # noqa: B023 - called at once
     assert (forward, backward) == (1, 1)
@@ -77,7 +77,8 @@ def test_what_forward_was_told_of_sizes_does_not_reach_backward(monkeypatch):
 
 @pytest.mark.slow
 def test_any_batch_and_length_take_one_compilation_a_direction():
-    """Whole [B, T, V] logits are those of [B * T, V]; a slice of the positions has two strides, and a compilation of its own."""
+    """Whole [B, T, V] logits are those of [B * T, V]; a slice of the positions has two strides, and a compilation of
+    its own."""
     whole = sliced = 0
     for batch, length in ((2, 5), (3, 5), (3, 9), (8, 4)):
         leaf, labels = torch.randn(batch, length, 53, requires_grad=True), torch.randint(53, (batch, length))

@@ -31,7 +31,8 @@ apply_reduction = interpreter.ReduceOps.apply_impl
 
 
 def reduce(self, input):
-    """Inductor's own maximum, which hands on NaN as numpy's does: the interpreter would take its elements one by one."""
+    """Inductor's own maximum, which hands on NaN as numpy's does: the interpreter would take its elements one by
+    one."""
     if self.combine_fn is triton_helpers.maximum:
         return self.min_max(input[0], val_reduce_op=np.max)
     return apply_reduction(self, input)

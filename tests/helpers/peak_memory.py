@@ -1,7 +1,7 @@
 """Measure how much memory a backend takes beyond the logits: a program, which prints JSON.
 
-Linux only: the kernel's own high-water mark of resident memory (VmHWM), which sees every allocation, and which a write to
-/proc/self/clear_refs resets.
+Linux only: the kernel's own high-water mark of resident memory (VmHWM), which sees every allocation, and which a write
+to /proc/self/clear_refs resets.
 """
 
 import ctypes

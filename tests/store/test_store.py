@@ -128,7 +128,7 @@ def edited(**changes) -> Callable[[bytes], bytes]:
         (edited(problem=None), "a problem is a NoneType"),
         (edited(chosen="flash_attn"), "not among those that it measured"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_wrong_file_is_a_miss_with_one_warning_and_heals(store, spoil, told):
     path = store.publish(HERE, FIRST)
