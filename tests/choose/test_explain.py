@@ -127,8 +127,8 @@ def test_a_decision_with_all_that_is_known_of_it():
     ]
     assert (
         "              1 ms a call, 4.00x (3.80 to 4.20) the speed of log_softmax and gather, 1.00x (0.90 to 1.10) the "
-        "speed of eager, 0.50 x the logits of extra memory, 40 % of bandwidth, 1 of 1 checks, row invariant, first call "
-        "0.5 s, paid for after 500 calls"
+        "speed of eager, 0.50 x the logits of extra memory, 40 % of bandwidth, 1 of 1 checks, row invariant, first "
+        "call 0.5 s, paid for after 500 calls"
     ) in lines
     speedup = explanation.to_dict()["decision"]["candidates"]["compiled"]["speedup"]
     assert speedup == {"low": 0.9, "median": 1.0, "high": 1.1}

@@ -1,6 +1,7 @@
 """Backends whose code stays the same while what they do does not, as after an upgrade of what they call.
 
-Named to the worker program, which has the environment of whoever starts it, as 'tests.helpers.backends_that_change:Name'.
+Named to the worker program, which has the environment of whoever starts it, as
+'tests.helpers.backends_that_change:Name'.
 """
 
 import os

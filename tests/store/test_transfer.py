@@ -344,7 +344,7 @@ BY_DEFAULT = both(BROKEN, EARLIER) | {f"{problem_name(STALE)}.evidence.json", AB
         ({"older_than_days": 50}, set()),
         ({"older_than_days": 30, "broken": True}, both(AGED) | BY_DEFAULT),
     ],
-    ids=str,
+    ids=["by default", "broken", "aged", "none is as old", "aged or broken"],
 )
 def test_what_is_pruned(mixed, asked, gone):
     before = files(mixed)
