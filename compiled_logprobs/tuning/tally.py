@@ -107,7 +107,7 @@ class Tally:
         that are in the program: a thread of theirs may have ended it. Where plain `log_softmax` was at work, its line
         goes.
         """
-        if self.step == "plain":
+        if self.step == "time" and self.candidate is None:
             self.with_plain = False
             return True
         guests = [name for name in self.alive if name in self._loaded and name not in BUILT_IN]
@@ -128,11 +128,7 @@ class Tally:
 
     def has_enough_rounds(self) -> bool:
         times = self.times()
-        return (
-            self.step in ("time", "plain")
-            and bool(times)
-            and min(map(len, times.values())) >= fewest_rounds(len(times))
-        )
+        return self.step == "time" and bool(times) and min(map(len, times.values())) >= fewest_rounds(len(times))
 
     def is_stuck(self) -> bool:
         """Whether a timed call takes far longer than all before it, so that the budget is not to blame."""

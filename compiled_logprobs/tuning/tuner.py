@@ -27,7 +27,6 @@ LIMITS_S = {
     "time": 60.0,
     "inputs": 120.0,
     "full size": 120.0,
-    "plain": 60.0,
 }
 """How long one step may take before it is taken for hanging."""
 START_S = 120.0

@@ -350,9 +350,7 @@ class Job:
         if self._device.type == "cuda":
             # After a fault every call fails, those of right candidates too: raise while the last is still to blame.
             torch.cuda.synchronize(self._device)
-        if name == PLAIN:
-            name, step = None, "plain"
-        self._emit("step", candidate=name, step=step)
+        self._emit("step", candidate=None if name == PLAIN else name, step=step)
 
 
 def bytes_of_check(problem: Problem) -> int:

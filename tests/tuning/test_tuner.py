@@ -165,7 +165,7 @@ def test_where_nobody_can_be_blamed_nothing_is_decided(scripted):
 
 def test_plain_torch_costs_its_line_alone(scripted):
     rest = [*ready("eager", "a"), *rounds(20, eager=2.0, a=1.0)]
-    workers = scripted([*ready("eager", "a"), step(None, "plain"), CRASH], rest)
+    workers = scripted([*ready("eager", "a"), step(None, "time"), CRASH], rest)
     decision, _ = decide("a")
     assert outcomes(decision) == {"eager": "slower", "a": "chosen"} and decision.plain_seconds is None
     assert [job["plain"] for job in workers.jobs] == [True, False]
