@@ -38,9 +38,9 @@ test: .venv/.installed-flash-attn
 
 test-integrations: export OMP_WAIT_POLICY := PASSIVE
 test-integrations: $(INTEGRATIONS)/.installed
-	$(call within,$(INTEGRATIONS_LIMIT),$(INTEGRATIONS)/bin/python -m pytest -v integrations)
+	$(call within,$(INTEGRATIONS_LIMIT),$(INTEGRATIONS)/bin/python -m pytest -v tests/integrations)
 	PYTHONPATH=$(INTEGRATIONS)/trl-1.13.0 \
-	$(call within,$(INTEGRATIONS_LIMIT_1.13),$(INTEGRATIONS)/bin/python -m pytest -v integrations/test_trl.py)
+	$(call within,$(INTEGRATIONS_LIMIT_1.13),$(INTEGRATIONS)/bin/python -m pytest -v tests/integrations/test_trl.py)
 
 profile: .venv/.installed-flash-attn
 	$(BIN)/compiled-logprobs profile
@@ -86,9 +86,9 @@ $(BIN)/python:
 
 # TRL 1.14, the last version whose trainers call the functions that are replaced, and the versions around it, without their
 # dependencies, each in a folder of its own.
-$(INTEGRATIONS)/.installed: pyproject.toml integrations/constraints.txt
+$(INTEGRATIONS)/.installed: pyproject.toml tests/integrations/constraints.txt
 	$(PYTHON) -m venv $(INTEGRATIONS)
-	$(INTEGRATIONS)/bin/python -m pip install --disable-pip-version-check -c integrations/constraints.txt -e . pytest requests trl
+	$(INTEGRATIONS)/bin/python -m pip install --disable-pip-version-check -c tests/integrations/constraints.txt -e . pytest requests trl
 	for version in 1.13.0 1.15.0 1.16.0; do \
 		$(INTEGRATIONS)/bin/python -m pip install --disable-pip-version-check --no-deps --upgrade \
 			--target $(INTEGRATIONS)/trl-$$version trl==$$version || exit 1; \

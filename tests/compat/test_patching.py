@@ -1,4 +1,4 @@
-"""`patch` on small packages that are laid out as the frameworks are; `integrations/` has it on the real TRL."""
+"""`patch` on small packages that are laid out as the frameworks are; `tests/integrations` has it on the real TRL."""
 
 import functools
 import importlib

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import trl
-from tiny_trainers import LEARNING_RATE, STEPS, Steps, train_dpo, train_grpo
 from torch import Tensor
 from trl.trainer import dpo_trainer, grpo_trainer
 
 from compiled_logprobs import compat
 from tests.helpers import compat_originals
+from tests.integrations.tiny_trainers import LEARNING_RATE, STEPS, Steps, train_dpo, train_grpo
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -71,7 +71,7 @@ def test_patching_reaches_both_trainers(report):
 
 def test_the_page_about_frameworks_runs():
     """The block that tests/test_docs.py cannot execute."""
-    page = (Path(__file__).parent.parent / "docs/frameworks.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/frameworks.md").read_text()
     (block,) = re.findall(r"<!-- not executed: it needs TRL.*?-->\n```python\n(.*?)```", page, re.S)
     before, names = grpo_trainer.selective_log_softmax, {}
     exec(block, names)

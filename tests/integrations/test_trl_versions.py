@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent.parent / ".venv-integrations"
+FOLDER = Path(__file__).parents[2] / ".venv-integrations"
 
 PROGRAM = """
 import ast, json
