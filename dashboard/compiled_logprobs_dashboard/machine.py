@@ -56,7 +56,7 @@ class GpuLook:
 
 
 @dataclass(frozen=True)
-class Look:
+class MachineLook:
     """One look at the machine."""
 
     at: float
@@ -79,13 +79,13 @@ class Machine:
         self.interval = interval
         self._find = find
         self._found: list[Gpu] | NoTelemetry = []
-        self._looks: deque[Look] = deque(maxlen=kept)
+        self._looks: deque[MachineLook] = deque(maxlen=kept)
         self._cpu: tuple[float, float] | None = None
         self._asked_at = 0.0
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def looks(self) -> list[Look]:
+    def looks(self) -> list[MachineLook]:
         """Those of the last minutes, the newest last; at least one. Someone asking keeps them coming."""
         with self._lock:
             self._asked_at = time.monotonic()
@@ -123,7 +123,7 @@ class Machine:
             for name, gpu in zip(labels, self.gpus, strict=True)
         )
         cpu = _cpu_seconds()
-        self._looks.append(Look(time.time(), _host(self._cpu, cpu), found))
+        self._looks.append(MachineLook(time.time(), _host(self._cpu, cpu), found))
         self._cpu = cpu
 
 

@@ -222,7 +222,7 @@ class RunRefused(LogProbsError):
 
 
 @dataclass
-class Run:
+class ProfileRun:
     """A run that was started, be it over or not."""
 
     request: Request
@@ -296,7 +296,7 @@ class Runs:
     """The runs of this server: one at a time, and one on this machine by one user."""
 
     def __init__(self) -> None:
-        self.latest: Run | None = None
+        self.latest: ProfileRun | None = None
         self._lock = threading.Lock()
 
     @property
@@ -308,7 +308,7 @@ class Runs:
         if self.latest is not None:
             self.latest.interrupt()
 
-    def start(self, request: Request) -> Run:
+    def start(self, request: Request) -> ProfileRun:
         """Start a run, and return at once.
 
         Raises:
@@ -337,7 +337,7 @@ class Runs:
 RUNS = Runs()
 
 
-def _start(request: Request, lock: BaseFileLock) -> Run:
+def _start(request: Request, lock: BaseFileLock) -> ProfileRun:
     folder = tempfile.TemporaryDirectory(prefix="compiled-logprobs-run-", ignore_cleanup_errors=True)
     command = [sys.executable, "-m", "compiled_logprobs", *request.arguments(), "--progress=jsonl"]
     with Path(folder.name, EVENTS).open("wb") as events, Path(folder.name, ERRORS).open("wb") as errors:
@@ -351,7 +351,7 @@ def _start(request: Request, lock: BaseFileLock) -> Run:
         lock.release()
 
     threading.Thread(target=see_off, name="run", daemon=True).start()
-    return Run(request, process, folder)
+    return ProfileRun(request, process, folder)
 
 
 def _unwritable(error: OSError) -> RunRefused:

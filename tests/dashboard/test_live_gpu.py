@@ -7,7 +7,7 @@ import psutil
 import pytest
 from compiled_logprobs_dashboard import machine, runs
 from compiled_logprobs_dashboard.charts.live_gpu import line
-from compiled_logprobs_dashboard.machine import GpuLook, Host, Look, Machine, process_name
+from compiled_logprobs_dashboard.machine import GpuLook, Host, Machine, MachineLook, process_name
 from compiled_logprobs_dashboard.tables.live_gpu import HISTORY, history, of, size, throttling
 
 from compiled_logprobs.machine.nvml import NoTelemetry, Snapshot, gpus
@@ -124,11 +124,11 @@ def test_one_thread_serves_all_and_ends_when_nobody_asks(watched):
 HOST = Host(50.0, 2, 1.0, None, 3, 10, 7)
 
 
-def at(seconds: float, **gpu: object) -> Look:
+def at(seconds: float, **gpu: object) -> MachineLook:
     if not gpu:
-        return Look(seconds, HOST, ())
+        return MachineLook(seconds, HOST, ())
     fields = dict.fromkeys(Snapshot.__dataclass_fields__)
-    return Look(seconds, HOST, (GpuLook("0: <b>x</b>", Snapshot(**{**fields, **gpu}), None),))
+    return MachineLook(seconds, HOST, (GpuLook("0: <b>x</b>", Snapshot(**{**fields, **gpu}), None),))
 
 
 def test_history_has_a_row_a_look_and_a_gap_where_nobody_looked():

@@ -7,7 +7,7 @@ import streamlit as st
 import torch
 from compiled_logprobs_dashboard import runs, selection
 from compiled_logprobs_dashboard.looks import plain, plain_line
-from compiled_logprobs_dashboard.runs import Request, Run, preflight
+from compiled_logprobs_dashboard.runs import ProfileRun, Request, preflight
 from compiled_logprobs_dashboard.tables.run import Seen, decided, losses, outlook, over, standings
 
 from compiled_logprobs.backends import backends
@@ -160,7 +160,7 @@ def form(running: bool) -> None:
         st.caption("All of this is stored already. Tick the box above to measure it again.")
 
 
-def show_run(run: Run) -> None:
+def show_run(run: ProfileRun) -> None:
     """How a run stands, and what it found."""
     status, seen = run.status(), run.seen()
     st.subheader(HEADINGS[status])
@@ -188,7 +188,7 @@ def show_run(run: Run) -> None:
     show_results(run, seen)
 
 
-def show_progress(run: Run, seen: Seen) -> None:
+def show_progress(run: ProfileRun, seen: Seen) -> None:
     elapsed = time.time() - run.started_at
     view = outlook(seen, run.request.budget_s, elapsed)
     left = ""
@@ -202,7 +202,7 @@ def show_progress(run: Run, seen: Seen) -> None:
         st.write(f"{plain(short(seen.current))}: {plain(seen.doing)}")
 
 
-def show_results(run: Run, seen: Seen) -> None:
+def show_results(run: ProfileRun, seen: Seen) -> None:
     if seen.decisions:
         st.markdown("**Leaderboard**")
         times = st.column_config.NumberColumn(format="%.2fx")
@@ -237,7 +237,7 @@ running = runs.RUNS.is_measuring
 
 
 @st.fragment(run_every=REFRESH_S if running else None)
-def show(run: Run) -> None:
+def show(run: ProfileRun) -> None:
     """How the run stands, again and again while it goes on."""
     show_run(run)
     if running and not run.is_running:

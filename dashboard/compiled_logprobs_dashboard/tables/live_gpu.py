@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from compiled_logprobs_dashboard.machine import INTERVAL_S, NOT_TOLD, Look
+from compiled_logprobs_dashboard.machine import INTERVAL_S, NOT_TOLD, MachineLook
 
 GAP = 3.0
 """Intervals between two looks that make a gap in a line."""
@@ -19,7 +19,7 @@ HISTORY = [
 """The figures of a look that a line can be drawn of."""
 
 
-def history(looks: list[Look], interval: float = INTERVAL_S) -> pd.DataFrame:
+def history(looks: list[MachineLook], interval: float = INTERVAL_S) -> pd.DataFrame:
     """A row for each device of each look, by rising time: `at`, `device`, and HISTORY.
 
     Where nobody looked for a while, a row without figures stands in between, so that no line bridges that.
