@@ -28,44 +28,24 @@ INFINITY_CACHE = 256 * MIB
 """Of the AMD accelerators that have most of it: it lies behind the L2 cache, and torch does not report it."""
 
 
-class Clock:
-    """Seconds between `start()` and `stop()` on `device`, by the device's own events if it is CUDA.
-
-    Work that was queued on the current stream before `start()` is not counted, and `stop()` waits for what came after
-    it.
-    """
-
-    def __init__(self, device: torch.device | str) -> None:
-        self._device = measurable(device)
-        self._events: list[cuda.Event] = []
-        if self._device.type == "cuda":
-            self._events = [
-                cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's gap
-                for _ in range(2)
-            ]
-        self._began = 0.0
-
-    def start(self) -> None:
-        if self._events:
-            self._events[0].record(cuda.current_stream(self._device))
-        else:
-            self._began = perf_counter()
-
-    def stop(self) -> float:
-        if not self._events:
-            return perf_counter() - self._began
-        began, ended = self._events
-        ended.record(cuda.current_stream(self._device))
-        ended.synchronize()
-        return float(began.elapsed_time(ended)) / 1000
-
-
 def time_call(function: Callable[[], object], device: torch.device | str) -> float:
-    """Seconds that one call of `function` takes; what it returns is freed outside of the clock."""
-    clock = Clock(device)
-    clock.start()
-    result = function()
-    seconds = clock.stop()
+    """Seconds that one call of `function` takes; what it returns is freed outside of the clock.
+
+    On CUDA by the device's own events: what was queued on the current stream before does not count, and what the call
+    queues is waited for.
+    """
+    device = measurable(device)
+    if device.type == "cuda":
+        began, ended = (cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began.record(cuda.current_stream(device))
+        result = function()
+        ended.record(cuda.current_stream(device))
+        ended.synchronize()
+        seconds = float(began.elapsed_time(ended)) / 1000
+    else:
+        start = perf_counter()
+        result = function()
+        seconds = perf_counter() - start
     del result
     return seconds
 

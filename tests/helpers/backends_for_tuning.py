@@ -29,7 +29,6 @@ registry = import_module("compiled_logprobs.backends")  # the package has a func
 
 FOLDER_VARIABLE = "BACKENDS_FOR_TUNING_FOLDER"
 """Where backends leave the ids of their processes; the worker program has the environment of whoever starts it."""
-SLOW_VARIABLE = "BACKENDS_FOR_TUNING_SLOW_S"
 LONG_S = 3600.0
 FLOOD_BYTES = 20_000_000
 
@@ -172,14 +171,6 @@ class SlowByRow(Right):
 
     def forward(self, logits, labels, temperature, *, entropy):
         time.sleep(1e-4 * labels.shape[:-1].numel())
-        return super().forward(logits, labels, temperature, entropy=entropy)
-
-
-class SlowWhereTold(Right):
-    """Sleeps for as long as a variable says, which each rank has of its own."""
-
-    def forward(self, logits, labels, temperature, *, entropy):
-        time.sleep(float(os.environ.get(SLOW_VARIABLE, "0")))
         return super().forward(logits, labels, temperature, entropy=entropy)
 
 
