@@ -1,10 +1,6 @@
 """Which errors are no backend's own: out of memory, a real one above all, and faults of the device. They set nothing
 aside."""
 
-import json
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -145,58 +141,3 @@ def test_the_warning_is_of_the_line_that_called(winner):
     with pytest.warns(RuntimeWarning, match="the driver is gone") as told:
         clp.log_probs_from_logits(LOGITS, LABELS)
     assert len(told) == 1
-
-
-LIMITED = """
-import json, resource, sys, warnings
-from pathlib import Path
-import torch
-from tests.helpers.stored_decisions import LARGE, decided, measured, publish
-import compiled_logprobs as clp
-from compiled_logprobs.choose import memory
-from compiled_logprobs.backends import register_backend
-from compiled_logprobs.backends.eager import Eager
-
-class Hungry(Eager):
-    def forward(self, *arguments, entropy):
-        torch.ones(2**30, dtype=torch.uint8)
-        return super().forward(*arguments, entropy=entropy)
-
-register_backend("hungry", Hungry())
-publish(decided(LARGE, "hungry", candidates={"eager": measured("eager"), "hungry": measured("hungry")}))
-logits, labels = torch.randn(LARGE.rows, LARGE.vocab), torch.zeros(LARGE.rows, dtype=torch.int64)
-said = {"raised": []}
-with clp.autotune("lookup"), warnings.catch_warnings(record=True) as told:
-    warnings.simplefilter("always")
-    said["chosen"] = clp.explain(logits, labels).backend
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, before[1]))
-    for _ in range(2):
-        try:
-            clp.log_probs_from_logits(logits, labels)
-        except RuntimeError as error:
-            said["raised"].append([type(error).__name__, str(error)])
-    resource.setrlimit(resource.RLIMIT_AS, before)
-    said["then"] = clp.explain(logits, labels).backend
-    said["served"] = torch.equal(
-        clp.log_probs_from_logits(logits, labels), clp.log_probs_from_logits(logits, labels, backend="eager")
-    )
-said["told"], said["aside"] = [str(one.message) for one in told], memory.MEMORY.failures(LARGE)
-print(json.dumps(said))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit is set by what Linux tells of a process")
-@pytest.mark.slow
-def test_a_winner_that_runs_out_of_memory_under_a_limit_is_not_set_aside(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(LIMITED)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
-    said = json.loads(ran.stdout)
-    assert said["chosen"] == said["then"] == "hungry" and said["served"]
-    assert [kind for kind, _ in said["raised"]] == ["RuntimeError"] * 2
-    assert all("can't allocate memory" in message for _, message in said["raised"])
-    assert said["told"] == [] and said["aside"] == {}

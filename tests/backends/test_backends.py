@@ -10,7 +10,6 @@ import torch
 
 import compiled_logprobs as clp
 from compiled_logprobs.backends import get_backend, why_not
-from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.problem import Problem
 
@@ -139,11 +138,9 @@ def test_registering_nonsense(registry, name, target, message):
         clp.register_backend(name, target)
 
 
-def test_fingerprints_follow_the_source():
+def test_each_backend_has_a_fingerprint_of_its_own():
     names = clp.backends()
-    prints = [get_backend(name).fingerprint() for name in names]
-    assert len(set(prints)) == len(names) and prints == [get_backend(name).fingerprint() for name in names]
-    assert all(isinstance(get_backend(name), Backend) and get_backend(name).name == name for name in names)
+    assert len({get_backend(name).fingerprint() for name in names}) == len(names)
 
 
 @pytest.mark.slow

@@ -123,8 +123,7 @@ def test_many_labels_a_row_some_of_them_the_same():
         torch.testing.assert_close(gradient.double(), true, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.0), (torch.float32, 10.0), (torch.bfloat16, 1.0)])
 def test_at_most_twice_the_error_of_eager(dtype, scale):
     """Root mean square against float64."""
     logits, labels = (torch.randn(64, 32003) * scale).to(dtype), torch.randint(32003, (64, 16))
