@@ -36,12 +36,12 @@ def time_call(function: Callable[[], object], device: torch.device | str) -> flo
     """
     device = measurable(device)
     if device.type == "cuda":
-        began, ended = (cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        began.record(cuda.current_stream(device))
+        first, last = (cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's gap
+        first.record(cuda.current_stream(device))
         result = function()
-        ended.record(cuda.current_stream(device))
-        ended.synchronize()
-        seconds = float(began.elapsed_time(ended)) / 1000
+        last.record(cuda.current_stream(device))
+        last.synchronize()
+        seconds = float(first.elapsed_time(last)) / 1000
     else:
         start = perf_counter()
         result = function()

@@ -4,7 +4,6 @@ harm.
 The harm is real: only `Right` and `Wrong` may be called in the process of the tests.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -312,11 +311,6 @@ class Exits(Harmful):
     def harm(self) -> NoReturn:
         print("no device", file=sys.stderr, flush=True)
         os._exit(3)
-
-
-class Segfaults(Harmful):
-    def harm(self) -> None:
-        ctypes.string_at(0)
 
 
 class WritesOnThePipes(Harmful):

@@ -77,7 +77,6 @@ def test_a_program_that_cannot_be_started_is_lost(monkeypatch, executable):
 
 LOST = {
     "exits": ("Exits", "crashed", "compile: ended with exit code 3; it said: no device"),
-    "segfaults": ("Segfaults", "crashed", "compile: killed by SIGSEGV"),
     "writes": ("WritesOnThePipes", "crashed", r"compile: wrote 'gibberish\n' where only the worker program writes"),
     "hangs": ("HangsInImport", "timeout", "import: no end after 3 s"),
 }
@@ -104,9 +103,16 @@ def test_what_ends_the_program_costs_the_candidate_and_the_others_are_measured(m
 
 
 @pytest.mark.slow
-def test_what_candidates_print_and_read_stays_out_of_the_protocol(folder):
-    """They flood both streams, write events to standard output, read what could be jobs, and leave children behind."""
+def test_what_candidates_print_and_read_stays_out_of_the_protocol(monkeypatch, folder):
+    """They flood both streams, write events to standard output, read what could be jobs, and leave children behind.
+
+    One is imported from where only this process has been told to look, as from beside the script of whoever calls.
+    """
     names = {"floods": "Floods", "writes": "WritesEvents", "reads": "ReadsStandardInput", "leaves": "LeavesChildren"}
+    lines = ("from tests.helpers.backends_for_tuning import Right", "class Here(Right):", "    pass")
+    (folder / "only_here.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(folder))
+    names["here"] = "only_here:Here"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with registered(**names), Tuner(CPU, short=True) as tuner:
         decision, evidence = tuner.decide(PROBLEM, 3.0, names=list(names))
@@ -154,17 +160,6 @@ def test_it_ends_when_there_is_nobody_to_send_jobs(monkeypatch, tmp_path):
         worker.next_event(within=START_S)
         worker._process.stdin.close()
         assert worker._process.wait(20.0) == 0
-
-
-@pytest.mark.slow
-def test_it_imports_what_this_process_would_import(monkeypatch, tmp_path):
-    """A module beside the script of whoever calls, or on a path that was added by hand."""
-    lines = ("from tests.helpers.backends_for_tuning import Right", "class Here(Right):", "    pass")
-    (tmp_path / "only_here.py").write_text("\n".join(lines))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with registered(here="only_here:Here"), Tuner(CPU, short=True) as tuner:
-        decision, _ = tuner.decide(PROBLEM, 0.0, names=["here"])
-    assert decision.candidates["here"].measured, decision.candidates["here"].reason
 
 
 TUNE = """
