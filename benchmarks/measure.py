@@ -49,7 +49,7 @@ def measure(
         rounds: how many at most; each calls everybody once, in an order of its own.
         seconds: after which no further round begins, once there are `ROUNDS_OF_SLOW`.
     """
-    inputs = _Inputs(problem, device)
+    inputs = _Arguments(problem, device)
     results = {one.name: Result(one.name, one.ours, one.note(problem)) for one in chosen}
     idioms: dict[str, Idiom] = {}
     for one in chosen:
@@ -83,7 +83,7 @@ def measure(
     return Cell(problem, mode, results, read_seconds)
 
 
-class _Inputs:
+class _Arguments:
     """Logits [N, V], labels [N], the upstream gradient [N] of the log-probabilities, and what is true of some rows."""
 
     def __init__(self, problem: Problem, device: torch.device) -> None:
