@@ -1,7 +1,6 @@
 """The server that `compiled-logprobs dashboard` becomes: Streamlit's, on 127.0.0.1, behind our guard."""
 
 import argparse
-import importlib
 import logging
 import os
 import signal
@@ -19,6 +18,8 @@ from starlette.middleware import Middleware
 from streamlit import config
 from streamlit.starlette import App
 
+# Imported before a page is: two threads that import the library at once can block one another.
+from compiled_logprobs_dashboard import runs, selection
 from compiled_logprobs_dashboard.guard import HOSTS, UPLOAD_LIMIT_MB, Guard
 
 ADDRESS = HOSTS[0]
@@ -68,27 +69,18 @@ async def _alive(app: App, *, browser: bool) -> AsyncIterator[None]:
     url = f"http://{ADDRESS}:{config.get_option('server.port')}"
     sys.stdout.write(f"The dashboard is at {url}\nPress Ctrl-C to end it.\n")
     sys.stdout.flush()
-    # It warns, with a stack, of widgets that have a default and a value from a link; ours are meant to have both.
-    logging.getLogger("streamlit.elements.lib.policies").setLevel(logging.ERROR)
-    threading.Thread(target=_prepare, daemon=True).start()
+    # It warns of widgets that have a default and a value from a link, as ours do, and of what no page asked for.
+    for name in ("elements.lib.policies", "runtime.scriptrunner_utils.script_run_context"):
+        logging.getLogger(f"streamlit.{name}").setLevel(logging.ERROR)
+    threading.Thread(target=selection.current_frames, daemon=True).start()
     if browser and _has_screen():
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
     yield
 
 
-def _prepare() -> None:
-    """Have ready what the first page needs while the browser is on its way: packages and profiles take seconds."""
-    for name in ("tables.decide", "charts.decide"):
-        importlib.import_module(f"compiled_logprobs_dashboard.{name}")
-    importlib.import_module("compiled_logprobs_dashboard.selection").current_frames()
-
-
 def _end(orderly: Any, number: int, frame: FrameType | None) -> None:
     """End in order, and without order if that takes long: a page may be in the midst of a computation."""
-    if runs := sys.modules.get(
-        "compiled_logprobs_dashboard.runs"
-    ):  # slow to import, and needed only where a run was started
-        runs.RUNS.interrupt()
+    runs.RUNS.interrupt()
     orderly(number, frame)
     last = threading.Timer(PATIENCE_S, os._exit, [128 + number])
     last.daemon = True

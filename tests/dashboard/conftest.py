@@ -1,5 +1,7 @@
 """Each test of the dashboard has stores of its own, and nothing cached or running that another test left."""
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("streamlit", reason="the extra `dashboard` is not installed")
@@ -11,6 +13,7 @@ from compiled_logprobs import store
 from compiled_logprobs.store import ROOT_VARIABLE
 from compiled_logprobs.store.files import Store
 from tests.helpers import nvml_library
+from tests.helpers.dashboard_server import dashboard
 from tests.helpers.dashboard_stores import SCENARIOS
 
 
@@ -59,3 +62,18 @@ def load(scenario):
 def nvml(tmp_path_factory):
     """The stand-in for NVML's library."""
     return nvml_library.build(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A dashboard that runs, with the profiles of the checkout, of a user whose settings would open it to the world."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / ".streamlit").mkdir()
+    (folder / ".streamlit" / "config.toml").write_text(
+        '[server]\naddress = "0.0.0.0"\nallowedHosts = ["*"]\nenableCORS = false\nenableXsrfProtection = false\n'
+        "maxUploadSize = 1000\nenableStaticServing = true\n[browser]\ngatherUsageStats = true\n"
+    )
+    settings = {"STREAMLIT_SERVER_ADDRESS": "0.0.0.0", "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "true"}
+    settings["TMPDIR"] = str(folder)  # so that its runs wait for nobody else who measures
+    with dashboard(folder, cwd=Path(__file__).parents[2], **settings) as running:
+        yield running

@@ -13,14 +13,13 @@ from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import ProfileError
 
 MAP = "winner_map"
+RANKED = ["backend", "outcome", "speedup", "low", "high", "ratio"]
 COLUMNS = {
     "backend": st.column_config.TextColumn("backend", pinned=True),
     "letter": st.column_config.TextColumn("", help="As in the charts.", width="small"),
     "outcome": st.column_config.TextColumn("outcome"),
     "ms": st.column_config.NumberColumn("a call", format="%.3g ms"),
-    "speedup": st.column_config.NumberColumn(
-        "speed-up", format="%.2fx", help="See the chart's title for whose time over its own."
-    ),
+    "speedup": st.column_config.NumberColumn("speed-up", format="%.2fx", help="Below is told over whom."),
     "low": st.column_config.NumberColumn("from", format="%.2fx", help="End of the confidence interval."),
     "high": st.column_config.NumberColumn("to", format="%.2fx", help="End of the confidence interval."),
     "ratio": st.column_config.NumberColumn(
@@ -129,25 +128,23 @@ def _badges(frames: Frames, profile: Profile, answer: Answer, decision: Decision
 def _ranking(frames: Frames, decision: Decision, left_out: int) -> None:
     st.subheader("Ranking")
     board = tables.leaderboard(decision, frames.backends)
-    st.dataframe(
-        board.drop(columns="name"),
-        hide_index=True,
-        column_config=COLUMNS,
-        key="leaderboard",
-        alt="The candidates, the chosen one first",
-        placeholder="–",
-    )
+    over, beside = against(decision), f", and beside that over the baseline, {plain(decision.baseline)}"
+    if over == decision.baseline:
+        board, beside = board.drop(columns="ratio"), ""
+    alt = "The candidates, the chosen one first"
+    shown = board.drop(columns="name")
+    st.dataframe(shown, hide_index=True, column_config=COLUMNS, key="leaderboard", alt=alt, placeholder="–")
     timed = "" if decision.measured_rows == decision.problem.rows else f", timed with {decision.measured_rows} rows"
+    more = f" {left_out} more candidates are not shown; the download below has all." if left_out else ""
     st.caption(
         f"{plain(decision.code)}: {plain(decision.reason)}. {decision.rounds} rounds{timed}. Speed-ups are over "
-        f"{plain(against(decision))}, and beside that over the baseline, {plain(decision.baseline)}."
-        + (f" {left_out} more candidates are not shown; the download below has all." if left_out else "")
+        f"{plain(over)}{beside}.{more}"
     )
     selection.chart(
-        charts.ranking(board, against(decision), among=frames.backends),
-        alt=charts.ranking_in_words(board, against(decision)),
+        charts.ranking(board, over, among=frames.backends),
+        alt=charts.ranking_in_words(board, over),
         key="ranking",
-        table=board[["backend", "outcome", "speedup", "low", "high", "ratio"]],
+        table=shown[[name for name in RANKED if name in shown]],
         columns=COLUMNS,
     )
 
