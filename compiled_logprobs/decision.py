@@ -235,13 +235,6 @@ class Decision:
         calls = first / saved if saved > 0 else math.inf
         return max(1.0, math.ceil(calls)) if math.isfinite(calls) else None
 
-    def best_row_invariant(self) -> str | None:
-        """The fastest candidate whose rows do not depend on N; None if there is none."""
-        if self.winner.row_invariant:
-            return self.chosen
-        fit = {name: c for name, c in self.candidates.items() if c.measured and c.row_invariant}
-        return min(fit, key=lambda name: fit[name].seconds or math.inf, default=None)
-
     def to_dict(self) -> dict[str, Any]:
         """For programs: the fields as plain values, and what follows from them."""
         fields = {**asdict(self), "problem": problem_to_dict(self.problem)}

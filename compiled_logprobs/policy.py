@@ -52,8 +52,7 @@ def autotune(
     row_invariant: bool | None = None,
     require_hit: bool | None = None,
 ) -> Iterator[None]:
-    """Set what `backend="auto"` may do, for this thread or task, until the block ends; what is not named stays as it
-    is.
+    """Set what `backend="auto"` may do, for this thread or task, until the block ends. The rest stays as it is.
 
     with autotune("lookup", require_hit=True):
         log_probs = log_probs_from_logits(logits, labels)

@@ -58,8 +58,10 @@ def log_probs_from_logits(
             not copied as long as the last stride is 1: slices such as `logits[:, :-1]` are taken as they are.
         labels: [...] or [..., K], int64 or int32, in [0, V) or `ignore_index`, on the device of `logits`.
         temperature: dimensionless, > 0; a number, or a tensor broadcastable to [...] (one a token) that needs no
-        gradient. ignore_index: a label that counts 0: result 0, gradient 0 (entropy 0 too where all K labels of a row
-        are ignored). return_entropy: also return the entropy of each row, from the same pass.
+            gradient.
+        ignore_index: a label that counts 0: result 0, gradient 0 (entropy 0 too where all K labels of a row are
+            ignored).
+        return_entropy: also return the entropy of each row, from the same pass.
         masked_logits: whole regions of the vocabulary are -inf, as top-k and top-p filtering leave them.
         inplace_backward: write the gradient over `logits`, which saves its memory. Nothing else may need their values
             by then: whoever saved them for its own backward gets autograd's error (a second slice of the same tensor
@@ -321,7 +323,7 @@ def _run(
     if is_traced(logits):
         return compute(_PLAIN, logits, labels, temperature, ignore_index=ignore_index, entropy=entropy)
     problem = problem_of(logits, labels, temperature, entropy, masked_logits, inplace_backward, out_dtype)
-    backend = Auto(problem, logits) if name == "auto" else _require_warm(require_backend(name, problem), name, problem)
+    backend = Auto(problem, logits) if name == "auto" else _named(name, problem)
     return compute(
         backend,
         logits,
@@ -333,7 +335,8 @@ def _run(
     )
 
 
-def _require_warm(backend: Backend, name: str, problem: Problem) -> Backend:
+def _named(name: str, problem: Problem) -> Backend:
+    backend = require_backend(name, problem)
     if is_capturing(problem) and not backend.is_warm(problem):
         raise BackendUnavailable(
             f"backend {name!r} has not run {problem} yet, and cannot compile while a CUDA graph is captured. "

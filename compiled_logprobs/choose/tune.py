@@ -1,5 +1,4 @@
-"""Measure which backend is fastest: on demand, or at the first call of a problem; of a stale decision, only what has
-changed."""
+"""Measure which backend is fastest: on demand, or at the first call of a problem. Of a stale decision, what changed."""
 
 import contextlib
 import dataclasses
@@ -49,10 +48,10 @@ def tune_all(
         device: where.
         store: where to; by default the user's.
         names: of the backends to measure beside eager.
-        budget_s: seconds for each problem; by default what the policy says. N shrinks where the rounds would take
-        longer. again: measure what that store holds already, too. Else a decision there is kept, unless it had a short
-        check, lacks
-            one of `names`, or something has changed since.
+        budget_s: seconds for each problem; by default what the policy says. Fewer rows are timed where the rounds
+            would take longer.
+        again: measure what that store holds already, too. Else a decision there is kept, unless it had a short check,
+            lacks one of `names`, or something has changed since.
         must_store: whether to measure nothing where it cannot be stored; else a warning says that it was not.
         on_event: told what happens.
 
@@ -145,11 +144,8 @@ def publish(store: Store, decision: Decision, evidence: Evidence, device: torch.
     carried = [name for name, candidate in decision.candidates.items() if candidate.measured_at is not None]
     try:
         before = store.read(environment.fingerprint(), decision.problem) if carried else None
-        earlier = None if before is None else store.evidence(environment.fingerprint(), before)
-        if before is not None and earlier is not None:
-            of = before.candidates
-            same = [name for name in carried if name in of and of[name].checks == decision.candidates[name].checks]
-            evidence = evidence.with_cases_of(earlier, same)
+        if before and (earlier := store.evidence(environment.fingerprint(), before)):
+            evidence = evidence.with_cases_of(earlier, carried)
         store.publish(environment, decision, evidence)
     except ProfileError as error:
         warnings.warn(f"{error}\nWhat was measured holds in this process only.", RuntimeWarning, stacklevel=2)
