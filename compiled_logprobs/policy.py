@@ -98,8 +98,7 @@ def _of_process() -> Policy:
 
 
 def is_rank() -> bool:
-    """Whether this process is one of several ranks, or is to be: none of them may choose for itself, and so never
-    measures."""
+    """Whether this process is one of several ranks, or is to be: such a one never measures by itself."""
     size = os.environ.get("WORLD_SIZE", "")
     return (size.isdigit() and int(size) > 1) or (distributed.is_available() and distributed.is_initialized())
 

@@ -62,8 +62,7 @@ class Explanation:
     stale: str | None
     """What has changed since that measurement."""
     differs: dict[str, tuple[object, object]]
-    """Facts of the environment that were others then (there, here); those that decide a profile's validity cannot
-    be."""
+    """Facts of the environment that were others then (there, here), of those that need not be the same."""
     measured_rows: tuple[int, ...]
     """N for which profiles of this environment hold a decision of the same problem."""
     nearest: tuple[Neighbour, ...]

@@ -21,14 +21,13 @@ from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.rule import holds
 from compiled_logprobs.choose.tune import tune
 from compiled_logprobs.decision import TIME, Candidate, Decision
-from compiled_logprobs.errors import InputError
+from compiled_logprobs.errors import InputError, LogProbsError
 from compiled_logprobs.machine.environment import environment_at, fingerprint_of
 from compiled_logprobs.policy import checked_budget, policy
 from compiled_logprobs.problem import Problem, bucket, problem_name
 
 PATIENCE_S = 300.0
-"""How long a rank waits for each problem beyond its budget: the first has to start a program, import, compile and
-check."""
+"""How long a rank waits for each problem beyond its budget: the first has to import, compile and check."""
 
 Asked = Callable[[], tuple[list[Problem], torch.device]]
 
@@ -39,6 +38,11 @@ def tune_together(asked: Asked, group: Any, *, budget_s: float | None, again: bo
         raise InputError(
             f"got group={group!r:.80}; a process group of torch.distributed that this process belongs to is valid, "
             "e.g. torch.distributed.group.WORLD. On a rank outside of it, do not call."
+        )
+    if not hasattr(group, "get_group_store"):
+        raise LogProbsError(
+            f"got torch {torch.__version__}, whose process groups do not give their store; newer releases do. Upgrade, "
+            "or call tune(...) without group on one process, and give all ranks its profiles."
         )
     rank, store = group.rank(), group.get_group_store()
     # The n-th calls of all ranks share a cell. The store counts them: it may have been another group's before.

@@ -77,8 +77,7 @@ class Memory:
         self.hot.clear()
 
     def put_aside(self, backend: str, problem: Problem, error: BaseException) -> bool:
-        """Let `backend`, which raised `error`, no longer serve `problem` and its bucket; whether that is new, whatever
-        the N."""
+        """Let `backend`, which raised `error`, not serve the bucket of `problem`; whether that is new, at any N."""
         top = bucket(problem)
         is_first = not any(name == backend and same_but_rows(other, top) for name, other in list(self.set_aside))
         self.set_aside[backend, top] = f"{type(error).__name__}: {error}"
@@ -111,8 +110,7 @@ def key_of(problem: Problem, policy: Policy) -> tuple[Problem, str, bool]:
 
 
 def kind_of(problem: Problem) -> Problem:
-    """What one backend serves all of where rows have to be invariant: any N, gradient, entropy, temperature and
-    layout."""
+    """What one backend serves all of where rows are invariant: any N, gradient, entropy, temperature, layout."""
     kept = ("device_type", "vocab", "dtype", "labels_per_row", "masked_logits")
     return as_it_lies(Problem(rows=0, **{name: getattr(problem, name) for name in kept}))
 
