@@ -20,15 +20,7 @@ from compiled_logprobs.decision import PLAIN, Candidate, Decision, Evidence, Spe
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import MATCHED, VERSIONS_MATCHED, Environment, environments
 from compiled_logprobs.policy import Policy
-from compiled_logprobs.problem import (
-    MODES,
-    Problem,
-    as_it_lies,
-    bucket,
-    mode_name,
-    nearest_first,
-    short_name,
-)
+from compiled_logprobs.problem import MODES, Problem, as_it_lies, bucket, mode_name, nearest_first, short_name
 from compiled_logprobs.store import stores
 from compiled_logprobs.store.files import FACTS, Store, decision_files, read_decision, read_facts
 from compiled_logprobs.tuning.presets import DTYPES

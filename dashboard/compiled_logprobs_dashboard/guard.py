@@ -4,11 +4,9 @@ It listens on 127.0.0.1 alone, but any page that the user visits can make the br
 has another Origin; or, where its own name was made to lead to 127.0.0.1, another Host.
 """
 
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HOSTS = ("127.0.0.1", "localhost")
 """As which a browser may know this machine; the port may be another, as it is behind an SSH tunnel."""
@@ -32,16 +30,12 @@ REFUSAL = b"This dashboard serves 127.0.0.1 and localhost, and pages of its own,
 
 
 class Guard:
-    """Around the server's application: refuses with 403, and adds headers to what it lets through.
+    """Around the server's application: refuses with 403, and adds headers to what it lets through."""
 
-    Args:
-        app: what to guard.
-    """
-
-    def __init__(self, app: "ASGIApp") -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
-    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
@@ -50,7 +44,7 @@ class Guard:
             await _refuse(scope, receive, send)
             return
 
-        async def send_guarded(message: "Message") -> None:
+        async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", ()), *_headers(host)]}
             await send(message)
@@ -58,7 +52,7 @@ class Guard:
         await self._app(scope, receive, send_guarded)
 
 
-def _allowed_host(scope: "Scope") -> str | None:
+def _allowed_host(scope: Scope) -> str | None:
     """The Host header, if it and the Origin, where there is one, are this server's; else None."""
     hosts = [value for name, value in scope["headers"] if name == b"host"]
     origins = [value for name, value in scope["headers"] if name == b"origin"]
@@ -77,7 +71,7 @@ def _allowed_host(scope: "Scope") -> str | None:
     return host
 
 
-async def _refuse(scope: "Scope", receive: "Receive", send: "Send") -> None:
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await receive()
         await send({"type": "websocket.close", "code": 1008})  # before it was accepted: the server answers 403

@@ -73,10 +73,7 @@ VERDICTS = {
 def looks(backends: Iterable[str], among: Iterable[str] = ()) -> dict[str, Look]:
     """How each of `backends` is drawn: those that come with the package always alike, others by the order of all names.
 
-    Args:
-        backends: what is to be drawn.
-        among: all that there are, so that one which is drawn beside others elsewhere has the same letter and colour
-        there.
+    `among` are all that there are, so that one has the same letter and colour whatever it is drawn beside.
     """
     names = list(dict.fromkeys(backends))
     others = _of_others(tuple(sorted({*names, *among} - BACKENDS.keys())))

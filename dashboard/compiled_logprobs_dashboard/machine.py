@@ -66,12 +66,7 @@ class MachineLook:
 
 
 class Machine:
-    """Takes looks while somebody asks for them.
-
-    Args:
-        interval: seconds between two.
-        find: lists the GPUs.
-    """
+    """Looks at this machine, and at the GPUs that `find` lists, every `interval` s while somebody asks for that."""
 
     def __init__(
         self, interval: float = INTERVAL_S, find: Callable[[], list[Gpu] | NoTelemetry] = gpus, *, kept: int = KEPT

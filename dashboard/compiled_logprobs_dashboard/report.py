@@ -39,16 +39,7 @@ td.n { text-align: right; }
 
 
 def report(frames: Frames, profile: Profile, made_at: str) -> str:
-    """The report of one profile.
-
-    Args:
-        frames: where from.
-        profile: which one.
-        made_at: when, for people.
-
-    Returns:
-        HTML. The charts need the script that lies in it; everything they show stands in the tables, too.
-    """
+    """The report of one profile, as HTML; everything that its charts show stands in its tables, too."""
     found = frames.of(profile).sort_values(["mode", "dtype", "vocab", "rows"], kind="stable")
     facts = frames.facts(profile)
     device = str(facts.get("device") or "unknown device")

@@ -127,15 +127,9 @@ class Preflight:
 
 
 def preflight(request: Request, *, seconds_before: Sequence[float] = (), store: Store | None = None) -> Preflight:
-    """What the run that `request` asks for would be like here. Nothing is measured, and nothing written.
+    """What the run would be like here, by the seconds that problems took before. Nothing is measured or written.
 
-    Args:
-        request: the run.
-        seconds_before: what problems took on this machine before, each.
-        store: where it would be stored; by default the user's.
-
-    Raises:
-        InputError: the request is not valid.
+    Raises InputError if the request is not valid.
     """
     device = torch.device(request.device)
     store = user_store() if store is None else store

@@ -6,7 +6,7 @@ that they stay from one page to another. Each page calls `current_frames`, `choo
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -57,12 +57,8 @@ def choose_profile(
 ) -> Profile | None:
     """The profile that is selected in the sidebar; None, with a sentence on the page, where there is none.
 
-    Args:
-        frames: where from.
-        key: of the widget and its parameter in the URL.
-        label: what the widget is called.
-        place: where the widget is; by default the sidebar.
-        other_than: not to be what is selected at first.
+    `key` is of the widget and its parameter in the URL; it is in `place`, by default the sidebar, and what it shows at
+    first is not `other_than`.
     """
     if frames.environments.empty:
         st.info(NO_PROFILES, title="Nothing measured yet")
@@ -159,24 +155,34 @@ def chart(
     key: str,
     table: pd.DataFrame | None = None,
     columns: Mapping[str, Any] | None = None,
-    on_select: Any = "ignore",
-    selection_mode: Literal["points", "box", "lasso"] = "points",
-) -> Any:
+    on_select: Any = None,
+) -> None:
     """Show `figure` as every chart here is shown, and below it what is in it in another way.
 
-    Args:
-        figure: without a background of its own, so that it fits light and dark.
-        alt: what it shows, in a sentence or two with figures, for those who do not see it.
-        key: of the widget.
-        table: the same as a table; by default what is drawn.
-        columns: how the table's columns are shown, as `column_config` of `st.dataframe`.
-        on_select: as of `st.plotly_chart`.
-        selection_mode: the same.
+    `alt` says what it shows, in a sentence or two with figures, for those who do not see it; `table` is the same as a
+    table, by default what is drawn, with `columns` as its `column_config`.
     """
-    options = {} if on_select == "ignore" else {"on_select": on_select, "selection_mode": selection_mode}
-    selected = st.plotly_chart(figure, key=key, alt=alt, config=CONFIG, **options)
+    options = {} if on_select is None else {"on_select": on_select, "selection_mode": "points"}
+    st.plotly_chart(figure, key=key, alt=alt, config=CONFIG, **options)
     with st.expander("As a table"):
         st.caption(plain(alt, 2000))
         shown = drawn(figure) if table is None else table
         st.dataframe(shown, hide_index=True, column_config=columns, key=f"{key}-table", placeholder="–")
-    return selected
+
+
+def metric(label: str, value: str, beside: str, meaning: str | None = None) -> None:
+    """Show a figure in a box, with what it is to be compared with."""
+    grey: Any = {"delta_color": "off", "delta_arrow": "off", "border": True, "width": "stretch"}
+    st.metric(label, value, plain(beside) or None, help=meaning, **grey)
+
+
+def download(label: str, content: Any, name: str, mime: str) -> None:
+    """Show a button that saves `content`, or what it returns when it is pressed, as a file of that name."""
+    icon = ":material/download:"
+    st.download_button(label, content, file_name=name, mime=mime, icon=icon, on_click="ignore")
+
+
+def say_left_out(reasons: list[str]) -> None:
+    """Say why something is not drawn; of many reasons the first ten."""
+    for reason in [*reasons[:10], *([f"{len(reasons) - 10} more."] if len(reasons) > 10 else [])]:
+        st.caption(f"Not drawn: {plain(reason, 400)}")

@@ -269,6 +269,7 @@ def test_no_name_becomes_markup_in_a_chart(squares):
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_link_leads_to_a_shape(scenario):
     scenario("many")
     at = opened(rows=100, vocab=50257, mode="forward", dtype="float32")
@@ -281,6 +282,7 @@ def test_a_link_leads_to_a_shape(scenario):
     assert at.selectbox(key="model").value == selection.OTHER and at.number_input(key="vocab").value == 1234
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "query",
     [
@@ -297,6 +299,7 @@ def test_a_link_that_leads_nowhere_falls_back(scenario, query):
     assert not at.exception and "Use cpp" in text_of(at)
 
 
+@pytest.mark.slow
 def test_badges(scenario):
     scenario("many")
     at = opened(rows=2000)
@@ -314,6 +317,7 @@ def test_badges(scenario):
     assert "Stale: measured with torch 2.12.0" in text_of(at) and "another device" in text_of(at) and not at.exception
 
 
+@pytest.mark.slow
 def test_what_to_do_with_it(scenario):
     scenario("one")
     at = opened()
@@ -329,6 +333,7 @@ def test_what_to_do_with_it(scenario):
     assert "use nothing" in at.warning[0].value and "none fits" in at.warning[0].value
 
 
+@pytest.mark.slow
 def test_a_square_carries_the_shape_that_a_click_takes(scenario, monkeypatch):
     scenario("many")
     squares = [tuple(one) for trace in json.loads(charts_of(opened())[1].spec)["data"] for one in trace["customdata"]]
@@ -341,6 +346,7 @@ def test_a_square_carries_the_shape_that_a_click_takes(scenario, monkeypatch):
     assert taken == {"rows": 64, "vocab": 50257}
 
 
+@pytest.mark.slow
 def test_what_changes_meanwhile_appears(scenario):
     where = scenario("no profile")
     at = opened()

@@ -119,6 +119,7 @@ def program(monkeypatch):
     return use
 
 
+@pytest.mark.slow
 def test_a_run_is_followed_to_its_end(program):
     end = event("end", done=0, total=2, seconds=1.0, interrupted=False)
     program(f"import sys; sys.stdout.buffer.write({START + FIRST + end!r}); sys.stderr.write('a word')")
@@ -129,6 +130,7 @@ def test_a_run_is_followed_to_its_end(program):
     assert runs.RUNS.latest is second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "code"), [(WAITING, -signal.SIGINT), (STUBBORN, -signal.SIGKILL)], ids=["listens", "does not"]
 )
@@ -144,6 +146,7 @@ def test_a_cancelled_run_ends_in_any_case(program, monkeypatch, text, code):
     assert run.process.wait(LIMIT_S) in (code, 1) and run.status() == "cancelled"
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_by_itself_has_died_and_leaves_no_lock(program):
     program("raise SystemExit(7)")
     run = runs.RUNS.start(TINY)
@@ -152,6 +155,7 @@ def test_a_run_that_ends_by_itself_has_died_and_leaves_no_lock(program):
     runs.RUNS.start(TINY)
 
 
+@pytest.mark.slow
 def test_only_one_of_many_tabs_starts_a_run_and_no_second_dashboard_does(program):
     program(WAITING)
     started, refused = [], []

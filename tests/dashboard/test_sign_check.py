@@ -170,6 +170,7 @@ def test_backends_of_which_details_are_missing_are_named(scenario, gathered):
     assert "eager" not in set(tables.by_input(found)["backend"])
 
 
+@pytest.mark.slow
 def test_a_matrix_is_cut_and_says_so(scenario, gathered):
     decision = good()
     scenario("no profile").publish(here(), decision, details(decision, 2 * tables.MOST_ACROSS, tables.MOST_DOWN))

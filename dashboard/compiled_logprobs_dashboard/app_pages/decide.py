@@ -1,6 +1,7 @@
 """Decide, the landing page: which backend to use for a shape, and why; and the winner map."""
 
 from datetime import datetime, timezone
+from typing import Any
 
 import streamlit as st
 from compiled_logprobs_dashboard import selection
@@ -65,63 +66,35 @@ def show() -> None:
 def _headline(frames: Frames, profile: Profile, shape: Shape, answer: Answer, decision: Decision | None) -> None:
     asked = f"N {shape.rows}, V {shape.vocab}, {plain(shape.dtype)}, {plain(shape.mode)}"
     if decision is None or answer.key is None:
-        if answer.kind == "rule":
-            st.subheader("Use eager, by rule")
-            st.badge("by rule", icon=":material/rule:", color="gray")
-            st.write(
-                f"{asked} has fewer than 2^20 logits, and no profile decides it: a launch costs more than the work."
-            )
-        else:
-            st.subheader("Not measured")
-            st.badge("no profile for this shape", icon=":material/help:", color="gray")
-            st.write(
-                f"{asked} was not measured in this profile, nor was another N of it. The map below shows what was."
-            )
+        rule = "has fewer than 2^20 logits, and no profile decides it: a launch costs more than the work."
+        none = "was not measured in this profile, nor was another N of it. The map below shows what was."
+        st.subheader("Use eager, by rule" if answer.kind == "rule" else "Not measured")
+        st.write(f"{asked} {rule if answer.kind == 'rule' else none}")
         return
     st.subheader(plain(tables.sentence(decision)))
     _badges(frames, profile, answer, decision)
     with st.container(horizontal=True):
         for one in tables.figures(decision):
-            st.metric(
-                one.label,
-                one.value,
-                plain(one.beside) or None,
-                delta_color="off",
-                delta_arrow="off",
-                help=one.meaning,
-                border=True,
-                width="stretch",
-            )
+            selection.metric(*one)
 
 
 def _badges(frames: Frames, profile: Profile, answer: Answer, decision: Decision) -> None:
     row, facts = frames.decisions.iloc[answer.key or 0], frames.facts(profile)
-    rows = decision.problem.rows
+    rows, is_stale = decision.problem.rows, isinstance(row["stale"], str)
     when = tables.age(decision.measured_at, datetime.now(timezone.utc))
+    exact = "exact", "check", "green", f"Decided for N up to {rows}, the bucket of this one."
+    nearest = f"nearest: N {rows}", "near_me", "orange", "No decision for this N is stored."
+    badges: list[tuple[str, str, Any, str]] = [
+        exact if answer.kind == "exact" else nearest,
+        ("stale" if is_stale else "", "history", "red", plain(row["stale"])),
+        ("" if facts.get("here") else "another device", "devices_other", "violet", "Not used on this machine."),
+        (when, "schedule", "gray", f"Measured {plain(decision.measured_at)}."),
+    ]
     with st.container(horizontal=True):
-        if answer.kind == "exact":
-            st.badge(
-                "exact",
-                icon=":material/check:",
-                color="green",
-                help=f"Decided for N up to {rows}, the bucket of this one.",
-            )
-        else:
-            st.badge(
-                f"nearest: N {rows}",
-                icon=":material/near_me:",
-                color="orange",
-                help="No decision for this N is stored.",
-            )
-        if isinstance(row["stale"], str):
-            st.badge("stale", icon=":material/history:", color="red", help=plain(row["stale"]))
-        if not facts.get("here"):
-            st.badge(
-                "another device", icon=":material/devices_other:", color="violet", help="Not used on this machine."
-            )
-        if when:
-            st.badge(when, icon=":material/schedule:", color="gray", help=f"Measured {plain(decision.measured_at)}.")
-    if isinstance(row["stale"], str):
+        for text, icon, colour, meaning in badges:
+            if text:
+                st.badge(text, icon=f":material/{icon}:", color=colour, help=meaning)
+    if is_stale:
         st.caption(f"Stale: {plain(row['stale'])}. Measuring it again would tell whether it still holds.")
 
 
@@ -203,14 +176,7 @@ def _code(decision: Decision, answer: Answer) -> None:
                 f"Where {plain(', '.join(others[:MOST_BACKENDS]), 900)} came from is not stored: in its place, write "
                 "`package.module:Class`."
             )
-    st.download_button(
-        "Download this decision (JSON)",
-        lambda: tables.as_json(decision),
-        file_name="decision.json",
-        mime="application/json",
-        icon=":material/download:",
-        on_click="ignore",
-    )
+    selection.download("Download this decision (JSON)", decision.to_json, "decision.json", "application/json")
 
 
 def _map(frames: Frames, profile: Profile, shape: Shape, answer: Answer, decision: Decision | None) -> None:
@@ -225,20 +191,14 @@ def _map(frames: Frames, profile: Profile, shape: Shape, answer: Answer, decisio
         f"A click on a square selects its shape. {plain(text)} The fainter a square, the closer the runner-up."
         + (f" Of {len(table)} squares, the nearest are shown." if len(part) < len(table) else "")
     )
-    shown = None if decision is None else decision.problem
+    frame = (None, None) if decision is None else (decision.problem.rows, decision.problem.vocab)
     selection.chart(
-        charts.winner_map(
-            part, *((shown.rows, shown.vocab) if shown is not None else (None, None)), among=frames.backends
-        ),
+        charts.winner_map(part, *frame, among=frames.backends),
         alt=text,
         key=MAP,
         table=part[["rows", "vocab", "state", "backend", "speedup", "low", "high", "runner_up", "margin"]],
-        on_select=_take_square,
+        on_select=lambda: selection.select_square(st.session_state[MAP]),
     )
-
-
-def _take_square() -> None:
-    selection.select_square(st.session_state[MAP])
 
 
 show()

@@ -1,5 +1,7 @@
 """Live GPU: what the GPUs of this machine are doing, or its CPU where there is none."""
 
+from typing import Any
+
 import pandas as pd
 import streamlit as st
 from compiled_logprobs_dashboard import runs, selection
@@ -12,9 +14,6 @@ EVERY = {"off": None, "1 s": 1.0, "2 s": 2.0, "5 s": 5.0}
 BUSY = (
     "The share of the last moments in which a kernel was running. 100 % does not mean that the GPU is full: one "
     "small kernel will do."
-)
-MEMORY_BUSY = (
-    "The share of the last moments in which the GPU's memory was read or written. It is no share of the bandwidth."
 )
 MEMORY = (
     "What processes use on the device: more than torch has allocated. The driver keeps some of the rest for itself."
@@ -43,20 +42,19 @@ def show_gpu(look: GpuLook) -> None:
         )
     if look.is_slice:
         st.caption("Memory and processes are the slice's; all else is the whole GPU's.")
-    columns = st.columns(5)
-    columns[0].metric("Memory in use", size(seen.memory_used_bytes), help=MEMORY)
-    columns[0].caption(f"of {size(seen.memory_total_bytes)}; free: {size(seen.memory_free_bytes)}")
-    columns[1].metric("A kernel was running", percent(seen.busy_percent), help=BUSY)
-    columns[1].caption(f"memory was at work: {percent(seen.memory_busy_percent)}", help=MEMORY_BUSY)
-    columns[2].metric("Clock", of(seen.sm_clock_mhz, None, "MHz"))
-    columns[2].caption(
-        f"at most {of(seen.sm_clock_max_mhz, None, 'MHz')}; memory "
-        f"{of(seen.memory_clock_mhz, seen.memory_clock_max_mhz, 'MHz')}"
+    memory = of(seen.memory_clock_mhz, seen.memory_clock_max_mhz, "MHz")
+    show_figures(
+        ("Memory in use", size(seen.memory_used_bytes), MEMORY),
+        f"of {size(seen.memory_total_bytes)}; free: {size(seen.memory_free_bytes)}",
+        ("A kernel was running", percent(seen.busy_percent), BUSY),
+        f"memory was at work (which is no share of the bandwidth): {percent(seen.memory_busy_percent)}",
+        ("Clock", of(seen.sm_clock_mhz, None, "MHz"), None),
+        f"at most {of(seen.sm_clock_max_mhz, None, 'MHz')}; memory {memory}",
+        ("Power", of(seen.power_w, None, "W"), None),
+        f"limit {of(seen.power_limit_w, None, 'W')}",
+        ("Temperature", of(seen.temperature_c, None, "°C"), None),
+        f"persistence mode {on_or_off(seen.persistence_mode)}; MIG {on_or_off(seen.mig_mode)}",
     )
-    columns[3].metric("Power", of(seen.power_w, None, "W"))
-    columns[3].caption(f"limit {of(seen.power_limit_w, None, 'W')}")
-    columns[4].metric("Temperature", of(seen.temperature_c, None, "°C"))
-    columns[4].caption(f"persistence mode {on_or_off(seen.persistence_mode)}; MIG {on_or_off(seen.mig_mode)}")
     held = seen.throttle_reasons is not None and set(seen.throttle_reasons) - {"idle"}
     (st.warning if held else st.caption)(f"Throttling: {throttling(seen.throttle_reasons)}.")
     if seen.processes is None:
@@ -80,15 +78,23 @@ def show_gpu(look: GpuLook) -> None:
 
 def show_host(host: Host) -> None:
     """Figures of this machine's CPU and memory."""
-    columns = st.columns(4)
-    columns[0].metric("Processors busy", percent(host.busy_percent), help="Of all processors, since the look before.")
-    columns[0].caption(f"{host.processors} processors")
-    columns[1].metric("Load", f"{host.load:.2f}")
-    columns[1].caption("programs that ran or waited, averaged over the last minute")
-    columns[2].metric("Memory in use", size(host.memory_used_bytes))
-    columns[2].caption(f"of {size(host.memory_total_bytes)}; free for one process: {size(host.memory_free_bytes)}")
-    columns[3].metric("Clock", of(host.clock_mhz, None, "MHz"))
-    columns[3].caption("mean of the processors")
+    show_figures(
+        ("Processors busy", percent(host.busy_percent), "Of all processors, since the look before."),
+        f"{host.processors} processors",
+        ("Load", f"{host.load:.2f}", None),
+        "programs that ran or waited, averaged over the last minute",
+        ("Memory in use", size(host.memory_used_bytes), None),
+        f"of {size(host.memory_total_bytes)}; free for one process: {size(host.memory_free_bytes)}",
+        ("Clock", of(host.clock_mhz, None, "MHz"), None),
+        "mean of the processors",
+    )
+
+
+def show_figures(*told: Any) -> None:
+    """Label, value and meaning of each figure, and then its caption, side by side."""
+    for column, (label, value, meaning), caption in zip(st.columns(len(told) // 2), told[::2], told[1::2], strict=True):
+        column.metric(label, value, help=meaning)
+        column.caption(caption)
 
 
 def percent(value: float | None) -> str:

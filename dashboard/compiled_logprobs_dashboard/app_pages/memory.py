@@ -48,10 +48,7 @@ def show() -> None:
         return
     shape = selection.choose_shape(frames, profile)
     points, left_out = tables.memory(frames, profile, shape)
-    for why in left_out[:10]:
-        st.caption(f"Not drawn: {plain(why, 400)}")
-    if len(left_out) > 10:
-        st.caption(f"Not drawn: {len(left_out) - 10} more.")
+    selection.say_left_out(left_out)
     if points.empty:
         st.info(
             f"No extra memory was measured in this profile for {plain(shape.mode)}, {plain(shape.dtype)} and V "
@@ -97,16 +94,9 @@ def _growth(frames: Frames, profile: Profile, shape: Shape, points: pd.DataFrame
     if free is not None:
         with st.container(horizontal=True):
             for row in fits.itertuples():
-                st.metric(
-                    plain(row.backend, 40),
-                    f"N {row.largest_rows:,.0f}",
-                    "beyond what was measured" if row.extrapolated else None,
-                    delta_color="off",
-                    delta_arrow="off",
-                    help=f"Extra memory of {row.multiple:.2f} x the logits, as measured at N {row.at_rows}.",
-                    border=True,
-                    width="stretch",
-                )
+                beside = "beyond what was measured" if row.extrapolated else ""
+                meaning = f"Extra memory of {row.multiple:.2f} x the logits, as measured at N {row.at_rows}."
+                selection.metric(plain(row.backend, 40), f"N {row.largest_rows:,.0f}", beside, meaning)
     st.caption(tables.RULE)
     told = (
         ""

@@ -74,14 +74,8 @@ def _take_along(frames: Frames, profile: Profile) -> None:
     except ProfileError as error:
         st.error(plain(error, 1000), title="It cannot be exported")
         return
-    st.download_button(
-        f"Download {len(archive.content):,} bytes",
-        archive.content,
-        file_name=f"compiled-logprobs-{profile.environment}.tar.gz",
-        mime="application/gzip",
-        icon=":material/download:",
-        on_click="ignore",
-    )
+    name = f"compiled-logprobs-{profile.environment}.tar.gz"
+    selection.download(f"Download {len(archive.content):,} bytes", archive.content, name, "application/gzip")
 
 
 def _report(frames: Frames, profile: Profile) -> None:
@@ -90,14 +84,8 @@ def _report(frames: Frames, profile: Profile) -> None:
     if st.button("Make the report", key="make_report", icon=":material/summarize:"):
         with st.spinner("Drawing"):
             made = report(frames, profile, f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC")
-        st.download_button(
-            f"Download {len(made.encode()):,} bytes",
-            made,
-            file_name=f"compiled-logprobs-{profile.environment}.html",
-            mime="text/html",
-            icon=":material/download:",
-            on_click="ignore",
-        )
+        name = f"compiled-logprobs-{profile.environment}.html"
+        selection.download(f"Download {len(made.encode()):,} bytes", made, name, "text/html")
 
 
 def _bring_in() -> None:

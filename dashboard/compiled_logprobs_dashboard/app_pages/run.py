@@ -40,6 +40,10 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def in_gib(number: int | None) -> str:
+    return "n/a" if number is None else f"{number / 2**30:.2f} GiB"
+
+
 def numbers(texts: list[str], convert: Callable[[str], int]) -> tuple[int, ...]:
     return tuple(convert(text.strip()) for text in texts)
 
@@ -119,21 +123,19 @@ def form(running: bool) -> None:
     if request is None:
         return
     check = preflight(request, seconds_before=seconds_before(request.device))
-    columns = st.columns(4)
-    columns[0].metric("Problems to measure", check.to_measure)
-    columns[0].caption(f"{len(check.problems)} in all, {check.stored} stored already")
-    columns[1].metric("At most about", in_words(check.most_seconds))
-    columns[1].caption(
-        "nothing was measured here before"
-        if check.likely_seconds is None
-        else f"as before: about {in_words(check.likely_seconds)}"
-    )
-    columns[2].metric("Largest logits", f"{check.logits_bytes / 2**30:.2f} GiB")
-    columns[2].caption(
-        "" if check.largest is None else f"{plain(short(check.largest))}; needs {check.needed_bytes / 2**30:.2f} GiB"
-    )
-    columns[3].metric("Free memory", "n/a" if check.free_bytes is None else f"{check.free_bytes / 2**30:.1f} GiB")
-    columns[3].caption(f"on {plain(request.device)}")
+    largest = "" if check.largest is None else plain(short(check.largest))
+    likely = "nothing was measured here before"
+    if check.likely_seconds is not None:
+        likely = f"as before: about {in_words(check.likely_seconds)}"
+    figures = [
+        ("Problems to measure", str(check.to_measure), f"{len(check.problems)} in all, {check.stored} stored already"),
+        ("At most about", in_words(check.most_seconds), likely),
+        ("Largest logits", in_gib(check.logits_bytes), f"{largest}; needs {in_gib(check.needed_bytes)}"),
+        ("Free memory", in_gib(check.free_bytes), f"on {plain(request.device)}"),
+    ]
+    for column, (label, value, caption) in zip(st.columns(4), figures, strict=True):
+        column.metric(label, value)
+        column.caption(caption)
     for sentence in check.warnings:
         st.warning(plain(sentence, 1000))
     for sentence in check.obstacles:
@@ -141,13 +143,8 @@ def form(running: bool) -> None:
     st.caption("The same in a terminal:")
     st.code(request.command_line(), language="bash", wrap_lines=True)
     nothing = check.to_measure == 0
-    if st.button(
-        "Start",
-        type="primary",
-        key="run_start",
-        disabled=running or nothing or bool(check.obstacles),
-        icon=":material/play_arrow:",
-    ):
+    disabled = running or nothing or bool(check.obstacles)
+    if st.button("Start", type="primary", key="run_start", disabled=disabled, icon=":material/play_arrow:"):
         try:
             runs.RUNS.start(request)
         except LogProbsError as error:

@@ -1,6 +1,7 @@
 """Sign check: what each check came to by backend, dtype and input, and how far off the errors are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
 import streamlit as st
@@ -108,7 +109,7 @@ def _overview(whole: pd.DataFrame, only_failures: bool) -> None:
     if part.empty:
         st.info("No check failed: switch off **Only failures** to see all of them.")
         return
-    _grid(tables.matrix(part, ["backend", "dtype"], "check"), OVERVIEW, _take_overview, text)
+    _grid(tables.matrix(part, ["backend", "dtype"], "check"), OVERVIEW, CHECK, text)
 
 
 def _matrix(details: pd.DataFrame, only_failures: bool) -> None:
@@ -130,10 +131,10 @@ def _matrix(details: pd.DataFrame, only_failures: bool) -> None:
     text = tables.in_words(part)
     st.caption(f"{plain(text)} Empty: that input does not put it to the test.")
     if not part.empty:
-        _grid(tables.matrix(part, ["backend", "dtype", "check"], "input"), MATRIX, _take_matrix, text)
+        _grid(tables.matrix(part, ["backend", "dtype", "check"], "input"), MATRIX, INPUT, text)
 
 
-def _grid(found: Matrix, key: str, on_select: Callable[[], None], text: str) -> None:
+def _grid(found: Matrix, key: str, across: str, text: str) -> None:
     st.session_state[f"{key}-shown"] = found
     if found.left_out:
         st.caption(f"Not shown: {found.left_out}.")
@@ -141,7 +142,7 @@ def _grid(found: Matrix, key: str, on_select: Callable[[], None], text: str) -> 
         found.shown.style.map(_tint),
         hide_index=True,
         key=key,
-        on_select=on_select,
+        on_select=partial(_take, key, across),
         selection_mode="single-cell",
         alt=text,
         column_config={"backend": st.column_config.TextColumn("backend", pinned=True)},
@@ -154,14 +155,6 @@ def _tint(value: object) -> str:
     if value in (VERDICTS["fail"], VERDICTS["error"]):
         return "background-color: rgba(213,94,0,0.30); font-weight: bold"
     return "background-color: rgba(0,158,115,0.12)" if value == VERDICTS["pass"] else ""
-
-
-def _take_overview() -> None:
-    _take(OVERVIEW, CHECK)
-
-
-def _take_matrix() -> None:
-    _take(MATRIX, INPUT)
 
 
 def _take(key: str, across: str) -> None:

@@ -1,7 +1,5 @@
 """Throughput: bytes and tokens a second against N and V, the share of the roof, and the first call's cost."""
 
-from typing import cast
-
 import pandas as pd
 import streamlit as st
 from compiled_logprobs_dashboard import selection
@@ -41,10 +39,7 @@ def show() -> None:
     )
     along = ALONG[chosen if chosen in ALONG else "N, rows"]
     found = tables.throughput(frames, profile, shape, along, cache)
-    for why in found.left_out[:10]:
-        st.caption(f"Not drawn: {plain(why, 400)}")
-    if len(found.left_out) > 10:
-        st.caption(f"Not drawn: {len(found.left_out) - 10} more.")
+    selection.say_left_out(found.left_out)
     points = found.points
     if points.empty:
         st.info(
@@ -78,7 +73,7 @@ def _rates(frames: Frames, points: pd.DataFrame, along: tables.Axis) -> None:
             charts.rate(points, along, column, roofs, among=frames.backends),
             alt=tables.in_words(points, along, column, unit),
             key=f"rate-{column}",
-            table=_shown(points),
+            table=points.drop(columns=["key", "chosen"]),
             columns=COLUMNS,
         )
 
@@ -97,7 +92,7 @@ def _roof(frames: Frames, points: pd.DataFrame, along: tables.Axis, cache: float
         charts.share(points, along, among=frames.backends),
         alt=tables.in_words(points, along, "percent", "% of the measured roof"),
         key="share",
-        table=_shown(points),
+        table=points.drop(columns=["key", "chosen"]),
         columns=COLUMNS,
     )
     noted = points[points["note"] != ""].drop_duplicates("note")
@@ -154,10 +149,6 @@ def _cache_bytes(frames: Frames, profile: Profile) -> float | None:
     if facts.get("here") and facts.get("device_type") == "cpu":
         return float(cache_bytes("cpu"))
     return None
-
-
-def _shown(points: pd.DataFrame) -> pd.DataFrame:
-    return cast(pd.DataFrame, points.drop(columns=["key", "chosen"]).assign(backend=points["backend"].astype(str)))
 
 
 show()

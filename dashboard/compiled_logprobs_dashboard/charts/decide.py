@@ -26,11 +26,7 @@ def winner_map(
 
     Squares are points, since only points can be clicked; each carries [N, V] as `customdata`.
 
-    Args:
-        table: one row a square.
-        rows: N of the decision that is shown, whose square gets a frame.
-        vocab: V of the same.
-        among: all backends that there are, see `looks.looks`.
+    `rows` and `vocab` are those of the decision that is shown, whose square gets a frame.
     """
     across = [str(value) for value in sorted(table["rows"].unique())]
     up = [str(value) for value in sorted(table["vocab"].unique())]

@@ -13,15 +13,7 @@ SHORTEST = pd.Timedelta(seconds=30)
 
 
 def line(table: pd.DataFrame, column: str, title: str, unit: str, *, top: float | None = None) -> go.Figure:
-    """`column` of `machine.history` over time, a line for each device that tells it.
-
-    Args:
-        table: as `machine.history` gives it.
-        column: one of `machine.HISTORY`.
-        title: what it is, for the axis.
-        unit: of the numbers, also shown when the pointer is over a line.
-        top: upper end of the axis; by default as the numbers have it.
-    """
+    """`column` of `tables.live_gpu.history` over time, up to `top`, a line for each device that tells it."""
     figure = new_figure(260)
     for place, (device, rows) in enumerate(table.groupby("device", sort=True)):
         if rows[column].notna().any():

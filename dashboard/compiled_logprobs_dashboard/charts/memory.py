@@ -45,14 +45,7 @@ def bars(points: pd.DataFrame, *, among: Iterable[str] = ()) -> go.Figure:
 def growth(
     points: pd.DataFrame, capacity_bytes: float | None, free_bytes: float | None, *, among: Iterable[str] = ()
 ) -> go.Figure:
-    """Logits and extra memory by N, a line a backend, with the least possible and what the device has.
-
-    Args:
-        points: `tables.memory.memory`.
-        capacity_bytes: of the device; None where it is not known, and then no line is drawn.
-        free_bytes: what of it is left for this, likewise.
-        among: all backends that there are, see `looks.looks`.
-    """
+    """Logits and extra memory by N, the least possible, and what the device has and what is free, where it is known."""
     figure = new_figure(
         400,
         xaxis=across(points["timed_rows"], "N, rows that were timed (logarithmic)"),

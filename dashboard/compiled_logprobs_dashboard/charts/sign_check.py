@@ -20,14 +20,7 @@ EXACT = 1e-17
 
 
 def ranges(errors: pd.DataFrame, what: str, *, among: Iterable[str] = ()) -> go.Figure:
-    """By kind of input and backend: thin the errors of all values, thick the middle 90 per cent, the median, and the
-    limit.
-
-    Args:
-        errors: `tables.sign_check.errors` of one dtype and kind of result.
-        what: which kind that is.
-        among: all backends that there are, see `looks.looks`.
-    """
+    """By input and backend, of one kind of result: thin all errors, thick the middle 90 %, median and limit."""
     inputs = list(dict.fromkeys(errors["input"]))
     place = {name: number for number, name in enumerate(inputs)}
     named = looks(errors["backend"], among)

@@ -23,15 +23,7 @@ def rate(
     *,
     among: Iterable[str] = (),
 ) -> go.Figure:
-    """`tables.throughput.throughput` as a line a backend; its band is the middle 60 per cent of the calls.
-
-    Args:
-        points: columns backend, rows, vocab, and `column` with `_low` and `_high`.
-        along: "rows" or "vocab", the axis across.
-        column: "gbps" or "tokens".
-        roofs: bandwidths to draw as lines, GB/s: lowest and highest that was measured.
-        among: all backends that there are, see `looks.looks`.
-    """
+    """A rate along N or V, with the middle 60 % of the calls as a band; `roofs` are spans of measured GB/s."""
     roofs = roofs or {}
     ends = [points[column].max(), points[f"{column}_high"].max(), *(high for _, high in roofs.values())]
     figure = _along(points, along, RATES[column], ends)

@@ -5,7 +5,6 @@ Every figure is one of `Decision`; here they are only put into words and order.
 """
 
 import itertools
-import json
 import math
 import shlex
 from collections.abc import Iterable
@@ -311,11 +310,6 @@ def size(number: float | None) -> str:
         if abs(number) >= factor:
             return f"{number / factor:.3g} {unit}"
     return f"{number:.0f} bytes"
-
-
-def as_json(decision: Decision) -> str:
-    """All that is stored of the decision."""
-    return json.dumps(decision.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
 # The winner map

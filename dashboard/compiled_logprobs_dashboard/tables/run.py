@@ -161,13 +161,7 @@ class Outlook:
 
 
 def outlook(seen: Seen, budget_s: float, elapsed_s: float) -> Outlook:
-    """How far the run is, and how long the rest may take.
-
-    Args:
-        seen: its events.
-        budget_s: seconds that it may take for a problem.
-        elapsed_s: seconds since its start.
-    """
+    """How far the run is `elapsed_s` after its start, and how long the rest may take, at most `budget_s` a problem."""
     total = len(seen.problems)
     if not total:
         return Outlook(0.0, None, measured=False)

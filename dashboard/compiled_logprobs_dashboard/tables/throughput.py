@@ -44,12 +44,7 @@ class Throughput(NamedTuple):
 def throughput(frames: Frames, profile: Profile, shape: Shape, along: Axis, cache_bytes: float | None) -> Throughput:
     """The points along one axis, the other being as in `shape`.
 
-    Args:
-        frames: where from.
-        profile: which one.
-        shape: mode, dtype, and the N and V that stay or are near.
-        along: what changes from point to point.
-        cache_bytes: of the device's last cache; None where it is not known.
+    `cache_bytes` are of the device's last cache; None where it is not known.
     """
     keys, dropped = keys_along(frames, profile, shape, along)
     left_out = [f"of {dropped + len(keys)} decisions, the {len(keys)} nearest are shown"] if dropped else []
