@@ -105,6 +105,12 @@ def test_links_lead_to_what_is_there(page):
             assert (page.parent / target.split("#")[0]).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_file_that_a_page_names_is_there(page):
+    for name in re.findall(r"`([\w/]+\.(?:py|md|json|toml|cpp))`", page.read_text()):
+        assert "my_backend" in name or next(ROOT.glob(f"[!.]*/**/{name}"), None) or (ROOT / name).exists(), name
+
+
 def test_every_page_can_be_reached_from_the_readme():
     reached, new = set(), {ROOT / "README.md"}
     while new:
