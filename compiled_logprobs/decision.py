@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Literal
 
 from compiled_logprobs.errors import ProfileError
-from compiled_logprobs.problem import Problem, problem_to_dict
+from compiled_logprobs.problem import Problem, mode_name, problem_to_dict
 
 Outcome = Literal[
     "chosen", "slower", "tie", "wrong", "failed", "oom", "timeout", "crashed", "unavailable", "unsupported"
@@ -270,6 +270,21 @@ def moment(measured_at: str) -> datetime | None:
         return datetime.strptime(measured_at, TIME).replace(tzinfo=timezone.utc)
     except ValueError:
         return None
+
+
+def short(problem: Problem) -> str:
+    """The problem and its mode, on one line."""
+    return f"{problem}, {mode_name(problem)}"
+
+
+def speedup_in_words(decision: Decision) -> str:
+    """Such as 'compiled, 2.10x (2.04 to 2.15) the speed of log_softmax and gather, 1.80x (1.75 to 1.84) of eager'."""
+    over_plain = decision.winner.speedup_over_plain
+    parts = [] if over_plain is None else [f"{over_plain} the speed of {PLAIN} and gather"]
+    if decision.chosen != decision.baseline:
+        parts.append(f"{decision.winner.speedup} {'of' if parts else 'the speed of'} {decision.baseline}")
+    reason = f": {decision.reason}" if decision.chosen == decision.baseline else ""
+    return ", ".join([decision.chosen, *parts]) + reason
 
 
 def _parse(cls: type, data: bytes) -> Any:

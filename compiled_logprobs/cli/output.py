@@ -11,9 +11,9 @@ from rich.text import Text
 
 from compiled_logprobs.check.report import MEANING, CheckReport
 from compiled_logprobs.choose.verify import Verification
-from compiled_logprobs.decision import PLAIN, Decision
+from compiled_logprobs.decision import PLAIN, Decision, short
 from compiled_logprobs.machine.environment import Environment
-from compiled_logprobs.problem import Problem, mode_name, short_name
+from compiled_logprobs.problem import mode_name, short_name
 from compiled_logprobs.store.transfer import Imported, Pruned
 
 WIDTH_ELSEWHERE = 180
@@ -166,21 +166,6 @@ def console() -> Console:
 
 def new_table(title: str, *columns: str) -> Table:
     return Table(*columns, title=Text(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-
-
-def short(problem: Problem) -> str:
-    """The problem and its mode, on one line."""
-    return f"{problem}, {mode_name(problem)}"
-
-
-def speedup_in_words(decision: Decision) -> str:
-    """Such as 'compiled, 2.10x (2.04 to 2.15) the speed of log_softmax and gather, 1.80x (1.75 to 1.84) of eager'."""
-    over_plain = decision.winner.speedup_over_plain
-    parts = [] if over_plain is None else [f"{over_plain} the speed of {PLAIN} and gather"]
-    if decision.chosen != decision.baseline:
-        parts.append(f"{decision.winner.speedup} {'of' if parts else 'the speed of'} {decision.baseline}")
-    reason = f": {decision.reason}" if decision.chosen == decision.baseline else ""
-    return ", ".join([decision.chosen, *parts]) + reason
 
 
 def _speedup(decision: Decision, *, interval: bool = True) -> str:

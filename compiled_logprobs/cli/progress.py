@@ -14,8 +14,8 @@ from rich.progress import Progress as RichBar
 from rich.text import Text
 
 from compiled_logprobs.choose.verify import Verification
-from compiled_logprobs.cli.output import short, speedup_in_words, verified_in_words
-from compiled_logprobs.decision import Decision
+from compiled_logprobs.cli.output import verified_in_words
+from compiled_logprobs.decision import Decision, short, speedup_in_words
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.problem import Problem, problem_to_dict
 

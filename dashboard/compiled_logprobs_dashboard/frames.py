@@ -15,8 +15,7 @@ import torch
 from compiled_logprobs.backends import BUILT_IN, backends, code_of, is_loaded
 from compiled_logprobs.choose.memory import Choice, Memory
 from compiled_logprobs.choose.rule import Context, walk
-from compiled_logprobs.cli.output import short
-from compiled_logprobs.decision import PLAIN, Candidate, Decision, Evidence, Speedup
+from compiled_logprobs.decision import PLAIN, Candidate, Decision, Evidence, Speedup, short
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import MATCHED, VERSIONS_MATCHED, Environment, environments
 from compiled_logprobs.policy import Policy

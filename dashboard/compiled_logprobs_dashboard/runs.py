@@ -27,7 +27,7 @@ from platformdirs import user_state_path
 
 from compiled_logprobs.backends import EAGER, backends
 from compiled_logprobs.choose.tune import current
-from compiled_logprobs.cli.output import short
+from compiled_logprobs.decision import short
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.machine import clock
 from compiled_logprobs.machine.nvml import telemetry

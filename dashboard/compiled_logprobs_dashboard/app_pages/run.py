@@ -11,7 +11,7 @@ from compiled_logprobs_dashboard.runs import ProfileRun, Request, preflight
 from compiled_logprobs_dashboard.tables.run import Seen, decided, losses, outlook, over, standings
 
 from compiled_logprobs.backends import backends
-from compiled_logprobs.cli.output import short
+from compiled_logprobs.decision import short
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.problem import MODES, short_name

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from compiled_logprobs.cli.output import short
+from compiled_logprobs.decision import short
 from compiled_logprobs.store.transfer import Imported
 from compiled_logprobs_dashboard.frames import Frames, device_name
 from compiled_logprobs_dashboard.looks import plain_line

@@ -12,8 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from compiled_logprobs.cli.output import short, speedup_in_words
-from compiled_logprobs.decision import Decision
+from compiled_logprobs.decision import Decision, short, speedup_in_words
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.problem import Problem, mode_name, problem_from_dict, short_name
 from compiled_logprobs_dashboard.frames import against, published
