@@ -117,9 +117,8 @@ def print_imported(imported: list[Imported], here: set[str]) -> None:
 
 def print_pruned(pruned: list[Pruned], root: Path) -> None:
     """A line for each file that goes."""
-    for one in pruned:
-        still = "" if one.failed is None else f"; it is still there: {one.failed}"
-        print_line(_printable(f"{one.kind}: {one.path.relative_to(root)} ({one.bytes} bytes): {one.why}{still}"))
+    for file in pruned:
+        print_line(_printable(f"{file.path.relative_to(root)} ({file.bytes} bytes): {file.why}"))
 
 
 def print_verifications(title: str, verifications: list[Verification]) -> None:

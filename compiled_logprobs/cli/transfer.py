@@ -2,13 +2,13 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from compiled_logprobs.cli.options import (
-    COULD_NOT_RUN,
     PASSED,
     WRONG,
     AsJson,
@@ -24,10 +24,6 @@ from compiled_logprobs.store.files import Store, write_bytes
 
 STANDARD = "-"
 """In place of a file's name: standard input or output."""
-
-Folder = Annotated[
-    Path | None, typer.Option("--store", show_default=False, help="Folder of profiles; by default the user's.")
-]
 
 
 def export(
@@ -62,35 +58,30 @@ def export(
             raise InputError("got - and --json, which both write to standard output; one is valid. Leave one out.")
         here = [one.fingerprint() for one in environments()]
         which = None if every else split(environment) or here
-        archive = transfer.export_archive(store_of(source), which, evidence=evidence)
-        told = f"{archive.decisions} decisions, {len(archive.content)} bytes"
+        content, decisions = transfer.export_archive(store_of(source), which, evidence=evidence)
+        told = f"{decisions} decisions, {len(content)} bytes"
         if file == STANDARD:
-            sys.stdout.buffer.write(archive.content)
+            sys.stdout.buffer.write(content)
             sys.stdout.flush()
             sys.stderr.write(told + "\n")
             return
         name = f"compiled-logprobs-{which[0]}.tar.gz" if which and len(which) == 1 else "compiled-logprobs.tar.gz"
         path = Path(name if file is None else file)
-        _write(path, archive.content, overwrite)
+        if path.exists() and not path.is_file():
+            raise InputError(f"got {path}, which is no file; the name of a file is valid, or - for standard output.")
+        if path.exists() and not overwrite:
+            raise InputError(f"got {path}, which exists; a new file is valid. Name another, or add --overwrite.")
+        try:
+            write_bytes(Path(os.path.realpath(path)), content)  # so that a link stays one
+        except OSError as error:
+            raise InputError(
+                f"got {path}, which cannot be written ({error.strerror}). Valid is a file in a folder that this "
+                "process may write to, on a disk with room. Name one there."
+            ) from error
     if as_json:
-        found = {"decisions": archive.decisions, "environments": archive.environments, "bytes": len(archive.content)}
-        print_json({"file": str(path), **found})
+        print_json({"file": str(path), "decisions": decisions, "bytes": len(content)})
     else:
         print_line(f"{path}: {told}")
-
-
-def _write(path: Path, content: bytes, overwrite: bool) -> None:
-    if path.exists() and not path.is_file():
-        raise InputError(f"got {path}, which is no file; the name of a file is valid, or - for standard output.")
-    if path.exists() and not overwrite:
-        raise InputError(f"got {path}, which exists; a new file is valid. Name another, or add --overwrite.")
-    try:
-        write_bytes(Path(os.path.realpath(path)), content)  # so that a link stays one
-    except OSError as error:
-        raise InputError(
-            f"got {path}, which cannot be written ({error.strerror}). Valid is a file in a folder that this process "
-            "may write to, on a disk with room. Name one there."
-        ) from error
 
 
 def import_(
@@ -100,7 +91,6 @@ def import_(
     out: Annotated[
         Path | None, typer.Option(show_default=False, help="Folder to store in; by default the user's profiles.")
     ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace also what is stored and newer.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Store the decisions of an archive, and say what became of each: what is stored and as new, or newer, is kept.
@@ -109,22 +99,19 @@ def import_(
     """
     with reported_errors():
         store = user_store() if out is None else Store(out)
-        if file == STANDARD:
-            imported = transfer.import_archive(store, sys.stdin.buffer, replace=replace)
-        else:
-            try:
-                opened = open(file, "rb")  # noqa: SIM115 - so that only an error of opening is told as one
-            except (OSError, ValueError) as error:
-                raise InputError(
-                    f"got {file!r}, which cannot be opened ({getattr(error, 'strerror', None) or error}); the name of "
-                    "an archive is valid, or - for standard input. Correct it."
-                ) from error
-            with opened:
-                imported = transfer.import_archive(store, opened, replace=replace)
+        try:
+            with nullcontext(sys.stdin.buffer) if file == STANDARD else open(file, "rb") as opened:
+                imported = transfer.import_archive(store, opened)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"got {file!r}, which cannot be opened ({getattr(error, 'strerror', None) or error}); the name of an "
+                "archive is valid, or - for standard input. Correct it."
+            ) from error
         here = {environment.fingerprint() for environment in environments()}
     fates = [one.fate for one in imported]
     if as_json:
-        print_json({"store": str(store.root), "decisions": [one.to_dict() for one in imported]})
+        decisions = [one._asdict() | {"decision": one.decision and one.decision.to_dict()} for one in imported]
+        print_json({"store": str(store.root), "decisions": decisions})
     else:
         print_imported(imported, here)
         counts = ", ".join(f"{fates.count(fate)} {fate}" for fate in dict.fromkeys(fates))
@@ -139,47 +126,40 @@ def import_(
 def prune(
     older_than: Annotated[
         float | None,
-        typer.Option(show_default=False, min=0.0, metavar="DAYS", help="Decisions that were measured longer ago."),
+        typer.Option(show_default=False, min=0.0, metavar="DAYS", help="Also decisions that were measured longer ago."),
     ] = None,
     other_environments: Annotated[
         bool,
         typer.Option(
             "--other-environments",
-            help="Decisions that are not used on this machine as it is now: those of another machine, and also of "
+            help="Also decisions that are not used on this machine as it is now: those of another machine, and also of "
             "another number of threads or another torch.",
         ),
     ] = False,
-    broken: Annotated[
-        bool,
-        typer.Option(
-            "--broken",
-            help="Files that cannot be read, and what killed writers left. Alone where nothing is asked for.",
-        ),
-    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
-    folder: Folder = None,
+    folder: Annotated[
+        Path | None, typer.Option("--store", show_default=False, help="Folder of profiles; by default the user's.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what serves nobody any more from the profiles, and say what, and how many bytes.
+    """Remove from the profiles files that are broken, and what else is asked for; say what, and how many bytes.
 
-    Without options, only files that are broken. What cannot be read at present always stays.
+    Broken are files that cannot be used, and what killed writers left. What cannot be read at present always stays.
     """
     with reported_errors():
         store = user_store() if folder is None else Store(folder)
         pruned = transfer.prune(
             store,
             {environment.fingerprint() for environment in environments()},
-            broken=broken,
             older_than_days=older_than,
             other_environments=other_environments,
             dry_run=dry_run,
         )
-    gone = [one.bytes for one in pruned if one.failed is None]
+    size = sum(file.bytes for file in pruned)
     if as_json:
-        files = [one.to_dict() for one in pruned]
-        print_json({"store": str(store.root), "dry_run": dry_run, "bytes": sum(gone), "files": files})
+        files = [{"path": str(file.path), "why": file.why, "bytes": file.bytes} for file in pruned]
+        print_json({"store": str(store.root), "dry_run": dry_run, "bytes": size, "files": files})
     else:
         print_pruned(pruned, store.root)
         what = "would be removed from" if dry_run else "removed from"
-        print_line(f"{len(gone)} files, {sum(gone)} bytes, {what} {store.root}")
-    raise typer.Exit(PASSED if len(gone) == len(pruned) else COULD_NOT_RUN)
+        print_line(f"{len(pruned)} files, {size} bytes, {what} {store.root}")

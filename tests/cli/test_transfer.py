@@ -47,7 +47,7 @@ def test_export_and_import(run, here, target):
     assert result.stdout.endswith(f"2 decisions: 2 added; in {target.root}\n")
     told = json.loads(run("import", file.name, "--out", str(target.root), "--json").stdout)
     assert [one["fate"] for one in told["decisions"]] == ["same"] * 2
-    assert told["decisions"][0].keys() == {"name", "fate", "why", "environment", "chosen", "measured_at", "problem"}
+    assert told["decisions"][0]["decision"]["problem"]["vocab"] == LARGE.vocab
 
 
 def test_an_import_for_another_machine_says_so(run, here, target):
@@ -83,12 +83,7 @@ def test_what_is_broken_in_an_archive_is_told_and_exit_1(run, here, target):
 def test_where_to_export_from(run, here, source):
     publish(decided(), Store(here / "profiles"))
     told = json.loads(run("export", "archive", "--from", source, "--all", "--json").stdout)
-    assert told == {
-        "file": "archive",
-        "decisions": 1,
-        "environments": [fingerprint_of(CPU)],
-        "bytes": (here / "archive").stat().st_size,
-    }
+    assert told == {"file": "archive", "decisions": 1, "bytes": (here / "archive").stat().st_size}
 
 
 def test_a_file_that_exists_is_replaced_on_demand_only(run, here):
@@ -133,12 +128,12 @@ def test_a_foreign_backend_in_an_archive_is_never_imported(run, here, target, tm
     assert "evil" in result.stdout and "evil" not in sys.modules
 
 
-def test_prune_says_what_goes(run, here):
+def test_prune_says_what_goes(run, here, monkeypatch):
     path = user_store().path(fingerprint_of(CPU), LARGE)
     path.write_text("{")
     dry = run("prune", "--dry-run")
     assert dry.exit_code == 0 and path.exists()
-    assert f"broken: {path.relative_to(user_store().root)} (1 bytes): " in dry.stdout
+    assert f"{path.relative_to(user_store().root)} (1 bytes): broken: " in dry.stdout
     assert f" would be removed from {user_store().root}" in dry.stdout
     told = json.loads(run("prune", "--json").stdout)
     assert str(path) in {one["path"] for one in told["files"]} and not told["dry_run"] and not path.exists()
@@ -146,12 +141,3 @@ def test_prune_says_what_goes(run, here):
     assert json.loads(run("prune", "--other-environments", "--json").stdout)["files"]
     assert json.loads(run("prune", "--older-than", "0", "--json").stdout)["files"]
     assert list(user_store().decisions()) == []
-
-
-def test_what_cannot_be_pruned_is_exit_2(run, here, monkeypatch):
-    user_store().path(fingerprint_of(CPU), LARGE).write_text("{")
-    monkeypatch.setattr(
-        "pathlib.Path.unlink", lambda self, **_: (_ for _ in ()).throw(OSError(30, "Read-only file system"))
-    )
-    result = run("prune")
-    assert result.exit_code == 2 and "it is still there: Read-only file system" in result.stdout

@@ -30,10 +30,8 @@ def test_an_archive_and_a_report_can_be_taken_along(scenario):
     where = scenario("one")
     at = opened("profiles")
     at.button(key="prepare").click().run()
-    archive = export_archive(where, [stores.here().fingerprint()])
-    assert not at.exception and [one.label for one in at.get("download_button")] == [
-        f"Download {len(archive.content):,} bytes"
-    ]
+    archive, _ = export_archive(where, [stores.here().fingerprint()])
+    assert not at.exception and [one.label for one in at.get("download_button")] == [f"Download {len(archive):,} bytes"]
     at.button(key="make_report").click().run()
     assert not at.exception and at.get("download_button")[0].label.startswith("Download ")
 
@@ -53,7 +51,7 @@ def test_an_upload_is_shown_before_it_is_stored(scenario, tmp_path):
     odd = dataclasses.replace(stores.H100, gpu_name=stores.HOSTILE)
     stores.publish(elsewhere, stores.good(stores.problem(64, device="cuda"), reason=stores.HOSTILE), odd)
     at = opened("profiles")
-    content = export_archive(elsewhere).content
+    content, _ = export_archive(elsewhere)
     at.file_uploader(key="upload").upload("../../evil.tar.gz", content, "application/gzip").run()
     assert not at.exception and files(where) == {} and set(at.dataframe[-1].value["fate"]) == {"added"}
     assert "2 decisions, 2 of which would be stored" in text_of(at)
@@ -72,7 +70,7 @@ def test_a_bad_upload_changes_nothing(scenario):
     where = scenario("one")
     before = files(where)
     at = opened("profiles")
-    for content in (b"<script>", export_archive(where).content[:-100]):
+    for content in (b"<script>", export_archive(where)[0][:-100]):
         at.file_uploader(key="upload").upload("x.tar.gz", content, "application/gzip").run()
         assert not at.exception and files(where) == before
         assert "the archive cannot be used" in text_of(at) and "store" not in [one.key for one in at.button]

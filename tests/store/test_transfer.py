@@ -68,69 +68,61 @@ def target(tmp_path) -> Store:
 
 
 def test_what_is_exported_and_imported_is_the_same_byte_for_byte(source, target):
-    archive = export_archive(source)
-    assert archive.decisions == 4 and set(archive.environments) == {KEY, ELSEWHERE.fingerprint()}
-    assert fates(imported(archive.content, target, dry_run=True)) == ["added"] * 4 and not target.root.exists()
-    assert fates(imported(archive.content, target)) == ["added"] * 4
+    archive, decisions = export_archive(source)
+    assert decisions == 4
+    assert fates(imported(archive, target, dry_run=True)) == ["added"] * 4 and not target.root.exists()
+    assert fates(imported(archive, target)) == ["added"] * 4
     assert files(target) == files(source)
-    assert export_archive(target) == archive
-    result = imported(archive.content, target)
-    assert fates(result) == ["same"] * 4
-    assert json.loads(json.dumps([one.to_dict() for one in result]))[0]["problem"]["rows"] in (64, 1024, 2048)
+    assert export_archive(target) == (archive, 4)
+    assert fates(imported(archive, target)) == ["same"] * 4
 
 
 def test_what_ships_with_the_package_makes_the_round_trip(target):
-    imported(export_archive(bundled_store()).content, target)
+    imported(export_archive(bundled_store())[0], target)
     there = {name: data for name, data in files(bundled_store()).items() if "/decisions/" in name}
     assert {name: data for name, data in files(target).items() if "/decisions/" in name} == there
     assert target.environments() == bundled_store().environments()
 
 
 def test_an_archive_is_a_folder_of_a_store_that_tells_nothing_of_its_owner(source, target):
-    content = export_archive(source).content
+    content, _ = export_archive(source)
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         assert {(one.uname, one.gname, one.uid, one.mtime) for one in archive} == {("", "", 0, 0)}
-        assert set(archive.getnames()) == set(files(source))
+        assert set(archive.getnames()) == {name for name in files(source) if "/decisions/" in name}
     assert str(source.root).encode() not in gzip.decompress(content)
 
 
 def test_evidence_and_environments_are_left_out_on_demand(source, target):
-    imported(export_archive(source, evidence=False).content, target)
+    imported(export_archive(source, evidence=False)[0], target)
     assert files(target) == {name: data for name, data in files(source).items() if ".evidence." not in name}
-    assert export_archive(source, [ELSEWHERE.fingerprint()]).environments == [ELSEWHERE.fingerprint()]
-
-
-def test_what_cannot_be_exported_is_said(source, target, monkeypatch):
-    with pytest.raises(ProfileError, match="holds no decision, and an archive of one or more is valid"):
-        export_archive(target)
-    with pytest.raises(ProfileError, match=f"holds no decision for {'0' * 16}"):
+    assert export_archive(source, [ELSEWHERE.fingerprint()])[1] == 1
+    with pytest.raises(ProfileError, match=f"holds no decision for {'0' * 16}, and an archive of one or more is valid"):
         export_archive(source, ["0" * 16])
-    monkeypatch.setattr(transfer, "MOST_BYTES", 10_000)
-    with pytest.raises(ProfileError, match="at most 10000 are valid.*--no-evidence"):
-        export_archive(source)
+
+
+def test_a_folder_of_a_store_is_an_archive_whatever_packed_it(source, target):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        archive.add(source.root / "v1", "v1")
+    assert fates(imported(content.getvalue(), target)) == ["added"] * 4 and files(target) == files(source)
 
 
 # Which of two stays
 
 
 @pytest.mark.parametrize(
-    ("there", "here", "replace", "fate", "why"),
+    ("there", "here", "fate", "why"),
     [
-        (OLD, NEW, False, "replaced", "what was stored is older, of 2026-01-01"),
-        (NEW, OLD, False, "kept", "what is stored is newer, of 2026-02-01"),
-        (NEW, OLD, True, "replaced", "as was asked"),
-        (NEW, NEW, False, "kept", "what is stored is as new"),
-        ("once", OLD, False, "replaced", "does not say when"),
+        (OLD, NEW, "replaced", "what was stored is older, of 2026-01-01"),
+        (NEW, OLD, "kept", "what is stored is as new, or newer, of 2026-02-01"),
+        (NEW, NEW, "kept", "what is stored is as new"),
     ],
 )
-def test_the_newer_of_two_decisions_stays(source, target, there, here, replace, fate, why):
+def test_the_newer_of_two_decisions_stays(source, target, there, here, fate, why):
     before, after = decided(LARGE, measured_at=there, seed=1), decided(LARGE, measured_at=here, seed=2)
     target.publish(HERE, before, evidence_of(before))
     source.publish(HERE, after)
-    result = {
-        (one.environment, one.decision.problem): one
-        for one in imported(export_archive(source).content, target, replace=replace)
-    }
+    result = {(one.environment, one.decision.problem): one for one in imported(export_archive(source)[0], target)}
     told = result.pop((KEY, LARGE))
     assert told.fate == fate and why in told.why
     assert fates(result.values()) == ["added"] * 3
@@ -145,7 +137,7 @@ def test_what_cannot_be_used_is_replaced(source, target, there):
     filled(target, measured_at=NEW)
     for name in (FIRST, f"v1/{KEY}/environment.json"):
         (target.root / name).write_text(there)
-    result = imported(export_archive(source).content, target)
+    result = imported(export_archive(source)[0], target)
     assert sorted(fates(result)) == ["kept", "kept", "kept", "replaced"]
     assert target.read(KEY, LARGE) == source.read(KEY, LARGE) and target.environments() == source.environments()
 
@@ -200,16 +192,15 @@ HOSTILE = {
     "a path as device": (FIRST, lambda data: data.replace(b'"cpu"', b'"../x"', 1), "valid"),
     "a winner not measured": (FIRST, edited(chosen="flash_attn"), "not among those that it measured"),
     "no candidates": (FIRST, edited(candidates={}), "not among those that it measured"),
-    "a date to come": (FIRST, edited(measured_at="9999-01-01T00:00:00Z"), "yet to come"),
+    "a date to come": (FIRST, edited(measured_at="9999-01-01T00:00:00Z"), "not to come"),
     "no date": (FIRST, edited(measured_at="\x1b[2J"), "it was measured at "),
-    "evidence alone": (FIRST_EVIDENCE.replace("n1024", "n8"), lambda data: data, "the evidence of no decision"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_is_hostile_is_passed_over_with_its_reason_and_the_rest_is_stored(source, target, tmp_path, name):
     place, spoil, why = HOSTILE[name]
-    members = members_of(export_archive(source, [KEY]).content)
+    members = members_of(export_archive(source, [KEY])[0])
     base = FIRST_EVIDENCE if "evidence" in place else FIRST
     data = spoil(members.pop(base))
     if base == FIRST:
@@ -222,17 +213,10 @@ def test_what_is_hostile_is_passed_over_with_its_reason_and_the_rest_is_stored(s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
-@pytest.mark.parametrize(
-    ("spoil", "why"),
-    [(lambda data: b"{", "it is not valid"), (edited(seed=99), None)],
-    ids=["broken", "of another decision"],
-)
-def test_a_decision_comes_without_evidence_that_cannot_be_used(source, target, spoil, why):
-    members = members_of(export_archive(source, [KEY]).content)
-    members[FIRST_EVIDENCE] = spoil(members[FIRST_EVIDENCE])
-    result = imported(packed(members), target)
-    assert fates(result) == ["added"] * 3
-    assert why is None or any("its evidence is passed over" in one.why for one in result)
+def test_evidence_of_another_decision_is_left_out(source, target):
+    members = members_of(export_archive(source, [KEY])[0])
+    members[FIRST_EVIDENCE] = edited(seed=99)(members[FIRST_EVIDENCE])
+    assert fates(imported(packed(members), target)) == ["added"] * 3
     assert target.evidence(KEY, target.read(KEY, LARGE)) is None
 
 
@@ -242,7 +226,7 @@ def test_a_decision_comes_without_evidence_that_cannot_be_used(source, target, s
         lambda data: b"",
         lambda data: b"\x89PNG\r\n\x1a\n" + bytes(500),
         lambda data: data[: len(data) // 2],
-        lambda data: data[:500] + bytes([data[500] ^ 1]) + data[501:],
+        lambda data: data[:-5] + bytes([data[-5] ^ 1]) + data[-4:],
         lambda data: gzip.compress(b"no tar" * 1000),
         lambda data: b'{"archive": "compiled-logprobs", "schema": 1}\n',
     ],
@@ -250,22 +234,21 @@ def test_a_decision_comes_without_evidence_that_cannot_be_used(source, target, s
 )
 def test_what_is_no_whole_archive_changes_nothing(source, target, spoil):
     with pytest.raises(ProfileError, match="the archive cannot be used: .*\nValid is a .tar.gz"):
-        imported(spoil(export_archive(source).content), target)
+        imported(spoil(export_archive(source)[0]), target)
     assert not target.root.exists()
 
 
 def test_an_archive_that_unpacks_to_too_much_is_refused(source, target, monkeypatch):
     monkeypatch.setattr(transfer, "MOST_BYTES", 2**20)
-    with pytest.raises(ProfileError, match="it has more than 1048576 bytes unpacked"):
+    with pytest.raises(ProfileError, match="it has more than 1048576 bytes unpacked.*\n.*--no-evidence"):
         imported(gzip.compress(bytes(2**24)), target)
-    assert not target.root.exists()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_damage_inside_is_told_or_does_not_matter(source, tmp_path, drawn):
     """Of the tar, which no digest guards against whoever means harm."""
-    content = gzip.decompress(export_archive(source, [ELSEWHERE.fingerprint()]).content)
+    content = gzip.decompress(export_archive(source, [ELSEWHERE.fingerprint()])[0])
     start = drawn.draw(st.integers(0, 2000) | st.integers(0, len(content)))
     data = content[:start] + drawn.draw(st.binary(max_size=20)) + content[start + drawn.draw(st.integers(0, 50)) :]
     store = Store(tmp_path / "store")
@@ -275,21 +258,6 @@ def test_any_damage_inside_is_told_or_does_not_matter(source, tmp_path, drawn):
         return
     assert {path.name for path in tmp_path.iterdir()} <= {"source", "store"}
     assert all(store.read(one.environment, one.decision.problem) for one in result if one.decision is not None)
-
-
-def test_a_full_disk_keeps_what_is_stored_and_is_told(source, target, monkeypatch):
-    filled(target, measured_at="2025-01-01T00:00:00Z")
-    before, real = files(target), os.replace
-
-    def full(old, new):
-        if "decisions" in str(new):
-            raise OSError(28, "No space left on device")
-        real(old, new)
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(ProfileError, match="cannot be written: No space left on device"):
-        imported(export_archive(source).content, target)
-    assert files(target) == before
 
 
 # Pruning
@@ -332,33 +300,23 @@ def both(*problems: Problem) -> set[str]:
     return {f"{problem_name(problem)}{end}" for problem in problems for end in (".json", ".evidence.json")}
 
 
-BY_DEFAULT = both(BROKEN, EARLIER) | {f"{problem_name(STALE)}.evidence.json", ABANDONED}
+BROKEN_FILES = both(BROKEN, EARLIER) | {f"{problem_name(STALE)}.evidence.json", ABANDONED}
 
 
-@pytest.mark.parametrize(
-    ("asked", "gone"),
-    [
-        ({}, BY_DEFAULT),
-        ({"broken": True}, BY_DEFAULT),
-        ({"older_than_days": 30}, both(AGED)),
-        ({"older_than_days": 50}, set()),
-        ({"older_than_days": 30, "broken": True}, both(AGED) | BY_DEFAULT),
-    ],
-    ids=["by default", "broken", "aged", "none is as old", "aged or broken"],
-)
-def test_what_is_pruned(mixed, asked, gone):
-    before = files(mixed)
-    dry = prune(mixed, [KEY], **asked, dry_run=True)
+@pytest.mark.parametrize(("days", "aged"), [(None, set()), (50, set()), (30, both(AGED))])
+def test_what_is_pruned(mixed, days, aged):
+    before, gone = files(mixed), BROKEN_FILES | aged
+    dry = prune(mixed, [KEY], older_than_days=days, dry_run=True)
     assert files(mixed) == before
-    pruned = prune(mixed, [KEY], **asked)
-    assert pruned == dry and {one.path.name for one in pruned} == gone
+    pruned = prune(mixed, [KEY], older_than_days=days)
+    assert pruned == dry and {file.path.name for file in pruned} == gone
     assert files(mixed) == {name: data for name, data in before.items() if Path(name).name not in gone}
-    assert sum(one.bytes for one in pruned) == sum(map(len, before.values())) - sum(map(len, files(mixed).values()))
-    assert prune(mixed, [KEY], **asked) == []
-    json.dumps([one.to_dict() for one in pruned])
+    assert sum(file.bytes for file in pruned) == sum(map(len, before.values())) - sum(map(len, files(mixed).values()))
+    assert prune(mixed, [KEY], older_than_days=days) == []
 
 
 def test_other_environments_go_with_their_facts(mixed):
+    prune(mixed, [KEY])
     before = files(mixed)
     prune(mixed, [KEY], other_environments=True)
     folder = f"v1/{ELSEWHERE.fingerprint()}"
@@ -386,5 +344,6 @@ def test_what_cannot_be_removed_is_told(mixed, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "unlink", read_only)
-    assert {one.failed for one in prune(mixed, [KEY])} == {"Read-only file system"}
+    with pytest.raises(ProfileError, match="cannot be removed: Read-only file system"):
+        prune(mixed, [KEY])
     assert prune(Store(mixed.root / "none"), [KEY]) == []

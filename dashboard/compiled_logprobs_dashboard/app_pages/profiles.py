@@ -70,12 +70,12 @@ def _take_along(frames: Frames, profile: Profile) -> None:
         return
     try:
         with st.spinner("Reading the decisions"):
-            archive = export_archive(frames.stores[profile.source], [profile.environment], evidence=evidence)
+            archive, _ = export_archive(frames.stores[profile.source], [profile.environment], evidence=evidence)
     except ProfileError as error:
         st.error(plain(error, 1000), title="It cannot be exported")
         return
     name = f"compiled-logprobs-{profile.environment}.tar.gz"
-    selection.download(f"Download {len(archive.content):,} bytes", archive.content, name, "application/gzip")
+    selection.download(f"Download {len(archive):,} bytes", archive, name, "application/gzip")
 
 
 def _report(frames: Frames, profile: Profile) -> None:
