@@ -16,7 +16,7 @@ from compiled_logprobs.operation.reference import reference
 
 EPS = torch.finfo(torch.float32).eps
 RELAXED = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 

@@ -23,6 +23,7 @@ def test_it_computes_what_the_reference_does(dtype, temperature):
     assert plain(logits, labels, 1.0, entropy=False)[1] is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(why_no_peak("cpu") is not None, reason=str(why_no_peak("cpu")))
 @pytest.mark.parametrize(
     "problem",
