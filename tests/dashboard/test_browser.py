@@ -132,21 +132,18 @@ def number(page, label: str):
     return page.get_by_role("spinbutton", name=label)
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_every_page_in_every_look(server, visit, look):
-    page = visit(look=look)
-    for name in PAGES:
-        page.goto(f"{server.url}/{'' if name == 'decide' else name}")
-        settle(page)
-        picture(page, f"{name}-{look}")
-        assert page.get_by_test_id("stException").count() == 0, name
-        assert page.locator("h1").count() == 1, name
-        assert not page.evaluate(TOO_WIDE), f"{name} is wider than the screen"
-        background = page.evaluate(
-            "() => getComputedStyle(document.querySelector('[data-testid=\"stApp\"]')).backgroundColor"
-        )
-        light = sum(map(int, re.findall("[0-9]+", background)[:3])) > 3 * 128
-        assert light == (look != "dark"), name
+def look_at(page, name: str, look: str) -> None:
+    """Nothing is wrong with how the page looks; a picture of it is taken."""
+    settle(page)
+    picture(page, f"{name}-{look}")
+    assert page.get_by_test_id("stException").count() == 0, name
+    assert page.locator("h1").count() == 1, name
+    assert not page.evaluate(TOO_WIDE), f"{name} is wider than the screen"
+    background = page.evaluate(
+        "() => getComputedStyle(document.querySelector('[data-testid=\"stApp\"]')).backgroundColor"
+    )
+    light = sum(map(int, re.findall("[0-9]+", background)[:3])) > 3 * 128
+    assert light == (look != "dark"), name
 
 
 def test_the_landing_page_answers_at_once_and_the_menu_leads_to_all_pages(visit):
@@ -159,8 +156,15 @@ def test_the_landing_page_answers_at_once_and_the_menu_leads_to_all_pages(visit)
     for place, name in enumerate(PAGES):
         links.nth(place).click()
         page.wait_for_url(re.compile(rf"/{'' if name == 'decide' else name}(\?.*)?$"))
-        settle(page)
-        assert page.get_by_test_id("stException").count() == 0, name
+        look_at(page, name, "light")
+
+
+@pytest.mark.parametrize(("look", "names"), [("dark", ["decide", "sign_check"]), ("narrow", PAGES)])
+def test_pages_in_other_looks(server, visit, look, names):
+    page = visit(look=look)
+    for name in names:
+        page.goto(f"{server.url}/{'' if name == 'decide' else name}")
+        look_at(page, name, look)
 
 
 def test_a_click_on_the_winner_map_sets_the_shape(visit):
