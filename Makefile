@@ -34,7 +34,7 @@ quick: .venv/.installed-flash-attn
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser and not gpu"
 
 test: .venv/.installed-flash-attn
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 test-integrations: export OMP_WAIT_POLICY := PASSIVE
 test-integrations: $(INTEGRATIONS)/.installed
