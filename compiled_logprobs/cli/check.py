@@ -1,32 +1,25 @@
 """`check`: whether backends, or anyone's function, give the right numbers on this machine."""
 
 from collections.abc import Callable
-from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import torch
 import typer
 
 from compiled_logprobs.backends import backends
 from compiled_logprobs.check.report import CheckReport
 from compiled_logprobs.check.run import check_backend
-from compiled_logprobs.cli.options import COULD_NOT_RUN, PASSED, WRONG, AsJson, busy, reported_errors, subject_of
+from compiled_logprobs.cli.options import (
+    COULD_NOT_RUN,
+    PASSED,
+    WRONG,
+    AsJson,
+    busy,
+    device_of,
+    reported_errors,
+    subject_of,
+)
 from compiled_logprobs.cli.output import print_json, print_line, print_report
-from compiled_logprobs.errors import BackendUnavailable, InputError
-
-
-class Returned(str, Enum):
-    """What the numbers of a function are."""
-
-    log_prob = "log_prob"
-    loss = "loss"
-
-
-class Device(str, Enum):
-    """Where to check."""
-
-    cpu = "cpu"
-    cuda = "cuda"
+from compiled_logprobs.errors import BackendUnavailable
 
 
 def check(
@@ -49,13 +42,15 @@ def check(
         ),
     ] = None,
     returns: Annotated[
-        Returned, typer.Option(help="What the function's numbers are: log-probabilities, or losses.")
-    ] = Returned.log_prob,
+        Literal["log_prob", "loss"],
+        typer.Option(help="What the function's numbers are: log-probabilities, or losses."),
+    ] = "log_prob",
     vocab: Annotated[
         int | None, typer.Option(show_default=False, min=2, help="Size of the vocabulary; by default 32771.")
     ] = None,
     device: Annotated[
-        Device | None, typer.Option(show_default=False, help="Where to check; by default on the GPU if there is one.")
+        Literal["cpu", "cuda"] | None,
+        typer.Option(show_default=False, help="Where to check; by default on the GPU if there is one."),
     ] = None,
     ignore_index: Annotated[
         bool,
@@ -75,9 +70,8 @@ def check(
     reports: list[CheckReport] = []
     unavailable: dict[str, str] = {}
     with reported_errors():
-        if device is Device.cuda and not torch.cuda.is_available():
-            raise InputError("got --device cuda; torch sees no CUDA or ROCm device here. Use --device cpu.")
-        device_type = None if device is None else device.value
+        if device is not None:
+            device_of(device)
         subjects: list[str | Callable[..., Any]] = [*backends()] if target is None else [subject_of(target)]
         for subject in subjects:
             try:
@@ -85,11 +79,11 @@ def check(
                     report = check_backend(
                         subject,
                         ignore_index=ignore_index,
-                        device=device_type,
+                        device=device,
                         seed=seed,
                         vocab=vocab,
                         call=call,
-                        returns=returns.value,
+                        returns=returns,
                     )
             except BackendUnavailable as error:
                 if target is not None:

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -47,17 +47,9 @@ Where = Annotated[
     str | None,
     typer.Option("--device", show_default=False, help="cpu, cuda, cuda:1, ...; by default the GPU if there is one."),
 ]
-Backends = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--backend",
-        show_default=False,
-        help="package.module:Class of a backend of your own that decisions may have chosen.",
-    ),
-]
 Shown = Annotated[
-    str,
-    typer.Option("--progress", help="bar, jsonl (events on standard output, one a line, and no table), or none."),
+    Literal["bar", "jsonl", "none"],
+    typer.Option("--progress", help="jsonl: events on standard output, one a line, and no table."),
 ]
 
 
@@ -117,14 +109,11 @@ def reported_errors() -> Iterator[None]:
 
 def progress_of(kind: str, as_json: bool) -> Progress:
     """What --progress asks for."""
-    kinds: dict[str, type[Progress]] = {"bar": Bar, "jsonl": JsonLines, "none": Progress}
-    if kind not in kinds:
-        raise InputError(f"got --progress {kind}; {', '.join(kinds)} are valid. Name one of them.")
     if kind == "jsonl" and as_json:
         raise InputError(
             "got --progress jsonl and --json, which both write to standard output; one is valid. Leave one out."
         )
-    return kinds[kind]()
+    return {"bar": Bar, "jsonl": JsonLines, "none": Progress}[kind]()
 
 
 def split(texts: list[str] | None) -> list[str]:
@@ -171,13 +160,6 @@ def store_of(text: str) -> Store:
             "got 'project'; a current folder that holds profiles is valid. Go to it, or name the profiles."
         )
     return store
-
-
-def choice_of(text: str, what: str, valid: tuple[str, ...]) -> Any:
-    """`text`, if it is valid."""
-    if text not in valid:
-        raise InputError(f"got {what} {text!r}; {', '.join(valid)} are valid. Name one of them.")
-    return text
 
 
 def device_of(text: str | None) -> torch.device:

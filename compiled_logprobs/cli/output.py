@@ -13,7 +13,7 @@ from compiled_logprobs.check.report import MEANING, CheckReport
 from compiled_logprobs.choose.verify import Verification
 from compiled_logprobs.decision import PLAIN, Decision, short
 from compiled_logprobs.machine.environment import Environment
-from compiled_logprobs.problem import mode_name, short_name
+from compiled_logprobs.problem import Problem, mode_name, short_name
 from compiled_logprobs.store.transfer import Imported, Pruned
 
 WIDTH_ELSEWHERE = 180
@@ -31,8 +31,7 @@ def print_report(report: CheckReport) -> None:
             verdict = Text("passed", "green") if check.passed else Text("wrong", "bold red")
             table.add_row(check.name, verdict, _figure(check.figure), _figure(check.limit), MEANING[check.name])
         console().print(table)
-    repeatable = _recorded("repeatable", report.repeatable)
-    print_line(f"Recorded: {repeatable}, {_recorded('row invariant', report.row_invariant)}; seed {report.seed}")
+    print_line(f"Seed {report.seed}")
     for result in report.results:
         for check in result.checks:
             if not check.passed:
@@ -69,10 +68,7 @@ def print_decisions(title: str, decisions: list[tuple[Decision, str]]) -> None:
     for decision, source in decisions:
         problem, winner = decision.problem, decision.winner
         table.add_row(
-            str(problem.rows),
-            str(problem.vocab),
-            short_name(problem.dtype),
-            Text(mode_name(problem)),
+            *_cells(problem),
             Text(decision.chosen),
             str(winner.speedup_over_plain or "not timed"),
             _speedup(decision, interval=False),
@@ -92,11 +88,8 @@ def print_decisions(title: str, decisions: list[tuple[Decision, str]]) -> None:
     ]
     for name, candidate, problem in lost:
         print_line(f"{name}: {candidate.outcome} on {problem}, {mode_name(problem)}: {candidate.reason}")
-    shrunk = sorted({d.measured_rows for d, _ in decisions if d.measured_rows < d.problem.rows})
-    if shrunk:
-        print_line(
-            f"Where time or memory was short, fewer rows were timed ({', '.join(map(str, shrunk))}); --json says where."
-        )
+    if any(decision.measured_rows < decision.problem.rows for decision, _ in decisions):
+        print_line("Where time or memory was short, fewer rows were timed; --json says where.")
 
 
 def print_imported(imported: list[Imported], here: set[str]) -> None:
@@ -125,12 +118,9 @@ def print_verifications(title: str, verifications: list[Verification]) -> None:
     """A row for each decision, and a line for each that does not hold."""
     table = new_table(title, "rows", "vocabulary", "dtype", "mode", "winner", "then", "now", "decision", "from")
     for verification in verifications:
-        problem, decision = verification.decision.problem, verification.decision
+        decision = verification.decision
         table.add_row(
-            str(problem.rows),
-            str(problem.vocab),
-            short_name(problem.dtype),
-            Text(mode_name(problem)),
+            *_cells(decision.problem),
             Text(_printable(decision.chosen)),
             _speedup(decision),
             "" if verification.speedup is None else str(verification.speedup),
@@ -167,6 +157,10 @@ def new_table(title: str, *columns: str) -> Table:
     return Table(*columns, title=Text(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
 
 
+def _cells(problem: Problem) -> tuple[str, ...]:
+    return str(problem.rows), str(problem.vocab), short_name(problem.dtype), mode_name(problem)
+
+
 def _speedup(decision: Decision, *, interval: bool = True) -> str:
     speedup = decision.winner.speedup
     if decision.chosen == decision.baseline or speedup is None:
@@ -188,9 +182,3 @@ def _memory(size: int | None, multiple: float | None) -> str:
 
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value + 0.0:.3g}"  # the sum makes 0 of -0
-
-
-def _recorded(what: str, value: bool | None) -> str:
-    if value is None:
-        return f"{what} not tried"
-    return what if value else f"not {what}"

@@ -16,7 +16,6 @@ from compiled_logprobs.cli.options import (
     PASSED,
     WRONG,
     AsJson,
-    Backends,
     Dtype,
     Mode,
     Rows,
@@ -146,7 +145,12 @@ def verify(
             "--store", show_default=False, help="Folder of profiles; by default all that are used, each once."
         ),
     ] = None,
-    backend: Backends = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            show_default=False, help="package.module:Class of a backend of your own that decisions may have chosen."
+        ),
+    ] = None,
     progress: Shown = "bar",
     as_json: AsJson = False,
 ) -> None:

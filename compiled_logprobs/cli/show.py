@@ -1,7 +1,7 @@
 """`show`, `explain` and `doctor`: what is stored, what serves a problem and why, and what this machine can run."""
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -9,7 +9,7 @@ from rich.text import Text
 
 from compiled_logprobs.backends import backends, why_not
 from compiled_logprobs.choose.explain import explain_problem
-from compiled_logprobs.cli.options import AsJson, Where, choice_of, device_of, reported_errors
+from compiled_logprobs.cli.options import AsJson, Where, device_of, reported_errors
 from compiled_logprobs.cli.output import console, new_table, print_decisions, print_environment, print_json, print_line
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.machine.environment import Environment, cpp_compiler_version, environments, without_paths
@@ -70,9 +70,9 @@ def explain(
     dtype: Annotated[str, typer.Option(help="Of the logits: float32, bfloat16 or float16.")] = "bfloat16",
     mode: Annotated[str, typer.Option(help="forward, backward, inplace or entropy.")] = "backward",
     labels_per_row: Annotated[int, typer.Option(min=1, help="K.")] = 1,
-    temperature: Annotated[str, typer.Option(help="none, number or per_token.")] = "none",
+    temperature: Annotated[Temperature, typer.Option()] = "none",
     masked: Annotated[bool, typer.Option("--masked", help="Whole regions of the vocabulary are -inf.")] = False,
-    layout: Annotated[str, typer.Option(help="flat, rows or other.")] = "flat",
+    layout: Annotated[Layout, typer.Option(help="How the logits lie.")] = "flat",
     device: Where = None,
     as_json: AsJson = False,
 ) -> None:
@@ -85,9 +85,9 @@ def explain(
             presets.vocab_of(vocab),
             presets.dtype_of(dtype),
             labels_per_row=labels_per_row,
-            temperature=choice_of(temperature, "temperature", get_args(Temperature)),
+            temperature=temperature,
             masked_logits=masked,
-            layout=choice_of(layout, "layout", get_args(Layout)),
+            layout=layout,
             **MODES[presets.mode_of(mode)],
         )
         explanation = explain_problem(as_it_lies(asked), where, policy())

@@ -1,8 +1,5 @@
 """`export`, `import` and `prune`: carry stored decisions to another machine, and remove those that serve nobody."""
 
-import os
-import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -20,19 +17,16 @@ from compiled_logprobs.cli.output import print_imported, print_json, print_line,
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.machine.environment import environments
 from compiled_logprobs.store import transfer, user_store
-from compiled_logprobs.store.files import Store, write_bytes
-
-STANDARD = "-"
-"""In place of a file's name: standard input or output."""
+from compiled_logprobs.store.files import Store
 
 
 def export(
     file: Annotated[
-        str | None,
+        Path | None,
         typer.Argument(
             show_default=False,
-            help="The archive to write; - is standard output. By default compiled-logprobs.tar.gz, or, of one "
-            "environment alone, compiled-logprobs-FINGERPRINT.tar.gz, in the current folder.",
+            help="The archive to write, a new file. By default compiled-logprobs.tar.gz, or, of one environment alone, "
+            "compiled-logprobs-FINGERPRINT.tar.gz, in the current folder.",
         ),
     ] = None,
     environment: Annotated[
@@ -47,47 +41,33 @@ def export(
         bool,
         typer.Option("--evidence/--no-evidence", help="Whether raw times and details of the checks come along."),
     ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write stored decisions into one file, for `compiled-logprobs import` on another machine."""
     with reported_errors():
         if environment and every:
             raise InputError("got --environment and --all; one of them is valid. Leave one out.")
-        if file == STANDARD and as_json:
-            raise InputError("got - and --json, which both write to standard output; one is valid. Leave one out.")
         here = [one.fingerprint() for one in environments()]
         which = None if every else split(environment) or here
         content, decisions = transfer.export_archive(store_of(source), which, evidence=evidence)
-        told = f"{decisions} decisions, {len(content)} bytes"
-        if file == STANDARD:
-            sys.stdout.buffer.write(content)
-            sys.stdout.flush()
-            sys.stderr.write(told + "\n")
-            return
         name = f"compiled-logprobs-{which[0]}.tar.gz" if which and len(which) == 1 else "compiled-logprobs.tar.gz"
-        path = Path(name if file is None else file)
-        if path.exists() and not path.is_file():
-            raise InputError(f"got {path}, which is no file; the name of a file is valid, or - for standard output.")
-        if path.exists() and not overwrite:
-            raise InputError(f"got {path}, which exists; a new file is valid. Name another, or add --overwrite.")
+        path = Path(name) if file is None else file
         try:
-            write_bytes(Path(os.path.realpath(path)), content)  # so that a link stays one
+            with path.open("xb") as archive:
+                archive.write(content)
         except OSError as error:
             raise InputError(
-                f"got {path}, which cannot be written ({error.strerror}). Valid is a file in a folder that this "
+                f"got {path}, which cannot be written ({error.strerror}). Valid is a new file in a folder that this "
                 "process may write to, on a disk with room. Name one there."
             ) from error
     if as_json:
         print_json({"file": str(path), "decisions": decisions, "bytes": len(content)})
     else:
-        print_line(f"{path}: {told}")
+        print_line(f"{path}: {decisions} decisions, {len(content)} bytes")
 
 
 def import_(
-    file: Annotated[
-        str, typer.Argument(help="The archive, as `compiled-logprobs export` wrote it; - is standard input.")
-    ],
+    file: Annotated[Path, typer.Argument(help="The archive, as `compiled-logprobs export` wrote it.")],
     out: Annotated[
         Path | None, typer.Option(show_default=False, help="Folder to store in; by default the user's profiles.")
     ] = None,
@@ -100,12 +80,12 @@ def import_(
     with reported_errors():
         store = user_store() if out is None else Store(out)
         try:
-            with nullcontext(sys.stdin.buffer) if file == STANDARD else open(file, "rb") as opened:
+            with file.open("rb") as opened:
                 imported = transfer.import_archive(store, opened)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"got {file!r}, which cannot be opened ({getattr(error, 'strerror', None) or error}); the name of an "
-                "archive is valid, or - for standard input. Correct it."
+                f"got {str(file)!r}, which cannot be opened ({getattr(error, 'strerror', None) or error}); the name of "
+                "an archive is valid. Correct it."
             ) from error
         here = {environment.fingerprint() for environment in environments()}
     fates = [one.fate for one in imported]

@@ -54,7 +54,7 @@ def test_a_table_a_problem_and_a_line_with_the_verdict(run, judged):
     assert result.exit_code == 0, result.output
     assert last_line(result.stdout) == "eager: passed 6 of 6 checks"
     assert result.stdout.count("no log-probability is positive") == 2
-    assert "Recorded: repeatable, row invariant not tried; seed 0" in result.stdout
+    assert "Seed 0\n" in result.stdout
 
 
 def test_what_is_wrong_is_told_with_its_cause(run, judged):
@@ -146,13 +146,6 @@ def test_without_a_target_every_backend_is_checked_or_listed_with_its_reason(run
     result = run("check", "--device", "cpu", "--json")
     assert result.exit_code == 2
     assert json.loads(result.stdout)["unavailable"].keys() == {"flash_attn"}
-
-
-def test_a_gpu_that_is_not_there_is_said_so(run, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    result = run("check", "eager", "--device", "cuda")
-    assert result.exit_code == 2
-    assert result.stderr.startswith("InputError: got --device cuda; torch sees no CUDA or ROCm device here.")
 
 
 @pytest.mark.slow

@@ -130,7 +130,6 @@ def test_a_wrong_candidate_is_exit_1(run, tuner):
         (("--device", "meta"), "profiles are measured on cpu and cuda"),
         (("--backend", "fastest"), "got target 'fastest'; a backend's name (cpp, "),
         (("--backend", "tests.helpers.functions_to_check:right"), "which is a function; a Backend is valid"),
-        (("--progress", "dots"), "got --progress dots; bar, jsonl, none are valid"),
         (("--progress", "jsonl", "--json"), "which both write to standard output"),
     ],
 )
