@@ -221,13 +221,14 @@ def _rows(path: Path, written: int) -> tuple[tuple[Any, ...], list[tuple[Any, ..
     )
     candidates = [
         (
-            *(name, one.outcome, one.reason, name == decision.chosen),
-            *_ends(one.speedup),
-            *_ends(published(decision, one)),
-            *(one.seconds, one.extra_bytes, one.percent_of_bandwidth, one.checks_passed, len(one.checks)),
-            one.measured_at or decision.measured_at,
+            *(name, candidate.outcome, candidate.reason, name == decision.chosen),
+            *_ends(candidate.speedup),
+            *_ends(published(decision, candidate)),
+            *(candidate.seconds, candidate.extra_bytes, candidate.percent_of_bandwidth),
+            *(candidate.checks_passed, len(candidate.checks)),
+            candidate.measured_at or decision.measured_at,
         )
-        for name, one in decision.candidates.items()
+        for name, candidate in decision.candidates.items()
     ]
     return row, candidates
 
@@ -251,13 +252,13 @@ def published(decision: Decision, candidate: Candidate) -> Speedup | None:
 
 def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of `Environment` in `facts`; None for what is missing or no such value: a file may be foreign."""
-    plain = {one.name: facts.get(one.name) for one in fields(Environment)}
-    for one in fields(Environment):
-        value = plain[one.name]
+    plain = {fact.name: facts.get(fact.name) for fact in fields(Environment)}
+    for fact in fields(Environment):
+        value = plain[fact.name]
         if isinstance(value, str):  # half of a surrogate pair is valid in JSON, and in no table
-            plain[one.name] = value[:200].encode("utf-8", "replace").decode()
-        if not isinstance(value, one.type):  # type: ignore[arg-type]
-            plain[one.name] = None
+            plain[fact.name] = value[:200].encode("utf-8", "replace").decode()
+        if not isinstance(value, fact.type):  # type: ignore[arg-type]
+            plain[fact.name] = None
     return plain
 
 
@@ -281,8 +282,8 @@ def _environments(
         for source, name, told in facts
     ]
     columns = ["source", "environment", "device", "here", "decisions", "measured_at"]
-    table = pd.DataFrame(rows, columns=[*columns, *(one.name for one in fields(Environment))])
-    numbers = {one.name: float for one in fields(Environment) if isinstance(0, one.type)}  # type: ignore[arg-type]
+    table = pd.DataFrame(rows, columns=[*columns, *(fact.name for fact in fields(Environment))])
+    numbers = {fact.name: float for fact in fields(Environment) if isinstance(0, fact.type)}  # type: ignore[arg-type]
     return table.astype({"here": bool, "decisions": int, **numbers})
 
 

@@ -126,13 +126,13 @@ def foremost(decision: Decision, *, failures_first: bool = False) -> tuple[Decis
     """
 
     def rank(name: str) -> tuple[bool, bool, float, str]:
-        one = decision.candidates[name]
-        failed = failures_first and not one.measured and one.outcome not in ("unavailable", "unsupported")
-        speed = 0.0 if one.speedup is None else one.speedup.median
+        candidate = decision.candidates[name]
+        failed = failures_first and not candidate.measured and candidate.outcome not in ("unavailable", "unsupported")
+        speed = 0.0 if candidate.speedup is None else candidate.speedup.median
         return name not in (decision.chosen, decision.baseline), not failed, -speed, name
 
     names = set(sorted(decision.candidates, key=rank)[:MOST_BACKENDS])
-    part = {name: one for name, one in decision.candidates.items() if name in names}
+    part = {name: candidate for name, candidate in decision.candidates.items() if name in names}
     return replace(decision, candidates=part), len(decision.candidates) - len(part)
 
 

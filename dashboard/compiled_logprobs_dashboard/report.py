@@ -91,21 +91,21 @@ def _maps(frames: Frames, profile: Profile, found: pd.DataFrame) -> list[str]:
 def _decisions(frames: Frames, found: pd.DataFrame) -> str:
     chosen = frames.candidates[frames.candidates["chosen"]].set_index("key")
     rows = []
-    for one in found.head(MOST_ROWS).itertuples():
-        best: Any = chosen.loc[one.key]
+    for row in found.head(MOST_ROWS).itertuples():
+        best: Any = chosen.loc[row.key]
         ends = best["speedup_low"], best["speedup_high"]
         band = "" if any(map(math.isnan, ends)) else f" ({ends[0]:.2f} to {ends[1]:.2f})"
         rows.append(
             [
-                *(one.mode, one.dtype, one.rows, one.vocab, one.measured_rows, one.chosen),
-                "baseline" if one.chosen == one.against else _number(best["speedup"], ".2f", "x") + band,
-                one.against,
-                "baseline" if one.chosen == one.baseline else _number(best["ratio"], ".2f", "x"),
+                *(row.mode, row.dtype, row.rows, row.vocab, row.measured_rows, row.chosen),
+                "baseline" if row.chosen == row.against else _number(best["speedup"], ".2f", "x") + band,
+                row.against,
+                "baseline" if row.chosen == row.baseline else _number(best["ratio"], ".2f", "x"),
                 _number(best["seconds"] * 1e3, ".3g", " ms"),
                 _number(best["extra_bytes"] / 2**20, ".0f", " MiB"),
                 f"{best['checks_passed']} of {best['checks_total']}" if best["checks_total"] else "not stored",
                 _number(best["percent_of_bandwidth"], ".0f", " %"),
-                *(one.code, one.measured_at, one.stale if isinstance(one.stale, str) else ""),
+                *(row.code, row.measured_at, row.stale if isinstance(row.stale, str) else ""),
             ]
         )
     note = "" if len(found) <= MOST_ROWS else f"<p>The first {MOST_ROWS} of {len(found)}.</p>"

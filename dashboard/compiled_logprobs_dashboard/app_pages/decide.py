@@ -74,8 +74,8 @@ def _headline(frames: Frames, profile: Profile, shape: Shape, answer: Answer, de
     st.subheader(plain(tables.sentence(decision)))
     _badges(frames, profile, answer, decision)
     with st.container(horizontal=True):
-        for one in tables.figures(decision):
-            selection.metric(*one)
+        for figure in tables.figures(decision):
+            selection.metric(*figure)
 
 
 def _badges(frames: Frames, profile: Profile, answer: Answer, decision: Decision) -> None:
@@ -127,9 +127,9 @@ def _why(decision: Decision, left_out: int) -> None:
     st.subheader("Why not the others")
     if lost.empty:
         st.write("There were no others.")
-    for one in lost.itertuples():
-        st.markdown(f"**{plain(one.backend)}**, {plain(one.outcome)}: {plain(one.why, 500)}")
-        st.caption(plain(one.figures, 600))
+    for row in lost.itertuples():
+        st.markdown(f"**{plain(row.backend)}**, {plain(row.outcome)}: {plain(row.why, 500)}")
+        st.caption(plain(row.figures, 600))
     if left_out:
         st.caption(f"{left_out} more candidates are not shown.")
 

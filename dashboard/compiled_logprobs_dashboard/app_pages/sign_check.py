@@ -45,16 +45,16 @@ def show() -> None:
     st.caption(
         f"{asked}, every dtype. What the gate found on the device before anything was timed; all of it is stored."
     )
-    for one in found:
-        if not one.exact:
+    for checked in found:
+        if not checked.exact:
             st.caption(
-                f"{plain(one.dtype)}: for this N nothing is stored; shown is the nearest, N "
-                f"{one.decision.problem.rows}."
+                f"{plain(checked.dtype)}: for this N nothing is stored; shown is the nearest, N "
+                f"{checked.decision.problem.rows}."
             )
-        if one.left_out:
+        if checked.left_out:
             st.caption(
-                f"{plain(one.dtype)}: {one.left_out} more candidates are not shown. The chosen one, the baseline and "
-                "those that failed come first."
+                f"{plain(checked.dtype)}: {checked.left_out} more candidates are not shown. The chosen one, the baseline "
+                "and those that failed come first."
             )
     whole = tables.overview(found)
     if whole.empty:
@@ -205,15 +205,15 @@ def _narrowed(table: pd.DataFrame, key: str, column: str, label: str) -> pd.Data
 
 
 def _without_details(found: Sequence[Checked]) -> None:
-    for one in found:
-        if one.missing:
+    for checked in found:
+        if checked.missing:
             st.info(
-                f"{plain(one.dtype)}: this profile tells only the worst of each check, and no details by input: "
-                f"{plain(one.missing)}. It is older, or was carried here without its evidence. `compiled-logprobs "
+                f"{plain(checked.dtype)}: this profile tells only the worst of each check, and no details by input: "
+                f"{plain(checked.missing)}. It is older, or was carried here without its evidence. `compiled-logprobs "
                 "profile --again` measures it anew.",
                 title="No details stored",
             )
-    for dtype, names in tables.without_details([one for one in found if not one.missing]).items():
+    for dtype, names in tables.without_details([checked for checked in found if not checked.missing]).items():
         st.caption(f"{plain(dtype)}: no details by input are stored of {plain(', '.join(names))}.")
 
 

@@ -96,8 +96,8 @@ def _roof(frames: Frames, points: pd.DataFrame, along: tables.Axis, cache: float
         columns=COLUMNS,
     )
     noted = points[points["note"] != ""].drop_duplicates("note")
-    for one in noted.itertuples():
-        st.caption(f"{plain(one.backend, 40)}, N {one.rows}, V {one.vocab}: {plain(one.note, 400)}.")
+    for row in noted.itertuples():
+        st.caption(f"{plain(row.backend, 40)}, N {row.rows}, V {row.vocab}: {plain(row.note, 400)}.")
     if cache is None:
         st.caption("The size of this device's cache is not known here, so that nothing is said of what stays in it.")
     st.caption("How long a launch takes was not measured, so that no point is marked as bound by it.")

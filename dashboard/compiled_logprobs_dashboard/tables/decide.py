@@ -130,25 +130,25 @@ def leaderboard(decision: Decision, among: Iterable[str] = ()) -> pd.DataFrame:
     """
     look = looks(decision.candidates, among)
     rows = []
-    for name, one in sorted(decision.candidates.items(), key=lambda item: _rank(decision, *item)):
-        speedup = published(decision, one)
+    for name, candidate in sorted(decision.candidates.items(), key=lambda item: _rank(decision, *item)):
+        speedup = published(decision, candidate)
         rows.append(
             {
                 "name": name,
                 "backend": plain_line(name, 60),
                 "letter": look[name].letter,
-                "outcome": outcome(one.outcome),
-                "ms": None if one.seconds is None else one.seconds * 1e3,
+                "outcome": outcome(candidate.outcome),
+                "ms": None if candidate.seconds is None else candidate.seconds * 1e3,
                 "speedup": None if speedup is None else speedup.median,
                 "low": None if speedup is None else speedup.low,
                 "high": None if speedup is None else speedup.high,
-                "ratio": None if one.speedup is None else one.speedup.median,
-                "extra_mib": None if one.extra_bytes is None else one.extra_bytes / 2**20,
-                "extra_multiple": one.extra_multiple,
-                "percent_of_bandwidth": one.percent_of_bandwidth,
-                "checks": f"{one.checks_passed} of {len(one.checks)}" if one.checks else "not run",
-                "first_call_s": one.first_call_seconds,
-                "pays_after": decision.calls_to_pay(name) if one.measured else None,
+                "ratio": None if candidate.speedup is None else candidate.speedup.median,
+                "extra_mib": None if candidate.extra_bytes is None else candidate.extra_bytes / 2**20,
+                "extra_multiple": candidate.extra_multiple,
+                "percent_of_bandwidth": candidate.percent_of_bandwidth,
+                "checks": f"{candidate.checks_passed} of {len(candidate.checks)}" if candidate.checks else "not run",
+                "first_call_s": candidate.first_call_seconds,
+                "pays_after": decision.calls_to_pay(name) if candidate.measured else None,
             }
         )
     table = pd.DataFrame(rows)
@@ -156,14 +156,14 @@ def leaderboard(decision: Decision, among: Iterable[str] = ()) -> pd.DataFrame:
     return table.astype(dict.fromkeys(numbers, float))
 
 
-def _rank(decision: Decision, name: str, one: Candidate) -> tuple[bool, float, str]:
+def _rank(decision: Decision, name: str, candidate: Candidate) -> tuple[bool, float, str]:
     """The chosen one first, then by speed-up: seconds that an earlier decision measured are of another run."""
-    return name != decision.chosen, -speed(one), name
+    return name != decision.chosen, -speed(candidate), name
 
 
-def speed(one: Candidate) -> float:
+def speed(candidate: Candidate) -> float:
     """The speed-up over the baseline; 0 where it was not timed."""
-    return 0.0 if one.speedup is None else one.speedup.median
+    return 0.0 if candidate.speedup is None else candidate.speedup.median
 
 
 def why_lost(decision: Decision) -> pd.DataFrame:
@@ -171,11 +171,11 @@ def why_lost(decision: Decision) -> pd.DataFrame:
     rows = [
         {
             "backend": plain_line(name, 60),
-            "outcome": outcome(one.outcome),
-            "why": plain_line(one.reason, 500),
+            "outcome": outcome(candidate.outcome),
+            "why": plain_line(candidate.reason, 500),
             "figures": candidate_figures(decision, name) or "nothing was measured",
         }
-        for name, one in sorted(decision.candidates.items(), key=lambda item: _rank(decision, *item))
+        for name, candidate in sorted(decision.candidates.items(), key=lambda item: _rank(decision, *item))
         if name != decision.chosen
     ]
     return pd.DataFrame(rows, columns=["backend", "outcome", "why", "figures"])
@@ -197,7 +197,7 @@ def under_cap(decision: Decision, cap_bytes: float, rows: int) -> WhatIf:
     """
     need = needed(decision, rows)
     fit = {name: size for name, size in need.items() if size <= cap_bytes}
-    unknown = [name for name, one in decision.candidates.items() if one.measured and name not in need]
+    unknown = [name for name, candidate in decision.candidates.items() if candidate.measured and name not in need]
     note = f" Of {', '.join(plain_line(name, 40) for name in unknown)} the memory is not known." if unknown else ""
     if decision.chosen in fit:
         return WhatIf(decision.chosen, f"it takes {size(fit[decision.chosen])} and fits.{note}")
@@ -206,7 +206,7 @@ def under_cap(decision: Decision, cap_bytes: float, rows: int) -> WhatIf:
         return WhatIf(None, f"none fits; the least that one takes is {size(least)}.{note}")
     fastest = max(fit, key=lambda name: speed(decision.candidates[name]))
     lost = need.get(decision.chosen)
-    why = f"{plain_line(decision.chosen, 40)} takes {size(lost)}" if lost is not None else "the chosen one may not fit"
+    why = "the chosen one may not fit" if lost is None else f"{plain_line(decision.chosen, 40)} takes {size(lost)}"
     return WhatIf(fastest, f"{why}; of those that fit it is the fastest, with {size(fit[fastest])}.{note}")
 
 
@@ -215,9 +215,9 @@ def needed(decision: Decision, rows: int) -> dict[str, float]:
     problem = decision.problem
     logits = rows * problem.vocab * problem.dtype.itemsize
     return {
-        name: one.extra_multiple * logits
-        for name, one in decision.candidates.items()
-        if one.measured and one.extra_multiple is not None
+        name: candidate.extra_multiple * logits
+        for name, candidate in decision.candidates.items()
+        if candidate.measured and candidate.extra_multiple is not None
     }
 
 

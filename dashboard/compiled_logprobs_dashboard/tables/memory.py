@@ -65,14 +65,14 @@ def memory(frames: Frames, profile: Profile, shape: Shape) -> tuple[pd.DataFrame
             continue
         timed = decision.problem._replace(rows=decision.measured_rows)
         logits, least = logits_bytes(timed), least_bytes(timed)
-        for name, one in decision.candidates.items():
-            if one.measured_at is not None and decision.measured_rows != decision.problem.rows:
+        for name, candidate in decision.candidates.items():
+            if candidate.measured_at is not None and decision.measured_rows != decision.problem.rows:
                 left_out.append(
                     f"{plain_line(name, 40)} at N {decision.problem.rows}: measured earlier, with unknown rows"
                 )
                 continue
-            if one.extra_bytes is None or one.extra_multiple is None:
-                if one.measured:
+            if candidate.extra_bytes is None or candidate.extra_multiple is None:
+                if candidate.measured:
                     left_out.append(f"{plain_line(name, 40)} at N {decision.problem.rows}: its memory was not measured")
                 continue
             rows.append(
@@ -83,8 +83,8 @@ def memory(frames: Frames, profile: Profile, shape: Shape) -> tuple[pd.DataFrame
                     "vocab": decision.problem.vocab,
                     "timed_rows": timed.rows,
                     "chosen": name == decision.chosen,
-                    "extra_bytes": float(one.extra_bytes),
-                    "extra_multiple": one.extra_multiple,
+                    "extra_bytes": float(candidate.extra_bytes),
+                    "extra_multiple": candidate.extra_multiple,
                     "least_bytes": float(least),
                     "least_multiple": least / logits,
                     "logits_bytes": float(logits),

@@ -24,14 +24,14 @@ def imported(found: Sequence[Imported]) -> pd.DataFrame:
     """A row a decision of an archive, or of what else is in there: its fate and why, and what it is."""
     rows = [
         (
-            one.fate,
-            "" if one.decision is None else plain_line(device_name(one.decision.environment), 80),
-            plain_line(one.environment or "", 40),
-            plain_line(one.name, 100) if one.decision is None else short(one.decision.problem),
-            "" if one.decision is None else plain_line(one.decision.chosen, 60),
-            "" if one.decision is None else one.decision.measured_at,
-            plain_line(one.why),
+            entry.fate,
+            "" if entry.decision is None else plain_line(device_name(entry.decision.environment), 80),
+            plain_line(entry.environment or "", 40),
+            plain_line(entry.name, 100) if entry.decision is None else short(entry.decision.problem),
+            "" if entry.decision is None else plain_line(entry.decision.chosen, 60),
+            "" if entry.decision is None else entry.decision.measured_at,
+            plain_line(entry.why),
         )
-        for one in found
+        for entry in found
     ]
     return pd.DataFrame(rows, columns=["fate", "device", "environment", "problem", "chosen", "measured_at", "why"])

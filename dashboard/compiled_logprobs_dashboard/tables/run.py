@@ -207,21 +207,21 @@ def decided(decisions: Sequence[Decision]) -> pd.DataFrame:
     """A row for each problem, the latest first, as `compiled-logprobs profile` prints it."""
     return pd.DataFrame(
         {
-            "rows": one.problem.rows,
-            "vocabulary": one.problem.vocab,
-            "timed rows": one.measured_rows,
-            "dtype": short_name(one.problem.dtype),
-            "mode": mode_name(one.problem),
-            "winner": plain_line(one.chosen),
-            f"speed-up over {over(decisions)}": str(published(one, one.winner) or ""),
-            "speed-up over the baseline": str(one.winner.speedup or ""),
-            "a call, ms": None if one.winner.seconds is None else 1e3 * one.winner.seconds,
-            "extra memory, MiB": None if one.winner.extra_bytes is None else one.winner.extra_bytes / 2**20,
-            "sign check": f"{one.winner.checks_passed} of {len(one.winner.checks)}"
-            if one.winner.checks
+            "rows": decision.problem.rows,
+            "vocabulary": decision.problem.vocab,
+            "timed rows": decision.measured_rows,
+            "dtype": short_name(decision.problem.dtype),
+            "mode": mode_name(decision.problem),
+            "winner": plain_line(decision.chosen),
+            f"speed-up over {over(decisions)}": str(published(decision, decision.winner) or ""),
+            "speed-up over the baseline": str(decision.winner.speedup or ""),
+            "a call, ms": None if decision.winner.seconds is None else 1e3 * decision.winner.seconds,
+            "extra memory, MiB": None if decision.winner.extra_bytes is None else decision.winner.extra_bytes / 2**20,
+            "sign check": f"{decision.winner.checks_passed} of {len(decision.winner.checks)}"
+            if decision.winner.checks
             else "not stored",
         }
-        for one in reversed(decisions)
+        for decision in reversed(decisions)
     )
 
 

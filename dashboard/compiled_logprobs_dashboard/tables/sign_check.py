@@ -72,11 +72,11 @@ def gather(frames: Frames, profile: Profile, shape: Shape) -> tuple[list[Checked
 def overview(found: Iterable[Checked]) -> pd.DataFrame:
     """The worst over all inputs, a row for each backend, dtype and check: `CHECKS`, with `ALL` as input."""
     rows = []
-    for one in found:
-        names = _in_order({check.name for each in one.decision.candidates.values() for check in each.checks})
-        for backend, candidate in one.decision.candidates.items():
+    for checked in found:
+        names = _in_order({check.name for each in checked.decision.candidates.values() for check in each.checks})
+        for backend, candidate in checked.decision.candidates.items():
             checks = _by_name(candidate.checks)
-            rows += [_row(backend, one.dtype, ALL, name, checks.get(name), candidate) for name in names]
+            rows += [_row(backend, checked.dtype, ALL, name, checks.get(name), candidate) for name in names]
     return _table(rows, CHECKS)
 
 
@@ -86,18 +86,18 @@ def by_input(found: Iterable[Checked]) -> pd.DataFrame:
     A backend that did not get as far as the check has one row an input, of the check that every call returns.
     """
     rows = []
-    for one in found:
-        cases = one.evidence.cases
+    for checked in found:
+        cases = checked.evidence.cases
         asked: dict[str, set[str]] = {}
         for by_case in cases.values():
             for case in by_case:
                 asked.setdefault(case.case, set()).update(check.name for check in case.checks)
-        for backend, candidate in one.decision.candidates.items():
+        for backend, candidate in checked.decision.candidates.items():
             if candidate.checks and backend not in cases:
                 continue  # it was checked, and the details are not there
             told = {case.case: _by_name(case.checks) for case in cases.get(backend, ())}
             rows += [
-                _row(backend, one.dtype, case, name, told.get(case, {}).get(name), candidate)
+                _row(backend, checked.dtype, case, name, told.get(case, {}).get(name), candidate)
                 for name in _in_order(set().union(*asked.values()))
                 for case in asked
                 if name in asked[case] and (told or name == "runs")
@@ -197,8 +197,8 @@ _HEADS = {"backend": "backend", "dtype": "logits", "check": "check"}
 def errors(found: Iterable[Checked]) -> pd.DataFrame:
     """How the errors spread, a row for each backend, dtype, input and kind of result: `ERRORS`."""
     rows = []
-    for one in found:
-        for backend, by_case in one.evidence.cases.items():
+    for checked in found:
+        for backend, by_case in checked.evidence.cases.items():
             for case in by_case:
                 limits = {check.name: check.limit for check in case.checks}
                 for spread in case.errors:
@@ -206,7 +206,7 @@ def errors(found: Iterable[Checked]) -> pd.DataFrame:
                     rows.append(
                         {
                             "backend": backend,
-                            "dtype": one.dtype,
+                            "dtype": checked.dtype,
                             "input": case.case,
                             "what": spread.what,
                             "count": spread.count,
@@ -222,7 +222,7 @@ def tokens(found: Iterable[Checked]) -> pd.DataFrame:
     rows = [
         {
             "backend": backend,
-            "dtype": one.dtype,
+            "dtype": checked.dtype,
             "input": case.case,
             "what": spread.what,
             "row": token.row,
@@ -231,8 +231,8 @@ def tokens(found: Iterable[Checked]) -> pd.DataFrame:
             "float64": str(token.true),
             "error": math.inf if token.error is None else token.error,
         }
-        for one in found
-        for backend, by_case in one.evidence.cases.items()
+        for checked in found
+        for backend, by_case in checked.evidence.cases.items()
         for case in by_case
         for spread in case.errors
         for token in spread.worst
@@ -248,12 +248,12 @@ def recorded(found: Iterable[Checked]) -> pd.DataFrame:
         [
             {
                 "backend": plain_line(backend, 60),
-                "dtype": one.dtype,
+                "dtype": checked.dtype,
                 "repeatable": words[candidate.repeatable],
                 "row invariant": words[candidate.row_invariant],
             }
-            for one in found
-            for backend, candidate in one.decision.candidates.items()
+            for checked in found
+            for backend, candidate in checked.decision.candidates.items()
             if candidate.checks
         ],
         columns=["backend", "dtype", "repeatable", "row invariant"],
@@ -263,10 +263,12 @@ def recorded(found: Iterable[Checked]) -> pd.DataFrame:
 def without_details(found: Iterable[Checked]) -> dict[str, list[str]]:
     """Backends that were checked, but of which no details are stored, by dtype."""
     lacking = {
-        one.dtype: [
-            name for name, each in one.decision.candidates.items() if each.checks and name not in one.evidence.cases
+        checked.dtype: [
+            name
+            for name, each in checked.decision.candidates.items()
+            if each.checks and name not in checked.evidence.cases
         ]
-        for one in found
+        for checked in found
     }
     return {dtype: names for dtype, names in lacking.items() if names}
 

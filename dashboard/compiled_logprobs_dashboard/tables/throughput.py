@@ -93,19 +93,19 @@ def _points(
     timed = decision.problem._replace(rows=decision.measured_rows)
     size = minimum_bytes(timed)
     points, left_out = [], []
-    for name, one in decision.candidates.items():
-        if not one.measured or one.seconds is None or not one.seconds > 0:
+    for name, candidate in decision.candidates.items():
+        if not candidate.measured or candidate.seconds is None or not candidate.seconds > 0:
             continue
-        if one.measured_at is not None and decision.measured_rows != decision.problem.rows:
+        if candidate.measured_at is not None and decision.measured_rows != decision.problem.rows:
             left_out.append(
                 f"{plain_line(name, 40)} at N {decision.problem.rows}: it was timed for an earlier decision, and with "
                 "how many rows is not stored"
             )
             continue
         # Of an earlier decision, the times that lie beside this one are none of its.
-        series = times.get(name, []) if one.measured_at is None else []
+        series = times.get(name, []) if candidate.measured_at is None else []
         low, high = np.percentile(series, [LOW, HIGH]) if len(series) else (math.nan, math.nan)
-        percent = math.nan if one.percent_of_bandwidth is None else one.percent_of_bandwidth
+        percent = math.nan if candidate.percent_of_bandwidth is None else candidate.percent_of_bandwidth
         points.append(
             {
                 "backend": name,
@@ -115,11 +115,11 @@ def _points(
                 "vocab": decision.problem.vocab,
                 "timed_rows": timed.rows,
                 "chosen": name == decision.chosen,
-                "seconds": one.seconds,
-                **_rates("gbps", size / 1e9, one.seconds, low, high),
-                **_rates("tokens", timed.rows, one.seconds, low, high),
+                "seconds": candidate.seconds,
+                **_rates("gbps", size / 1e9, candidate.seconds, low, high),
+                **_rates("tokens", timed.rows, candidate.seconds, low, high),
                 "percent": percent,
-                "first_call_seconds": _or_nan(one.first_call_seconds),
+                "first_call_seconds": _or_nan(candidate.first_call_seconds),
                 "pays_after": _or_nan(decision.calls_to_pay(name)),
             }
         )
