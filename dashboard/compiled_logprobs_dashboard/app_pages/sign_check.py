@@ -53,8 +53,8 @@ def show() -> None:
             )
         if checked.left_out:
             st.caption(
-                f"{plain(checked.dtype)}: {checked.left_out} more candidates are not shown. The chosen one, the baseline "
-                "and those that failed come first."
+                f"{plain(checked.dtype)}: {checked.left_out} more candidates are not shown. The chosen one, the "
+                "baseline and those that failed come first."
             )
     whole = tables.overview(found)
     if whole.empty:
