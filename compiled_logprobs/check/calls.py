@@ -13,7 +13,7 @@ from compiled_logprobs.backends import get_backend, require_backend, why_not
 from compiled_logprobs.check.cases import IGNORE_INDEX
 from compiled_logprobs.check.function import Function
 from compiled_logprobs.check.report import Notes, Stop
-from compiled_logprobs.check.verdicts import CaseInputs, Results, gradient_of, judge_memory
+from compiled_logprobs.check.verdicts import CaseInputs, Results, gradient_of
 from compiled_logprobs.errors import nothing_can_serve_after
 from compiled_logprobs.operation.autograd import compute
 from compiled_logprobs.problem import Problem, short_name
@@ -94,32 +94,39 @@ def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradie
     if with_gradient:
         model = torch.zeros((), device=logits.device, requires_grad=True)
         logits = _NotALeaf.apply(model, logits)  # type: ignore[no-untyped-call]  # torch's gap
-    gradient = None
+    gradient, raised = None, ""
     version = logits._version
     try:
         with torch.set_grad_enabled(with_gradient):
             results = _typed(subject(logits, labels, t, problem), inputs, notes)
         if with_gradient:
-            flows = results.log_probs.requires_grad
-            notes.require("gradient_flows", flows, "the log-probabilities do not require a gradient")
-            flows = results.entropy is None or results.entropy.requires_grad
-            notes.require("gradient_flows", flows, "the entropy does not require a gradient")
+            for what, tensor in (("log-probabilities do", results.log_probs), ("entropy does", results.entropy)):
+                flows = tensor is None or tensor.requires_grad
+                notes.require("gradient_flows", flows, f"the {what} not require a gradient")
             gradient = gradient_of(logits, results, inputs.grad_log_probs, inputs.grad_entropy)
     except Stop:
         raise
     except (Exception, SystemExit) as error:  # whatever a backend raises is its verdict
         if nothing_can_serve_after(error):
             raise
-        judge_memory(inputs, logits, version, labels, t, gradient, notes)
-        notes.require("runs", False, f"{type(error).__name__}: {error}")
-    notes.add("runs", True)
-    judge_memory(inputs, logits, version, labels, t, gradient, notes)
+        raised = f"{type(error).__name__}: {error}"
+    changed = arena.logits_changed()
+    may_overwrite = problem.inplace_backward and gradient is not None
+    notes.add("inputs_changed", may_overwrite or not changed, "the logits were overwritten")
+    notes.add("inputs_changed", torch.equal(labels, inputs.labels), "the labels were overwritten")
+    if isinstance(t, Tensor) and isinstance(inputs.temperature, Tensor):
+        notes.add("inputs_changed", torch.equal(t, inputs.temperature), "the temperature was overwritten")
+    if may_overwrite:
+        announced = logits._version > version
+        notes.add("version_counter", announced or not changed, "the logits changed, their version did not")
+    notes.add("outside_write", not arena.surroundings_changed(), "memory beside the logits was written")
+    notes.require("runs", not raised, raised)
     if gradient is not None:
         fits = gradient.shape == logits.shape
         notes.require("shape", fits, f"gradient {list(gradient.shape)}, expected {list(logits.shape)}")
         notes.add("dtype", gradient.dtype == problem.dtype, f"gradient {short_name(gradient.dtype)}")
         gradient = gradient.clone() if problem.inplace_backward else gradient
-        if arena.logits_changed():
+        if changed:
             arena.restore()
     return results.detached()._replace(gradient=gradient)
 

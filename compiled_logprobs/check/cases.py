@@ -6,6 +6,7 @@ Shapes: N rows, V vocabulary, K labels a row; R the leading dimensions, one or t
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Case:
 
     name: str
     rows: int
-    fill: Callable[[Tensor, torch.Generator], None]
+    fill: Callable[[Tensor, torch.Generator], Any] | None = None
     """Changes [N, V] float32 logits, which come as normal deviates of scale 3, in place."""
     strided: bool = False
     """Row stride and offset that no alignment holds for, whatever the problem's layout."""
@@ -53,52 +54,29 @@ def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
     few = min(7, top)
     bottom = max(1, next(n for n in range(top, 0, -1) if n == 1 or bucket(problem._replace(rows=n - 1)).rows < top))
     most = [
-        Case("normal", few, fill_nothing),
-        Case("shifted up by 1e4", few, _shift_up, through_entropy=False),
+        Case("normal", few),
+        Case("shifted up by 1e4", few, lambda x_NV, _: x_NV.add_(1e4), through_entropy=False),
         Case("one dominant logit", few, _dominate, ignored=0.0, first_column_is_a_label=True),
         Case("-inf and NaN", few, _special, special=True, ignored=0.0, first_column_is_a_label=True),
     ]
     if not foreign:
-        most.append(Case("+inf", few, _infinite, special=True, ignored=0.0))
+        # In the last column of every second row, which is a label of row 1.
+        most.append(Case("+inf", few, lambda x_NV, _: x_NV[1::2, -1].fill_(torch.inf), special=True, ignored=0.0))
         most.append(Case("ignored rows of NaN", few, _special, special=True, ignored=1.0))
     if problem.masked_logits:
         most.append(Case("regions of -inf", few, _mask_regions, special=True, ignored=0.0))
     if short:
         return most
     return [
-        Case("no rows", 0, fill_nothing),
-        Case("one row", 1, fill_nothing, ignored=0.0, through_entropy=False),
+        Case("no rows", 0),
+        Case("one row", 1, ignored=0.0, through_entropy=False),
         *most,
-        Case("shifted down by 1e4", few, _shift_down),
-        Case("all equal", few, _equalise, through_entropy=False),
-        Case("wide", few, _widen),
-        *([Case("strided and misaligned", few, fill_nothing, strided=True)] if foreign else []),
-        *(
-            Case(f"{n} rows", n, fill_nothing, through_entropy=n == top)
-            for n in dict.fromkeys((bottom, top))
-            if n not in (1, few)
-        ),
+        Case("shifted down by 1e4", few, lambda x_NV, _: x_NV.sub_(1e4)),
+        Case("all equal", few, lambda x_NV, _: x_NV.copy_(x_NV[:, :1].clone()), through_entropy=False),
+        Case("wide", few, lambda x_NV, _: x_NV.mul_(20.0)),
+        *([Case("strided and misaligned", few, strided=True)] if foreign else []),
+        *(Case(f"{n} rows", n, through_entropy=n == top) for n in dict.fromkeys((bottom, top)) if n not in (1, few)),
     ]
-
-
-def fill_nothing(x_NV: Tensor, generator: torch.Generator) -> None:
-    pass
-
-
-def _shift_up(x_NV: Tensor, generator: torch.Generator) -> None:
-    x_NV += 1e4
-
-
-def _shift_down(x_NV: Tensor, generator: torch.Generator) -> None:
-    x_NV -= 1e4
-
-
-def _widen(x_NV: Tensor, generator: torch.Generator) -> None:
-    x_NV *= 20.0
-
-
-def _equalise(x_NV: Tensor, generator: torch.Generator) -> None:
-    x_NV[:] = x_NV[:, :1].clone()
 
 
 def _dominate(x_NV: Tensor, generator: torch.Generator) -> None:
@@ -118,11 +96,6 @@ def _special(x_NV: Tensor, generator: torch.Generator) -> None:
     x_NV[3::6, vocab - 1] = -torch.inf
 
 
-def _infinite(x_NV: Tensor, generator: torch.Generator) -> None:
-    """A +inf in every second row: in the last column, which is a label of row 1."""
-    x_NV[1::2, x_NV.shape[1] - 1] = torch.inf
-
-
 def _mask_regions(x_NV: Tensor, generator: torch.Generator) -> None:
     """Rows of which only the top 20 tokens, one token, the end or the start of the vocabulary are left."""
     vocab = x_NV.shape[1]
@@ -138,11 +111,8 @@ class Arena:
 
     def __init__(self, case: Case, problem: Problem, device: torch.device) -> None:
         vocab = problem.vocab
-        offset, row_stride = PADDING, vocab
-        if not problem.aligned or case.strided:
-            offset = PADDING + 1
-        if problem.layout == "rows" or case.strided:
-            row_stride = vocab + PADDING + (1 if case.strided else 0)
+        offset = PADDING + (not problem.aligned or case.strided)
+        row_stride = vocab + (PADDING if problem.layout == "rows" or case.strided else 0) + case.strided
         self._shape: tuple[int, ...] = (case.rows, vocab)
         strides: tuple[int, ...] = (row_stride, 1)
         skipped = 0
@@ -154,20 +124,22 @@ class Arena:
         size = offset + case.rows * row_stride + skipped + PADDING
         self._memory = torch.full((size,), torch.nan, dtype=problem.dtype, device=device)
         self._strides, self._offset = strides, offset
-        self._bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[self._memory.element_size()]
         self._before = self._memory.clone()
         self._case = case
 
     @property
     def logits(self) -> Tensor:
         """[R, V], the same memory each time."""
-        return self._memory.as_strided(self._shape, self._strides, self._offset)
+        return self._logits_in(self._memory)
+
+    def _logits_in(self, memory: Tensor) -> Tensor:
+        return memory.as_strided(self._shape, self._strides, self._offset)
 
     def refill(self, generator: torch.Generator) -> None:
         """New values in the same memory."""
         rows, vocab = math.prod(self._shape[:-1]), self._shape[-1]
         x_NV = 3.0 * torch.randn(rows, vocab, generator=generator, device=self._memory.device)
-        if rows:
+        if rows and self._case.fill:
             self._case.fill(x_NV, generator)
         self.logits.copy_(x_NV.view(self._shape))
         self._before = self._memory.clone()
@@ -178,16 +150,26 @@ class Arena:
 
     def logits_changed(self) -> bool:
         """Whether a bit of the logits is another since `refill`."""
-        before = self._before.as_strided(self._shape, self._strides, self._offset)
-        return not torch.equal(self.logits.contiguous().view(self._bits), before.contiguous().view(self._bits))
+        return not _same_memory(self.logits.contiguous(), self._logits_in(self._before).contiguous())
 
     def surroundings_changed(self) -> bool:
         """Whether a bit of the memory around the logits is another since `refill`."""
         memory = self._memory.clone()
-        memory.as_strided(self._shape, self._strides, self._offset).copy_(
-            self._before.as_strided(self._shape, self._strides, self._offset)
-        )
-        return not torch.equal(memory.view(self._bits), self._before.view(self._bits))
+        self._logits_in(memory).copy_(self._logits_in(self._before))
+        return not _same_memory(memory, self._before)
+
+
+def _same_memory(left: Tensor, right: Tensor) -> bool:
+    """Whether two contiguous tensors of one dtype have the same bits, those of a NaN included."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
+    return torch.equal(left.view(bits), right.view(bits))
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether all numbers are equal in every bit, and NaN stands where NaN stands."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return _same_memory(*(x.detach().masked_fill(x.isnan(), torch.nan).contiguous() for x in (left, right)))
 
 
 def labels_for(case: Case, rows: tuple[int, ...], problem: Problem, generator: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@ Shapes: n rows compared, V vocabulary, C values a row: K labels, or V logits, or
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -115,23 +115,35 @@ class Stop(Exception):
 
 @dataclass
 class Errors:
-    """How far the results of one kind were off in one call."""
+    """How far the results of one kind were off in one call, where they and the truth are finite."""
 
     what: Kind
-    error: Tensor
-    """[n, C], absolute, in float64; 0 where it is not counted."""
+    got: Tensor
+    """[n, C]"""
+    true: Tensor
+    """[n, C], in float64."""
     counted: Tensor
     """[n, C] or [n, 1], of bool: whether it is a value of its own, and not an ignored label's."""
-    finite: Tensor
-    """[n, C]: not 0 where the value and its truth are both finite."""
-    elsewhere: Tensor | None
-    """[n, C], of bool: where only one of them is; None if nowhere."""
-    got: Tensor
-    true: Tensor
     rows: Tensor
     """[n]: which of N they are."""
-    tokens: Tensor | None
+    tokens: Tensor | None = None
     """[n, C]: which of V a value belongs to; None where that is its column, or it has none."""
+
+    def __post_init__(self) -> None:
+        rounded = self.true.to(self.got.dtype)
+        self.finite = (self.true.isfinite() & self.got.isfinite() & rounded.isfinite()).double()
+        """[n, C]: 0 where the value or its truth is not."""
+        self.truth = self.true.nan_to_num(0.0, 0.0, 0.0) * self.finite
+        self.error = self.of(self.got)
+        """[n, C], absolute, in float64."""
+        self.fits_pattern = torch.equal(self.got.isnan(), rounded.isnan()) and torch.equal(
+            self.got.isinf() * self.got.sign(), rounded.isinf() * rounded.sign()
+        )
+        """Whether NaN and infinities stand where they should."""
+
+    def of(self, results: Tensor) -> Tensor:
+        """How far other results of the kind are off."""
+        return (results.double().nan_to_num(0.0, 0.0, 0.0) * self.finite - self.truth).abs()
 
     def sample(self) -> Tensor:
         """Errors of finite values that count, at most `SAMPLED_ERRORS`, evenly spread."""
@@ -145,7 +157,11 @@ class Errors:
 
     def worst(self) -> list[Token]:
         """The largest errors, where there are any."""
-        rank = self.error if self.elsewhere is None else self.error.masked_fill(self.elsewhere, torch.inf)
+        rank = self.error
+        if not self.fits_pattern:
+            rounded = self.true.to(self.got.dtype)
+            elsewhere = ~torch.isclose(self.got, rounded, rtol=0.0, atol=0.0, equal_nan=True)
+            rank = rank.masked_fill((self.finite == 0) & elsewhere, torch.inf)
         columns = rank.shape[-1]
         # First the rows, by a pass that finds no places: of a gradient, that is what is fast.
         rows = rank.amax(-1).topk(min(WORST, len(rank))).indices
@@ -170,15 +186,7 @@ class Errors:
 
 
 _Worst = dict[str, tuple[float, Check]]
-"""By the name of a check, the worst that was seen, and how bad that is."""
-
-
-@dataclass
-class _CaseNotes:
-    case: Case
-    worst: _Worst = field(default_factory=dict)
-    samples: dict[Kind, list[Tensor]] = field(default_factory=dict)
-    tokens: dict[Kind, list[Token]] = field(default_factory=dict)
+"""By the name of a check, the worst that was seen, after how bad that is."""
 
 
 class Notes:
@@ -189,30 +197,29 @@ class Notes:
         """Whether the same call gave the same bits, each time that this was tried."""
         self.rows_alone: list[bool] = []
         """Whether rows had the same bits among fewer."""
-        self._worst: _Worst = {}
-        self._cases: list[_CaseNotes] = []
+        self._cases: list[tuple[Case, _Worst, dict[Kind, list[tuple[Tensor, list[Token]]]]]] = []
+        """The last with a sample of the errors and the largest ones of each call."""
 
     def begin(self, case: Case) -> None:
         """What is added from now on is about this case."""
-        self._cases.append(_CaseNotes(case))
+        self._cases.append((case, {}, {}))
 
     def add(
         self, name: str, passed: bool, detail: str = "", figure: float | None = None, limit: float | None = None
     ) -> None:
         badness = 1.0 if figure is None or not limit else figure / limit
         rank = (math.inf if math.isnan(badness) else badness) + (0.0 if passed else 1e300)
-        case = self._cases[-1]
-        told = "" if passed else f"{case.case.name}: {detail}"
+        case, worst, _ = self._cases[-1]
+        told = "" if passed else f"{case.name}: {detail}"
         check = Check(name, passed, _rounded(figure, 6), _rounded(limit, 6), told)
-        for worst in (self._worst, case.worst):
-            if name not in worst or rank > worst[name][0]:
-                worst[name] = rank, check
+        if name not in worst or rank > worst[name][0]:
+            worst[name] = rank, check
 
     def add_figure(self, name: str, figure: float, limit: float) -> None:
         """A check that demands a figure within a limit."""
         self.add(name, figure <= limit, f"{figure:.3g}, limit {limit:.3g}", figure, limit)
 
-    def require(self, name: str, passed: bool, detail: str) -> None:
+    def require(self, name: str, passed: bool, detail: str = "") -> None:
         """As `add`, and stop the case on a failure."""
         self.add(name, passed, detail)
         if not passed:
@@ -220,44 +227,35 @@ class Notes:
 
     def add_errors(self, errors: Errors) -> None:
         """How far off one call was."""
-        notes = self._cases[-1]
-        notes.samples.setdefault(errors.what, []).append(errors.sample())
-        notes.tokens.setdefault(errors.what, []).extend(errors.worst())
+        self._cases[-1][2].setdefault(errors.what, []).append((errors.sample(), errors.worst()))
 
     def report(self, problem: Problem) -> ProblemReport:
         """All of it."""
-        return ProblemReport(
-            problem,
-            _ordered(self._worst),
-            tuple(
-                CaseEvidence(
-                    notes.case.name,
-                    notes.case.rows,
-                    _ordered(notes.worst),
-                    tuple(_spread(what, notes.samples[what], notes.tokens[what]) for what in notes.samples),
-                )
-                for notes in self._cases
-            ),
+        cases = tuple(
+            CaseEvidence(case.name, case.rows, _ordered([worst]), tuple(_spread(*item) for item in errors.items()))
+            for case, worst, errors in self._cases
         )
+        return ProblemReport(problem, _ordered([worst for _, worst, _ in self._cases]), cases)
 
 
-def _ordered(worst: _Worst) -> tuple[Check, ...]:
-    return tuple(worst[name][1] for name in MEANING if name in worst)
+def _ordered(cases: list[_Worst]) -> tuple[Check, ...]:
+    """Of each check the worst over these cases, the first of equals."""
+    seen = {name: [case[name] for case in cases if name in case] for name in MEANING}
+    return tuple(max(ranked, key=lambda pair: pair[0])[1] for ranked in seen.values() if ranked)
 
 
-def _spread(what: Kind, samples: list[Tensor], worst: list[Token]) -> Spread:
+def _spread(what: Kind, calls: list[tuple[Tensor, list[Token]]]) -> Spread:
     # A row has the same bits with and without a gradient, and is one row all the same.
-    each_once = list(dict.fromkeys(worst))
-    largest = sorted(each_once, key=lambda token: math.inf if token.error is None else token.error, reverse=True)[
-        :WORST
-    ]
-    errors = torch.cat(samples)
+    each_once = list(dict.fromkeys(token for _, tokens in calls for token in tokens))
+    each_once.sort(key=lambda token: math.inf if token.error is None else token.error, reverse=True)
+    largest = tuple(each_once[:WORST])
+    errors = torch.cat([sample for sample, _ in calls])
     if not len(errors):
-        return Spread(what, 0, (), tuple(largest))
+        return Spread(what, 0, (), largest)
     quantiles = errors.quantile(torch.tensor(QUANTILES, dtype=errors.dtype, device=errors.device)).tolist()
     seen = max((token.error for token in each_once if token.error is not None), default=0.0)
     upper_ends = (float(f"{value:.4g}") for value in (*quantiles[:-1], max(quantiles[-1], seen)))
-    return Spread(what, len(errors), tuple(upper_ends), tuple(largest))
+    return Spread(what, len(errors), tuple(upper_ends), largest)
 
 
 def _rounded(value: float | None, digits: int, otherwise: Any = None) -> Any:

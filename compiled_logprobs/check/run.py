@@ -5,22 +5,28 @@ same input.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compiled_logprobs.check.calls import NamedBackend, Subject, call_once
-from compiled_logprobs.check.cases import cases
+from compiled_logprobs.check.cases import Case, cases, same_bits
 from compiled_logprobs.check.function import Function, Returns
 from compiled_logprobs.check.report import CheckReport, Notes, ProblemReport, Stop
-from compiled_logprobs.check.row_invariance import check_many_rows, check_rows_alone
-from compiled_logprobs.check.verdicts import CaseInputs, eager_yardstick, judge, make_inputs, same_bits
-from compiled_logprobs.errors import InputError
-from compiled_logprobs.problem import Problem, short_name
+from compiled_logprobs.check.verdicts import CaseInputs, Results, Yardstick, eager_yardstick, judge, make_inputs
+from compiled_logprobs.errors import InputError, nothing_can_serve_after
+from compiled_logprobs.machine.clock import free_memory
+from compiled_logprobs.problem import Problem, bucket, collapse, layout_of, short_name
+
+INVARIANCE_ELEMENTS = 2**24
+"""Logits of the input with many rows, unless a quarter of the free memory holds less."""
+BYTES_OF_MANY = 65
+"""What it takes for each of these logits, the comparison with float64 included (measured with eager on a CPU)."""
 
 
 def check_backend(
@@ -75,7 +81,7 @@ def check_backend(
     plain = Problem(place.type, rows=48, vocab=vocab or 32771, dtype=torch.float32, needs_grad=True)
     problems = subject.default_problems(plain) if problem is None else [subject.within(problem)]
     all_notes: list[Notes] = []
-    results: list[ProblemReport] = []
+    results = []
     causes: dict[str, list[Problem]] = {}
 
     def check_all() -> None:
@@ -93,14 +99,14 @@ def check_backend(
         subject.name,
         tuple(results),
         seed,
-        _all([same for notes in all_notes for same in notes.repeats]),
-        _all([same for notes in all_notes for same in notes.rows_alone]),
+        _all(same for notes in all_notes for same in notes.repeats),
+        _all(same for notes in all_notes for same in notes.rows_alone),
         tuple(_of_dtypes(cause, of, problems) for cause, of in causes.items()),
     )
 
 
-def _all(seen: list[bool]) -> bool | None:
-    return all(seen) if seen else None
+def _all(seen: Iterable[bool]) -> bool | None:
+    return min(seen, default=None)
 
 
 def _subject(given: str | Callable[..., Any], call: str | None, returns: Returns) -> Subject:
@@ -172,7 +178,7 @@ def _check(
             if case.rows or not isinstance(subject, Function):
                 return  # what follows would only repeat it
     with suppress(Stop):
-        check_many_rows(subject, problem, yardstick, notes, generator)
+        _check_many_rows(subject, problem, yardstick, notes, generator)
 
 
 def _check_case(subject: Subject, inputs: CaseInputs, notes: Notes, generator: torch.Generator) -> None:
@@ -180,12 +186,12 @@ def _check_case(subject: Subject, inputs: CaseInputs, notes: Notes, generator: t
     first = call_once(subject, inputs, notes, with_gradient=False)
     judge(inputs, first, notes)
     kept = first.copied()
-    gradient = kept_gradient = None
+    earlier = {"result": (first.log_probs, kept.log_probs)}
     if needs_grad:
         second = call_once(subject, inputs, notes, with_gradient=True)
         judge(inputs, second, notes)
-        gradient = second.gradient
-        kept_gradient = None if gradient is None else gradient.clone()
+        if second.gradient is not None:
+            earlier["gradient"] = second.gradient, second.gradient.clone()
         pairs = [(second.log_probs, kept.log_probs), (second.entropy, kept.entropy)]
         same = all(same_bits(left, right) for left, right in pairs if left is not None and right is not None)
         notes.add("grad_mode_bits", same, "the bits differ")
@@ -199,8 +205,45 @@ def _check_case(subject: Subject, inputs: CaseInputs, notes: Notes, generator: t
     inputs.solve()
     other = call_once(subject, inputs, notes, with_gradient=needs_grad)
     judge(inputs, other, notes)
-    notes.add("stale_result", same_bits(first.log_probs, kept.log_probs), "a later call changed an earlier result")
-    if gradient is not None and kept_gradient is not None:
-        same = same_bits(gradient, kept_gradient)
-        notes.add("stale_result", same, "a later call changed an earlier gradient")
-    check_rows_alone(subject, inputs, other, (1, 2), notes)
+    for what, (tensor, copy) in earlier.items():
+        notes.add("stale_result", same_bits(tensor, copy), f"a later call changed an earlier {what}")
+    _check_rows_alone(subject, inputs, other, (1, 2), notes)
+
+
+def _check_many_rows(
+    subject: Subject, problem: Problem, yardstick: Yardstick, notes: Notes, generator: torch.Generator
+) -> None:
+    """Compare few rows with as many as the bucket has, or as time and memory allow: kernels change with N."""
+    free = free_memory(generator.device)
+    most = INVARIANCE_ELEMENTS if free is None else min(INVARIANCE_ELEMENTS, free // (4 * BYTES_OF_MANY))
+    rows = min(bucket(problem).rows, max(1, most // problem.vocab))
+    case = Case(f"{rows} rows, all and some", rows, ignored=0.0)
+    inputs = make_inputs(case, problem._replace(needs_grad=False, inplace_backward=False), yardstick, generator)
+    notes.begin(case)
+    whole = call_once(subject, inputs, notes, with_gradient=False)
+    judge(inputs, whole, notes)
+    count = len(inputs.arena.logits)
+    _check_rows_alone(subject, inputs, whole, (1, 2, 7, 64, count // 2, count - 1), notes)
+
+
+def _check_rows_alone(
+    subject: Subject, inputs: CaseInputs, whole: Results, counts: Iterable[int], notes: Notes
+) -> None:
+    """Whether the first rows alone have the bits that they have among all, in `whole`."""
+    logits, labels, t = inputs.arena.logits, inputs.labels, inputs.temperature
+    whole = whole.copied()
+    for count in sorted({count for count in counts if 0 < count < len(logits)}):
+        try:
+            part = subject(logits[:count], labels[:count], t[:count] if isinstance(t, Tensor) else t, inputs.problem)
+        except (Exception, SystemExit) as error:  # whatever a backend raises is its verdict
+            if nothing_can_serve_after(error):
+                raise
+            notes.require("runs", False, f"{count} of the rows alone: {type(error).__name__}: {error}")
+        parts: tuple[Tensor, ...] = (part,) if isinstance(part, Tensor) else tuple(part)
+        same = same_bits(parts[0], whole.log_probs[:count])
+        if whole.entropy is not None and len(parts) > 1:
+            same = same and same_bits(parts[1], whole.entropy[:count])
+        notes.rows_alone.append(same)
+        # A single row of strided ones lies as if it were contiguous: another problem, and perhaps another kernel.
+        if subject.row_invariant and layout_of(collapse(logits[:count])) == layout_of(collapse(logits)):
+            notes.add("row_invariance", same, f"the first {count} of {len(logits)} rows have other bits alone")

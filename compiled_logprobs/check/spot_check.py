@@ -10,15 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from compiled_logprobs.check.verdicts import EAGER_CEILING, EPS, row_scale
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem
 
 ROWS = 8
 """How many rows are looked at: spread evenly, the first and the last among them."""
-SLACK = 64.0
-"""How many times eps(float32) times the row's largest |x| a log-probability may be off; and how many times that,
-with its dtype's own rounding, a gradient."""
-EPS = torch.finfo(torch.float32).eps
 
 
 def what_is_wrong(
@@ -41,40 +38,30 @@ def what_is_wrong(
         results: log-probabilities [R, K], and the entropy [R] if it was asked for.
         gradient: [R, V], None where none was asked for.
     """
-    vocab, count = problem.vocab, problem.rows
-    rows = torch.linspace(0, count - 1, min(ROWS, count), device=logits.device).round().long()
+    rows = torch.linspace(0, problem.rows - 1, min(ROWS, problem.rows), device=logits.device).round().long()
     at = torch.unravel_index(rows, logits.shape[:-1])
     x_nV = logits[at]
     t = temperature[at] if isinstance(temperature, Tensor) else temperature
-    results = [result.detach() for result in results]
-    true = reference(
-        x_nV,
-        labels[at],
-        t,
-        grad_log_probs=upstream[0][at].double() if gradient is not None else None,
-        grad_entropy=upstream[1][at].double() if gradient is not None and problem.entropy else None,
-    )
-    finite_nV = torch.where(x_nV.isfinite(), x_nV, 0.0).double()
-    largest_n1 = (finite_nV.abs().amax(-1) / t).unsqueeze(-1).clamp(min=1.0)
-    rounding = torch.finfo(problem.out_dtype).eps
-    limit_n1 = SLACK * EPS * largest_n1
-    kinds = [("log-probability", results[0][at].double(), true.log_probs, limit_n1, rounding)]
+    g, *h = (of_result[at].double() if gradient is not None else None for of_result in upstream)
+    true = reference(x_nV, labels[at], t, grad_log_probs=g, grad_entropy=h[0] if h else None)
+    t = t.unsqueeze(-1) if isinstance(t, Tensor) else t
+    scale_n1 = row_scale(x_nV, t).double()
+    limit_n1 = EAGER_CEILING * EPS * scale_n1
+    own, returned = torch.finfo(problem.dtype), torch.finfo(problem.out_dtype)
+    kinds = [("log-probability", results[0], true.log_probs, limit_n1, returned.eps)]
     if problem.entropy:
-        kinds.append(("entropy", results[1][at].double().unsqueeze(-1), true.entropy.unsqueeze(-1), limit_n1, rounding))
+        kinds.append(("entropy", results[1].unsqueeze(-1), true.entropy.unsqueeze(-1), limit_n1, returned.eps))
     if gradient is not None and true.gradient is not None:
         size_n1 = upstream[0][at].double().abs().sum(-1, keepdim=True)
         if problem.entropy:  # a probability times its logarithm
-            size_n1 = size_n1 + upstream[1][at].double().abs().unsqueeze(-1) * largest_n1
-        size_n1 = size_n1 / (t.unsqueeze(-1) if isinstance(t, Tensor) else t)
-        own = torch.finfo(problem.dtype)
-        limit = limit_n1 * size_n1 + own.tiny
-        kinds.append(("gradient", gradient.reshape(-1, vocab)[rows].double(), true.gradient, limit, own.eps))
-    for what, got, expected, limit, relative in kinds:
-        off = ~torch.isclose(got, expected, rtol=0.0, atol=0.0, equal_nan=True) & ~(
-            (got - expected).abs() <= limit + relative * expected.abs()
-        )
+            size_n1 = size_n1 + upstream[1][at].double().abs().unsqueeze(-1) * scale_n1
+        kinds.append(("gradient", gradient, true.gradient, limit_n1 * size_n1 / t + own.tiny, own.eps))
+    for what, result, expected, limit, relative in kinds:
+        got = result.detach()[at].double()
+        error = (got - expected).abs()
+        off = ~(torch.isclose(got, expected, 0.0, 0.0, True) | (error <= limit + relative * expected.abs()))
         if off.any():
             place = int(off.nonzero()[0, 0])
-            worst = (got - expected).abs()[off].nan_to_num(nan=torch.inf).max()
-            return f"with {count} rows, the {what} of row {int(rows[place])} is off by {float(worst):.3g}"
+            worst = float(error[off].nan_to_num(nan=torch.inf).max())
+            return f"with {problem.rows} rows, the {what} of row {int(rows[place])} is off by {worst:.3g}"
     return None

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.backends import EAGER, get_backend
-from compiled_logprobs.check.cases import IGNORE_INDEX, Arena, Case, fill_nothing, labels_for
+from compiled_logprobs.check.cases import IGNORE_INDEX, Arena, Case, labels_for
 from compiled_logprobs.check.report import Errors, Notes
-from compiled_logprobs.decision import Kind
 from compiled_logprobs.operation.autograd import compute
 from compiled_logprobs.operation.reference import Reference, reference
 from compiled_logprobs.problem import Problem
@@ -129,29 +128,6 @@ def gradient_of(logits: Tensor, results: Results, grad_log_probs: Tensor, grad_e
     return torch.autograd.grad(outputs, [logits], upstream)[0]
 
 
-def judge_memory(
-    inputs: CaseInputs,
-    logits: Tensor,
-    version: int,
-    labels: Tensor,
-    temperature: float | Tensor,
-    gradient: Tensor | None,
-    notes: Notes,
-) -> None:
-    """Find out what a call wrote, whose `logits` had that version before."""
-    changed = inputs.arena.logits_changed()
-    may_overwrite = inputs.problem.inplace_backward and gradient is not None
-    notes.add("inputs_changed", may_overwrite or not changed, "the logits were overwritten")
-    notes.add("inputs_changed", torch.equal(labels, inputs.labels), "the labels were overwritten")
-    if isinstance(temperature, Tensor) and isinstance(inputs.temperature, Tensor):
-        kept = torch.equal(temperature, inputs.temperature)
-        notes.add("inputs_changed", kept, "the temperature was overwritten")
-    if may_overwrite:
-        announced = logits._version > version
-        notes.add("version_counter", announced or not changed, "the logits changed, their version did not")
-    notes.add("outside_write", not inputs.arena.surroundings_changed(), "memory beside the logits was written")
-
-
 def judge(inputs: CaseInputs, results: Results, notes: Notes) -> None:
     """Hold the results of a call against the truth."""
     problem, case = inputs.problem, inputs.case
@@ -172,37 +148,31 @@ def judge(inputs: CaseInputs, results: Results, notes: Notes) -> None:
         zero = bool((gradient[all_ignored] == 0).all())
         notes.add("ignored_rows", zero, "the gradient of an ignored row is not 0")
         _judge_gradient_sign(inputs, gradient, notes)
-    for comparison in _comparisons(inputs, results):
-        if comparison.got.numel():
-            _judge_values(comparison, inputs, notes)
+    for errors, eager, scale in _errors(inputs, results):
+        if errors.got.numel():
+            notes.add("nan_pattern", errors.fits_pattern, f"{errors.what} is NaN or infinite elsewhere than in float64")
+            notes.add_errors(errors)
+            _judge_errors(errors, eager, scale, inputs, notes)
 
 
-class _Comparison(NamedTuple):
-    """One kind of result of the n compared rows, [n, C]."""
-
-    what: Kind
-    got: Tensor
-    true: Tensor
-    eager: Tensor
-    scale: Tensor
-    """[n, 1]: the size that an eps(float32) is relative to."""
-    counted: Tensor
-    """[n, C] or [n, 1]: where it is no ignored label's."""
-    tokens: Tensor | None = None
-    """[n, C]: which of V it belongs to, where that is not its column."""
-
-
-def _comparisons(inputs: CaseInputs, results: Results) -> Iterator[_Comparison]:
+def _errors(inputs: CaseInputs, results: Results) -> Iterator[tuple[Errors, Tensor, Tensor]]:
+    """Of each kind of result, eager's results as well, and [n, 1] the size that an eps(float32) is relative to."""
     problem, true, eager = inputs.problem, inputs.true, inputs.eager
-    x_scale = _row_scale(inputs)
+    x_scale = _scale_of(inputs)
     log_probs = inputs.sampled(results.log_probs, problem.labels_per_row)
     labels = inputs.sampled(inputs.labels, problem.labels_per_row)
     kept = labels != IGNORE_INDEX
-    yield _Comparison("log_prob", log_probs, true.log_probs, eager.log_probs, x_scale, kept, labels)
+
+    def at_least_the_largest(errors: Errors) -> Tensor:
+        return x_scale.double().clamp(min=float(errors.truth.abs().max()) if errors.truth.numel() else 0.0)
+
+    errors = Errors("log_prob", log_probs, true.log_probs, kept, inputs.sample, labels)
+    yield errors, eager.log_probs, at_least_the_largest(errors)
     kept_rows = kept.any(-1, keepdim=True)
     if results.entropy is not None and eager.entropy is not None:
         entropy = inputs.sampled(results.entropy, 1)
-        yield _Comparison("entropy", entropy, true.entropy[:, None], eager.entropy[:, None], x_scale, kept_rows)
+        errors = Errors("entropy", entropy, true.entropy[:, None], kept_rows, inputs.sample)
+        yield errors, eager.entropy[:, None], at_least_the_largest(errors)
     if results.gradient is not None and eager.gradient is not None and true.gradient is not None:
         gradient = inputs.sampled(results.gradient, problem.vocab)
         # Of a row that is NaN, logsumexp's own gradient is NaN in some places only; that is warning enough.
@@ -211,7 +181,7 @@ def _comparisons(inputs: CaseInputs, results: Results) -> Iterator[_Comparison]:
         if inputs.grad_entropy is not None:
             upstream = upstream + inputs.sampled(inputs.grad_entropy, 1).abs() * (1 + math.log(problem.vocab))
         scale = x_scale * (upstream / _row_temperature(inputs))
-        yield _Comparison("gradient", gradient, true.gradient, eager.gradient, scale, kept_rows)
+        yield Errors("gradient", gradient, true.gradient, kept_rows, inputs.sample), eager.gradient, scale.double()
 
 
 def eager_yardstick(problem: Problem, generator: torch.Generator) -> Yardstick:
@@ -222,51 +192,33 @@ def eager_yardstick(problem: Problem, generator: torch.Generator) -> Yardstick:
     """
     rows = min(SAMPLED_ROWS, max(8, YARDSTICK_ELEMENTS // problem.vocab))
     plain = problem._replace(layout="flat", aligned=True, masked_logits=False)
-    inputs = make_inputs(Case("ordinary rows", rows, fill_nothing, ignored=0.0), plain, {}, generator)
+    inputs = make_inputs(Case("ordinary rows", rows, ignored=0.0), plain, {}, generator)
     yardstick: Yardstick = {}
-    for what, got, true, _, scale, *_ in _comparisons(inputs, inputs.eager):
-        size = scale.double() if what == "gradient" else scale.double().clamp(min=float(true.abs().max()))
-        error = (got.double() - true).abs() / (EPS * size)
-        yardstick |= {f"{what}_error": _largest(error), f"{what}_rmse": _rms(error)}
+    for errors, _, scale in _errors(inputs, inputs.eager):
+        relative = errors.error / (EPS * scale)
+        yardstick |= {f"{errors.what}_error": float(relative.max()), f"{errors.what}_rmse": _rms(relative)}
     return yardstick
 
 
-def _judge_values(comparison: _Comparison, inputs: CaseInputs, notes: Notes) -> None:
-    """Errors where all is finite, and the places where it is not; what the dtype of the result rounds comes on top."""
-    what, got, true, eager, scale, counted, tokens = comparison
-    rounded = true.to(got.dtype)
-    pattern = torch.equal(got.isnan(), rounded.isnan()) and torch.equal(
-        got.isinf() * got.sign(), rounded.isinf() * rounded.sign()
-    )
-    notes.add("nan_pattern", pattern, f"{what} is NaN or infinite elsewhere than in float64")
-    finite = (true.isfinite() & got.isfinite() & rounded.isfinite()).double()
-    truth = true.nan_to_num(0.0, 0.0, 0.0) * finite
-    error = (got.double().nan_to_num(0.0, 0.0, 0.0) * finite - truth).abs()
-    elsewhere = None if pattern else (finite == 0) & ~torch.isclose(got, rounded, rtol=0.0, atol=0.0, equal_nan=True)
-    notes.add_errors(Errors(what, error, counted, finite, elsewhere, got, true, inputs.sample, tokens))
-    eager_error = (eager.double().nan_to_num(0.0, 0.0, 0.0) * finite - truth).abs()
-    scale = scale.double().nan_to_num(0.0, 0.0, 0.0).clamp(min=float(truth.abs().max()) if what != "gradient" else 0.0)
-    info = torch.finfo(got.dtype)  # below its smallest normal number, a dtype rounds to multiples of eps * tiny
-    rounding = info.eps * truth.abs().amax(-1, keepdim=True).clamp(min=info.tiny)
+def _judge_errors(errors: Errors, eager: Tensor, scale: Tensor, inputs: CaseInputs, notes: Notes) -> None:
+    """Whether they are within the budget; what the dtype of the result rounds comes on top."""
+    rows, error, eager_error = len(errors.got), errors.error, errors.of(eager)
+    info = torch.finfo(errors.got.dtype)  # below its smallest normal number, a dtype rounds to multiples of eps * tiny
+    rounding = info.eps * errors.truth.abs().amax(-1, keepdim=True).clamp(min=info.tiny)
     floor, ceiling = BUDGET * EPS * scale, EAGER_CEILING * EPS * scale + rounding
-    for name, reduce in ((f"{what}_error", _largest), (f"{what}_rmse", _rms)):
-        ordinary = inputs.yardstick.get(name, 0.0) * EPS * scale
-        if reduce is _rms:  # which scatters where rows are few, and of one row says what its largest error says
-            if len(got) < FEWEST_ROWS_FOR_A_MEAN:
-                continue
-            ordinary = ordinary * (1.0 + len(got) ** -0.5)
-        budget = BUDGET * torch.maximum(torch.full_like(floor, reduce(eager_error)), ordinary)
-        limits = torch.maximum(torch.minimum(budget, ceiling), floor)
-        if reduce is _largest:
-            worst = int((error / limits.clamp(min=1e-300)).amax(-1).argmax())
-            figure, limit = float(error[worst].max()), float(limits[worst])
-        else:
-            figure, limit = reduce(error), float(limits.max())
-        notes.add_figure(name, figure, limit)
 
+    def limits(name: str, of_eager: float, scatter: float = 0.0) -> Tensor:
+        ordinary = inputs.yardstick.get(name, 0.0) * EPS * scale * (1.0 + scatter)
+        budget = BUDGET * ordinary.clamp(min=of_eager)
+        return torch.maximum(torch.minimum(budget, ceiling), floor)
 
-def _largest(error: Tensor) -> float:
-    return float(error.max())
+    name = f"{errors.what}_error"
+    largest = limits(name, float(eager_error.max()))
+    worst = int((error / largest.clamp(min=1e-300)).amax(-1).argmax())
+    notes.add_figure(name, float(error[worst].max()), float(largest[worst]))
+    if rows >= FEWEST_ROWS_FOR_A_MEAN:  # which scatters where rows are few, and of one says what its largest says
+        name = f"{errors.what}_rmse"
+        notes.add_figure(name, _rms(error), float(limits(name, _rms(eager_error), rows**-0.5).max()))
 
 
 def _rms(error: Tensor) -> float:
@@ -278,11 +230,15 @@ def _row_temperature(inputs: CaseInputs) -> Tensor | float:
     return inputs.sampled(t, 1) if isinstance(t, Tensor) else t
 
 
-def _row_scale(inputs: CaseInputs) -> Tensor:
-    """[n, 1]: the largest finite |x| of each row, x = logits / temperature; at least 1."""
-    logits = inputs.sampled(inputs.arena.logits, inputs.problem.vocab).float()
+def _scale_of(inputs: CaseInputs) -> Tensor:
+    return row_scale(inputs.sampled(inputs.arena.logits, inputs.problem.vocab), _row_temperature(inputs))
+
+
+def row_scale(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """[n, 1]: the largest finite |x| of each row [n, V], x = logits / temperature; at least 1."""
+    logits = logits.float()
     largest = logits.nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True) if len(logits) else logits[:, :1]
-    return (largest / _row_temperature(inputs)).clamp(min=1.0)
+    return (largest / temperature).clamp(min=1.0)
 
 
 def _judge_gradient_sign(inputs: CaseInputs, gradient: Tensor, notes: Notes) -> None:
@@ -300,7 +256,7 @@ def _judge_gradient_sign(inputs: CaseInputs, gradient: Tensor, notes: Notes) -> 
     at_label = along.gather(-1, labels)
     elsewhere = along.scatter(-1, labels, 0.0)
     # A probability of 1 may round to a little more, by as much as a log-probability may be off.
-    scale = EPS * upstream.abs() * _row_scale(inputs)[kept]
+    scale = EPS * upstream.abs() * _scale_of(inputs)[kept]
     right = bool((at_label >= -BUDGET * scale).all() and (elsewhere <= 0).all())
     ends = float(at_label.min()), float(elsewhere.max())
     notes.add("gradient_sign", right, f"smallest at a label {ends[0]:.3g}, largest elsewhere {ends[1]:.3g}")
@@ -311,12 +267,3 @@ def _judge_gradient_sign(inputs: CaseInputs, gradient: Tensor, notes: Notes) -> 
     sums = gradient.double().sum(-1).abs()
     worst = int((sums / limits.clamp(min=1e-300)).argmax())
     notes.add_figure("gradient_row_sum", float(sums[worst]), float(limits[worst]))
-
-
-def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Whether all numbers are equal in every bit, and NaN stands where NaN stands."""
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
-    left, right = (x.detach().masked_fill(x.isnan(), torch.nan).contiguous() for x in (left, right))
-    return torch.equal(left.view(bits), right.view(bits))

@@ -24,8 +24,7 @@ import torch
 
 from compiled_logprobs.backends import BUILT_IN, EAGER, backends, code_of, get_backend, is_loaded, target_of, why_not
 from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.check.row_invariance import INVARIANCE_ELEMENTS
-from compiled_logprobs.check.run import check_backend
+from compiled_logprobs.check.run import INVARIANCE_ELEMENTS, check_backend
 from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.memory import GUESSES, Choice, Memory, key_of, kind_of
 from compiled_logprobs.decision import Decision, moment

@@ -126,9 +126,9 @@ def test_a_sample_has_errors_of_all_columns_and_only_what_counts():
     rows, columns = 7, SAMPLED_ERRORS
     error = torch.arange(rows * columns, dtype=torch.float64).view(rows, columns)
     counted = (torch.arange(rows) != 3)[:, None]
-    finite = torch.ones_like(error)
-    finite[5] = 0.0
-    errors = Errors("gradient", error, counted, finite, None, error, error, torch.arange(rows), None)
+    got, true = error.index_fill(0, torch.tensor([5]), torch.nan), torch.zeros_like(error)
+    true[5] = torch.nan
+    errors = Errors("gradient", got, true, counted, torch.arange(rows))
     sample = errors.sample()
     assert len(sample) <= SAMPLED_ERRORS * 5 / 7 + 2
     assert set((sample // columns).int().tolist()) == {0, 1, 2, 4, 6}
