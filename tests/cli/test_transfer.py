@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import sys
 import tarfile
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from compiled_logprobs.machine.environment import environment_of, fingerprint_of
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
-from tests.helpers.stored_decisions import CPU, LARGE, all_measured, decided, measured, publish
+from tests.helpers.stored_decisions import CPU, LARGE, decided, publish
 
 ELSEWHERE = dataclasses.replace(environment_of(), cpu_threads=96)
 
@@ -97,17 +96,6 @@ def test_what_cannot_be_done_is_said(run, here, arguments, said):
     assert result.exit_code == 2 and result.stdout == ""
     assert said in result.stderr and "Traceback" not in result.stderr
     assert list(here.iterdir()) == []
-
-
-def test_a_foreign_backend_in_an_archive_is_never_imported(run, here, target, tmp_path, monkeypatch):
-    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    candidates = {**all_measured(), "evil": dataclasses.replace(measured("eager"), fingerprint="0" * 16)}
-    publish(decided(LARGE, "evil", candidates=candidates))
-    run("export", "archive")
-    result = run("import", "archive", "--out", str(target.root))
-    assert result.exit_code == 0, result.output
-    assert "evil" in result.stdout and "evil" not in sys.modules
 
 
 def test_prune_says_what_goes(run, here, monkeypatch):

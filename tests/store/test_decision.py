@@ -17,8 +17,6 @@ from compiled_logprobs.decision import (
     Token,
 )
 from compiled_logprobs.errors import ProfileError
-from compiled_logprobs.problem import Problem
-from compiled_logprobs.store import bundled_store
 from tests.helpers.stored_decisions import LARGE, decided, measured
 
 
@@ -109,11 +107,3 @@ def test_the_worst_error_is_the_largest_share_of_a_limit():
 def test_a_speed_up_shows_its_interval_where_it_has_one():
     assert str(Speedup(1.1, 1.2, 1.3)) == "1.20x (1.10 to 1.30)"
     assert str(Speedup(None, 1.2, None)) == "1.20x"
-
-
-def test_the_bundled_decisions_can_be_read():
-    stored = list(bundled_store().decisions())
-    for environment, decision in stored:
-        assert decision.environment["fingerprint"] == environment
-        assert isinstance(decision.problem, Problem) and decision.winner.measured
-    assert stored, "no profile is bundled"

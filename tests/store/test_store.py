@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import ProfileError
-from compiled_logprobs.machine.environment import environment_of
+from compiled_logprobs.machine.environment import Environment, environment_of
 from compiled_logprobs.problem import Problem, problem_name, problem_to_dict
 from compiled_logprobs.store import ROOT_VARIABLE, bundled_store, project_store, stores, user_store
 from compiled_logprobs.store.files import Store
@@ -33,6 +32,10 @@ AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 @pytest.fixture
 def store(tmp_path) -> Store:
     return Store(tmp_path / "profiles")
+
+
+def environment_in(facts: dict) -> Environment:
+    return Environment(**{field.name: facts.get(field.name) for field in dataclasses.fields(Environment)})
 
 
 def temporary_files(store: Store) -> list[Path]:
@@ -114,19 +117,10 @@ def edited(**changes) -> Callable[[bytes], bytes]:
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (lambda data: b"", "it is not valid: Invalid JSON"),
         (lambda data: data[: len(data) // 2], "it is not valid: Invalid JSON"),
-        (lambda data: data.replace(b"compiled", b"c\xff\xfeled"), "it is not valid: Invalid JSON"),
-        (lambda data: data.decode().encode("utf-16"), "it is not valid: Invalid JSON"),
         (lambda data: data + b" " * 2**20, "it has more than 1048576 bytes"),
-        (lambda data: data.replace(b'"rounds": 10', b'"rounds": ' + b"9" * 5000), "valid"),
-        (lambda data: b"[" * 10**6, "it is not valid: Invalid JSON"),
-        (lambda data: b"[1, 2]", "it is not valid"),
         (edited(problem=problem_to_dict(PROBLEM._replace(rows=513))), "it is of another problem, cpu-n513-"),
-        (edited(problem={**problem_to_dict(PROBLEM), "rows": "512"}), "the problem's rows is '512'"),
         (edited(problem={"\x1b[2J": 1}), "a problem is ?[2J; valid is an object of"),
-        (edited(problem=None), "a problem is a NoneType"),
-        (edited(chosen="flash_attn"), "not among those that it measured"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -144,21 +138,6 @@ def test_a_wrong_file_is_a_miss_with_one_warning_and_heals(store, spoil, told):
     assert told in message and "delete it" in message and message.replace("\n", "").isprintable()
     store.publish(HERE, FIRST)
     assert read_silently(store) == FIRST
-
-
-def test_files_of_an_earlier_release_are_a_miss_with_one_warning_and_are_replaced(store):
-    for problem in (PROBLEM, PROBLEM._replace(rows=8)):
-        path = store.publish(HERE, decided(problem))
-        path.write_text(json.dumps({"schema": 1, "sha256": "0" * 64, "record": {"chosen": "cpp"}}))
-    facts = path.parents[1] / "environment.json"
-    facts.write_text(json.dumps({"schema": 1, "sha256": "0" * 64, "record": HERE.to_dict()}))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        assert list(store.decisions()) == [] and store.environments() == {}
-    (warning,) = caught
-    assert "an earlier release" in str(warning.message) and "`compiled-logprobs profile`" in str(warning.message)
-    store.publish(HERE, FIRST)
-    assert read_silently(store) == FIRST and store.environments() == {KEY: HERE.to_dict()}
 
 
 def test_what_is_no_file_is_a_miss_with_a_warning(store):
@@ -275,12 +254,12 @@ from tests.store.test_store import HERE, KEY, PROBLEM
 warnings.simplefilter("error", RuntimeWarning)
 BASE = decided(PROBLEM)
 
-def publish(store, number, problem=PROBLEM):
-    decision = dataclasses.replace(BASE, problem=problem, seed=number, reason=f"{number}" * 500)
+def publish(store, number):
+    decision = dataclasses.replace(BASE, seed=number, reason=f"{number}" * 500)
     store.publish(HERE, decision, evidence_of(decision))
 
-def number_in(store, problem=PROBLEM):
-    decision = store.read(KEY, problem)
+def number_in(store):
+    decision = store.read(KEY, PROBLEM)
     assert decision is None or decision.reason == f"{decision.seed}" * 500, "torn"
     assert decision is None or store.evidence(KEY, decision) in (None, evidence_of(decision))
     return -1 if decision is None else decision.seed
@@ -333,20 +312,15 @@ CROWD = """
 def write(store, writer):
     for number in range(writer, writer + 8 * 8, 8):
         publish(store, number)
-        publish(store, number, PROBLEM._replace(rows=writer))
-        assert number_in(store, PROBLEM._replace(rows=writer)) == number
 
 def read(store):
     for _ in range(8):
-        assert number_in(store) >= 0
-        assert list(store.decisions()) and store.environments() == {KEY: HERE.to_dict()}
-        store.near(KEY, PROBLEM)
+        assert number_in(store) >= 0 and list(store.decisions()) and store.environments() == {KEY: HERE.to_dict()}
 
 store = Store(Path(sys.argv[1]))
 publish(store, 0)
 pids = [fork(write, store, writer) for writer in range(8)] + [fork(read, store) for _ in range(8)]
-codes = [os.waitpid(pid, 0)[1] for pid in pids]
-print(json.dumps([codes, len(list(store.decisions())), [path.name for path in store.root.rglob(".*")]]))
+print(json.dumps([[os.waitpid(pid, 0)[1] for pid in pids], [path.name for path in store.root.rglob(".*")]]))
 """
 
 
@@ -373,10 +347,8 @@ def test_a_writer_killed_at_any_step_leaves_the_old_or_the_new_decision(store):
 
 @pytest.mark.slow
 def test_many_writers_and_readers_meet_whole_decisions_only(store):
-    codes, stored, temporary = run_program(CROWD, store)
-    assert codes == [0] * 16
-    assert stored == 9  # the one that all write, and one of each writer
-    assert temporary == []
+    codes, temporary = run_program(CROWD, store)
+    assert codes == [0] * 16 and temporary == []
 
 
 # Which stores there are
@@ -410,19 +382,13 @@ def test_the_user_store_lies_in_the_data_folder_unless_the_variable_says_otherwi
 
 
 def test_the_bundled_store_is_that_of_this_checkout():
+    """Read without a warning: names and fingerprints are what they were in the process that stored it."""
     assert bundled_store().root == ROOT / "profiles"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        environments = {environment for environment, _ in bundled_store().decisions()}
-        assert environments and environments <= set(bundled_store().environments())
-
-
-@pytest.mark.slow
-def test_the_bundled_store_ships_in_the_wheel(tmp_path):
-    pytest.importorskip("hatchling")
-    build = "from hatchling.build import build_wheel; import sys; print(build_wheel(sys.argv[1]))"
-    made = subprocess.run(
-        [sys.executable, "-c", build, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    with zipfile.ZipFile(tmp_path / made.stdout.strip()) as wheel:
-        assert "compiled_logprobs/profiles/README.md" in wheel.namelist()
+        stored = list(bundled_store().decisions())
+        facts = bundled_store().environments()
+    assert stored
+    for environment, decision in stored:
+        assert decision.winner.measured and decision.environment == facts[environment]
+        assert environment_in(facts[environment]).fingerprint() == environment
