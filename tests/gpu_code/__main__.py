@@ -74,7 +74,6 @@ def _lines(inspection: Inspection) -> list[str]:
         "float32 buffers of N x V": lambda one: str(one.nxv_float32_buffers),
         "registers a thread": lambda one: str(one.registers),
         "spills, bytes a thread": lambda one: str(one.spills),
-        "shared memory, bytes a program": lambda one: str(one.shared_bytes),
         "bytes": lambda one: f"{one.bytes / 1e9:.4g} GB",
         "bytes, of the minimum": lambda one: f"{one.bytes / (one.minimum_bytes or one.bytes):.4f} x",
         "exponentials a logit": lambda one: f"{one.exponentials_per_logit:.4g}",
@@ -94,11 +93,10 @@ def _lines(inspection: Inspection) -> list[str]:
             choice = "" if kernel.candidates == 1 else f", {kernel.candidates} configurations"
             lines.append(
                 f"{name}: {kernel.launches} x {kernel.name}: {kernel.registers} registers, {kernel.spills} bytes "
-                f"spilled, {' or '.join(map(str, kernel.warps))} warps, {kernel.index_bits}-bit indices, "
-                f"{kernel.instructions_per_logit:.4g} instructions a logit{choice}"
+                f"spilled, {kernel.index_bits}-bit indices, {kernel.instructions_per_logit:.4g} instructions a "
+                f"logit{choice}"
             )
         lines += [f"{name}: torch's own {operation}" for operation in one.operations]
-        lines += [f"{name}: {note}" for note in one.notes]
     if isinstance(flash_attn, str):
         lines.append(f"flash_attn: {flash_attn}")
     return [*lines, f"Rates of the {gpu.name}: {gpu.source}. All figures {NOT_MEASURED}."]

@@ -41,8 +41,6 @@ class Assembled:
     """A thread."""
     spilled_bytes: int
     """Stack and local memory a thread."""
-    shared_bytes: int
-    """Of a program."""
     ptx: str
     sass: str
 
@@ -93,6 +91,9 @@ class _Written(BaseException):
     """Raised when the code is there; not an Exception, which torch would translate."""
 
 
+_NUMBERS = itertools.count()
+
+
 def generate(
     function: Callable[..., Any],
     arguments: Mapping[str, Tensor],
@@ -113,13 +114,19 @@ def generate(
     def backend(graph: Any, example_inputs: list[Any]) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
-        inputs.extend(_source_of(node) for node in graph.graph.nodes if node.op == "placeholder")
+        sources_of = (node.meta["grapharg"].source.name for node in graph.graph.nodes if node.op == "placeholder")
+        inputs.extend(str(name() if callable(name) else name) for name in sources_of)
         return compile_fx(graph, example_inputs)
 
     def save(source: str) -> None:
         sources.append(source)
         raise _Written
 
+    # By its code object and its name torch.compile remembers what sizes changed.
+    name, code = f"{function.__name__}_{next(_NUMBERS)}", function.__code__
+    renamed = FunctionType(
+        code.replace(co_name=name), function.__globals__, name, function.__defaults__, function.__closure__
+    )
     with _described(gpu) as stack:
         import torch._functorch.config
         import torch._inductor.config
@@ -144,20 +151,10 @@ def generate(
         if mark is not None:
             mark(list(fakes.values()))
         with suppress(_Written):
-            torch.compile(_renamed(function), fullgraph=True, backend=backend)(**fakes)
+            torch.compile(renamed, fullgraph=True, backend=backend)(**fakes)
         if len(sources) != 1:
             raise RuntimeError(f"Inductor wrote {len(sources)} modules")
     return Generated(sources[0], tuple(inputs))
-
-
-def _renamed(function: Any) -> Callable[..., Any]:
-    """`function` with a code object and a name of its own: by these torch.compile remembers what sizes changed."""
-    name = f"{function.__name__}_{next(_NUMBERS)}"
-    code = function.__code__.replace(co_name=name)
-    return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
-
-
-_NUMBERS = itertools.count()
 
 
 def load(
@@ -250,8 +247,7 @@ class _Operations(TorchDispatchMode):
 
 def record_eager(function: Callable[[], Any]) -> list[tuple[str, int]]:
     """The operations that `function` executes without being compiled: name, and bytes of their tensors."""
-    program = Program()
-    with _Operations(program):
+    with _Operations(program := Program()):
         function()
     return program.operations
 
@@ -342,7 +338,6 @@ def _assembled(binary: Any) -> Assembled:
         warps=binary.metadata.num_warps,
         registers=usage["REG"],
         spilled_bytes=max(usage["STACK"], usage["LOCAL"]),
-        shared_bytes=binary.metadata.shared,
         ptx=binary.asm["ptx"],
         sass=shown,
     )
@@ -353,13 +348,6 @@ def _target(gpu: DataSheet) -> Any:
 
     major, minor = gpu.capability
     return GPUTarget("cuda", 10 * major + minor, 32)
-
-
-def _source_of(node: Any) -> str:
-    """Where the value of a graph's input comes from, as Python over a dictionary `L` of the function's arguments."""
-    source = node.meta["grapharg"].source
-    name = source.name
-    return str(name() if callable(name) else name)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from compiled_logprobs.errors import BackendUnavailable, InputError
 from compiled_logprobs.machine.bandwidth import backward_bytes, forward_bytes
 from compiled_logprobs.operation import formula
 from compiled_logprobs.operation.formula import Saved, Upstream
-from compiled_logprobs.problem import Problem, layout_of, short_name
+from compiled_logprobs.problem import Problem, layout_of, problem_to_dict
 from tests.gpu_code.data_sheets import WARP, DataSheet
 from tests.gpu_code.generated_code import (
     Assembled,
@@ -66,13 +66,10 @@ class KernelReport:
     name: str
     launches: int
     candidates: int
-    """Configurations that the autotuner chooses from on the device; the next three are the worst of them."""
+    """Configurations that the autotuner chooses from on the device; the next two are the worst of them."""
     registers: int
     spills: int
     """Bytes a thread."""
-    shared_bytes: int
-    """A program."""
-    warps: tuple[int, ...]
     index_bits: int
     logits_reads: float
     """Passes over the logits' memory; less than 1 where only single elements are read."""
@@ -101,7 +98,6 @@ class Direction:
     """The most of any kernel, in any configuration."""
     spills: int
     """Bytes a thread, likewise."""
-    shared_bytes: int
     bytes: int
     """Between memory and chip."""
     minimum_bytes: int | None
@@ -118,7 +114,6 @@ class Direction:
     kernel_reports: tuple[KernelReport, ...]
     operations: tuple[str, ...] = ()
     """Those of torch that are not generated."""
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,25 +130,8 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """For programs: numbers, strings, lists and dictionaries."""
-        problem, flash_attn = self.problem, self.flash_attn
-        names = ("rows", "vocab", "labels_per_row", "needs_grad", "entropy", "inplace_backward", "aligned")
-        rates = {name: getattr(self.gpu, name) for name in ("instructions_per_second", "special_per_second")}
-        return {
-            "note": NOT_MEASURED,
-            "gpu": {**asdict(self.gpu), **rates, "bandwidth_from": "data sheet"},
-            "arch": self.gpu.arch,
-            "torch": torch.__version__,
-            "problem": {
-                **{name: getattr(problem, name) for name in names},
-                "dtype": short_name(problem.dtype),
-                "layout": self.layout,
-            },
-            "forward": asdict(self.forward),
-            "backward": self.backward and asdict(self.backward),
-            "flash_attn": {"why_not": flash_attn}
-            if isinstance(flash_attn, str)
-            else {name: one and asdict(one) for name, one in flash_attn.items()},
-        }
+        problem = {**problem_to_dict(self.problem), "layout": self.layout}
+        return {**asdict(self), "note": NOT_MEASURED, "torch": torch.__version__, "problem": problem}
 
 
 def inspect(problem: Problem, gpu: DataSheet, layout: Lying = "flat") -> Inspection:
@@ -232,8 +210,7 @@ def _forward(problem: Problem, logits: Tensor, gpu: DataSheet) -> Direction:
         for part in parts
     ]
     program = _recorded(compiled.forward_function(key, problem.entropy), calls, gpu, hints)
-    notes = () if len(parts) == 1 else (f"in {len(parts)} parts of {rows} rows at most, which 32-bit indices reach",)
-    return _direction(program, parts, gpu, forward_bytes(problem), notes)
+    return _direction(program, parts, gpu, forward_bytes(problem))
 
 
 def _backward(problem: Problem, logits: Tensor, gpu: DataSheet) -> Direction:
@@ -320,9 +297,7 @@ class _Sum:
     repeated_in_l1: int = 0
 
 
-def _direction(
-    program: Program, parts: Sequence[Tensor], gpu: DataSheet, least: int | None, notes: tuple[str, ...] = ()
-) -> Direction:
+def _direction(program: Program, parts: Sequence[Tensor], gpu: DataSheet, least: int | None) -> Direction:
     """Add up what a program does. `parts` are the logits, in one or several tensors."""
     whole = sum(part.numel() for part in parts)
     sums: dict[str, _Sum] = {}
@@ -359,7 +334,6 @@ def _direction(
         nxv_float32_buffers=_passes(wide, whole),
         registers=most("registers"),
         spills=most("spills"),
-        shared_bytes=most("shared_bytes"),
         bytes=moved,
         minimum_bytes=least,
         exponentials_per_logit=round(total("exponentials") / whole, 3),
@@ -370,7 +344,6 @@ def _direction(
         seconds=sum(report.seconds for report in reports) + by_torch / gpu.bandwidth,
         kernel_reports=reports,
         operations=tuple(name for name, _ in program.operations),
-        notes=notes,
     )
 
 
@@ -382,8 +355,6 @@ def _report(one: _Sum, gpu: DataSheet, whole: int) -> KernelReport:
         candidates=len(configurations),
         registers=max(each.registers for each in configurations),
         spills=max(each.spilled_bytes for each in configurations),
-        shared_bytes=max(each.shared_bytes for each in configurations),
-        warps=tuple(sorted({each.warps for each in configurations})),
         index_bits=64 if INDEXES_WITH_64_BITS.search(one.kernel.source) else 32,
         logits_reads=one.logits_read / whole,
         repeated_loads_in_l1=one.repeated_in_l1,
