@@ -87,7 +87,7 @@ def test_a_rank_that_asks_for_other_problems_is_refused(told):
 
 
 def test_where_the_first_rank_is_late_all_hold_eager(told):
-    assert_baseline(told["first_is_late"], "waited for 5 s")
+    assert_baseline(told["first_is_late"], "waited for 2 s")
 
 
 def test_a_rank_that_is_killed_keeps_nobody(told):
@@ -98,4 +98,4 @@ def test_a_rank_that_is_killed_keeps_nobody(told):
 def test_where_the_first_rank_is_killed_all_that_are_left_hold_eager(told):
     first, second, third = told["first_is_killed"]
     assert first is None and third is None
-    assert_baseline([second], "rank 1 waited for 5 s")
+    assert_baseline([second], "rank 1 waited for 2 s")

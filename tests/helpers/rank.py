@@ -25,9 +25,9 @@ from tests.helpers.stored_decisions import decided, evidence_of, measured
 registry = import_module("compiled_logprobs.backends")
 FOLDER = Path(sys.argv[1])
 RANK = int(os.environ["RANK"])
-PATIENCE_S = 3.0
+PATIENCE_S = 1.0
 """In the place of minutes, where ranks wait in vain."""
-BUDGET_S = 2.0
+BUDGET_S = 1.0
 
 
 class Made:
