@@ -47,13 +47,8 @@ def run(*arguments):
     return CliRunner().invoke(peers.app, [*arguments])
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        *((name, dtype) for name in PLAIN for dtype in (torch.float32, torch.bfloat16)),
-        pytest.param("compiled", torch.bfloat16, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", [*PLAIN, pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_idiom_computes_log_probabilities_entropy_and_gradient(name, dtype):
     idiom = PLAIN[name] if name in PLAIN else idioms.compiled_log_softmax(problem_of("backward"))
     generator = torch.Generator().manual_seed(0)
@@ -74,33 +69,24 @@ def test_an_idiom_computes_log_probabilities_entropy_and_gradient(name, dtype):
     limits = {"rtol": 5e-2, "atol": 5e-3} if dtype == torch.bfloat16 else exact
     torch.testing.assert_close(gradient.double(), true.gradient, **limits)
     assert gradient.dtype == dtype
-    assert (log_probs <= 1e-6).all() and (entropy >= 0).all() and (gradient[torch.arange(9), labels] >= 0).all()
     alone, none = idiom(logits.detach(), labels, False)
     assert none is None
     torch.testing.assert_close(alone, log_probs.detach())
 
 
 @pytest.mark.slow
-def test_the_compiled_idiom_is_compiled_anew_for_each_vocabulary():
-    compiled = [idioms.compiled_log_softmax(problem_of("forward", vocab=vocab)) for vocab in (8, 9)]
-    assert len({one._torchdynamo_orig_callable.__code__ for one in compiled}) == 2
-
-
-@pytest.mark.slow
 def test_every_mode_gives_all_figures_as_json_and_html(tmp_path):
     files = tmp_path / "new" / "peers.json", tmp_path / "new" / "peers.html"
-    only = ["auto", "eager", *PLAIN, "liger", "cut_cross_entropy"]
+    only = ["auto", *PLAIN, "liger"]
     ran = run(*QUICK, "--only", ",".join(only), "--json", str(files[0]), "--html", str(files[1]))
     assert ran.exit_code == 0, ran.output
     report = json.loads(files[0].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert report["columns"] == COLUMNS and not report["interrupted"]
-    assert report["environment"]["torch"] == torch.__version__
     cells = {(row["dtype"], row["mode"]) for row in report["rows"]}
-    assert cells == {(d, m) for d in ("float32", "bfloat16") for m in ("forward", "entropy", "backward", "inplace")}
+    assert cells == {(dtype, mode) for dtype in ("float32", "bfloat16") for mode in MODES}
     assert len(report["rows"]) == len(cells) * (1 + len(only))
     for row in report["rows"]:
-        assert (row["rows"], row["vocab"], row["device"]) == (33, 257, "cpu")
-        if row["candidate"] in ("liger", "cut_cross_entropy"):
+        if row["candidate"] == "liger":
             assert row["outcome"] == "unavailable" and "CUDA" in row["reason"] and "ms" not in row
             continue
         assert row["outcome"] == "measured" and len(row["seconds"]) == 6
@@ -109,14 +95,11 @@ def test_every_mode_gives_all_figures_as_json_and_html(tmp_path):
             assert row["percent_of_read"] == 100
             continue
         assert row["error_rmse"] <= row["error_max"] < (0.2 if row["candidate"] == "logsumexp_rows" else 1e-4)
-        assert row["extra_bytes"] is None or row["extra_bytes"] >= 0
         assert row["times_as_fast_as"].keys() == {*PLAIN} - {row["candidate"]}
         assert all(ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in row["times_as_fast_as"].values())
         is_peer = row["candidate"] in PLAIN
         assert row["kind"] == ("peer" if is_peer else "ours")
         assert (row["note"] == "ordinary backward") == (is_peer and row["mode"] == "inplace")
-        if row["candidate"] == "auto":
-            assert row["note"] == "took eager" and row["reason"]
     page = files[1].read_text()
     assert all(text in page for text in ("log_softmax", "of a bare read", "33 x 257"))
     for text in ("33 x 257", "auto (took eager)", "log_softmax (ordinary backward)", "% of read", "Targets"):
@@ -143,7 +126,7 @@ def test_it_runs_as_a_module_and_prints_nothing_but_json():
 
 
 def test_every_registered_backend_takes_part_by_name():
-    assert [one.name for one in candidates().values() if one.ours] == [AUTO, *backends()]
+    assert [name for name, candidate in candidates().items() if candidate.ours] == [AUTO, *backends()]
 
 
 def test_auto_decides_before_it_is_timed_and_where_it_cannot_the_output_says_so(monkeypatch):
@@ -162,20 +145,6 @@ def test_auto_decides_before_it_is_timed_and_where_it_cannot_the_output_says_so(
     assert len(asked) == 1
 
 
-def contender(name, idiom, **options):
-    return Contender(name, lambda problem: idiom, **options)
-
-
-def changed(log_probs=lambda x: x, entropy=lambda x: x):
-    """The first idiom, with something else made of what it returns."""
-
-    def idiom(logits, labels, with_entropy):
-        right, h = idioms.log_softmax_gather(logits, labels, with_entropy)
-        return log_probs(right), None if h is None else entropy(h)
-
-    return idiom
-
-
 def test_a_failure_is_an_outcome_and_never_a_number():
     calls = []
 
@@ -186,38 +155,44 @@ def test_a_failure_is_an_outcome_and_never_a_number():
                 raise error
             return right
 
-        return changed(log_probs)
+        return log_probs
 
-    some = [
-        contender("absent", raises(AssertionError()), why_not=lambda problem: "has no licence"),
-        contender("raises_later", raises(RuntimeError("worn out"), after=4)),
-        contender("raises", raises(RuntimeError("no luck"))),
-        contender("out_of_memory", raises(MemoryError())),
-        contender("positive", changed(log_probs=torch.neg)),
-        contender("not_a_number", changed(log_probs=lambda x: x * torch.nan)),
-        contender("no_gradient", changed(log_probs=lambda x: x.detach() + 0 * x)),
-        contender("right", idioms.log_softmax_gather),
-    ]
-    cell = measure(problem_of("backward"), "backward", some, CPU, rounds=3, seconds=60)
-    outcomes = {name: (one.outcome, one.reason) for name, one in cell.results.items()}
-    assert outcomes["absent"] == ("unavailable", "has no licence")
-    assert outcomes["raises"] == ("failed", "RuntimeError: no luck")
-    assert outcomes["raises_later"] == ("failed", "RuntimeError: worn out")
-    assert outcomes["out_of_memory"][0] == "oom"
-    assert outcomes["positive"][0] == "wrong" and "log-probability" in outcomes["positive"][1]
-    assert outcomes["not_a_number"][0] == "wrong"
-    assert outcomes["no_gradient"][0] == "wrong" and "gradient" in outcomes["no_gradient"][1]
+    def idiom(log_probs=lambda x: x, entropy=lambda x: x):
+        """The first, with something else made of what it returns."""
+
+        def changed(logits, labels, with_entropy):
+            right, h = idioms.log_softmax_gather(logits, labels, with_entropy)
+            return log_probs(right), None if h is None else entropy(h)
+
+        return changed
+
+    mistakes = {
+        "raises_later": ("failed", "RuntimeError: worn out", idiom(raises(RuntimeError("worn out"), after=4))),
+        "raises": ("failed", "RuntimeError: no luck", idiom(raises(RuntimeError("no luck")))),
+        "out_of_memory": ("oom", "", idiom(raises(MemoryError()))),
+        "positive": ("wrong", "log-probability", idiom(log_probs=torch.neg)),
+        "not_a_number": ("wrong", "", idiom(log_probs=lambda x: x * torch.nan)),
+        "no_gradient": ("wrong", "gradient", idiom(log_probs=lambda x: x.detach() + 0 * x)),
+        "negative": ("wrong", "entropy", idiom(entropy=torch.neg)),
+        "right": ("measured", "", idioms.log_softmax_gather),
+    }
+    absent = Contender("absent", lambda problem: pytest.fail("it is built"), why_not=lambda problem: "has no licence")
+    some = [Contender(name, lambda problem, made=made: made) for name, (_, _, made) in mistakes.items()]
+    problem = problem_of("backward")._replace(entropy=True)
+    cell = measure(problem, "backward", [absent, *some], CPU, rounds=3, seconds=60)
+    assert (cell.results["absent"].outcome, cell.results["absent"].reason) == ("unavailable", "has no licence")
+    for name, (outcome, reason, _) in mistakes.items():
+        assert cell.results[name].outcome == outcome and reason in (cell.results[name].reason or ""), name
     assert [one.name for one in cell.measured(ours=False)] == ["right"]
     assert len(cell.results["right"].seconds) == len(cell.read_seconds) == 3
     assert all(row["outcome"] == "measured" or row.keys().isdisjoint(COLUMNS) for row in cell.to_rows())
 
-    negative = contender("negative", changed(entropy=torch.neg))
-    cell = measure(problem_of("entropy"), "entropy", [negative], CPU, rounds=1, seconds=0)
-    assert cell.results["negative"].outcome == "wrong" and "entropy" in cell.results["negative"].reason
-
 
 def test_a_failed_backend_of_ours_shows_in_the_exit_code(monkeypatch):
-    zero = contender("ours", changed(log_probs=torch.zeros_like), ours=True)
+    def zeros(logits, labels, with_entropy):
+        return torch.zeros(len(labels)), None
+
+    zero = Contender("ours", lambda problem: zeros, ours=True)
     monkeypatch.setattr(peers, "candidates", lambda: {"ours": zero})
     ran = run(*TINY, "forward", "--no-tune")
     assert ran.exit_code == 1

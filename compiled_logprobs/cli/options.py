@@ -17,7 +17,7 @@ from compiled_logprobs.backends import backends, register_backend
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.cli.progress import Bar, JsonLines, Progress
 from compiled_logprobs.errors import InputError, LogProbsError, is_out_of_memory
-from compiled_logprobs.store import bundled_store, project_store, user_store
+from compiled_logprobs.store import bundled_store, user_store
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning import presets
 
@@ -147,19 +147,8 @@ def backend_name_of(text: str) -> str:
 
 
 def store_of(text: str) -> Store:
-    """The profiles that `text` means: user, project, bundled, or a folder."""
-    if text == "user":
-        return user_store()
-    if text == "bundled":
-        return bundled_store()
-    if text != "project":
-        return Store(Path(text))
-    store = project_store()
-    if store is None:
-        raise InputError(
-            "got 'project'; a current folder that holds profiles is valid. Go to it, or name the profiles."
-        )
-    return store
+    """The profiles that `text` means: user, bundled, or a folder."""
+    return {"user": user_store, "bundled": bundled_store}.get(text, lambda: Store(Path(text)))()
 
 
 def device_of(text: str | None) -> torch.device:

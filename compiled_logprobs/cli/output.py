@@ -1,7 +1,6 @@
 """How the command line shows what the library returns: tables and lines on standard output."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -14,7 +13,7 @@ from compiled_logprobs.choose.verify import Verification
 from compiled_logprobs.decision import PLAIN, Decision, short
 from compiled_logprobs.machine.environment import Environment
 from compiled_logprobs.problem import Problem, mode_name, short_name
-from compiled_logprobs.store.transfer import Imported, Pruned
+from compiled_logprobs.store.transfer import Imported
 
 WIDTH_ELSEWHERE = 180
 
@@ -92,26 +91,11 @@ def print_decisions(title: str, decisions: list[tuple[Decision, str]]) -> None:
         print_line("Where time or memory was short, fewer rows were timed; --json says where.")
 
 
-def print_imported(imported: list[Imported], here: set[str]) -> None:
-    """A row for each decision of an archive, by environment, and a line for what was passed over."""
-    for environment in dict.fromkeys(one.environment for one in imported if one.decision is not None):
-        where = "" if environment in here else ", not this machine"
-        table = new_table(f"Environment {environment}{where}", "decision", "problem", "winner", "measured", "why")
-        for one in imported:
-            if one.environment == environment and one.decision is not None:
-                decision = one.decision
-                winner = Text(_printable(decision.chosen))
-                table.add_row(one.fate, short(decision.problem), winner, decision.measured_at[:10], Text(one.why))
-        console().print(table)
+def print_imported(imported: list[Imported]) -> None:
+    """A line for each decision of an archive, and for what was passed over."""
     for one in imported:
-        if one.decision is None:
-            print_line(_printable(f"broken: {one.name:.200}: {one.why:.400}"))
-
-
-def print_pruned(pruned: list[Pruned], root: Path) -> None:
-    """A line for each file that goes."""
-    for file in pruned:
-        print_line(_printable(f"{file.path.relative_to(root)} ({file.bytes} bytes): {file.why}"))
+        what = one.name if one.decision is None else f"{short(one.decision.problem)}: {one.decision.chosen}"
+        print_line(printable(f"{one.fate}: {what:.200}: {one.why:.400}"))
 
 
 def print_verifications(title: str, verifications: list[Verification]) -> None:
@@ -121,7 +105,7 @@ def print_verifications(title: str, verifications: list[Verification]) -> None:
         decision = verification.decision
         table.add_row(
             *_cells(decision.problem),
-            Text(_printable(decision.chosen)),
+            Text(printable(decision.chosen)),
             _speedup(decision),
             "" if verification.speedup is None else str(verification.speedup),
             Text(verification.outcome, "bold red" if verification.is_failure else ""),
@@ -135,7 +119,7 @@ def print_verifications(title: str, verifications: list[Verification]) -> None:
 
 def verified_in_words(verification: Verification) -> str:
     """The problem, its winner, and what was found out about it."""
-    return _printable(f"{short(verification.decision.problem)}: {verification.decision.chosen}: {verification.why}")
+    return printable(f"{short(verification.decision.problem)}: {verification.decision.chosen}: {verification.why}")
 
 
 def print_line(text: str) -> None:
@@ -169,7 +153,7 @@ def _speedup(decision: Decision, *, interval: bool = True) -> str:
     return text + ("" if decision.baseline == "eager" else f" over {decision.baseline}")
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """It may quote a file that comes from anywhere, and a terminal obeys some characters."""
     return "".join(character if character.isprintable() else "?" for character in text)
 

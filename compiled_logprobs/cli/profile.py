@@ -75,12 +75,9 @@ def profile(
     """
     with reported_errors():
         where = device_of(device)
-        problems = presets.grid(
-            where.type,
-            preset,
-            **values_of(vocab, rows, dtype, mode),
+        problems = list(
+            dict.fromkeys(map(bucket, presets.grid(where.type, preset, **values_of(vocab, rows, dtype, mode))))
         )
-        problems = list(dict.fromkeys(map(bucket, problems)))
         names = [backend_name_of(text) for text in split(backend)] or None
         store = user_store() if out is None else Store(out)
         shown = progress_of(progress, as_json)
@@ -91,14 +88,8 @@ def profile(
     stored = sum(store.read(fingerprint, decision.problem) == decision for decision in decided)
     failed = [str(result) for result in results if not isinstance(result, Decision)]
     if as_json:
-        print_json(
-            {
-                "decisions": [decision.to_dict() for decision in decided],
-                "stored": stored,
-                "failed": failed,
-                "interrupted": interrupted,
-            }
-        )
+        told = [decision.to_dict() for decision in decided]
+        print_json({"decisions": told, "stored": stored, "failed": failed, "interrupted": interrupted})
     elif progress != "jsonl":
         if decided:
             print_decisions(f"Winners on {where}, environment {fingerprint}", [(d, "") for d in decided])
@@ -164,11 +155,8 @@ def verify(
             backend_name_of(text)
         where = device_of(device)
         shown = progress_of(progress, as_json)
-        stored = verification.stored_decisions(
-            stores() if folder is None else {str(folder): Store(folder)},
-            where,
-            **values_of(vocab, rows, dtype, mode),
-        )
+        searched = stores() if folder is None else {str(folder): Store(folder)}
+        stored = verification.stored_decisions(searched, where, **values_of(vocab, rows, dtype, mode))
         if not stored:
             raise ProfileError(
                 f"no decision is stored for {where} in environment {fingerprint_of(where)} that was asked for, and "
@@ -177,13 +165,12 @@ def verify(
             )
         running = verification.verify(stored, where, budget_s=budget, on_event=shown.event)
         results, interrupted = _follow(running, [decision.problem for decision, _ in stored], where, shown)
+    failures = sum(result.is_failure for result in results)
+    verified = failures + sum(result.outcome == "holds" for result in results)
     if as_json:
         print_json({"decisions": [result.to_dict() for result in results], "interrupted": interrupted})
     elif progress != "jsonl":
         print_verifications(f"Winners on {where}, environment {fingerprint_of(where)}", results)
-    failures = sum(result.is_failure for result in results)
-    verified = failures + sum(result.outcome == "holds" for result in results)
-    if not as_json and progress != "jsonl":
         print_line(f"{verified} of {len(stored)} decisions verified, {verified - failures} of them hold")
         if failures:
             print_line("`compiled-logprobs profile --again` measures those that do not hold anew.")

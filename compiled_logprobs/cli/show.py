@@ -1,7 +1,7 @@
 """`show`, `explain` and `doctor`: what is stored, what serves a problem and why, and what this machine can run."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -12,7 +12,7 @@ from compiled_logprobs.choose.explain import explain_problem
 from compiled_logprobs.cli.options import AsJson, Where, device_of, reported_errors
 from compiled_logprobs.cli.output import console, new_table, print_decisions, print_environment, print_json, print_line
 from compiled_logprobs.decision import Decision
-from compiled_logprobs.machine.environment import Environment, cpp_compiler_version, environments, without_paths
+from compiled_logprobs.machine.environment import cpp_compiler_version, environments, without_paths
 from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import MODES, Layout, Problem, Temperature, as_it_lies, short_name
 from compiled_logprobs.store import stores
@@ -43,25 +43,25 @@ def show(
                 if (every or environment in here) and decision.chosen in backends():
                     decisions.setdefault((environment, decision.problem), (decision, label))
     if as_json:
-        print_json(
-            {
-                "decisions": [
-                    {"environment_fingerprint": environment, "from": label, **decision.to_dict()}
-                    for (environment, _), (decision, label) in decisions.items()
-                ]
-            }
-        )
+        told = [
+            {"environment_fingerprint": environment, "from": label, **decision.to_dict()}
+            for (environment, _), (decision, label) in decisions.items()
+        ]
+        print_json({"decisions": told})
         return
     for environment in dict.fromkeys(environment for environment, _ in decisions):
         rows = [value for key, value in decisions.items() if key[0] == environment]
-        rows.sort(key=lambda row: _order(row[0].problem))
+        rows.sort(
+            key=lambda row: (
+                row[0].problem.vocab,
+                short_name(row[0].problem.dtype),
+                *row[0].problem[6:],
+                row[0].problem.rows,
+            )
+        )
         print_decisions(f"Environment {environment}{'' if environment in here else ', not this machine'}", rows)
     if not decisions:
         print_line("No decisions are stored for this machine. `compiled-logprobs profile` measures some.")
-
-
-def _order(problem: Problem) -> tuple[Any, ...]:
-    return problem.vocab, short_name(problem.dtype), *problem[6:], problem.rows
 
 
 def explain(
@@ -101,12 +101,13 @@ def doctor(as_json: AsJson = False) -> None:
     """Show this machine, the versions on it, and which backends can run here, or why not."""
     here = environments()
     compiler = cpp_compiler_version()
-    answers = [
-        (name, problem, reason if reason is None else without_paths(reason))
-        for name in backends()
-        for problem in _sample_problems(here)
-        for reason in [why_not(name, problem)]
+    problems = [
+        Problem(device_type, SAMPLE_ROWS, SAMPLE_VOCAB, dtype, needs_grad=True)
+        for device_type in dict.fromkeys(environment.device_type for environment in here)
+        for dtype in (torch.float32, torch.bfloat16)
     ]
+    asked = [(name, problem, why_not(name, problem)) for name in backends() for problem in problems]
+    answers = [(name, problem, reason and without_paths(reason)) for name, problem, reason in asked]
     if as_json:
         print_json(
             {
@@ -126,12 +127,3 @@ def doctor(as_json: AsJson = False) -> None:
     for name, problem, reason in answers:
         table.add_row(name, Text(str(problem)), "yes" if reason is None else Text(f"no: {reason}"))
     console().print(table)
-
-
-def _sample_problems(here: list[Environment]) -> list[Problem]:
-    device_types = dict.fromkeys(environment.device_type for environment in here)
-    return [
-        Problem(device_type, SAMPLE_ROWS, SAMPLE_VOCAB, dtype, needs_grad=True)
-        for device_type in device_types
-        for dtype in (torch.float32, torch.bfloat16)
-    ]

@@ -13,7 +13,7 @@ from compiled_logprobs.cli.options import (
     split,
     store_of,
 )
-from compiled_logprobs.cli.output import print_imported, print_json, print_line, print_pruned
+from compiled_logprobs.cli.output import print_imported, print_json, print_line, printable
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.machine.environment import environments
 from compiled_logprobs.store import transfer, user_store
@@ -34,9 +34,7 @@ def export(
         typer.Option(show_default=False, help="Fingerprint of an environment; by default those of this machine."),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="The decisions of all environments.")] = False,
-    source: Annotated[
-        str, typer.Option("--from", help="Which profiles: user, project, bundled, or a folder of them.")
-    ] = "user",
+    source: Annotated[str, typer.Option("--from", help="Which profiles: user, bundled, or a folder of them.")] = "user",
     evidence: Annotated[
         bool,
         typer.Option("--evidence/--no-evidence", help="Whether raw times and details of the checks come along."),
@@ -93,7 +91,7 @@ def import_(
         decisions = [one._asdict() | {"decision": one.decision and one.decision.to_dict()} for one in imported]
         print_json({"store": str(store.root), "decisions": decisions})
     else:
-        print_imported(imported, here)
+        print_imported(imported)
         counts = ", ".join(f"{fates.count(fate)} {fate}" for fate in dict.fromkeys(fates))
         print_line(f"{len(imported)} decisions: {counts}; in {store.root}")
         if not any(one.environment in here for one in imported):
@@ -140,6 +138,7 @@ def prune(
         files = [{"path": str(file.path), "why": file.why, "bytes": file.bytes} for file in pruned]
         print_json({"store": str(store.root), "dry_run": dry_run, "bytes": size, "files": files})
     else:
-        print_pruned(pruned, store.root)
+        for file in pruned:
+            print_line(printable(f"{file.path.relative_to(store.root)} ({file.bytes} bytes): {file.why}"))
         what = "would be removed from" if dry_run else "removed from"
         print_line(f"{len(pruned)} files, {size} bytes, {what} {store.root}")

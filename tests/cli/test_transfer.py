@@ -53,7 +53,6 @@ def test_an_import_for_another_machine_says_so(run, here, target):
     run("export", "all", "--environment", ELSEWHERE.fingerprint())
     result = run("import", "all", "--out", str(target.root))
     assert result.exit_code == 0
-    assert f"Environment {ELSEWHERE.fingerprint()}, not this machine" in result.stdout
     assert "None is for this machine" in result.stdout
 
 
@@ -71,10 +70,9 @@ def test_what_is_broken_in_an_archive_is_told_and_exit_1(run, here, target):
     assert "broken: ?[2J.json: it is no file of a store" in result.stdout
 
 
-@pytest.mark.parametrize("source", ["project", "./profiles"])
-def test_where_to_export_from(run, here, source):
+def test_where_to_export_from(run, here):
     publish(decided(), Store(here / "profiles"))
-    told = json.loads(run("export", "archive", "--from", source, "--all", "--json").stdout)
+    told = json.loads(run("export", "archive", "--from", "profiles", "--all", "--json").stdout)
     assert told == {"file": "archive", "decisions": 1, "bytes": (here / "archive").stat().st_size}
 
 
@@ -85,7 +83,7 @@ def test_where_to_export_from(run, here, source):
         (("export", "/dev/null/archive"), "got /dev/null/archive, which cannot be written (Not a directory)"),
         (("export", "--all", "--environment", "0" * 16), "got --environment and --all; one of them is valid"),
         (("export", "--environment", "0" * 16), f"holds no decision for {'0' * 16}"),
-        (("export", "--from", "project"), "got 'project'; a current folder that holds profiles is valid"),
+        (("export", "--from", "nowhere"), "nowhere holds no decision for "),
         (("import", "no such file"), "got 'no such file', which cannot be opened (No such file or directory)"),
         (("import", "."), "got '.', which cannot be opened (Is a directory)"),
         (("import", __file__), "the archive cannot be used: "),
