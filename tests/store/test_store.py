@@ -72,8 +72,7 @@ def test_a_later_decision_replaces_an_earlier_one_and_its_evidence(store):
     path.with_suffix(".evidence.json").write_bytes(of_the_first)
     assert store.evidence(KEY, SECOND) is None  # it is of another decision
     store.publish(HERE, FIRST)
-    assert store.read(KEY, PROBLEM) == FIRST
-    assert not list(store.root.rglob("*.evidence.json"))
+    assert store.read(KEY, PROBLEM) == FIRST and not list(store.root.rglob("*.evidence.json"))
 
 
 def test_near_are_the_problems_that_differ_in_rows_only(store):
@@ -93,18 +92,14 @@ def test_a_key_that_leads_out_of_the_store_is_refused(store):
 
 def test_every_change_of_a_store_changes_its_newest(store):
     seen = [store.newest()]
-
-    def is_new() -> bool:
+    for change in (
+        lambda: store.publish(HERE, FIRST),
+        lambda: store.publish(HERE, SECOND),
+        lambda: store.path(KEY, PROBLEM).unlink(),
+    ):
+        change()
         seen.append(store.newest())
-        return seen[-1] not in seen[:-1]
-
-    path = store.publish(HERE, FIRST)
-    assert is_new()
-    store.publish(HERE, SECOND)
-    assert is_new()
-    path.unlink()
-    assert is_new()
-    assert seen[-1] == store.newest()
+    assert len(set(seen)) == 4 and seen[-1] == store.newest()
 
 
 # Files that are not what they should be
@@ -183,8 +178,7 @@ def test_nothing_is_imported_because_a_file_says_so(store, tmp_path, monkeypatch
 # Disks and rights
 
 
-@pytest.mark.parametrize("failing", ["replace", "fsync"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize(("failing", "number"), [("replace", errno.EROFS), ("fsync", errno.ENOSPC)])
 def test_what_the_disk_refuses_is_told_and_costs_nothing_that_was_stored(store, monkeypatch, failing, number):
     store.publish(HERE, FIRST, evidence_of(FIRST))
 
@@ -216,14 +210,6 @@ def test_a_folder_of_someone_else_is_a_miss_with_a_warning(store):
             store.publish(HERE, FIRST)
     finally:
         os.seteuid(0)
-
-
-def test_a_store_where_a_file_is_in_the_way_is_a_miss_and_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    store = Store(tmp_path / "file")
-    assert read_silently(store) is None and list(store.decisions()) == []
-    with pytest.raises(ProfileError, match="Not a directory.\n"):
-        store.publish(HERE, FIRST)
 
 
 def test_without_a_home_nothing_is_stored_and_what_to_do_is_said(tmp_path, monkeypatch):
