@@ -31,15 +31,18 @@ ALWAYS = {
 }
 """What a failed check says by itself."""
 
-Failed = frozenset[str]
-"""Names of checks."""
 VALUES = frozenset({"log_prob_error", "log_prob_rmse"})
 GRADIENT = frozenset({"gradient_flows", "gradient_error", "gradient_rmse", "gradient_sign", "gradient_row_sum"})
 ENTROPY = frozenset({"entropy_sign", "entropy_error", "entropy_rmse"})
 
 
 def likely_causes(
-    function: Function, problem: Problem, failed: Failed, device: torch.device, seed: int, ignore_index: bool = True
+    function: Function,
+    problem: Problem,
+    failed: frozenset[str],
+    device: torch.device,
+    seed: int,
+    ignore_index: bool = True,
 ) -> list[str]:
     """What is probably wrong with a function that failed the checks `failed` on `problem`; the first explains most.
 
@@ -139,6 +142,12 @@ class _Probe:
             said = str(error).strip().splitlines()
             raise _Raised(f"{type(error).__name__}: {said[0] if said else ''}") from error
 
+    def some_ignored(self) -> Tensor:
+        """The labels, every third of them ignored."""
+        labels = self.labels.clone()
+        labels[1::3] = IGNORE_INDEX
+        return labels
+
     def raises(self, logits: Tensor, labels: Tensor) -> str | None:
         """What it raises for these, if it does."""
         try:
@@ -148,10 +157,7 @@ class _Probe:
         return None
 
 
-# --- how it is called, and what it returns --------------------------------------------------------------------------
-
-
-def _about_calling(probe: _Probe, failed: Failed, ignore_index: bool) -> Iterator[str]:
+def _about_calling(probe: _Probe, failed: frozenset[str], ignore_index: bool) -> Iterator[str]:
     if "runs" not in failed:
         return
     raised = probe.raises(probe.logits, probe.labels)
@@ -160,9 +166,7 @@ def _about_calling(probe: _Probe, failed: Failed, ignore_index: bool) -> Iterato
         if swapped.raises(swapped.logits, swapped.labels) is None:
             yield f'takes logits and labels the other way round: say --call "{swapped.function.call}"'
         return
-    ignored = probe.labels.clone()
-    ignored[1::3] = IGNORE_INDEX
-    raised = probe.raises(probe.logits, ignored) if ignore_index else None
+    raised = probe.raises(probe.logits, probe.some_ignored()) if ignore_index else None
     if raised is not None:
         yield (
             f"has no ignored labels, and raises {raised.partition(':')[0]} for those of {IGNORE_INDEX}: mask them "
@@ -174,7 +178,7 @@ def _about_calling(probe: _Probe, failed: Failed, ignore_index: bool) -> Iterato
             yield f"raises for {what} ({raised})"
 
 
-def _about_kind(probe: _Probe, failed: Failed) -> Iterator[str]:
+def _about_kind(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     got = probe.run()
     first = got.first()
     if first is None:
@@ -210,10 +214,7 @@ def _about_kind(probe: _Probe, failed: Failed) -> Iterator[str]:
         yield f"returns {short_name(first.dtype)}{steps}: give float32"
 
 
-# --- what its numbers are ---------------------------------------------------------------------------------------------
-
-
-def _about_values(probe: _Probe, failed: Failed) -> Iterator[str]:
+def _about_values(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     got = probe.run()
     rows = got.rows()
     if rows is None:
@@ -223,7 +224,8 @@ def _about_values(probe: _Probe, failed: Failed) -> Iterator[str]:
     if reading is None:
         return
     for words in reading.words:
-        yield _LOG_PROB if probe.sign < 0 and words == LOSS else words
+        log_prob = "returns the log-probability: negative where a loss must be positive. Say --returns log_prob"
+        yield log_prob if probe.sign < 0 and words == LOSS else words
     first = got.first()
     if not reading.words and failed & VALUES and first is not None and first.dtype.itemsize > 2:
         # A result in half precision says so by its dtype.
@@ -232,34 +234,29 @@ def _about_values(probe: _Probe, failed: Failed) -> Iterator[str]:
         yield "lets rounding carry a log-probability above 0, where a token is certain: clamp it"
 
 
-_LOG_PROB = "returns the log-probability: negative where a loss must be positive. Say --returns log_prob"
-
-
-# --- the rest -------------------------------------------------------------------------------------------------------
-
-
-def _about_state(probe: _Probe, failed: Failed) -> Iterator[str]:
+def _about_state(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     if not failed & VALUES:
         return
     memory = probe.logits.clone()
-    calls = [_numbers(probe, memory) for _ in range(4)]
+
+    def numbers() -> Tensor:
+        with torch.no_grad():
+            result = probe.call(memory, probe.labels.clone())
+        rows = _Got(result, memory, memory, probe.labels).rows()
+        return torch.empty(0) if rows is None else rows.clone()
+
+    calls = [numbers() for _ in range(4)]
     memory.copy_(probe.new_logits())
-    other = _numbers(probe, memory)
-    if calls[0] is None or other is None:
+    other = numbers()
+    if not len(calls[0]) or not len(other):
         return
-    if any(rows is None or not same(rows, calls[0], CLOSE) for rows in calls):
+    if not all(same(rows, calls[0], CLOSE) for rows in calls):
         yield "gives other numbers when it is called again with the same input: it remembers something"
     elif torch.equal(other, calls[0]):  # probabilities may all be near 0, and so near one another
         yield "gives the old result for new values in the same memory: it remembers results by address or shape"
 
 
-def _numbers(probe: _Probe, logits: Tensor) -> Tensor | None:
-    with torch.no_grad():
-        rows = _Got(probe.call(logits, probe.labels.clone()), logits, logits, probe.labels).rows()
-    return None if rows is None else rows.clone()
-
-
-def _about_gradient(probe: _Probe, failed: Failed) -> Iterator[str]:
+def _about_gradient(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     if not failed & GRADIENT or failed & (VALUES | {"log_prob_sign"}):
         return  # where the values are wrong, so is their gradient, and for the same reason
     got = probe.run()
@@ -297,7 +294,7 @@ def _about_gradient(probe: _Probe, failed: Failed) -> Iterator[str]:
             return
 
 
-def _about_entropy(probe: _Probe, failed: Failed) -> Iterator[str]:
+def _about_entropy(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     if not probe.problem.entropy or not failed & (ENTROPY | {"gradient_flows"}):
         return
     got = probe.run(entropy=True)
@@ -307,24 +304,22 @@ def _about_entropy(probe: _Probe, failed: Failed) -> Iterator[str]:
     if "gradient_flows" in failed and not entropy.requires_grad:
         yield "the entropy is detached from the logits: no gradient flows through it"
     log_p = {s: torch.log_softmax(x / s, -1) for s in (1.0, probe.temperature)}
-    true = {s: -(values.exp() * values).sum(-1) for s, values in log_p.items()}
+    p_log_p = {s: (values.exp() * values).sum(-1) for s, values in log_p.items()}
     values = entropy.detach().double().reshape(-1)
-    if same(values, -true[probe.temperature], COARSELY):
+    if same(values, p_log_p[probe.temperature], COARSELY):
         yield "returns the sum of p log p as the entropy: negative where an entropy must be positive. Negate it"
-    elif probe.temperature != 1.0 and same(values, true[1.0], COARSELY):
+    elif probe.temperature != 1.0 and same(values, -p_log_p[1.0], COARSELY):
         yield "the entropy is that of the logits before the temperature divides them"
 
 
-def _about_ignored(probe: _Probe, failed: Failed) -> Iterator[str]:
+def _about_ignored(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     if "ignored_rows" not in failed:
         return
-    some = slice(1, None, 3)
-    labels = probe.labels.clone()
-    labels[some] = IGNORE_INDEX
+    labels = probe.some_ignored()
     rows = probe.run(labels=labels).rows()
     if rows is None:
         return
-    got, logits = rows[some], probe.logits[some]
+    got, logits = rows[labels == IGNORE_INDEX], probe.logits[labels == IGNORE_INDEX]
     for words, token in (("token 0", 0), (f"token V - {-IGNORE_INDEX}", probe.problem.vocab + IGNORE_INDEX)):
         expected = log_probs_of(logits, torch.full((len(logits),), token, device=logits.device), probe.temperature)
         if same(got.abs(), expected.abs(), 4 * COARSELY):
@@ -335,7 +330,7 @@ def _about_ignored(probe: _Probe, failed: Failed) -> Iterator[str]:
         yield f"does not give 0 for labels of {IGNORE_INDEX}; mask them, or check with --no-ignore-index"
 
 
-def _about_nan(probe: _Probe, failed: Failed) -> Iterator[str]:
+def _about_nan(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     if "nan_pattern" not in failed:
         return
     logits = probe.logits.clone()
@@ -353,7 +348,7 @@ def _about_nan(probe: _Probe, failed: Failed) -> Iterator[str]:
         yield "gives NaN for a label at -inf, whose log-probability is -inf: 0 times infinity on the way"
 
 
-def _about_inputs(probe: _Probe, failed: Failed) -> Iterator[str]:
+def _about_inputs(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     if "inputs_changed" not in failed:
         return
     got = probe.run()

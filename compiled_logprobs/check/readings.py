@@ -42,18 +42,18 @@ def read(rows: Tensor, logits: Tensor, labels: Tensor, temperature: float) -> Re
     fitting = (reading for tolerance in TOLERANCES for reading in readings if same(rows, reading.values, tolerance))
     best, right = next(fitting, None), readings[0]
     # Something else has to fit much better, where both do: a few columns left out make little difference.
-    if best is not None and same(rows, right.values, TOLERANCES[-1]) and _apart(rows, right) < 4 * _apart(rows, best):
-        return right
+    if best is not None and same(rows, right.values, TOLERANCES[-1]):
+        apart = [float((rows - reading.values).abs().max()) for reading in (right, best)]
+        return right if apart[0] < 4 * apart[1] else best
     return best
 
 
 def imprecision(rows: Tensor, logits: Tensor, labels: Tensor, temperature: float) -> Iterator[str]:
     """What the errors of a formula that is nearly right look like."""
-    log_p = torch.log_softmax(logits.detach().double() / temperature, -1)
-    truth = log_p.gather(-1, labels[:, None]).squeeze(-1)
+    truth = log_probs_of(logits, labels, temperature)
     off, size = rows - truth, float(truth.abs().max())
     factor = float(rows @ truth / (truth @ truth))
-    towards_mean = log_p.mean(-1) - truth
+    towards_mean = torch.log_softmax(logits.detach().double() / temperature, -1).mean(-1) - truth
     smoothing = float(off @ towards_mean / (towards_mean @ towards_mean))
     if float(off.abs().max()) <= OF_FLOAT32 * size:
         return
@@ -77,10 +77,6 @@ def same(got: Tensor, expected: Tensor, tolerance: float) -> bool:
     if got.shape != expected.shape or not bool(got.isfinite().all()) or not bool(expected.isfinite().all()):
         return False
     return float((got - expected).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
-
-
-def _apart(rows: Tensor, reading: Reading) -> float:
-    return float((rows - reading.values).abs().max())
 
 
 def _readings(x_NV: Tensor, labels: Tensor, t: float) -> Iterator[Reading]:

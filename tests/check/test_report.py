@@ -61,9 +61,6 @@ def test_the_spread_of_the_errors(eager):
         assert [one.error for one in spread.worst] == sorted((one.error for one in spread.worst), reverse=True)
         assert 0 < len(spread.worst) <= WORST
         assert spread.count > 0
-
-
-def test_no_rows_have_no_errors(eager):
     assert case_of(eager, "no rows").errors == ()
 
 

@@ -34,25 +34,18 @@ def test_the_mean_square_has_verdicts_of_its_own():
     assert {"log_prob_rmse", "gradient_rmse"} <= set(report.reasons)
 
 
-def problems_of_seeds(seeds: range) -> list[tuple[int, Problem]]:
-    """Small problems, in alternating dtypes, with and without a gradient, and with whatever options a function has."""
-    dtypes = torch.float32, torch.bfloat16, torch.float16
-    return [(seed, PROBLEM._replace(dtype=dtypes[seed % 3], needs_grad=seed % 2 == 0)) for seed in seeds]
-
-
 def stops(function, problem=None, seed=None) -> list[str]:
     return [check.detail for check in clp.check_backend(function, problem, seed=seed).checks if not check.passed]
 
 
+@pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 24), marks=pytest.mark.slow)], ids=["few", "many"])
 @pytest.mark.parametrize("right", RIGHT_BACKENDS, ids=lambda right: right.__name__)
-def test_no_right_backend_is_stopped(right):
-    assert [stops(right, problem, seed) for seed, problem in problems_of_seeds(range(6))] == [[]] * 6
-
-
-@pytest.mark.slow
-def test_no_right_backend_is_stopped_in_many_seeds():
-    runs = [(right, problem, seed) for right in RIGHT_BACKENDS for seed, problem in problems_of_seeds(range(6, 24))]
-    assert [(run, wrong) for run in runs if (wrong := stops(*run))] == []
+def test_no_right_backend_is_stopped(right, seeds):
+    """Small problems, in alternating dtypes, with and without a gradient, and with whatever options a function has."""
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    for seed in seeds:
+        problem = PROBLEM._replace(dtype=dtypes[seed % 3], needs_grad=seed % 2 == 0)
+        assert (seed, stops(right, problem, seed)) == (seed, [])
 
 
 @pytest.mark.slow

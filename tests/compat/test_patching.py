@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from compiled_logprobs import InputError, LogProbsError, compat
+from compiled_logprobs import InputError, LogProbsError
 from compiled_logprobs.compat import FRAMEWORKS, patch, patching, trl, unpatch
 
 X = torch.linspace(-2, 2, 30).view(2, 3, 5)
@@ -80,6 +80,8 @@ def test_every_framework_is_replaced_in_every_module_and_put_back(package, name)
 def test_the_replaced_function_computes(utils):
     with patch("trl"):
         log_probs = utils.selective_log_softmax(X, LABELS, temperature=0.5)
+    with pytest.raises(ZeroDivisionError), patch("trl"):  # which undoes a block as well
+        raise ZeroDivisionError
     expected = torch.log_softmax(X / 0.5, -1).gather(-1, LABELS.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(log_probs, expected)
     assert utils.selective_log_softmax(X, LABELS) == "original"
@@ -175,6 +177,9 @@ def test_what_is_missing_is_named(package):
     package("verl.utils.torch_functional", "")
     with pytest.raises(LogProbsError, match="verl.utils.torch_functional has no log_probs_from_logits.*Is this easyr1"):
         patch("easyr1")
+    package("trl.trainer.utils", "selective_log_softmax = 7\n")
+    with pytest.raises(LogProbsError, match=r"selective_log_softmax cannot be read \(TypeError: 7 is not"):
+        patch("trl")
     for function in (patch, unpatch):
         with pytest.raises(InputError, match="got the framework 'unsloth'; easyr1, verl, .* are valid"):
             function("unsloth")
@@ -207,12 +212,6 @@ def test_what_only_some_installations_have_may_fail_to_import(package):
         assert patched.places == ("roll.utils.functionals.log_probs_from_logits",)
 
 
-def test_what_is_no_function_any_more_is_refused(package):
-    package("trl.trainer.utils", "selective_log_softmax = 7\n")
-    with pytest.raises(LogProbsError, match=r"selective_log_softmax cannot be read \(TypeError: 7 is not"):
-        patch("trl")
-
-
 def test_the_report_can_be_read(package, utils, monkeypatch):
     package("trl.trainer.dpo_trainer", "from .utils import selective_log_softmax\n")
     importlib.import_module("trl.trainer.dpo_trainer")
@@ -230,12 +229,6 @@ def test_a_block_within_a_patch_leaves_it(utils):
         with patch("trl") as inner:
             assert inner.places == outer.places
         assert utils.selective_log_softmax is replaced
-    assert utils.selective_log_softmax(X, LABELS) == "original"
-
-
-def test_a_block_is_undone_by_an_error_as_well(utils):
-    with pytest.raises(ZeroDivisionError), patch("trl"):
-        raise ZeroDivisionError
     assert utils.selective_log_softmax(X, LABELS) == "original"
 
 
@@ -274,7 +267,3 @@ def test_the_replaced_function_is_pickled_as_the_frameworks(utils):
         pickled = pickle.dumps(utils.selective_log_softmax)
     assert b"trl.trainer.utils" in pickled
     assert pickle.loads(pickled)(X, LABELS) == "original"  # as it is where it is loaded
-
-
-def test_the_public_names():
-    assert compat.__all__ == ["FRAMEWORKS", "Patch", "patch", "unpatch"]

@@ -52,6 +52,15 @@ def good(logits: Tensor, labels: Tensor) -> Tensor:
     return -functional.cross_entropy(logits.float(), labels, reduction="none", ignore_index=IGNORE_INDEX)
 
 
+def entropy_of(x: Tensor) -> Tensor:
+    log_p = torch.log_softmax(x, -1)
+    return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
+
+
+def label_values(x: Tensor, labels: Tensor) -> Tensor:
+    return x.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+
 # --- right ones, of different build -----------------------------------------------------------------------------------
 
 
@@ -65,17 +74,17 @@ def negated_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def label_logit_minus_logsumexp(logits: Tensor, labels: Tensor) -> Tensor:
     """verl's and TRL's idiom in float32."""
     x = logits.float()
-    label_logits = x.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     keep = labels != IGNORE_INDEX
     # Ignored rows go before the sum: a NaN in them would come back through a product with 0.
-    return torch.where(keep, label_logits - torch.logsumexp(x.masked_fill(~keep.unsqueeze(-1), 0.0), -1), 0.0)
+    return torch.where(
+        keep, label_values(x, labels) - torch.logsumexp(x.masked_fill(~keep.unsqueeze(-1), 0.0), -1), 0.0
+    )
 
 
 @right
 def log_softmax_and_gather(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     log_p = torch.log_softmax(logits.float() / temperature, -1)
-    picked = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return picked.masked_fill(labels == IGNORE_INDEX, 0.0)
+    return label_values(log_p, labels).masked_fill(labels == IGNORE_INDEX, 0.0)
 
 
 @right
@@ -86,13 +95,12 @@ def nll_loss_in_chunks_of_three_rows(logits: Tensor, labels: Tensor) -> Tensor:
 
 @right
 def float64_throughout(logits: Tensor, labels: Tensor, temperature: float = 1.0, return_entropy: bool = False) -> Any:
-    log_p = torch.log_softmax(logits.double() / temperature, -1)
+    x = logits.double() / temperature
     ignored = labels == IGNORE_INDEX
-    picked = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(ignored, 0.0).float()
+    picked = label_values(torch.log_softmax(x, -1), labels).masked_fill(ignored, 0.0).float()
     if not return_entropy:
         return picked
-    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1).masked_fill(ignored, 0.0)
-    return picked, entropy.float()
+    return picked, entropy_of(x).masked_fill(ignored, 0.0).float()
 
 
 @right
@@ -106,15 +114,9 @@ def online_softmax_over_blocks(logits: Tensor, labels: Tensor) -> Tensor:
         shift = new.masked_fill(new == -math.inf, 0.0)
         total = total * (maximum - shift).exp() + (block - shift).exp().sum(-1, keepdim=True)
         maximum = new
-    picked = x.gather(-1, labels.clamp(min=0).unsqueeze(-1))
-    out = ((picked - maximum) - total.log()).squeeze(-1)
-    return _with_ordinary_gradient(torch.where((maximum == -math.inf).squeeze(-1), torch.nan, out), logits, labels)
-
-
-def _with_ordinary_gradient(value: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    reference = good(logits, labels)
-    value = value.detach().masked_fill(labels == IGNORE_INDEX, 0.0)
-    return _Replaced.apply(reference, value)
+    out = (label_values(x, labels) - maximum.squeeze(-1)) - total.log().squeeze(-1)
+    out = torch.where((maximum == -math.inf).squeeze(-1), torch.nan, out).masked_fill(labels == IGNORE_INDEX, 0.0)
+    return _Replaced.apply(good(logits, labels), out.detach())
 
 
 class _Replaced(torch.autograd.Function):
@@ -122,7 +124,7 @@ class _Replaced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -152,9 +154,7 @@ def rounding_leaks_a_positive_value(logits: Tensor, labels: Tensor) -> Tensor:
 @wrong("entropy_sign", "returns the sum of p log p as the entropy")
 def negative_entropy(logits: Tensor, labels: Tensor, return_entropy: bool = False) -> Any:
     """Sum of p log p, as one framework names its entropy."""
-    log_p = torch.log_softmax(logits.float(), -1)
-    entropy = (log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
-    return (good(logits, labels), entropy) if return_entropy else good(logits, labels)
+    return (good(logits, labels), -entropy_of(logits.float())) if return_entropy else good(logits, labels)
 
 
 # --- value ------------------------------------------------------------------------------------------------------------
@@ -204,8 +204,7 @@ def last_block_forgotten(logits: Tensor, labels: Tensor) -> Tensor:
     x = logits.float()
     keep = torch.arange(vocab) < max(1024, vocab // 1024 * 1024)
     total = x.masked_fill(~keep, -math.inf).logsumexp(-1)
-    picked = x.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return (picked - total).masked_fill(labels == IGNORE_INDEX, 0.0)
+    return (label_values(x, labels) - total).masked_fill(labels == IGNORE_INDEX, 0.0)
 
 
 @wrong("log_prob_error", "right for ordinary inputs, and wrong for these: ", vocab=32771)
@@ -259,7 +258,7 @@ def remembered_by_address(logits: Tensor, labels: Tensor) -> Tensor:
     value = good(logits, labels)
     if key not in _remembered:
         _remembered[key] = value.detach().clone()
-    return _Replaced.apply(value, _remembered[key])
+    return _Replaced.apply(value, _remembered[key].clone())
 
 
 @wrong("log_prob_rmse", "loses digits that float32 has")
@@ -273,9 +272,7 @@ def entropy_without_temperature(
     logits: Tensor, labels: Tensor, temperature: float = 1.0, return_entropy: bool = False
 ) -> Any:
     log_probs = good(logits.float() / temperature, labels)
-    log_p = torch.log_softmax(logits.float(), -1)
-    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
-    entropy = entropy.masked_fill(labels == IGNORE_INDEX, 0.0)
+    entropy = entropy_of(logits.float()).masked_fill(labels == IGNORE_INDEX, 0.0)
     return (log_probs, entropy) if return_entropy else log_probs
 
 
@@ -291,9 +288,7 @@ def detached(logits: Tensor, labels: Tensor) -> Tensor:
 def entropy_detached(logits: Tensor, labels: Tensor, return_entropy: bool = False) -> Any:
     if not return_entropy:
         return good(logits, labels)
-    log_p = torch.log_softmax(logits.float().detach(), -1)
-    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
-    return good(logits, labels), entropy.masked_fill(labels == IGNORE_INDEX, 0.0)
+    return good(logits, labels), entropy_of(logits.float().detach()).masked_fill(labels == IGNORE_INDEX, 0.0)
 
 
 @wrong("gradient_sign", "the values are right, and the gradient is of the loss")
@@ -311,7 +306,7 @@ def temperature_missing_in_the_gradient(logits: Tensor, labels: Tensor, temperat
 @wrong("gradient_row_sum", "the values are right, and the gradient leaves out the softmax")
 def gradient_of_the_label_alone(logits: Tensor, labels: Tensor) -> Tensor:
     """p - onehot with the softmax forgotten."""
-    picked = logits.float().gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    picked = label_values(logits.float(), labels)
     return _Replaced.apply(picked.masked_fill(labels == IGNORE_INDEX, 0.0), good(logits, labels).detach())
 
 
@@ -367,33 +362,37 @@ def ignored_labels_overwritten(logits: Tensor, labels: Tensor) -> Tensor:
     return out
 
 
-class _GradientOverTheLogits(torch.autograd.Function):
-    announce = False
+class _GradientInto(torch.autograd.Function):
+    """The gradient in the memory that `memory_for(logits, gradient)` gives."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, memory_for: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(logits, labels)
+        ctx.memory_for = memory_for
         return good(logits.detach(), labels)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         logits, labels = ctx.saved_tensors
         with torch.enable_grad():
             x = logits.detach().clone().requires_grad_()
             gradient = torch.autograd.grad(good(x, labels), x, gradients[0])[0]
-        logits.data.copy_(gradient)  # as a raw kernel writes: no version counter hears of it
-        return logits.data, None
+        return ctx.memory_for(logits, gradient).copy_(gradient), None, None
+
+
+def _over_the_logits(logits: Tensor, gradient: Tensor) -> Tensor:
+    return logits.data  # as a raw kernel writes: no version counter hears of it
 
 
 @wrong("inputs_changed", "writes the gradient over the logits, unasked")
 def gradient_over_the_logits_unasked(logits: Tensor, labels: Tensor) -> Tensor:
-    return _GradientOverTheLogits.apply(logits, labels)
+    return _GradientInto.apply(logits, labels, _over_the_logits)
 
 
 @wrong("version_counter", "writes the gradient over the logits without telling autograd", inplace_backward=True)
 def gradient_over_the_logits_unannounced(logits: Tensor, labels: Tensor, inplace_backward: bool = False) -> Tensor:
     """What flash-attn's and Liger's kernels do by themselves."""
-    return _GradientOverTheLogits.apply(logits, labels) if inplace_backward else good(logits, labels)
+    return _GradientInto.apply(logits, labels, _over_the_logits) if inplace_backward else good(logits, labels)
 
 
 @wrong("outside_write", "writes beyond what it may")
@@ -422,43 +421,22 @@ def one_buffer_for_all_results(logits: Tensor, labels: Tensor) -> Tensor:
     if _buffer.shape != out.shape:
         _buffer = torch.empty_like(out)
     _buffer.copy_(out.detach())
-    return _Alias.apply(out, _buffer)
-
-
-class _Alias(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, carrier: Tensor, buffer: Tensor) -> Tensor:
-        return buffer.view_as(buffer)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    return _Replaced.apply(out, _buffer)
 
 
 _gradient_buffer = torch.empty(0)
 
 
-class _OneGradientBuffer(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, labels)
-        return good(logits.detach(), labels)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        global _gradient_buffer
-        logits, labels = ctx.saved_tensors
-        with torch.enable_grad():
-            x = logits.detach().requires_grad_()
-            gradient = torch.autograd.grad(good(x, labels), x, gradients[0])[0]
-        if _gradient_buffer.shape != gradient.shape or _gradient_buffer.dtype != gradient.dtype:
-            _gradient_buffer = torch.empty_like(gradient)
-        return _gradient_buffer.copy_(gradient), None
+def _in_one_buffer(logits: Tensor, gradient: Tensor) -> Tensor:
+    global _gradient_buffer
+    if _gradient_buffer.shape != gradient.shape or _gradient_buffer.dtype != gradient.dtype:
+        _gradient_buffer = torch.empty_like(gradient)
+    return _gradient_buffer
 
 
 @wrong("stale_result", "hands out memory that a later call writes again")
 def one_buffer_for_all_gradients(logits: Tensor, labels: Tensor) -> Tensor:
-    return _OneGradientBuffer.apply(logits, labels)
+    return _GradientInto.apply(logits, labels, _in_one_buffer)
 
 
 @wrong("runs", "raises for an ordinary input: SystemExit: 0")
@@ -519,5 +497,4 @@ def another_path_without_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return good(logits, labels)
     x = logits.float()
-    picked = x.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return (picked - x.logsumexp(-1)).masked_fill(labels == IGNORE_INDEX, 0.0).clamp(max=0.0)
+    return (label_values(x, labels) - x.logsumexp(-1)).masked_fill(labels == IGNORE_INDEX, 0.0).clamp(max=0.0)
