@@ -86,7 +86,7 @@ def print_decisions(title: str, decisions: list[tuple[Decision, str]]) -> None:
         if candidate.outcome in ("wrong", "failed", "oom", "timeout", "crashed")
     ]
     for name, candidate, problem in lost:
-        print_line(f"{name}: {candidate.outcome} on {problem}, {mode_name(problem)}: {candidate.reason}")
+        print_line(f"{name}: {candidate.outcome} on {short(problem)}: {candidate.reason}")
     if any(decision.measured_rows < decision.problem.rows for decision, _ in decisions):
         print_line("Where time or memory was short, fewer rows were timed; --json says where.")
 

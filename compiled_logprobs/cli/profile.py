@@ -75,9 +75,8 @@ def profile(
     """
     with reported_errors():
         where = device_of(device)
-        problems = list(
-            dict.fromkeys(map(bucket, presets.grid(where.type, preset, **values_of(vocab, rows, dtype, mode))))
-        )
+        grid = presets.grid(where.type, preset, **values_of(vocab, rows, dtype, mode))
+        problems = list(dict.fromkeys(map(bucket, grid)))
         names = [backend_name_of(text) for text in split(backend)] or None
         store = user_store() if out is None else Store(out)
         shown = progress_of(progress, as_json)
@@ -96,11 +95,9 @@ def profile(
         for reason in failed:
             print_line(f"not decided: {reason}")
         print_line(f"{len(decided)} of {len(problems)} problems decided, {stored} of them stored in {store.root}")
-    if interrupted:
-        raise typer.Exit(INTERRUPTED)
-    if stored < len(problems):
-        raise typer.Exit(COULD_NOT_RUN)
     wrong = any(candidate.outcome == "wrong" for decision in decided for candidate in decision.candidates.values())
+    if interrupted or stored < len(problems):
+        raise typer.Exit(INTERRUPTED if interrupted else COULD_NOT_RUN)
     raise typer.Exit(WRONG if wrong else PASSED)
 
 

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 from rich.progress import Progress as RichBar
 from rich.text import Text
 
@@ -69,9 +69,8 @@ class JsonLines(Progress):
             self._write({"event": "failed", "reason": str(result)})
 
     def end(self, done: int, seconds: float, *, interrupted: bool) -> None:
-        self._write(
-            {"event": "end", "done": done, "total": self._total, "seconds": seconds, "interrupted": interrupted}
-        )
+        counts = {"done": done, "total": self._total, "seconds": seconds}
+        self._write({"event": "end", **counts, "interrupted": interrupted})
 
     def _write(self, event: Event) -> None:
         sys.stdout.write(json.dumps(event, allow_nan=False) + "\n")
@@ -83,17 +82,9 @@ class Bar(Progress):
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
+        columns = (*RichBar.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = RichBar(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            auto_refresh=False,
-            transient=True,
-            speed_estimate_period=3600.0,
+            *columns, console=self._console, auto_refresh=False, transient=True, speed_estimate_period=3600.0
         )
         self._problem = ""
         self._drawn = 0.0

@@ -15,10 +15,10 @@ import re
 import secrets
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from compiled_logprobs.decision import Decision, Evidence
 from compiled_logprobs.errors import ProfileError
@@ -35,6 +35,7 @@ LIMIT = 2**20
 EVIDENCE_LIMIT = 2**24
 ROOT_VARIABLE = "COMPILED_LOGPROBS_PROFILES"
 
+Content = TypeVar("Content")
 _FINGERPRINT = re.compile("[0-9a-f]{16}")
 
 
@@ -46,23 +47,18 @@ class Store:
 
     def read(self, environment: str, problem: Problem) -> Decision | None:
         """The decision for exactly this; None if there is none, or (with a warning) none that can be read."""
-        return _decision_or_warn(self.path(environment, problem))
+        return _or_warn(read_decision, self.path(environment, problem))
 
     def evidence(self, environment: str, decision: Decision) -> Evidence | None:
         """What `decision`, which was read here, rests on; None if that is not there."""
         path = self.path(environment, decision.problem).with_suffix(EVIDENCE)
-        try:
-            data = read_bytes(path, EVIDENCE_LIMIT)
-            return None if data is None else parse_evidence(data, decision)
-        except ProfileError as error:
-            pass_over(path, error)
-            return None
+        return _or_warn(lambda path: read_evidence(path, decision), path)
 
     def decisions(self, environment: str | None = None) -> Iterator[tuple[str, Decision]]:
         """Environment and decision of all that is stored and can be read, or of one environment's."""
         for folder in self.folders():
             for path in decision_files(folder) if environment in (None, folder.name) else []:
-                if decision := _decision_or_warn(path):
+                if decision := _or_warn(read_decision, path):
                     yield folder.name, decision
 
     def problems(self) -> Iterator[tuple[str, Problem]]:
@@ -74,8 +70,8 @@ class Store:
 
     def environments(self) -> dict[str, dict[str, Any]]:
         """The facts of each stored environment, as `Environment.to_dict` gives them, by fingerprint."""
-        facts = {folder.name: _facts_or_warn(folder / FACTS) for folder in self.folders()}
-        return {name: found for name, found in facts.items() if found is not None}
+        facts = {folder.name: _or_warn(read_facts, folder / FACTS) for folder in self.folders()}
+        return {name: stored for name, stored in facts.items() if stored is not None}
 
     def near(self, environment: str, problem: Problem) -> list[Problem]:
         """The problems stored that differ from `problem` in N only, the nearest first, by the names of the files."""
@@ -151,6 +147,12 @@ def parse_decision(data: bytes, name: str) -> Decision:
     if problem_name(decision.problem) != name:
         raise ProfileError(f"it is of another problem, {problem_name(decision.problem)}")
     return decision
+
+
+def read_evidence(path: Path, decision: Decision) -> Evidence | None:
+    """The evidence in the file at `path`, if it is that of `decision`. Raises ProfileError if it cannot be used."""
+    data = read_bytes(path, EVIDENCE_LIMIT)
+    return None if data is None else parse_evidence(data, decision)
 
 
 def parse_evidence(data: bytes, decision: Decision) -> Evidence | None:
@@ -234,17 +236,10 @@ def pass_over(path: Path, error: ProfileError) -> None:
     )
 
 
-def _decision_or_warn(path: Path) -> Decision | None:
+def _or_warn(read: Callable[[Path], Content | None], path: Path) -> Content | None:
+    """What `read` makes of the file at `path`; None, with a warning, if that cannot be used."""
     try:
-        return read_decision(path)
-    except ProfileError as error:
-        pass_over(path, error)
-        return None
-
-
-def _facts_or_warn(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_facts(path)
+        return read(path)
     except ProfileError as error:
         pass_over(path, error)
         return None

@@ -32,8 +32,8 @@ from compiled_logprobs.store.files import (
     listing,
     parse_decision,
     parse_evidence,
-    read_bytes,
     read_decision,
+    read_evidence,
     read_facts,
 )
 
@@ -249,8 +249,7 @@ def _why_waste(path: Path, older_than_days: float | None) -> str | None:
             return None
         decision = read_decision(path.with_name(path.name.replace(EVIDENCE, ".json")))
         if path.name.endswith(EVIDENCE):
-            data = read_bytes(path, EVIDENCE_LIMIT)
-            evidence = None if data is None or decision is None else parse_evidence(data, decision)
+            evidence = None if decision is None else read_evidence(path, decision)
             if evidence is None and is_left:
                 return "it is of no decision that is there"
     except ProfileError as error:

@@ -141,22 +141,7 @@ def test_wrong_arguments_measure_nothing(run, tuner, monkeypatch, arguments, sai
 
 
 @pytest.mark.slow
-def test_events_are_json_one_a_line(run):
-    result = run("profile", *EAGER_ONLY, "--rows", "2,100", "--progress", "jsonl")
-    assert result.exit_code == 0
-    events = [json.loads(line, parse_constant=pytest.fail) for line in result.stdout.splitlines()]
-    kinds = [event["event"] for event in events]
-    assert kinds[0] == "start" and kinds[-1] == "end"
-    assert [len(events[0]["problems"]), kinds.count("problem"), kinds.count("decision")] == [2, 2, 2]
-    assert [event["index"] for event in events if event["event"] == "problem"] == [1, 2]
-    assert {"step", "checked", "round"} < set(kinds)
-    assert events[-1]["done"] == 2 and not events[-1]["interrupted"]
-    decisions = [event["decision"] for event in events if event["event"] == "decision"]
-    assert decisions[1]["candidates"]["eager"]["speedup_over_plain"]["median"] > 0
-
-
-@pytest.mark.slow
-def test_an_interruption_keeps_what_is_finished(tmp_path):
+def test_events_are_json_one_a_line_and_an_interruption_keeps_what_is_finished(tmp_path):
     """A real SIGINT, after the first of many problems."""
     rows = ",".join(str(2**n) for n in range(2, 12))
     process = subprocess.Popen(
@@ -170,14 +155,16 @@ def test_an_interruption_keeps_what_is_finished(tmp_path):
     lines = []
     assert process.stdout is not None
     for line in process.stdout:
-        lines.append(json.loads(line))
+        lines.append(json.loads(line, parse_constant=pytest.fail))
         if lines[-1]["event"] == "decision":
             process.send_signal(signal.SIGINT)
             break
     rest, errors = process.communicate(timeout=60)
     lines += [json.loads(line) for line in rest.splitlines()]
     assert process.returncode == 130, errors
-    assert lines[-1]["event"] == "end" and lines[-1]["interrupted"]
+    assert [lines[0]["event"], lines[1]["event"], lines[1]["index"]] == ["start", "problem", 1]
+    assert {"step", "checked", "round"} < {line["event"] for line in lines}
+    assert lines[-1]["event"] == "end" and lines[-1]["interrupted"] and lines[-1]["total"] == len(lines[0]["problems"])
     assert len(list(Store(tmp_path / "out").decisions())) == lines[-1]["done"] >= 1
 
 
