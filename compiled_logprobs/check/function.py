@@ -81,16 +81,13 @@ class Function:
 
     def returned(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, problem: Problem) -> Any:
         """What it returns for labels [N, 1], as it is, but for a batch dimension that a given call has added."""
-        values = {
+        values = {name: getattr(problem, name) for name in ("masked_logits", "inplace_backward", "out_dtype")} | {
             "f": self._function,
             "logits": logits,
             "labels": labels.squeeze(-1),
             "temperature": temperature,
             "ignore_index": IGNORE_INDEX,
             "return_entropy": problem.entropy,
-            "masked_logits": problem.masked_logits,
-            "inplace_backward": problem.inplace_backward,
-            "out_dtype": problem.out_dtype,
         }
         result = eval(self._code, values)
         if not self._may_batch:

@@ -76,7 +76,9 @@ def check_backend(
         raise InputError(
             f"got vocab={vocab}{f' beside {problem}' if problem else ''}; 2 or more is valid, without a problem."
         )
-    place = torch.device(device or (_default_device() if problem is None else problem.device_type))
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    default = "cpu" if accelerator is None else accelerator.type
+    place = torch.device(device or (default if problem is None else problem.device_type))
     # By default, V is odd and off every block size; flash-attn needs three blocks for it.
     plain = Problem(place.type, rows=48, vocab=vocab or 32771, dtype=torch.float32, needs_grad=True)
     problems = subject.default_problems(plain) if problem is None else [subject.within(problem)]
@@ -85,28 +87,28 @@ def check_backend(
     causes: dict[str, list[Problem]] = {}
 
     def check_all() -> None:
-        for checked in problems:
-            notes = Notes()
-            _check(subject, checked, notes, short, ignore_index, torch.Generator(place).manual_seed(seed))
-            all_notes.append(notes)
-            results.append(notes.report(checked))
-            if problem is None or isinstance(subject, Function):
-                for cause in _causes(subject, results[-1], place, seed, ignore_index):
-                    causes.setdefault(cause, []).append(checked)
+        with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
+            for checked in problems:
+                notes = Notes()
+                _check(subject, checked, notes, short, ignore_index, torch.Generator(place).manual_seed(seed))
+                all_notes.append(notes)
+                results.append(notes.report(checked))
+                if problem is None or isinstance(subject, Function):
+                    for cause in _causes(subject, results[-1], place, seed, ignore_index):
+                        causes.setdefault(cause, []).append(checked)
 
-    _in_a_fresh_context(check_all, place)
+    # As if nothing surrounded it: inference mode, hooks on saved tensors, autocast and a default device belong to a
+    # thread. Anomaly mode does not, and would take the NaN that is among the inputs for a mistake.
+    with torch.autograd.set_detect_anomaly(False), ThreadPoolExecutor(1) as thread:
+        thread.submit(check_all).result()
     return CheckReport(
         subject.name,
         tuple(results),
         seed,
-        _all(same for notes in all_notes for same in notes.repeats),
-        _all(same for notes in all_notes for same in notes.rows_alone),
+        min((same for notes in all_notes for same in notes.repeats), default=None),
+        min((same for notes in all_notes for same in notes.rows_alone), default=None),
         tuple(_of_dtypes(cause, of, problems) for cause, of in causes.items()),
     )
-
-
-def _all(seen: Iterable[bool]) -> bool | None:
-    return min(seen, default=None)
 
 
 def _subject(given: str | Callable[..., Any], call: str | None, returns: Returns) -> Subject:
@@ -141,26 +143,6 @@ def _of_dtypes(cause: str, of: list[Problem], among: list[Problem]) -> str:
     seen = list(dict.fromkeys(short_name(problem.dtype) for problem in of))
     every = {problem.dtype for problem in among}
     return cause if len(seen) == len(every) else f"with {' and '.join(seen)} logits: {cause}"
-
-
-def _in_a_fresh_context(work: Callable[[], None], device: torch.device) -> None:
-    """Run `work` as if nothing surrounded it: inference mode, hooks on saved tensors, autocast, a default device.
-
-    All of these belong to a thread. Anomaly mode does not, and would take the NaN that is among the inputs for a
-    mistake.
-    """
-
-    def run() -> None:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            work()
-
-    with torch.autograd.set_detect_anomaly(False), ThreadPoolExecutor(1) as thread:
-        thread.submit(run).result()
-
-
-def _default_device() -> str:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if accelerator is None else accelerator.type
 
 
 def _check(

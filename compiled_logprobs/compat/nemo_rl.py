@@ -41,10 +41,15 @@ def get_next_token_logprobs_from_logits(
         vocab_parallel_group, context_parallel_group: None or a process group of one rank, else InputError.
         sampling_params: None, or has `top_k` and `top_p`; filtering costs a copy of the logits.
     """
-    conventions.require_one_rank(
-        vocab_parallel_group=vocab_parallel_group, context_parallel_group=context_parallel_group
-    )
-    return _next_token_log_probs(next_token_logits, input_ids.to(next_token_logits.device), sampling_params)
+    groups = {"vocab_parallel_group": vocab_parallel_group, "context_parallel_group": context_parallel_group}
+    conventions.require_one_rank(**groups)
+    labels = input_ids[:, 1:].to(next_token_logits.device)
+    logits, keep = next_token_logits[:, : labels.shape[1]], None
+    if sampling_params is not None:
+        keep = _keep_mask(logits, sampling_params.top_k, sampling_params.top_p)
+    if keep is not None:
+        logits = logits.masked_fill(~keep, -torch.inf)
+    return conventions.gathered_log_probs(logits, labels, masked_logits=keep is not None)
 
 
 def from_parallel_logits_to_logprobs(
@@ -67,7 +72,7 @@ def from_parallel_logits_to_logprobs(
     """
     conventions.require_one_rank(tp_group=tp_group, cp_group=cp_group)
     logits = _whole(vocab_parallel_logits, vocab_start_index, vocab_end_index, inference_only)
-    return _next_token_log_probs(logits, target, sampling_params)
+    return get_next_token_logprobs_from_logits(target, logits, sampling_params=sampling_params)
 
 
 class DistributedLogprob:
@@ -125,16 +130,6 @@ def _whole(logits: Tensor, start: int, end: int, inference_only: bool) -> Tensor
             "with one rank. Keep the framework's own function for logits that are split over ranks."
         )
     return logits.detach() if inference_only else logits
-
-
-def _next_token_log_probs(logits: Tensor, tokens: Tensor, sampling_params: Any) -> Tensor:
-    """[B, S - 1] from logits [B, S or more, V] and tokens [B, S]."""
-    labels = tokens[:, 1:]
-    logits = logits[:, : labels.shape[1]]
-    keep = None if sampling_params is None else _keep_mask(logits, sampling_params.top_k, sampling_params.top_p)
-    if keep is not None:
-        logits = logits.masked_fill(~keep, -torch.inf)
-    return conventions.gathered_log_probs(logits, labels, masked_logits=keep is not None)
 
 
 @torch.no_grad()

@@ -109,41 +109,34 @@ def _swaps(framework: str, known: Framework) -> Iterator[Swap]:
     """Each function that the installed version has, with a replacement. Raise LogProbsError where they do not fit."""
     compat = importlib.import_module(f"compiled_logprobs.compat.{framework}")
     version = f"{framework} {_version(known)}"
-    is_required = True  # the first one alone
-    for module, names in known.functions.items():
-        for name in names:
+    places = [(module, name) for module, names in known.functions.items() for name in names]
+    for module, name in places:
+        is_required = (module, name) == places[0]
+        try:
+            original = getattr(importlib.import_module(module), name, None)  # in a lazy module, one more import
+        except (Exception, SystemExit) as error:  # a foreign module may do anything when it is imported
+            if not is_required:  # nothing here can call what cannot be imported here
+                continue
+            is_missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+            remedy = f"Install {framework}" if is_missing else f"See that `import {module}` works by itself"
+            what = f"importing {module} failed ({type(error).__name__}: {error})"
+            remedy = f"{remedy}, or import compiled_logprobs.compat.{framework} in its place."
+            raise _refusal(framework, what, remedy) from error
+        if original is None and is_required:
+            remedy = f"Is this {framework}? It may be a newer version of it."
+            raise _refusal(version, f"{module} has no {name}", remedy)
+        if original is not None:
+            ours, older = getattr(compat, name), known.older_arguments.get(name)
+            valid = [_arguments(ours), *([older] if older else [])]
             try:
-                original = getattr(importlib.import_module(module), name, None)  # in a lazy module, one more import
-            except (Exception, SystemExit) as error:  # a foreign module may do anything when it is imported
-                if not is_required:  # nothing here can call what cannot be imported here
-                    continue
-                is_missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
-                remedy = f"Install {framework}" if is_missing else f"See that `import {module}` works by itself"
-                raise _refusal(
-                    framework,
-                    f"importing {module} failed ({type(error).__name__}: {error})",
-                    f"{remedy}, or import compiled_logprobs.compat.{framework} in its place.",
-                ) from error
-            if original is None and is_required:
-                raise _refusal(
-                    version, f"{module} has no {name}", f"Is this {framework}? It may be a newer version of it."
-                )
-            if original is not None:
-                ours = getattr(compat, name)
-                _check_arguments(version, f"{module}.{name}", original, ours, known.older_arguments.get(name))
-                yield original, _named_as(original, ours)
-            is_required = False
-
-
-def _check_arguments(version: str, place: str, original: Any, ours: Callable[..., Any], older: str | None) -> None:
-    try:
-        arguments = _arguments(original)
-    except Exception as error:  # no function, or one that computes its signature
-        what = f"the arguments of {place} cannot be read ({type(error).__name__}: {error})"
-        raise _refusal(version, what) from error
-    valid = [_arguments(ours), *([older] if older else [])]
-    if arguments not in valid:
-        raise _refusal(version, f"{place} has the arguments {arguments}; {' and '.join(valid)} are valid")
+                arguments = _arguments(original)
+            except Exception as error:  # no function, or one that computes its signature
+                what = f"the arguments of {module}.{name} cannot be read ({type(error).__name__}: {error})"
+                raise _refusal(version, what) from error
+            if arguments not in valid:
+                what = f"{module}.{name} has the arguments {arguments}; {' and '.join(valid)} are valid"
+                raise _refusal(version, what)
+            yield original, _named_as(original, ours)
 
 
 def _refusal(

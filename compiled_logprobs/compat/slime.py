@@ -51,11 +51,10 @@ def calculate_log_probs_and_entropy(
                 f"for logits of shape {list(logits.shape)}; their shape and torch.bool are valid. "
                 "Convert it, e.g. with mask.bool()."
             )
-        x = logits
-        if with_entropy:
-            # Widened for two gradients, as in the original, so that they are rounded after their sum.
-            x = logits.to(conventions.at_least_float32(logits)) if with_entropy_grad else logits
-            entropy = conventions.entropy(x)
+        # Widened for two gradients, as in the original, so that they are rounded after their sum.
+        is_wide = with_entropy and with_entropy_grad
+        x = logits.to(conventions.at_least_float32(logits)) if is_wide else logits
+        entropy = conventions.entropy(x) if with_entropy else None
         # Where no value was looked at, a token may still be outside, and its row becomes NaN.
         inside = tokens.long().clamp(0, logits.shape[-1] - 1)
         keep = log_prob_keep_mask.scatter(-1, inside.unsqueeze(-1), True)
