@@ -143,6 +143,8 @@ def parse_decision(data: bytes, name: str) -> Decision:
     Raises:
         ProfileError: it cannot be read, or is of another problem than its name says.
     """
+    if b'"sha256"' in data and b'"record"' in data:
+        raise EarlierForm("an earlier release wrote it, in another form")
     decision = Decision.from_json(data)
     if problem_name(decision.problem) != name:
         raise ProfileError(f"it is of another problem, {problem_name(decision.problem)}")
@@ -162,6 +164,10 @@ def parse_evidence(data: bytes, decision: Decision) -> Evidence | None:
     return evidence if (evidence.seed, evidence.measured_at) == (decision.seed, decision.measured_at) else None
 
 
+class EarlierForm(ProfileError):
+    """A file of a release before this form."""
+
+
 def read_facts(path: Path) -> dict[str, Any] | None:
     """The facts in the file at `path`; None if there is no file. Raises ProfileError if they cannot be read."""
     data = read_bytes(path, LIMIT)
@@ -171,6 +177,8 @@ def read_facts(path: Path) -> dict[str, Any] | None:
         facts = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ProfileError(f"it is not JSON in UTF-8 ({error})") from error
+    if isinstance(facts, dict) and "sha256" in facts:
+        raise EarlierForm("an earlier release wrote it, in another form")
     if not isinstance(facts, dict) or not all(isinstance(value, str | int | float | None) for value in facts.values()):
         raise ProfileError("it is not an object of plain facts")
     if facts.get("fingerprint") != path.parent.name:
@@ -227,6 +235,14 @@ def listing(folder: Path) -> list[Path]:
 
 def pass_over(path: Path, error: ProfileError) -> None:
     """Warn that the file at `path` counts as missing. Python shows the same warning once."""
+    if isinstance(error, EarlierForm):
+        warnings.warn(
+            "stored profiles of an earlier release are passed over: their form is another. `compiled-logprobs profile` "
+            "measures anew, and `compiled-logprobs prune` removes them.",
+            RuntimeWarning,
+            stacklevel=1,
+        )
+        return
     message = re.sub("[^ -~]", "?", str(error))[:300]  # it may quote the file, which may hold anything
     warnings.warn(
         f"the stored profile {path} is passed over: {message}.\nA profile is JSON of the form that profiles/README.md "

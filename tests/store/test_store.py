@@ -135,6 +135,21 @@ def test_a_wrong_file_is_a_miss_with_one_warning_and_heals(store, spoil, told):
     assert read_silently(store) == FIRST
 
 
+def test_files_of_an_earlier_release_are_a_miss_with_one_warning_and_are_replaced(store):
+    for problem in (PROBLEM, PROBLEM._replace(rows=8)):
+        path = store.publish(HERE, decided(problem))
+        path.write_text(json.dumps({"schema": 1, "sha256": "0" * 64, "record": {"chosen": "cpp"}}))
+    facts = path.parents[1] / "environment.json"
+    facts.write_text(json.dumps({"schema": 1, "sha256": "0" * 64, "record": HERE.to_dict()}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        assert list(store.decisions()) == [] and store.environments() == {}
+    (warning,) = caught
+    assert "an earlier release" in str(warning.message) and "`compiled-logprobs profile`" in str(warning.message)
+    store.publish(HERE, FIRST)
+    assert store.read(KEY, PROBLEM) == FIRST and store.environments() == {KEY: HERE.to_dict()}
+
+
 def test_what_is_no_file_is_a_miss_with_a_warning(store):
     path = store.publish(HERE, FIRST)
     path.unlink()
