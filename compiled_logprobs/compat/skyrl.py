@@ -34,9 +34,6 @@ def chunked_entropy_from_logits(
             f"got an attention_mask of shape {list(attention_mask.shape)} for logits of shape {list(logits.shape)}; "
             f"{list(logits.shape[:-1])} is valid. Slice one of them so that they agree."
         )
-    entropy = conventions.entropy(
-        logits if requires_grad else logits.detach(), out_dtype=conventions.at_least_float32(logits)
-    )
-    if attention_mask is not None:
-        entropy = entropy * attention_mask
-    return entropy.to(logits.dtype)
+    logits = logits if requires_grad else logits.detach()
+    entropy = conventions.entropy(logits, out_dtype=conventions.at_least_float32(logits))
+    return (entropy if attention_mask is None else entropy * attention_mask).to(logits.dtype)

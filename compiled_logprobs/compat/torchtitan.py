@@ -8,14 +8,12 @@ backend passes.
 """
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from compiled_logprobs.compat import conventions
 from compiled_logprobs.errors import InputError
-
-IGNORE_INDEX = -100
 
 
 def compute_logprobs(logits: Tensor, labels: Tensor, *, return_entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -34,9 +32,9 @@ def compute_logprobs(logits: Tensor, labels: Tensor, *, return_entropy: bool = F
     else:
         _require_whole_rows()
     if not return_entropy:
-        return conventions.log_probs(logits, labels, ignore_index=IGNORE_INDEX)
+        return conventions.log_probs(logits, labels)
     # An ignored row would have no entropy, so each gets a label that counts.
-    ignored = labels == IGNORE_INDEX
+    ignored = labels == -100
     log_probs, entropy = conventions.gathered_log_probs_and_entropy(logits, labels.masked_fill(ignored, 0))
     return log_probs.masked_fill(ignored, 0.0), entropy.detach()
 
@@ -51,8 +49,7 @@ def _local(logits: Any) -> Tensor:
                 "valid. Redistribute the vocabulary first, e.g. logits.redistribute(placements=[Replicate()]), or keep "
                 "torchtitan's own function (unpatch it)."
             )
-    local: Tensor = logits.to_local()
-    return local
+    return cast(Tensor, logits.to_local())
 
 
 def _require_whole_rows() -> None:

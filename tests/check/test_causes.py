@@ -52,7 +52,7 @@ def test_a_call_with_logits_and_labels_in_each_others_place_is_said_to_be(call, 
     assert clp.check_backend(batched, PROBLEM, call=right).passed
 
 
-def test_what_fails_on_no_rows_is_checked_on_the_others_all_the_same():
+def test_several_things_wrong_at_once_are_all_named():
     def needs_rows(logits, labels):
         return loss(logits, labels) if len(labels) else torch.stack([])
 
@@ -60,12 +60,9 @@ def test_what_fails_on_no_rows_is_checked_on_the_others_all_the_same():
     assert {"runs", "log_prob_sign"} <= set(report.reasons)
     assert report.causes[0].startswith("raises for an empty batch (RuntimeError: stack expects")
     assert report.causes[1].startswith("returns the loss")
-
-
-def test_several_things_wrong_at_once_are_all_named():
-    report = clp.check_backend(lambda logits, labels: (loss(logits, labels), torch.zeros(len(labels))), PROBLEM)
-    assert report.causes[0].startswith("returns 2 results ([12], [12]) where one is expected")
-    assert report.causes[1].startswith("returns the loss")
+    two_results = clp.check_backend(lambda logits, labels: (loss(logits, labels), torch.zeros(len(labels))), PROBLEM)
+    assert two_results.causes[0].startswith("returns 2 results ([12], [12]) where one is expected")
+    assert two_results.causes[1].startswith("returns the loss")
 
 
 def test_a_log_probability_where_a_loss_was_promised():

@@ -90,27 +90,19 @@ def test_a_signature_that_raises_is_said_to(error):
     assert clp.check_backend(Lazy(), PROBLEM, call="f(logits, labels)").passed
 
 
-def test_a_function_that_needs_more_is_told_how_to_say_so():
-    with pytest.raises(
-        clp.InputError, match="missing a required argument: 'length'. Say how it is called, e.g. --call"
-    ):
-        clp.check_backend(with_a_required_length)
-    with pytest.raises(clp.InputError, match="whose signature cannot be read"):
-        clp.check_backend(torch.rsub)
-
-
-def test_a_backend_needs_no_call():
-    with pytest.raises(clp.InputError, match="which is known of a backend. Leave them out."):
-        clp.check_backend("eager", returns="loss")
-    with pytest.raises(clp.InputError, match="'log_prob' or 'loss' is valid"):
-        clp.check_backend(good, returns="probability")
-
-
-def test_a_vocabulary_beside_a_problem_is_refused():
-    with pytest.raises(
-        clp.InputError, match="got vocab=301 beside 12 x 3001 .*; 2 or more is valid, without a problem."
-    ):
-        clp.check_backend(good, PROBLEM, vocab=301)
+@pytest.mark.parametrize(
+    ("given", "options", "said"),
+    [
+        (with_a_required_length, {}, "missing a required argument: 'length'. Say how it is called, e.g. --call"),
+        (torch.rsub, {}, "whose signature cannot be read"),
+        ("eager", {"returns": "loss"}, "which is known of a backend. Leave them out."),
+        (good, {"returns": "probability"}, "'log_prob' or 'loss' is valid"),
+        (good, {"problem": PROBLEM, "vocab": 301}, "vocab=301 beside 12 x 3001 .*; 2 or more is valid, without"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(given, options, said):
+    with pytest.raises(clp.InputError, match=said):
+        clp.check_backend(given, **options)
 
 
 def test_a_function_is_called_with_labels_of_one_dimension():
