@@ -56,9 +56,8 @@ def test_a_run_ends_with_a_table_and_is_stored(run, tuner):
     assert row.split()[:5] == ["128", "4096", "float32", "forward", "cpp"]  # the bucket's top
     assert row.split()[5:9] == ["2.50x", "(2.40", "to", "2.60)"] and row.split()[9] == "1.80x"
     assert "over log_softmax" in result.stdout and "over eager" in result.stdout
-    assert (
-        "cpp, 2.50x (2.40 to 2.60) the speed of log_softmax and gather, 1.80x (1.70 to 1.90) of eager" in result.stderr
-    )
+    told = "cpp, 2.50x (2.40 to 2.60) the speed of log_softmax and gather, 1.80x (1.70 to 1.90) of eager"
+    assert told in result.stderr
     assert last_line(result.stdout) == f"1 of 1 problems decided, 1 of them stored in {user_store().root}"
     ((_, stored),) = user_store().decisions()
     assert stored.problem.rows == 128 and result.exit_code == 0

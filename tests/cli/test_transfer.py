@@ -35,21 +35,15 @@ def test_export_and_import(run, here, target):
     assert first.exit_code == 0, first.output
     file = here / f"compiled-logprobs-{fingerprint_of(CPU)}.tar.gz"
     assert first.stdout == f"{file.name}: 2 decisions, {file.stat().st_size} bytes\n"
-    assert list(here.iterdir()) == [file]
     result = run("import", file.name, "--out", str(target.root))
-    assert result.exit_code == 0, result.output
-    assert result.stdout.count("nothing was stored for it") == 2
+    assert result.exit_code == 0 and result.stdout.count("nothing was stored for it") == 2, result.output
     assert result.stdout.endswith(f"2 decisions: 2 added; in {target.root}\n")
     told = json.loads(run("import", file.name, "--out", str(target.root), "--json").stdout)
     assert [one["fate"] for one in told["decisions"]] == ["same"] * 2
     assert told["decisions"][0]["decision"]["problem"]["vocab"] == LARGE.vocab
-
-
-def test_an_import_for_another_machine_says_so(run, here, target):
-    run("export", "all", "--environment", ELSEWHERE.fingerprint())
-    result = run("import", "all", "--out", str(target.root))
-    assert result.exit_code == 0
-    assert "None is for this machine" in result.stdout
+    told = json.loads(run("export", "other", "--environment", ELSEWHERE.fingerprint(), "--json").stdout)
+    assert told == {"file": "other", "decisions": 1, "bytes": (here / "other").stat().st_size}
+    assert "None is for this machine" in run("import", "other", "--out", str(target.root)).stdout
 
 
 def test_what_is_broken_in_an_archive_is_told_and_exit_1(run, here, target):
@@ -68,8 +62,7 @@ def test_what_is_broken_in_an_archive_is_told_and_exit_1(run, here, target):
 
 def test_where_to_export_from(run, here):
     publish(decided(), Store(here / "profiles"))
-    told = json.loads(run("export", "archive", "--from", "profiles", "--all", "--json").stdout)
-    assert told == {"file": "archive", "decisions": 1, "bytes": (here / "archive").stat().st_size}
+    assert run("export", "archive", "--from", "profiles", "--all").stdout.startswith("archive: 1 decisions, ")
 
 
 @pytest.mark.parametrize(
