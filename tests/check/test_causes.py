@@ -1,12 +1,11 @@
 """The likely cause of what is wrong with anyone's function."""
 
-from importlib import import_module
-
 import pytest
 import torch
 
 import compiled_logprobs as clp
 from compiled_logprobs.backends.eager import Eager
+from tests.helpers.backends_for_tuning import registered
 from tests.helpers.wrong_backends import PROBLEM, RIGHT_BACKENDS, WRONG_BACKENDS, good
 
 
@@ -71,12 +70,10 @@ def test_a_log_probability_where_a_loss_was_promised():
     )
 
 
-def test_a_wrong_backend_of_ones_own_is_given_a_cause_where_people_ask(monkeypatch):
+def test_a_wrong_backend_of_ones_own_is_given_a_cause_where_people_ask():
     def forward(self, logits, labels, temperature, *, entropy):
         return Eager.forward(self, logits, labels, 1.0, entropy=entropy)
 
-    registry = import_module("compiled_logprobs.backends")
-    monkeypatch.setattr(registry, "_targets", dict(registry._targets))
-    clp.register_backend("coldness", type("Coldness", (Eager,), {"name": "coldness", "forward": forward})())
-    assert clp.check_backend("coldness", device="cpu", vocab=301).causes[0] == "ignores the temperature"
-    assert clp.check_backend("coldness", PROBLEM).causes == ()  # the autotuner asks like this, and needs none
+    with registered(coldness=type("Coldness", (Eager,), {"name": "coldness", "forward": forward})()):
+        assert clp.check_backend("coldness", device="cpu", vocab=301).causes[0] == "ignores the temperature"
+        assert clp.check_backend("coldness", PROBLEM).causes == ()  # the autotuner asks like this, and needs none

@@ -1,7 +1,6 @@
 """The check stops no right backend, and every wrong one: the wrong ones are in test_causes.py."""
 
 import re
-from importlib import import_module
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from compiled_logprobs.backends import BUILT_IN, get_backend
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.check.report import MEANING
 from compiled_logprobs.problem import Problem
+from tests.helpers.backends_for_tuning import registered
 from tests.helpers.wrong_backends import (
     PROBLEM,
     RIGHT_BACKENDS,
@@ -118,25 +118,16 @@ class SumsByTheNumberOfRows(Eager):
         return log_probs, entropies, residuals
 
 
-@pytest.fixture
-def register(monkeypatch):
-    """Registers a backend for one test."""
-    registry = import_module("compiled_logprobs.backends")
-    monkeypatch.setattr(registry, "_targets", dict(registry._targets))
-    monkeypatch.setattr(registry, "_loaded", dict(registry._loaded))
-    return lambda backend: clp.register_backend(backend.name, backend)
-
-
 @pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("result", ["log_probs", "entropy"])
-def test_a_backend_is_held_to_the_row_invariance_that_it_declares(register, result, short):
-    register(SumsByTheNumberOfRows(result, rows=65))
+def test_a_backend_is_held_to_the_row_invariance_that_it_declares(result, short):
     problem = Problem("cpu", 512, 301, torch.float32, entropy=result == "entropy")
-    report = clp.check_backend("sums_by_the_number_of_rows", problem, short=short)
+    with registered(sums_by_the_number_of_rows=SumsByTheNumberOfRows(result, rows=65)):
+        report = clp.check_backend("sums_by_the_number_of_rows", problem, short=short)
+        few = clp.check_backend("sums_by_the_number_of_rows", problem._replace(rows=64), short=short)
     assert report.reasons == ["row_invariance"] and report.row_invariant is False
     (failed,) = [check for check in report.checks if not check.passed]
     assert re.fullmatch(r"512 rows, all and some: the first \d+ of 512 rows have other bits alone", failed.detail)
-    few = clp.check_backend("sums_by_the_number_of_rows", problem._replace(rows=64), short=short)
     assert few.passed and few.row_invariant
 
 
