@@ -15,6 +15,10 @@ from tests.helpers.stored_decisions import CPU, LARGE, decided, publish
 ELSEWHERE = dataclasses.replace(environment_of(), cpu_threads=96)
 
 
+def files(store: Store) -> dict[str, bytes]:
+    return {str(path.relative_to(store.root)): path.read_bytes() for path in store.root.rglob("*") if path.is_file()}
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty current folder, and a user's store with two decisions for this machine and one for another."""

@@ -1,6 +1,7 @@
 """What backends do on a GPU, read from the code that is generated and assembled for it. Needs triton and no GPU."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LogProbsError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return COULD_NOT_RUN
-    print("\n".join(_lines(inspection)))
+    print(json.dumps(inspection.to_dict(), indent=2) if options.json else "\n".join(_lines(inspection)))
     return PASSED
 
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--grad", action="store_true", help="backward as well")
     parser.add_argument("--inplace", action="store_true", help="backward as well, over the logits")
     parser.add_argument("--entropy", action="store_true", help="with the entropy")
+    parser.add_argument("--json", action="store_true", help="for programs")
     return parser
 
 

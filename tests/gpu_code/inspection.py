@@ -15,7 +15,7 @@ Shapes: N rows, V vocabulary, K labels a row; B sequences of T positions, N = B 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,7 +26,7 @@ from compiled_logprobs.errors import BackendUnavailable, InputError
 from compiled_logprobs.machine.bandwidth import backward_bytes, forward_bytes
 from compiled_logprobs.operation import formula
 from compiled_logprobs.operation.formula import Saved, Upstream
-from compiled_logprobs.problem import Problem, layout_of
+from compiled_logprobs.problem import Problem, layout_of, problem_to_dict
 from tests.gpu_code.data_sheets import WARP, DataSheet
 from tests.gpu_code.generated_code import (
     Assembled,
@@ -127,6 +127,11 @@ class Inspection:
     backward: Direction | None
     flash_attn: dict[str, Direction | None] | str
     """flash-attn's forward and backward on the same problem, or the reason why its kernels are not here."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs: numbers, strings, lists and dictionaries."""
+        problem = {**problem_to_dict(self.problem), "layout": self.layout}
+        return {**asdict(self), "note": NOT_MEASURED, "torch": torch.__version__, "problem": problem}
 
 
 def inspect(problem: Problem, gpu: DataSheet, layout: Lying = "flat") -> Inspection:

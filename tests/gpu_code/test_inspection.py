@@ -1,5 +1,6 @@
 """What the code generated for GPUs does, on a machine without one, and that its inspection would notice otherwise."""
 
+import json
 import os
 import subprocess
 import sys
@@ -201,13 +202,28 @@ def test_logits_lie_as_they_were_asked_to():
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_table(capsys, monkeypatch):
+def test_the_command_prints_json_or_a_table(capsys, monkeypatch):
     monkeypatch.setattr(flash_attn, "_load", lambda: "flash-attn is not installed: pip install flash-attn")
+    monkeypatch.setattr(command, "inspect", cache(inspect))
     options = ["--arch", "sm_90", "--gpu", "H200", "--inplace", "--rows", "64", "--vocab", "5000", "--layout", "slice"]
+    assert command.main([*options, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["note"], printed["gpu"]["arch"], printed["gpu"]["name"]) == (NOT_MEASURED, "sm_90", "H200")
+    assert printed["problem"]["layout"] == "slice" and printed["problem"]["inplace_backward"]
+    assert printed["flash_attn"] == "flash-attn is not installed: pip install flash-attn"
+    for one in (printed["forward"], printed["backward"]):
+        for key in ("kernels", "logits_reads", "registers", "minimum_bytes", "instructions_per_logit", "seconds"):
+            assert one[key] > 0
     assert command.main(options) == 0
     table = capsys.readouterr().out
-    assert table.count(NOT_MEASURED) == 2 and "for H200 (sm_90)" in table and "flash_attn: flash-attn is not" in table
-    assert all(fact in table for fact in ("compiled backward", "instructions per logit", "seconds by bandwidth"))
+    assert table.count(NOT_MEASURED) == 2
+    for fact in (
+        "compiled backward",
+        "instructions per logit",
+        "seconds by bandwidth",
+        "flash_attn: flash-attn is not",
+    ):
+        assert fact in table
 
 
 @pytest.mark.parametrize(
