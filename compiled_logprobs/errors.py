@@ -8,6 +8,10 @@ LogProbsError
 Each message says what was got, what is valid, and what to do.
 """
 
+import contextlib
+import sys
+import warnings
+
 import torch
 
 
@@ -25,6 +29,22 @@ class BackendUnavailable(LogProbsError):
 
 class ProfileError(LogProbsError):
     """A stored profile cannot be read, written or trusted."""
+
+
+def warn(text: str) -> None:
+    """Warn of what does not keep a call from being served; where warnings are errors, say it on standard error."""
+    try:
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:
+        say(text)
+
+
+def say(text: str) -> None:
+    """Write a line for people to standard error, whether or not anybody reads it."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):  # it is closed, or its pipe is
+            sys.stderr.write(f"compiled_logprobs: {text}\n")
+            sys.stderr.flush()
 
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")

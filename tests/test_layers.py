@@ -13,7 +13,7 @@ PACKAGES = {
 }
 ORDER = (
     "errors < policy < problem < decision < arguments < {operation, machine} < {store, backends} < check < tuning < "
-    "choose < api < {cli, compat, testing} < dashboard"
+    "choose < api < {cli, compat} < dashboard"
 )
 LEVELS = [set(level.strip(" {}").split(", ")) for level in ORDER.split("<")]
 ANYWHERE = ("__init__", "__main__")

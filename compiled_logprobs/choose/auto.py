@@ -1,7 +1,5 @@
 """`backend="auto"`: a backend that chooses another one for each call, and has eager take over where that one fails."""
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
@@ -11,8 +9,8 @@ from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.choose import memory, rule
 from compiled_logprobs.choose.explain import nearest_stored
 from compiled_logprobs.choose.memory import Choice
-from compiled_logprobs.choose.tune import measure, say
-from compiled_logprobs.errors import BackendUnavailable, LogProbsError, ProfileError, nothing_can_serve_after
+from compiled_logprobs.choose.tune import measure
+from compiled_logprobs.errors import BackendUnavailable, LogProbsError, ProfileError, nothing_can_serve_after, warn
 from compiled_logprobs.operation.formula import Computed, Saved, Upstream
 from compiled_logprobs.policy import Policy, policy
 from compiled_logprobs.problem import Problem
@@ -51,7 +49,7 @@ class Auto(Backend):
         self._backend = get_backend(EAGER)
         results = self._backend.forward(logits, labels, temperature, entropy=entropy)
         if is_first:
-            _warn(
+            warn(
                 f"backend {self._chosen!r} failed on {self._problem} and is set aside for such problems in this "
                 f"process: {reason}\neager serves the call. To see the whole error, name the backend."
             )
@@ -116,11 +114,3 @@ def _refusal(context: rule.Context) -> LogProbsError:
 def _is_observed(logits: Tensor) -> bool:
     """Whether something else than torch itself sees each operation: a profiler of operations, or a tensor subclass."""
     return bool(_len_torch_dispatch_stack()) or type(logits) not in (Tensor, torch.nn.Parameter)
-
-
-def _warn(text: str) -> None:
-    """Where warnings are errors, too, the call is served."""
-    try:
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
-    except RuntimeWarning:
-        say(text)

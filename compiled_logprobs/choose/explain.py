@@ -1,5 +1,6 @@
 """Why `backend="auto"` takes the backend that it takes: the walk through the steps, for people and for programs."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -124,7 +125,7 @@ def explain_problem(problem: Problem, device: torch.device, under: Policy) -> Ex
 
 
 def nearest_stored(context: Context, most: int = 3) -> list[Neighbour]:
-    """The `most` stored decisions whose keys differ in the fewest fields, by the names of the files."""
+    """The `most` stored decisions whose keys differ in the fewest fields, ranked by file names, then read."""
     asked, here = bucket(context.problem), environment_at(context.device)
     facts, names = here.to_dict(), MATCHED.get(context.device.type, MATCHED["cpu"])
     ranked: list[tuple[float, Neighbour]] = []
@@ -139,7 +140,9 @@ def nearest_stored(context: Context, most: int = 3) -> list[Neighbour]:
             octaves = abs(math.log2(max(1, problem.rows) / max(1, asked.rows)))
             ranked.append((len(differs) + octaves / 1000, Neighbour(label, fingerprint, problem, differs)))
     ranked.sort(key=lambda pair: pair[0])
-    return [neighbour for _, neighbour in ranked[:most]]
+    stores = context.stores
+    readable = (near for _, near in ranked if stores[near.store].read(near.environment, near.problem) is not None)
+    return list(itertools.islice(readable, most))
 
 
 def _why(context: Context, trace: dict[str, Choice | Pending | str]) -> str:
@@ -163,9 +166,8 @@ def _measured_rows(context: Context) -> tuple[int, ...]:
     top = bucket(context.problem)
     rows: set[int] = set()
     for store in context.stores.values():
-        rows.update(other.rows for other in store.near(context.environment, top))
-        if store.read(context.environment, top) is not None:
-            rows.add(top.rows)
+        problems = (top, *store.near(context.environment, top))
+        rows.update(problem.rows for problem in problems if store.read(context.environment, problem) is not None)
     return tuple(sorted(rows))
 
 

@@ -8,7 +8,6 @@ collective is called: one that times out would end the group.
 import contextlib
 import json
 import time
-import warnings
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
@@ -21,7 +20,7 @@ from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.rule import holds
 from compiled_logprobs.choose.tune import tune
 from compiled_logprobs.decision import TIME, Candidate, Decision
-from compiled_logprobs.errors import InputError, LogProbsError
+from compiled_logprobs.errors import InputError, LogProbsError, warn
 from compiled_logprobs.machine.environment import environment_at, fingerprint_of
 from compiled_logprobs.policy import checked_budget, policy
 from compiled_logprobs.problem import Problem, bucket, problem_name
@@ -125,11 +124,9 @@ def _hold(answer: dict[str, Any], problems: list[Problem], device: torch.device,
         memory.MEMORY.remember_decision(decision, "ranks")
     if reasons:
         told = "; for ".join(f"{problem}: {reason}" for problem, reason in reasons.items())
-        warnings.warn(
+        warn(
             f"rank {rank} of the group holds {EAGER} for {told}.\n"
-            "Call tune(..., group=...) again on all ranks when that is mended.",
-            RuntimeWarning,
-            stacklevel=4,
+            "Call tune(..., group=...) again on all ranks when that is mended."
         )
     return decisions
 

@@ -41,7 +41,7 @@ class Memory:
     """What was measured here or agreed between ranks, by bucket, whether or not it could be stored."""
     set_aside: dict[tuple[str, Problem], str] = field(default_factory=dict)
     """What a backend raised, by its name and the bucket."""
-    checks: dict[tuple[str, Problem], bool] = field(default_factory=dict)
+    checks: dict[tuple[str, Problem, bool], bool] = field(default_factory=dict)
     """Whether a backend passed the short check, for problems of any N."""
     warned: set[str] = field(default_factory=set)
     """Backends that profiles chose and that are not registered, as far as the user was told."""

@@ -15,7 +15,6 @@ for steps 2 to 7.
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from typing import NamedTuple
@@ -28,7 +27,7 @@ from compiled_logprobs.check.run import INVARIANCE_ELEMENTS, check_backend
 from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.memory import GUESSES, Choice, Memory, key_of, kind_of
 from compiled_logprobs.decision import Decision, moment
-from compiled_logprobs.errors import BackendUnavailable, LogProbsError, ProfileError, is_out_of_memory
+from compiled_logprobs.errors import BackendUnavailable, LogProbsError, ProfileError, is_out_of_memory, warn
 from compiled_logprobs.machine.clock import MIB, free_memory
 from compiled_logprobs.machine.environment import environment_at, fingerprint_of
 from compiled_logprobs.policy import PROBLEMS_A_PROCESS, Policy, is_rank
@@ -342,11 +341,9 @@ def _usable(context: Context, choice: Choice) -> Choice | str:
         return choice._replace(backend=EAGER)
     if name not in backends() and name not in context.memory.warned:
         context.memory.warned.add(name)
-        warnings.warn(
+        warn(
             f"a decision of the {choice.source} is passed over: {reason}. Register it with register_backend, or delete "
-            f"the decision for {decision.problem}.",
-            RuntimeWarning,
-            stacklevel=2,
+            f"the decision for {decision.problem}."
         )
     return f"{choice.source}: {reason}"
 
@@ -391,8 +388,11 @@ def _others_can_run(problem: Problem) -> bool:
 
 
 def _passes(context: Context, name: str, problem: Problem) -> bool:
-    """Whether the backend called `name` passes the short check; asked once for problems of any N."""
-    key = name, problem._replace(rows=0)
+    """Whether the backend called `name` passes the short check; asked once for all N, of which `problem` is the first.
+
+    Where rows have to be invariant it is asked by itself: then it comes with the most rows that the check compares.
+    """
+    key = name, problem._replace(rows=0), context.policy.row_invariant
     if key not in context.memory.checks:
         report = check_backend(name, problem, short=True, device=str(context.device))
         context.memory.checks[key] = report.passed

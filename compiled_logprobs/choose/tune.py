@@ -1,10 +1,7 @@
 """Measure which backend is fastest: on demand, or at the first call of a problem. Of a stale decision, what changed."""
 
-import contextlib
 import dataclasses
-import sys
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
@@ -14,7 +11,7 @@ from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.memory import Choice
 from compiled_logprobs.choose.rule import Context, budget_left, changed, describe, holds, is_settled, stored
 from compiled_logprobs.decision import Decision, Evidence
-from compiled_logprobs.errors import ProfileError, nothing_can_serve_after
+from compiled_logprobs.errors import ProfileError, nothing_can_serve_after, say, warn
 from compiled_logprobs.machine.environment import environment_at, fingerprint_of
 from compiled_logprobs.policy import BUDGET_VARIABLE, checked_budget, policy
 from compiled_logprobs.problem import Problem, bucket
@@ -148,7 +145,7 @@ def publish(store: Store, decision: Decision, evidence: Evidence, device: torch.
             evidence = evidence.with_cases_of(earlier, carried)
         store.publish(environment, decision, evidence)
     except ProfileError as error:
-        warnings.warn(f"{error}\nWhat was measured holds in this process only.", RuntimeWarning, stacklevel=2)
+        warn(f"{error}\nWhat was measured holds in this process only.")
 
 
 # By the first call of a problem
@@ -192,14 +189,6 @@ def measure(context: Context, standing: Decision | None) -> Choice | str:
 
 def _as_stored(context: Context) -> Choice | str:
     return stored(context._replace(policy=context.policy._replace(mode="lookup")))  # be it stale again
-
-
-def say(text: str) -> None:
-    """To whoever waits for it."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: it is closed, or its pipe is
-            sys.stderr.write(f"compiled_logprobs: {text}\n")
-            sys.stderr.flush()
 
 
 # Only what has changed

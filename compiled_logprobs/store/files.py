@@ -14,19 +14,18 @@ import os
 import re
 import secrets
 import stat
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from compiled_logprobs.decision import Decision, Evidence
-from compiled_logprobs.errors import ProfileError
+from compiled_logprobs.errors import ProfileError, warn
 from compiled_logprobs.machine.environment import Environment
 from compiled_logprobs.problem import Problem, nearest_first, problem_from_name, problem_name
 
 VERSION = "v1"
-"""The folder of this form of the files: another form gets another folder."""
+"""The folder of all environments in a store."""
 FACTS = "environment.json"
 EVIDENCE = ".evidence.json"
 TEMPORARY = ".tmp"
@@ -236,19 +235,15 @@ def listing(folder: Path) -> list[Path]:
 def pass_over(path: Path, error: ProfileError) -> None:
     """Warn that the file at `path` counts as missing. Python shows the same warning once."""
     if isinstance(error, EarlierForm):
-        warnings.warn(
+        warn(
             "stored profiles of an earlier release are passed over: their form is another. `compiled-logprobs profile` "
-            "measures anew, and `compiled-logprobs prune` removes them.",
-            RuntimeWarning,
-            stacklevel=1,
+            "measures anew, and `compiled-logprobs prune` removes them."
         )
         return
     message = re.sub("[^ -~]", "?", str(error))[:300]  # it may quote the file, which may hold anything
-    warnings.warn(
+    warn(
         f"the stored profile {path} is passed over: {message}.\nA profile is JSON of the form that profiles/README.md "
-        "describes, under the name of its problem. Make it readable, or delete it: what it told can be measured again.",
-        RuntimeWarning,
-        stacklevel=1,  # the same place for all callers, so that each file is told of once
+        "describes, under the name of its problem. Make it readable, or delete it: what it told can be measured again."
     )
 
 

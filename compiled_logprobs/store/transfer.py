@@ -157,8 +157,9 @@ def _unpack(source: IO[bytes]) -> tuple[dict[str, bytes], list[Imported]]:
     except (ProfileError, OSError, EOFError, ValueError, RecursionError, zlib.error, tarfile.TarError) as error:
         raise ProfileError(
             f"the archive cannot be used: {str(error)[:200]}.\nValid is a .tar.gz as `compiled-logprobs export` writes "
-            f"it, whole, of at most {MOST_BYTES} bytes unpacked. Export it again, with this release; where it is too "
-            "large, without the evidence (--no-evidence), or one environment at a time (--environment)."
+            f"it, whole, of at most {MOST_BYTES} bytes unpacked. Export it again; where it is too large, without the "
+            "evidence (--no-evidence), or one environment at a time (--environment). What an earlier release wrote has "
+            "to be measured anew, by `compiled-logprobs profile`."
         ) from error
     return files, others
 

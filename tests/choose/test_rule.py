@@ -392,6 +392,14 @@ def test_one_backend_serves_all_calls_of_a_kind_whatever_is_stored(mode, checks)
     assert len(memory.MEMORY.checks) == 1 and chosen()[0] == "eager"
 
 
+def test_a_check_of_few_rows_does_not_stand_for_that_of_invariant_ones(checks):
+    richest = LARGE._replace(rows=64, vocab=32768, needs_grad=True, entropy=True, temperature="per_token", aligned=True)
+    assert chosen(richest)[1] == "default rule"
+    with clp.autotune(row_invariant=True):
+        assert chosen(richest)[1] == "row invariant"
+    assert len(memory.MEMORY.checks) == 2
+
+
 def test_only_backends_that_declare_it_and_pass_are_admitted(checks, monkeypatch):
     checks["cpp"] = False
     with clp.autotune(row_invariant=True):

@@ -150,6 +150,14 @@ def test_files_of_an_earlier_release_are_a_miss_with_one_warning_and_are_replace
     assert store.read(KEY, PROBLEM) == FIRST and store.environments() == {KEY: HERE.to_dict()}
 
 
+def test_where_warnings_are_errors_a_wrong_file_is_said_on_standard_error(store, capsys):
+    store.publish(HERE, FIRST).write_text("nothing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert store.read(KEY, PROBLEM) is None
+    assert "is passed over" in capsys.readouterr().err
+
+
 def test_what_is_no_file_is_a_miss_with_a_warning(store):
     path = store.publish(HERE, FIRST)
     path.unlink()
