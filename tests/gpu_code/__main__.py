@@ -79,6 +79,7 @@ def _lines(inspection: Inspection) -> list[str]:
     for name, direction in columns.items():
         lines += [f"{name}: {kernel}" for kernel in direction.kernel_reports]
         lines += [f"{name}: torch's own {operation}" for operation in direction.operations]
+        lines += [f"{name}: {note}" for note in direction.notes]
     if isinstance(flash_attn, str):
         lines.append(f"flash_attn: {flash_attn}")
     return [*lines, f"Rates of the {gpu.name}: {gpu.source}. All figures {NOT_MEASURED}."]

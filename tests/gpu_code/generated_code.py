@@ -41,6 +41,8 @@ class Assembled:
     """A thread."""
     spilled_bytes: int
     """Stack and local memory a thread."""
+    shared_bytes: int
+    """A program."""
     ptx: str
     sass: str
 
@@ -338,6 +340,7 @@ def _assembled(binary: Any) -> Assembled:
         warps=binary.metadata.num_warps,
         registers=usage["REG"],
         spilled_bytes=max(usage["STACK"], usage["LOCAL"]),
+        shared_bytes=int(binary.metadata.shared),
         ptx=binary.asm["ptx"],
         sass=shown,
     )

@@ -7,7 +7,7 @@ here they are multiplied with the threads of all launches. Two rules are not obv
 * What threads load of a small tensor, such as labels, is moved once. Of the logits and whatever else has their size,
   whole passes are counted; a second one not where what all programs on a multiprocessor read fits into `STAYS_IN_L1`.
 * Of several configurations that Inductor's autotuner tries on the device, the one of the fewest instructions is timed.
-  Registers and spills are those of the worst.
+  Registers, spills and shared memory are those of the worst.
 
 Shapes: N rows, V vocabulary, K labels a row; B sequences of T positions, N = B x T.
 """
@@ -66,10 +66,14 @@ class KernelReport:
     name: str
     launches: int
     candidates: int
-    """Configurations that the autotuner chooses from on the device; the next two are the worst of them."""
+    """Configurations that the autotuner chooses from on the device; the next three are the worst of them."""
     registers: int
     spills: int
     """Bytes a thread."""
+    shared_bytes: int
+    """A program."""
+    warps: tuple[int, ...]
+    """Of a program, each number that a configuration takes."""
     index_bits: int
     logits_reads: float
     """Passes over the logits' memory; less than 1 where only single elements are read."""
@@ -98,6 +102,8 @@ class Direction:
     """The most of any kernel, in any configuration."""
     spills: int
     """Bytes a thread, likewise."""
+    shared_bytes: int
+    """A program, likewise."""
     bytes: int
     """Between memory and chip."""
     minimum_bytes: int | None
@@ -114,6 +120,7 @@ class Direction:
     kernel_reports: tuple[KernelReport, ...]
     operations: tuple[str, ...] = ()
     """Those of torch that are not generated."""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,8 +137,16 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """For programs: numbers, strings, lists and dictionaries."""
-        problem = {**problem_to_dict(self.problem), "layout": self.layout}
-        return {**asdict(self), "note": NOT_MEASURED, "torch": torch.__version__, "problem": problem}
+        plain = asdict(self)
+        return {
+            **plain,
+            "note": NOT_MEASURED,
+            "gpu": {**plain["gpu"], "bandwidth_from": "data sheet"},
+            "arch": self.gpu.arch,
+            "torch": torch.__version__,
+            "problem": {**problem_to_dict(self.problem), "layout": self.layout},
+            "flash_attn": {"why_not": self.flash_attn} if isinstance(self.flash_attn, str) else plain["flash_attn"],
+        }
 
 
 def inspect(problem: Problem, gpu: DataSheet, layout: Lying = "flat") -> Inspection:
@@ -210,7 +225,9 @@ def _forward(problem: Problem, logits: Tensor, gpu: DataSheet) -> Direction:
         for part in parts
     ]
     program = _recorded(compiled.forward_function(key, problem.entropy), calls, gpu, hints)
-    return _direction(program, parts, gpu, forward_bytes(problem))
+    most = parts[0].shape[:-1].numel()
+    notes = (f"in {len(parts)} parts of {most} rows at most, which 32-bit indices reach",) if len(parts) > 1 else ()
+    return _direction(program, parts, gpu, forward_bytes(problem), notes)
 
 
 def _backward(problem: Problem, logits: Tensor, gpu: DataSheet) -> Direction:
@@ -297,7 +314,9 @@ class _Sum:
     repeated_in_l1: int = 0
 
 
-def _direction(program: Program, parts: Sequence[Tensor], gpu: DataSheet, least: int | None) -> Direction:
+def _direction(
+    program: Program, parts: Sequence[Tensor], gpu: DataSheet, least: int | None, notes: tuple[str, ...] = ()
+) -> Direction:
     """Add up what a program does. `parts` are the logits, in one or several tensors."""
     whole = sum(part.numel() for part in parts)
     sums: dict[str, _Sum] = {}
@@ -334,6 +353,7 @@ def _direction(program: Program, parts: Sequence[Tensor], gpu: DataSheet, least:
         nxv_float32_buffers=_passes(wide, whole),
         registers=most("registers"),
         spills=most("spills"),
+        shared_bytes=most("shared_bytes"),
         bytes=moved,
         minimum_bytes=least,
         exponentials_per_logit=round(total("exponentials") / whole, 3),
@@ -344,6 +364,7 @@ def _direction(program: Program, parts: Sequence[Tensor], gpu: DataSheet, least:
         seconds=sum(report.seconds for report in reports) + by_torch / gpu.bandwidth,
         kernel_reports=reports,
         operations=tuple(name for name, _ in program.operations),
+        notes=notes,
     )
 
 
@@ -355,6 +376,8 @@ def _report(one: _Sum, gpu: DataSheet, whole: int) -> KernelReport:
         candidates=len(configurations),
         registers=max(each.registers for each in configurations),
         spills=max(each.spilled_bytes for each in configurations),
+        shared_bytes=max(each.shared_bytes for each in configurations),
+        warps=tuple(sorted({each.warps for each in configurations})),
         index_bits=64 if INDEXES_WITH_64_BITS.search(one.kernel.source) else 32,
         logits_reads=one.logits_read / whole,
         repeated_loads_in_l1=one.repeated_in_l1,

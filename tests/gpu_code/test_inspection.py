@@ -22,6 +22,17 @@ from tests.gpu_code.inspection import LAYOUTS, NOT_MEASURED, inspect, inspect_fu
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROWS, VOCAB = 8192, 151936
 ROOT = Path(__file__).parents[2]
+# The keys of --json that programs read: more may come, and none may go.
+IN_JSON = "note gpu arch torch problem forward backward flash_attn"
+OF_GPU = "name arch multiprocessors bandwidth bandwidth_from threads_per_multiprocessor source"
+OF_PROBLEM = "rows vocab labels_per_row needs_grad entropy dtype inplace_backward"
+OF_DIRECTION = (
+    "kernels logits_reads gradient_writes nxv_float32_buffers registers spills shared_bytes bytes minimum_bytes "
+    "exponentials_per_logit seconds_by_bandwidth kernel_reports operations notes"
+)
+OF_KERNEL = (
+    "name launches candidates registers spills shared_bytes warps index_bits logits_reads repeated_loads_in_l1 bytes"
+)
 
 
 @cache
@@ -91,12 +102,30 @@ def test_times_are_the_largest_of_three_and_flash_attn_stands_beside():
 
 
 @pytest.mark.slow
+def test_json_keeps_every_key():
+    printed = inspected().to_dict()
+    directions = [part[name] for part in (printed, printed["flash_attn"]) for name in ("forward", "backward")]
+    kernels = [kernel for one in directions for kernel in one["kernel_reports"]]
+    parts = [(printed, IN_JSON), (printed["gpu"], OF_GPU), (printed["problem"], OF_PROBLEM)]
+    for part, keys in [*parts, *((one, OF_DIRECTION) for one in directions), *((one, OF_KERNEL) for one in kernels)]:
+        assert not set(keys.split()) - part.keys()
+    assert (printed["arch"], printed["gpu"]["bandwidth_from"]) == ("sm_90", "data sheet")
+    assert all(set(one["warps"]) <= {1, 2, 4, 8, 16, 32} and one["warps"] for one in kernels)
+    for one in directions:
+        assert one["shared_bytes"] == max(kernel["shared_bytes"] for kernel in one["kernel_reports"])
+    assert printed["forward"]["shared_bytes"] > 0  # warps of a reduction meet there
+
+
+@pytest.mark.slow
 def test_beyond_2_31_logits():
     """Forward goes through the rows in parts, which 32-bit indices reach; backward indexes with 64 bits."""
     inspection = inspected(dtype=FP32, rows=32768)
     check(inspection)
     reports = (*inspection.forward.kernel_reports, *inspection.backward.kernel_reports)
     assert [(kernel.launches, kernel.index_bits) for kernel in reports] == [(3, 32), (3, 32), (1, 64)]
+    (note,) = inspection.forward.notes
+    assert note.startswith("in 3 parts of ") and note.endswith(" rows at most, which 32-bit indices reach")
+    assert inspection.backward.notes == ()
 
 
 @pytest.mark.slow
@@ -210,7 +239,7 @@ def test_the_command_prints_json_or_a_table(capsys, monkeypatch):
     printed = json.loads(capsys.readouterr().out)
     assert (printed["note"], printed["gpu"]["arch"], printed["gpu"]["name"]) == (NOT_MEASURED, "sm_90", "H200")
     assert printed["problem"]["layout"] == "slice" and printed["problem"]["inplace_backward"]
-    assert printed["flash_attn"] == "flash-attn is not installed: pip install flash-attn"
+    assert printed["flash_attn"] == {"why_not": "flash-attn is not installed: pip install flash-attn"}
     for one in (printed["forward"], printed["backward"]):
         for key in ("kernels", "logits_reads", "registers", "minimum_bytes", "instructions_per_logit", "seconds"):
             assert one[key] > 0
