@@ -11,8 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from compiled_logprobs.errors import InputError
-from compiled_logprobs.problem import DTYPES, accumulation_dtype, short_name
+from compiled_logprobs.errors import InputError, ProfileError
+from compiled_logprobs.problem import (
+    DTYPES,
+    Problem,
+    accumulation_dtype,
+    problem_from_dict,
+    problem_to_dict,
+    short_name,
+)
 
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -156,6 +163,39 @@ def checked_out_dtype(logits: Tensor, out_dtype: torch.dtype | None) -> torch.dt
             "dtype of the logits, are valid."
         )
     return out_dtype
+
+
+def check_problem(problem: object) -> None:
+    """Of a caller's own making; one that logits pose is right."""
+    example = "Pass e.g. Problem('cpu', 4096, 32768, torch.float32)."
+    if not isinstance(problem, Problem):
+        raise InputError(f"got a problem of type {type(problem).__name__}; a Problem is valid. {example}")
+    device_type = problem.device_type
+    if not isinstance(device_type, str) or checked_device(device_type).type != device_type:
+        raise InputError(
+            f"got a problem whose device_type is {device_type!r}; a type without an index is valid. {example}"
+        )
+    for name in ("dtype", "out_dtype"):
+        if (dtype := getattr(problem, name)) not in DTYPES:
+            valid = ", ".join(f"torch.{short_name(d)}" for d in DTYPES)
+            raise InputError(f"got a problem whose {name} is {dtype!r}; {valid} are valid. {example}")
+    for name, least in (("rows", 0), ("vocab", 1), ("labels_per_row", 1)):
+        number = getattr(problem, name)
+        if type(number) is not int or number < least:
+            raise InputError(
+                f"got a problem whose {name} is {number!r}; an integer of {least} or more is valid. {example}"
+            )
+    try:
+        problem_from_dict(problem_to_dict(problem))
+    except ProfileError as error:
+        raise InputError(f"got a problem that could not be stored: {error}. {example}") from error
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"got device={device!r}; e.g. 'cpu' or 'cuda:0' is valid. Name one of them.") from error
 
 
 def check_not_leaf(logits: Tensor) -> None:

@@ -71,14 +71,14 @@ def autotune(
             Problems so small that `eager` serves them by rule need no profile.
 
     Raises:
-        InputError: the mode is none of these, or the budget is no number of seconds.
+        InputError: the mode is none of these, the budget is no number of seconds, or a switch neither True nor False.
     """
     before = policy()
     changed = Policy(
         before.mode if mode is None else _checked_mode(mode, "mode"),
         before.budget_s if budget_s is None else checked_budget(budget_s, "budget_s"),
-        before.row_invariant if row_invariant is None else bool(row_invariant),
-        before.require_hit if require_hit is None else bool(require_hit),
+        before.row_invariant if row_invariant is None else _checked_switch(row_invariant, "row_invariant"),
+        before.require_hit if require_hit is None else _checked_switch(require_hit, "require_hit"),
     )
     token = _POLICY.set(changed)
     try:
@@ -107,6 +107,12 @@ def _checked_mode(mode: str, name: str) -> Mode:
     if mode not in get_args(Mode):
         raise InputError(f"got {name}={mode!r}; {', '.join(get_args(Mode))} are valid. Set it to one of them.")
     return mode  # type: ignore[return-value]  # it is one of them
+
+
+def _checked_switch(switch: object, name: str) -> bool:
+    if not isinstance(switch, bool):
+        raise InputError(f"got {name}={switch!r}; True and False are valid. Set it to one of them.")
+    return switch
 
 
 def checked_budget(budget: float | str, name: str) -> float:

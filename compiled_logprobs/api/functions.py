@@ -10,6 +10,8 @@ from compiled_logprobs.arguments import (
     check_labels,
     check_logits,
     check_not_leaf,
+    check_problem,
+    checked_device,
     checked_out_dtype,
     checked_temperature,
     is_traced,
@@ -293,10 +295,9 @@ def _problems_on_one_device(
     if labels is not None or wrong is not None:
         got = "labels beside problems" if wrong is None else f"a {wrong} among the problems"
         raise InputError(f"got {got}; problems, or logits and labels, are valid. Pass one or the other.")
-    try:
-        where = None if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"got device={device!r}; e.g. 'cpu' or 'cuda:0' is valid. Name one of them.") from error
+    for problem in problems:
+        check_problem(problem)
+    where = None if device is None else checked_device(device)
     types = {problem.device_type for problem in problems} | (set() if where is None else {where.type})
     if len(types) > 1:
         raise InputError(

@@ -26,9 +26,9 @@ _EXAMPLE = "e.g. --call \"f(labels, logits, temp=temperature, reduction='none')\
 class Function:
     """A function of logits [N, V] and labels [N], called the way it wants to be.
 
-    That is `call`, an expression of f, the function, and of logits, labels and `OPTIONS`. By default it is
-    "f(logits, labels)", with those of `OPTIONS` that the function's own signature names. A batch dimension that a given
-    call adds, as in "f(logits[None], labels[None])", is taken from the results again.
+    That is `call`, one expression of these names: f, the function, which it has to call, logits, labels and `OPTIONS`.
+    By default it is "f(logits, labels)", with those of `OPTIONS` that the function's own signature names. A batch
+    dimension that a given call adds, as in "f(logits[None], labels[None])", is taken from the results again.
     """
 
     row_invariant = False
@@ -43,6 +43,8 @@ class Function:
         self._function = function
         self._may_batch = call is not None
         tree = _parsed(self.call)
+        if call is not None:
+            _check_fits(function, tree, call)
         self._code = compile(tree, "--call", "eval")
         self._options = _names(tree) & set(OPTIONS)
 
@@ -113,6 +115,7 @@ def _parsed(call: str) -> ast.Expression:
     valid = ("f", "logits", "labels", *OPTIONS)
     try:
         tree = ast.parse(call.strip(), "--call", "eval")
+        compile(tree, "--call", "eval")  # refuses more, such as the same keyword twice
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise InputError(
             f"got call {call!r}, which is no expression of Python: {error}. Valid is {_EXAMPLE}."
@@ -125,7 +128,33 @@ def _parsed(call: str) -> ast.Expression:
             f"got call {call!r} with {what} in it; it has to name f, which is the function, logits and labels, and may "
             f"name {', '.join(OPTIONS)}. Valid is {_EXAMPLE}."
         )
+    if not _calls(tree):
+        raise InputError(f"got call {call!r}, which does not call f, the function. Valid is {_EXAMPLE}.")
     return tree
+
+
+def _calls(tree: ast.Expression) -> list[ast.Call]:
+    """The calls of f."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "f"]
+
+
+def _check_fits(function: Callable[..., Any], tree: ast.Expression, call: str) -> None:
+    """Raise InputError where the signature of the function, if it has one, does not take what `call` passes."""
+    try:
+        own = inspect.signature(function)
+    except Exception:  # noqa: BLE001 - as in `_own_call`; the call is then tried as it is
+        return
+    for node in _calls(tree):
+        names = [keyword.arg for keyword in node.keywords if keyword.arg is not None]
+        if len(names) < len(node.keywords) or any(isinstance(part, ast.Starred) for part in node.args):
+            continue  # how many there are shows only when it runs
+        try:
+            own.bind(*node.args, **dict.fromkeys(names))
+        except TypeError as error:
+            raise InputError(
+                f"got call {call!r} of a function of {own}: {error}. Arguments that it takes are valid; correct them."
+            ) from error
 
 
 def _names(tree: ast.Expression) -> set[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compiled_logprobs.arguments import check_problem, checked_device
 from compiled_logprobs.check.calls import NamedBackend, Subject, call_once
 from compiled_logprobs.check.cases import Case, cases, same_bits
 from compiled_logprobs.check.function import Function, Returns
@@ -55,22 +56,24 @@ def check_backend(
             one.
         seed: of the inputs; fresh at random by default.
         vocab: V of the default problems; by default one that is off every block size.
-        call: how to call a function that takes something else than (logits, labels): an expression of Python such as
-            "f(labels, logits, temp=temperature)" or "f(logits[None], targets=labels[None], reduction='none')", where f
-            is the function. It may name the options above, and only those in it are tried. A batch dimension of 1 in
-            the results is taken away.
+        call: how to call a function that takes something else than (logits, labels), such as
+            "f(labels, logits, temp=temperature)" or "f(logits[None], targets=labels[None], reduction='none')": one
+            expression of these names: f, the function, which it has to call, logits, labels, and the options above,
+            of which only those in it are tried. A batch dimension of 1 in the results is taken away.
         returns: what the function's numbers are: "log_prob", or "loss" for minus that.
 
     Returns:
         A `CheckReport`; `.passed`, and if not, `.reasons`, and in `.causes` what is probably wrong.
 
     Raises:
-        InputError: the function cannot be called like this, `call` is no such expression, or `vocab` comes with a
-            problem.
+        InputError: the function cannot be called like this, `call` is no such expression, the problem or the device is
+            wrong, or `vocab` comes with a problem.
         BackendUnavailable: the named backend is unknown, or cannot run the problem here.
     """
     # Not from torch's generator, whose numbers belong to the caller.
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+    if problem is not None:
+        check_problem(problem)
     subject = _subject(name_or_callable, call, returns)
     if vocab is not None and (vocab < 2 or problem is not None):
         raise InputError(
@@ -78,7 +81,7 @@ def check_backend(
         )
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     default = "cpu" if accelerator is None else accelerator.type
-    place = torch.device(device or (default if problem is None else problem.device_type))
+    place = checked_device(device or (default if problem is None else problem.device_type))
     # By default, V is odd and off every block size; flash-attn needs three blocks for it.
     plain = Problem(place.type, rows=48, vocab=vocab or 32771, dtype=torch.float32, needs_grad=True)
     problems = subject.default_problems(plain) if problem is None else [subject.within(problem)]

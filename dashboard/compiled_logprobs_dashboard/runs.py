@@ -277,13 +277,13 @@ class ProfileRun:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(grace)
                 return
+        strays: list[psutil.Process] = []  # its worker program, which it cannot end now
         with contextlib.suppress(psutil.Error):
-            started = psutil.Process(self.process.pid).children(
-                recursive=True
-            )  # its worker program, which it cannot end now
-            self.process.kill()
-            for process in started:
-                process.kill()
+            strays = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        for stray in strays:
+            with contextlib.suppress(psutil.Error):
+                stray.kill()
 
 
 class Runs:

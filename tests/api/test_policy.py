@@ -108,6 +108,14 @@ def test_another_budget_is_refused(budget):
     assert policy() == Policy()
 
 
+@pytest.mark.parametrize("name", ["row_invariant", "require_hit"])
+@pytest.mark.parametrize("switch", ["yes", 1])
+def test_another_switch_is_refused(name, switch):
+    with pytest.raises(clp.InputError, match=f"got {name}={switch!r}; True and False are valid. Set it to one of them"):
+        clp.autotune(**{name: switch}).__enter__()
+    assert policy() == Policy()
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "told"),
     [

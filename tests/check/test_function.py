@@ -61,16 +61,37 @@ def test_the_options_in_a_call_are_tried_and_no_others():
     [
         ("f(logits, labels", "no expression of Python: '\\(' was never closed"),
         ("", "no expression of Python: invalid syntax"),
+        ("f(logits, labels, temp=1, temp=2)", "no expression of Python: keyword argument repeated: temp"),
         ("labels, logits", "no f in it"),
         ("f(logits)", "no labels in it"),
         ("f(labels=labels)", "no logits in it"),
         ("f(logits, labels, temp)", "the name 'temp' in it"),
+        ("(f, logits, labels)", "which does not call f"),
+        ("logits.map_(labels, f)", "which does not call f"),
         ("__import__('os').remove(f(logits, labels))", "the name '__import__' in it"),
     ],
 )
 def test_a_call_that_is_none_is_refused_with_an_example(call, said):
     with pytest.raises(clp.InputError, match=rf"got call .*{said}.*Valid is e.g. --call \"f\(labels, logits"):
         clp.check_backend(good, call=call)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("f(logits, targets=labels, tau=temperature)", "unexpected keyword argument 'tau'"),
+        ("-f(logits, labels)[0]", "missing a required argument: 'targets'|too many positional arguments"),
+    ],
+)
+def test_what_the_function_does_not_take_is_refused(call, said):
+    with pytest.raises(clp.InputError, match=rf"got call .* of a function of \(scores, .*({said}).*correct them"):
+        Function(of_other_names, call)
+
+
+@pytest.mark.parametrize("call", ["-f(logits, targets=labels)", "f(logits, targets=labels)[0]", "f(*(logits, labels))"])
+def test_a_call_may_stand_anywhere_and_unpack(call):
+    assert Function(of_other_names, call).call == call
+    assert Function(torch.rsub, "f(logits, labels, anything=1)")  # has no signature
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ImportError, NameError])
@@ -112,7 +133,13 @@ def test_a_function_is_called_with_labels_of_one_dimension():
 
 
 @pytest.mark.parametrize(
-    ("options", "exit_code"), [((), 1), (("--call", "f(labels, logits)"), 0), (("--call", "f(labels)"), 2)]
+    ("options", "exit_code"),
+    [
+        ((), 1),
+        (("--call", "f(labels, logits)"), 0),
+        (("--call", "f(labels)"), 2),
+        (("--call", "f(labels, logits, tau=1)"), 2),
+    ],
 )
 def test_the_command_line_takes_a_call_and_a_vocabulary(options, exit_code):
     target = "tests.helpers.wrong_backends:labels_first"

@@ -146,3 +146,26 @@ def test_which_backends_declare_row_invariance():
 def test_a_backend_that_cannot_run_the_problem():
     with pytest.raises(clp.BackendUnavailable, match="needs a CUDA or ROCm device"):
         clp.check_backend("flash_attn", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("problem", "device", "told"),
+    [
+        ("p", None, "got a problem of type str; a Problem is valid. Pass e.g. Problem"),
+        (PROBLEM._replace(rows=-1), None, "whose rows is -1; an integer of 0 or more is valid. Pass e.g. Problem"),
+        (PROBLEM._replace(vocab=0), None, "whose vocab is 0; an integer of 1 or more is valid"),
+        (PROBLEM._replace(vocab=30.0), None, "whose vocab is 30.0; an integer"),
+        (PROBLEM._replace(labels_per_row=0), None, "whose labels_per_row is 0; an integer of 1 or more"),
+        (PROBLEM._replace(dtype="float32"), None, "whose dtype is 'float32'; torch.float32, "),
+        (PROBLEM._replace(out_dtype=torch.int64), None, "whose out_dtype is torch.int64; torch.float32, "),
+        (PROBLEM._replace(temperature="warm"), None, "temperature is 'warm'; valid is one of none, number, per_token"),
+        (PROBLEM._replace(device_type=0), None, "whose device_type is 0; "),
+        (PROBLEM._replace(device_type="cuda:1"), None, "whose device_type is 'cuda:1'; a type without an index is"),
+        (PROBLEM._replace(device_type="mars"), None, "got device='mars'; e.g. 'cpu' or 'cuda:0' is valid. Name one"),
+        (None, "mars", "got device='mars'; e.g. 'cpu' or 'cuda:0' is valid. Name one of them."),
+    ],
+    ids=str,
+)
+def test_a_problem_or_device_that_cannot_be_is_refused(problem, device, told):
+    with pytest.raises(clp.InputError, match=re.escape(told)):
+        clp.check_backend("eager", problem, device=device)

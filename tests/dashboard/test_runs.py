@@ -119,6 +119,26 @@ def program(monkeypatch):
     return use
 
 
+def test_a_stray_that_cannot_be_killed_spares_no_other(monkeypatch):
+    killed = []
+
+    def gone():
+        raise psutil.NoSuchProcess(2)
+
+    def wait(grace):
+        raise subprocess.TimeoutExpired("profile", grace)
+
+    def kill(name):
+        return lambda: killed.append(name)
+
+    strays = [SimpleNamespace(kill=gone), SimpleNamespace(kill=kill("other"))]
+    monkeypatch.setattr(psutil, "Process", lambda pid: SimpleNamespace(children=lambda recursive: strays))
+    monkeypatch.setattr(runs.ProfileRun, "interrupt", lambda run: None)
+    process = SimpleNamespace(pid=1, wait=wait, terminate=lambda: None, kill=kill("run"))
+    runs.ProfileRun(TINY, process, folder=None)._end()
+    assert killed == ["run", "other"]
+
+
 @pytest.mark.slow
 def test_a_run_is_followed_to_its_end(program):
     end = event("end", done=0, total=2, seconds=1.0, interrupted=False)
