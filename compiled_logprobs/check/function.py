@@ -142,7 +142,7 @@ def _calls(tree: ast.Expression) -> list[ast.Call]:
 def _check_fits(function: Callable[..., Any], tree: ast.Expression, call: str) -> None:
     """Raise InputError where the signature of the function, if it has one, does not take what `call` passes."""
     try:
-        own = inspect.signature(function)
+        own = inspect.signature(function, follow_wrapped=False)  # what takes the call, not what it stands for
     except Exception:  # noqa: BLE001 - as in `_own_call`; the call is then tried as it is
         return
     for node in _calls(tree):
