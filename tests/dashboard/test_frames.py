@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -239,23 +238,16 @@ def test_thousands_of_decisions_are_read_once(scenario, read):
     where = scenario("no profile")
     stores.generate(where, COUNT)
 
-    def seconds(look) -> float:
-        began = time.perf_counter()
-        look()
-        return time.perf_counter() - began
-
-    first = seconds(selection.current_frames)
     frames = selection.current_frames()
     assert len(frames.decisions) == COUNT and COUNT <= len(read) <= COUNT + 4
     profile = ours()
     read.clear()
-    filtering = seconds(lambda: (winners(frames, profile, "backward", "bfloat16"), look_up(frames, profile, SHAPE)))
+    winners(frames, profile, "backward", "bfloat16")
+    look_up(frames, profile, SHAPE)
     assert read == [], "what is looked at is answered from the frames"
     stores.publish(where, stores.good(stores.problem(64, 999)))
-    again = seconds(selection.current_frames)
-    assert len(read) <= 5 and len(selection.current_frames().decisions) == COUNT + 1, "only the new one, and facts"
-    print(f"{COUNT} decisions: read in {first:.2f} s, filtered in {filtering:.3f} s, with one more in {again:.2f} s")
-    assert again < first / 2 and filtering < first / 5
+    assert len(selection.current_frames().decisions) == COUNT + 1
+    assert len(read) <= 5, "only the new one, and facts"
 
 
 def test_a_file_whose_name_is_no_text_is_passed_over(load, scenario):
