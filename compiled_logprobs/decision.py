@@ -7,13 +7,14 @@ Shapes: N rows, V vocabulary, K labels a row.
 
 import math
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import datetime, timezone
-from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import msgspec
 
 from compiled_logprobs.errors import ProfileError
-from compiled_logprobs.problem import Problem, mode_name, problem_to_dict
+from compiled_logprobs.problem import Problem, mode_name, problem_from_dict, problem_to_dict
 
 Outcome = Literal[
     "chosen", "slower", "tie", "wrong", "failed", "oom", "timeout", "crashed", "unavailable", "unsupported"
@@ -30,6 +31,8 @@ TIME = "%Y-%m-%dT%H:%M:%SZ"
 Kind = Literal["log_prob", "entropy", "gradient"]
 Number = float | Literal["nan", "inf", "-inf"]
 """As JSON can hold it."""
+
+Class = TypeVar("Class")
 
 
 @dataclass(frozen=True)
@@ -121,13 +124,12 @@ class Evidence:
 
     def to_json(self) -> bytes:
         """Without what is as it is by default, since there are hundreds of checks a decision."""
-        return bytes(_adapter(Evidence).dump_json(self, exclude_defaults=True)) + b"\n"
+        return msgspec.json.encode(_without_defaults(self)) + b"\n"
 
     @classmethod
     def from_json(cls, data: bytes) -> "Evidence":
         """What `to_json` gave. Raises ProfileError for anything else: the file may be foreign."""
-        evidence: Evidence = _parse(cls, data)
-        return evidence
+        return from_plain(parse_json(data), cls)
 
 
 @dataclass(frozen=True)
@@ -237,26 +239,32 @@ class Decision:
 
     def to_dict(self) -> dict[str, Any]:
         """For programs: the fields as plain values, and what follows from them."""
-        fields = {**asdict(self), "problem": problem_to_dict(self.problem)}
-        for name, candidate in fields["candidates"].items():
+        plain = self._plain()
+        for name, candidate in plain["candidates"].items():
             candidate["worst_error"] = self.candidates[name].worst_error
             candidate["calls_to_pay"] = self.calls_to_pay(name)
-        return fields
+        return plain
 
     def to_json(self) -> bytes:
         """The content of its file."""
-        return bytes(_adapter(Decision).dump_json(self, indent=2)) + b"\n"
+        return msgspec.json.format(msgspec.json.encode(self._plain()), indent=2) + b"\n"
 
     @classmethod
     def from_json(cls, data: bytes) -> "Decision":
         """What `to_json` gave. Raises ProfileError for anything else: the file may be foreign."""
-        decision: Decision = _parse(cls, data)
+        plain = parse_json(data)
+        if isinstance(plain, dict) and "problem" in plain:
+            plain["problem"] = problem_from_dict(plain["problem"])
+        decision = from_plain(plain, cls)
         for name, what in ((decision.chosen, "chosen"), (decision.baseline, "baseline")):
             if name not in decision.candidates or not decision.candidates[name].measured:
                 raise ProfileError(f"its {what} backend {name!r:.80} is not among those that it measured")
         if decision.measured_rows < 1:
             raise ProfileError(f"it was measured with {decision.measured_rows} rows; valid is 1 or more")
         return decision
+
+    def _plain(self) -> dict[str, Any]:
+        return {**asdict(self), "problem": problem_to_dict(self.problem)}
 
 
 def number(value: float) -> Number:
@@ -287,21 +295,32 @@ def speedup_in_words(decision: Decision) -> str:
     return ", ".join([decision.chosen, *parts]) + reason
 
 
-def _parse(cls: type, data: bytes) -> Any:
-    from pydantic import ValidationError  # takes longer to import than most processes need it
-
+def parse_json(data: bytes) -> Any:
+    """What JSON in `data` says. Raises ProfileError where it is none: the file may be foreign."""
     try:
-        return _adapter(cls).validate_json(data, strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ProfileError(
-            f"{f'its {place:.80} is not valid' if place else 'it is not valid'}: {first['msg']}"
-        ) from None
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProfileError(f"it is not JSON in UTF-8 ({error})") from None
 
 
-@cache
-def _adapter(cls: type) -> Any:
-    from pydantic import TypeAdapter
+def from_plain(plain: object, kind: type[Class]) -> Class:
+    """The `kind` that plain values, as JSON has them, stand for. Raises ProfileError where they stand for none."""
+    try:
+        return msgspec.convert(plain, kind, dec_hook=_as_it_is)
+    except msgspec.ValidationError as error:
+        raise ProfileError(f"it is not valid: {error}") from None
 
-    return TypeAdapter(cls)
+
+def _as_it_is(kind: type, value: object) -> object:
+    """A field of a type that JSON does not have."""
+    return value
+
+
+def _without_defaults(value: Any) -> Any:
+    """The fields of `value`, and of what is in it, that are not as they are by default."""
+    if is_dataclass(value):
+        stated = [(each.name, getattr(value, each.name), each.default) for each in fields(value)]
+        return {name: _without_defaults(item) for name, item, default in stated if item != default}
+    if isinstance(value, dict):
+        return {key: _without_defaults(item) for key, item in value.items()}
+    return [_without_defaults(item) for item in value] if isinstance(value, tuple) else value

@@ -48,14 +48,6 @@ class Problem(NamedTuple):
     aligned: bool = True
     """Whether every row starts at a multiple of 16 bytes."""
 
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        """How pydantic reads and writes one: as `problem_from_dict` and `problem_to_dict` do."""
-        from pydantic_core import core_schema
-
-        written = core_schema.plain_serializer_function_ser_schema(problem_to_dict)
-        return core_schema.no_info_plain_validator_function(problem_from_dict, serialization=written)
-
     def __str__(self) -> str:
         return f"{self.rows} x {self.vocab} {short_name(self.dtype)} on {self.device_type}"
 

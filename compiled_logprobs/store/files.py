@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from compiled_logprobs.decision import Decision, Evidence
+from compiled_logprobs.decision import Decision, Evidence, from_plain, parse_json
 from compiled_logprobs.errors import ProfileError, warn
 from compiled_logprobs.machine.environment import Environment
 from compiled_logprobs.problem import Problem, nearest_first, problem_from_name, problem_name
@@ -172,14 +172,10 @@ def read_facts(path: Path) -> dict[str, Any] | None:
     data = read_bytes(path, LIMIT)
     if data is None:
         return None
-    try:
-        facts = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ProfileError(f"it is not JSON in UTF-8 ({error})") from error
+    facts = parse_json(data)
     if isinstance(facts, dict) and "sha256" in facts:
         raise EarlierForm("an earlier release wrote it, in another form")
-    if not isinstance(facts, dict) or not all(isinstance(value, str | int | float | None) for value in facts.values()):
-        raise ProfileError("it is not an object of plain facts")
+    facts = from_plain(facts, dict[str, str | int | float | None])
     if facts.get("fingerprint") != path.parent.name:
         raise ProfileError(f"it is of another environment, {facts.get('fingerprint')!r:.80}")
     return facts

@@ -5,14 +5,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from functools import cache
 from statistics import median
 from typing import Any
 
 import torch
 
 from compiled_logprobs.backends import BUILT_IN, EAGER, backends
-from compiled_logprobs.decision import PLAIN, TIME, Candidate, CaseEvidence, Check, Decision, Evidence, Outcome
+from compiled_logprobs.decision import (
+    PLAIN,
+    TIME,
+    Candidate,
+    CaseEvidence,
+    Check,
+    Decision,
+    Evidence,
+    Outcome,
+    from_plain,
+)
 from compiled_logprobs.machine.environment import environment_at
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning.process import Event
@@ -71,12 +80,12 @@ class Tally:
         elif kind == "first_call":
             self._note(name, first_call_seconds=event["seconds"])
         elif kind == "evidence":
-            self._cases[name] = _adapter(CaseEvidence).validate_python(event["cases"])
+            self._cases[name] = from_plain(event["cases"], tuple[CaseEvidence, ...])
         elif kind == "checked":
             self._checked_rows[name] = event["rows"]
             if event["fewer_for_memory"]:
                 self._short_of_memory.add(name)
-            checks = _adapter(Check).validate_python(event["checks"])
+            checks = from_plain(event["checks"], tuple[Check, ...])
             self._note(name, checks=checks, repeatable=event["repeatable"], row_invariant=event["row_invariant"])
         elif kind == "measuring":
             self._measured_rows = self._proven_rows = event["rows"]
@@ -202,11 +211,3 @@ def simplicity() -> dict[str, int]:
     Third parties' are not named: all of them count as equally simple, in whatever order they were registered.
     """
     return {name: rank for rank, name in enumerate(sorted(BUILT_IN, key=lambda name: name != EAGER))}
-
-
-@cache
-def _adapter(cls: type) -> Any:
-    """For a sequence of `cls`, as JSON gives it."""
-    from pydantic import TypeAdapter  # takes longer to import than most processes need it
-
-    return TypeAdapter(tuple[cls, ...])  # type: ignore[valid-type]  # made when it is asked for

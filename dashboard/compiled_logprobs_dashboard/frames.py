@@ -255,8 +255,8 @@ def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
     plain = {fact.name: facts.get(fact.name) for fact in fields(Environment)}
     for fact in fields(Environment):
         value = plain[fact.name]
-        if isinstance(value, str):  # half of a surrogate pair is valid in JSON, and in no table
-            plain[fact.name] = value[:200].encode("utf-8", "replace").decode()
+        if isinstance(value, str):
+            plain[fact.name] = value[:200]
         if not isinstance(value, fact.type):  # type: ignore[arg-type]
             plain[fact.name] = None
     return plain

@@ -40,12 +40,12 @@ def test_a_program_is_told_what_follows_from_the_fields():
 
 
 NOT_DECISIONS = {
-    "half a file": (lambda fields: json.dumps(fields)[:300], "EOF"),
+    "half a file": (lambda fields: json.dumps(fields)[:300], "truncated"),
     "another type": (lambda fields: json.dumps([1]), "it is not valid"),
-    "a missing field": (lambda fields: json.dumps({n: v for n, v in fields.items() if n != "rounds"}), "its rounds"),
+    "a missing field": (lambda fields: json.dumps({n: v for n, v in fields.items() if n != "rounds"}), "`rounds`"),
     "an unknown outcome": (
         lambda fields: json.dumps(fields | {"candidates": {"eager": {"outcome": "won", "reason": ""}}}),
-        "its candidates.eager.outcome",
+        "candidates.*outcome",
     ),
     "a problem that is none": (lambda fields: json.dumps(fields | {"problem": {"rows": 1}}), "a problem is rows"),
     "a choice that was not measured": (lambda fields: json.dumps(fields | {"chosen": "flash_attn"}), "its chosen"),
@@ -75,7 +75,7 @@ def test_evidence_comes_back_without_its_defaults():
     )
     assert Evidence.from_json(evidence.to_json()) == evidence
     assert json.loads(evidence.to_json())["cases"]["eager"][0]["checks"][0] == {"name": "runs"}
-    with pytest.raises(ProfileError, match="cases.eager.0.errors.0.worst.0.true"):
+    with pytest.raises(ProfileError, match=r"cases.*errors\[0\].worst\[0\].true"):
         Evidence.from_json(evidence.to_json().replace(b'"nan"', b'"large"'))
 
 

@@ -112,7 +112,7 @@ def edited(**changes) -> Callable[[bytes], bytes]:
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (lambda data: data[: len(data) // 2], "it is not valid: Invalid JSON"),
+        (lambda data: data[: len(data) // 2], "it is not JSON in UTF-8"),
         (lambda data: data + b" " * 2**20, "it has more than 1048576 bytes"),
         (edited(problem=problem_to_dict(PROBLEM._replace(rows=513))), "it is of another problem, cpu-n513-"),
         (edited(problem={"\x1b[2J": 1}), "a problem is ?[2J; valid is an object of"),
@@ -180,7 +180,7 @@ def test_a_wrong_file_hides_no_other(store):
     (store.root / "v1" / "not an environment").mkdir()
     facts = path.parents[1] / "environment.json"
     facts.write_text("{}")
-    with pytest.warns(RuntimeWarning, match="it is not valid"):
+    with pytest.warns(RuntimeWarning, match="it is not JSON"):
         assert list(store.decisions()) == [(KEY, other)]
     with pytest.warns(RuntimeWarning, match="it is of another environment, None"):
         assert store.environments() == {}

@@ -172,7 +172,7 @@ HOSTILE = {
     "a pipe": (FIRST, lambda data: link(tarfile.FIFOTYPE, ""), NOT_A_STORES),
     "a large one": (FIRST, lambda data: data + b" " * LIMIT, f"it has more than {LIMIT} bytes"),
     "large evidence": (FIRST_EVIDENCE, lambda data: b" " * (EVIDENCE_LIMIT + 1), f"more than {EVIDENCE_LIMIT} bytes"),
-    "no JSON": (FIRST, lambda data: b"{", "it is not valid"),
+    "no JSON": (FIRST, lambda data: b"{", "it is not JSON"),
     "another environment": (FIRST.replace(KEY, "0" * 16), lambda data: data, "its facts are those of another"),
     "another problem": (FIRST.replace("n1024", "n512"), lambda data: data, "it is of another problem"),
     "a path as device": (FIRST, lambda data: data.replace(b'"cpu"', b'"../x"', 1), "valid"),
