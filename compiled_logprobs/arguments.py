@@ -89,16 +89,18 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
         vocab = logits.shape[-1]
         bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
         if bad.any():
-            first = bad.nonzero()[0].tolist()
             raise InputError(
-                f"got {_position('labels', first)} = {labels[tuple(first)].item()}; 0 to {vocab - 1} "
-                f"(the vocabulary has {vocab}) and ignore_index={ignore_index} are valid. "
-                "Correct it, or mark positions that do not count with ignore_index."
+                f"got {_first('labels', labels, bad)}; 0 to {vocab - 1} (the vocabulary has {vocab}) and "
+                f"ignore_index={ignore_index} are valid. Correct it, or mark positions that do not count with "
+                "ignore_index."
             )
 
 
-def _position(name: str, index: list[int]) -> str:
-    return f"{name}[{', '.join(map(str, index))}]" if index else name
+def _first(name: str, values: Tensor, bad: Tensor) -> str:
+    """The first of the `values` that is `bad`, and where it stands: 'labels[1, 2] = 9999'."""
+    index = bad.nonzero()[0].tolist()
+    value = values[tuple(index)].item()
+    return f"{name}{index or ''} = {f'{value:.6g}' if isinstance(value, float) else value}"
 
 
 def checked_temperature(logits: Tensor, temperature: float | Tensor) -> float | Tensor:
@@ -145,9 +147,8 @@ def _checked_temperature_tensor(logits: Tensor, temperature: Tensor) -> Tensor:
     if temperature.device.type == "cpu" and not is_traced(logits):
         bad = ~((temperature >= _FLOAT32.tiny) & (temperature <= _FLOAT32.max))
         if bad.any():
-            first = bad.nonzero()[0].tolist()
             raise InputError(
-                f"got {_position('temperature', first)} = {temperature[tuple(first)].item():.6g}; "
+                f"got {_first('temperature', temperature, bad)}; "
                 f"numbers from {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g} are valid. "
                 "Use temperature.clamp(min=...), and ignore_index where a position does not count."
             )
@@ -166,15 +167,10 @@ def checked_out_dtype(logits: Tensor, out_dtype: torch.dtype | None) -> torch.dt
 
 
 def check_problem(problem: object) -> None:
-    """Of a caller's own making; one that logits pose is right."""
+    """Raise InputError for a problem of a caller's own making that no logits pose."""
     example = "Pass e.g. Problem('cpu', 4096, 32768, torch.float32)."
     if not isinstance(problem, Problem):
         raise InputError(f"got a problem of type {type(problem).__name__}; a Problem is valid. {example}")
-    device_type = problem.device_type
-    if not isinstance(device_type, str) or checked_device(device_type).type != device_type:
-        raise InputError(
-            f"got a problem whose device_type is {device_type!r}; a type without an index is valid. {example}"
-        )
     for name in ("dtype", "out_dtype"):
         if (dtype := getattr(problem, name)) not in DTYPES:
             valid = ", ".join(f"torch.{short_name(d)}" for d in DTYPES)
@@ -192,10 +188,20 @@ def check_problem(problem: object) -> None:
 
 
 def checked_device(device: torch.device | str) -> torch.device:
+    """`device`, if this process can use it. Raises InputError for a name that is none, and for one that is not here."""
     try:
-        return torch.device(device)
+        place = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"got device={device!r}; e.g. 'cpu' or 'cuda:0' is valid. Name one of them.") from error
+    try:
+        torch.empty(0, device=place)
+    except Exception as error:  # an AssertionError, RuntimeError or NotImplementedError, as torch was built
+        cause = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"got device='{place}', which this torch cannot use here: {cause.rstrip('.')}. 'cpu' is valid. Name it, or "
+            f"install a driver and a torch for that device."
+        ) from error
+    return place
 
 
 def check_not_leaf(logits: Tensor) -> None:

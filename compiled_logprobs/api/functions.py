@@ -23,7 +23,7 @@ from compiled_logprobs.choose.explain import Explanation, explain_problem
 from compiled_logprobs.choose.tune import tune as tune_alone
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import BackendUnavailable, InputError
-from compiled_logprobs.operation.autograd import PlainFormula, compute
+from compiled_logprobs.operation.autograd import ForwardBackward, PlainFormula, compute
 from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import Layout, Problem, Temperature, as_it_lies, collapse, layout_of
 
@@ -89,19 +89,26 @@ def log_probs_from_logits(
     check_labels(logits, labels, ignore_index)
     temperature = checked_temperature(logits, temperature)
     out_dtype = checked_out_dtype(logits, out_dtype)
-    if inplace_backward and not is_traced(logits):
-        check_not_leaf(logits)
+    if backend != "auto" and backend not in backends():
+        get_backend(backend)  # raises
     many = labels.ndim == logits.ndim
-    log_probs, entropy = _run(
+    columns = labels if many else labels.unsqueeze(-1)
+    serving: ForwardBackward
+    if is_traced(logits):
+        serving, inplace_backward = _PLAIN, False
+    else:
+        if inplace_backward:
+            check_not_leaf(logits)
+        problem = problem_of(logits, columns, temperature, return_entropy, masked_logits, inplace_backward, out_dtype)
+        serving = Auto(problem, logits) if backend == "auto" else _named(backend, problem)
+    log_probs, entropy = compute(
+        serving,
         logits,
-        labels if many else labels.unsqueeze(-1),
+        columns,
         temperature,
         ignore_index=int(ignore_index),
         entropy=return_entropy,
-        masked_logits=masked_logits,
         inplace_backward=inplace_backward,
-        out_dtype=out_dtype,
-        name=backend,
     )
     log_probs = (log_probs if many else log_probs.squeeze(-1)).to(out_dtype)
     return log_probs if entropy is None else LogProbs(log_probs, entropy.to(out_dtype))
@@ -290,50 +297,19 @@ def _problems_on_one_device(
     given: object, labels: object, device: torch.device | str | None
 ) -> tuple[list[Problem], torch.device]:
     listed: list[Any] = [given] if isinstance(given, Problem) or not isinstance(given, Iterable) else list(given)
-    problems = [one for one in listed if isinstance(one, Problem)]
-    wrong = next((type(one).__name__ for one in listed if not isinstance(one, Problem)), None)
+    wrong = next((f"a {type(entry).__name__}" for entry in listed if not isinstance(entry, Problem)), None)
     if labels is not None or wrong is not None:
-        got = "labels beside problems" if wrong is None else f"a {wrong} among the problems"
+        got = "labels beside problems" if wrong is None else f"{wrong} among the problems"
         raise InputError(f"got {got}; problems, or logits and labels, are valid. Pass one or the other.")
-    for problem in problems:
+    for problem in listed:
         check_problem(problem)
     where = None if device is None else checked_device(device)
-    types = {problem.device_type for problem in problems} | (set() if where is None else {where.type})
+    types = {problem.device_type for problem in listed} | (set() if where is None else {where.type})
     if len(types) > 1:
         raise InputError(
             f"got problems and devices of types {', '.join(sorted(types))}; one is valid. Tune them apart."
         )
-    return [as_it_lies(problem) for problem in problems], where or torch.device(next(iter(types), "cpu"))
-
-
-def _run(
-    logits: Tensor,
-    labels: Tensor,
-    temperature: float | Tensor,
-    *,
-    ignore_index: int,
-    entropy: bool,
-    masked_logits: bool,
-    inplace_backward: bool,
-    out_dtype: torch.dtype,
-    name: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Choose a backend for `labels` [..., K] and call it."""
-    if name != "auto" and (not isinstance(name, str) or name not in backends()):
-        get_backend(name)  # raises
-    if is_traced(logits):
-        return compute(_PLAIN, logits, labels, temperature, ignore_index=ignore_index, entropy=entropy)
-    problem = problem_of(logits, labels, temperature, entropy, masked_logits, inplace_backward, out_dtype)
-    backend = Auto(problem, logits) if name == "auto" else _named(name, problem)
-    return compute(
-        backend,
-        logits,
-        labels,
-        temperature,
-        ignore_index=ignore_index,
-        entropy=entropy,
-        inplace_backward=inplace_backward,
-    )
+    return [as_it_lies(problem) for problem in listed], where or checked_device(next(iter(types), "cpu"))
 
 
 def _named(name: str, problem: Problem) -> Backend:

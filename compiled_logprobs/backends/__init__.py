@@ -89,8 +89,8 @@ def _load(name: str, target: str | Backend) -> Backend:
         return target
     module_name, attribute = target.split(":")
     try:
-        found = getattr(import_module(module_name), attribute)
-        backend = found() if isinstance(found, type) else found
+        backend = getattr(import_module(module_name), attribute)
+        backend = backend() if isinstance(backend, type) else backend
     except Exception as error:  # foreign code may raise anything when it is imported
         raise BackendUnavailable(
             f"backend {name!r} cannot be imported from {target!r}: {type(error).__name__}: {error}. "
@@ -114,11 +114,6 @@ def why_not(name: str, problem: Problem) -> str | None:
         return f"it cannot be asked: {type(error).__name__}: {error}"
 
 
-def available(problem: Problem) -> list[str]:
-    """The names of the backends that can run `problem` here, in the order of preference."""
-    return [name for name in _targets if why_not(name, problem) is None]
-
-
 def require_backend(name: str, problem: Problem) -> Backend:
     """The backend called `name`, if it can run `problem`.
 
@@ -130,9 +125,10 @@ def require_backend(name: str, problem: Problem) -> Backend:
     if reason is None:
         return backend
     details = problem.details()
+    others = [other for other in _targets if why_not(other, problem) is None]
     raise BackendUnavailable(
         f"backend {name!r} cannot run {problem}{f' ({details})' if details else ''}: {reason}.\n"
-        f"Backends that can: {', '.join(available(problem)) or 'none'}. Name one of them, or use backend='auto'."
+        f"Backends that can: {', '.join(others) or 'none'}. Name one of them, or use backend='auto'."
     )
 
 

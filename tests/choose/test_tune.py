@@ -343,7 +343,7 @@ GPU = LARGE._replace(device_type="cuda")
         ((5,), {}, "got a int among the problems"),
         ((LARGE,), {"device": "nonsense"}, "got device='nonsense'; e.g. 'cpu' or 'cuda:0' is valid"),
         (([LARGE, GPU],), {}, "got problems and devices of types cpu, cuda; one is valid. Tune them apart."),
-        ((LARGE,), {"device": "cuda"}, "got problems and devices of types cpu, cuda; one is valid"),
+        ((LARGE,), {"device": "meta"}, "got problems and devices of types cpu, meta; one is valid"),
         ((LARGE,), {"budget_s": -1}, "got budget_s=-1; a number of seconds, 0 or more, is valid"),
         ((LARGE,), {"budget_s": "long"}, "got budget_s='long'"),
     ],
