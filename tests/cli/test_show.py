@@ -36,16 +36,13 @@ def test_show_lists_what_is_stored_and_where_it_comes_from(run):
 
 def test_show_says_so_where_nothing_is_stored(run, tmp_path):
     result = run("show", "--store", str(tmp_path))
-    assert result.exit_code == 0
-    assert "`compiled-logprobs profile` measures some" in result.stdout
+    assert result.exit_code == 0 and "`compiled-logprobs profile` measures some" in result.stdout
     assert json.loads(run("show", "--store", str(tmp_path), "--json").stdout) == {"decisions": []}
 
 
 def test_explain_tells_of_every_candidate(run, mode):
     mode("lookup")
-    before = run(*EXPLAIN)
-    assert before.exit_code == 0
-    assert "not decided yet" in before.stdout and "the next call takes the first of" in before.stdout
+    assert "not decided yet\n  the next call takes the first of" in run(*EXPLAIN).stdout
     publish(decided(PROBLEM, "cpp"))
     after = run(*EXPLAIN)
     assert "300 x 4096 float32 on cpu: cpp" in after.stdout
@@ -55,31 +52,13 @@ def test_explain_tells_of_every_candidate(run, mode):
     assert told["backend"] == "cpp" and told["source"] == "user store" and told["bucket_rows"] == 384
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("--vocab", "big"), "got vocabulary 'big'"),
-        (("--temperature", "hot"), "'hot' is not one of 'none'"),
-        (("--mode", "train"), "got mode 'train'"),
-    ],
-)
-def test_explain_says_what_it_does_not_know(run, arguments, said):
-    result = run("explain", "--device", "cpu", *arguments)
-    assert result.exit_code == 2 and said in result.stderr
-
-
-def test_doctor_tells_machine_versions_and_backends(run):
+def test_doctor_tells_machine_versions_and_backends_and_neither_host_nor_home(run, monkeypatch):
     result = run("doctor")
-    assert result.exit_code == 0
+    assert result.exit_code == 0 and "no: needs a CUDA or ROCm device" in result.stdout
     for expected in ("cpu model", "cpu capability", "torch", "triton", "C++ compiler", *backends()):
         assert expected in result.stdout
-    assert "no: needs a CUDA or ROCm device" in result.stdout
-
-
-def test_doctor_has_json_and_names_neither_host_nor_home(run, monkeypatch):
     monkeypatch.setattr("compiled_logprobs.cli.show.why_not", lambda *_: f"cannot read {Path.home()}/secret/kernel.so")
     result = run("doctor", "--json")
-    assert result.exit_code == 0
     told = json.loads(result.stdout, parse_constant=pytest.fail)
     assert told.keys() == {"environments", "cpp_compiler", "backends"}
     assert told["environments"][0]["fingerprint"] == environment_of().fingerprint()
@@ -95,7 +74,7 @@ def test_the_version_is_shown(run):
 
 
 @pytest.mark.parametrize(
-    ("asked", "device"), [(None, "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu"), ("cpu:0", "cpu")]
+    ("asked", "device"), [(None, "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu:0", "cpu")]
 )
 def test_on_a_machine_with_gpus_the_device_is_the_one_that_is_meant(monkeypatch, asked, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

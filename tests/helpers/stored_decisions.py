@@ -90,6 +90,8 @@ class FakeTuner:
 
     short = True
     asked: list[Problem]
+    names: object
+    """Of the candidates, in the last call."""
     answer: Any
     """From a problem to a decision; may raise."""
 
@@ -115,5 +117,6 @@ class FakeTuner:
         incumbent: str | None = None,
     ) -> tuple[Decision, Evidence]:
         self.asked.append(problem)
+        self.names = names
         decision = self.answer(bucket(problem))
         return decision, evidence_of(decision, {"eager": [2e-3]})

@@ -1,0 +1,45 @@
+"""What no command can do is said on standard error, with exit code 2, before anything is measured or written."""
+
+import pytest
+import torch
+
+from compiled_logprobs.choose import tune
+from tests.helpers.stored_decisions import FakeTuner
+
+FUNCTIONS = "tests.helpers.functions_to_check"
+CASES = [
+    ("check no_such_backend", "InputError: got target 'no_such_backend'; a backend's name (cpp, "),
+    ("check no_such_module:function", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
+    (f"check {FUNCTIONS}:no_such_function", "cannot be imported: AttributeError"),
+    (f"check {FUNCTIONS}:not_a_function", "which is of type int; a function is valid"),
+    ("check exits_when_imported:function", "cannot be imported: SystemExit"),
+    ("check flash_attn --device cpu", "BackendUnavailable: backend 'flash_attn' cannot run"),
+    ("profile --preset huge", "got preset 'huge'; quick, standard, full are valid"),
+    ("profile --vocab qwen9", "got vocabulary 'qwen9'"),
+    ("profile --vocab ,", "got ',', in which a value is empty"),
+    ("profile --rows 64,x", "got number of rows 'x'"),
+    ("profile --device cuda:7", "torch sees 0 CUDA or ROCm devices here"),
+    ("profile --device tpu", "got --device tpu"),
+    ("profile --device meta", "profiles are measured on cpu and cuda"),
+    ("profile --backend fastest", "got target 'fastest'; a backend's name (cpp, "),
+    (f"profile --backend {FUNCTIONS}:right", "which is a function; a Backend is valid"),
+    ("profile --progress jsonl --json", "which both write to standard output"),
+    ("profile --out exits_when_imported.py", "ProfileError: the profile exits_when_imported.py/v1/"),
+    ("explain --temperature hot", "'hot' is not one of 'none'"),
+    ("explain --mode train", "got mode 'train'"),
+    ("export /dev/null --from store", "store holds no decision for "),
+    ("export --all --environment 0", "got --environment and --all; one of them is valid"),
+    ("import nowhere", "got 'nowhere', which cannot be opened (No such file or directory)"),
+    ("import exits_when_imported.py", "the archive cannot be used: "),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), CASES, ids=[arguments for arguments, _ in CASES])
+def test_it_is_said_and_nothing_is_done(run, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(tune, "Tuner", tuner := FakeTuner())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exits_when_imported.py").write_text("raise SystemExit(0)\n")
+    result = run(*arguments.split())
+    assert result.exit_code == 2 and result.stdout == "" and not tuner.asked
+    assert said in result.stderr and "Traceback" not in result.stderr
