@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import compiled_logprobs as clp
 from compiled_logprobs.check.function import Function
 from compiled_logprobs.cli.main import app
-from tests.helpers.wrong_backends import PROBLEM, good, labels_first
+from tests.helpers.functions_to_check import PROBLEM, good, labels_first
 
 
 def of_other_names(scores, *, targets, temp=1.0, reduction="mean"):
@@ -60,13 +60,10 @@ def test_the_options_in_a_call_are_tried_and_no_others():
     ("call", "said"),
     [
         ("f(logits, labels", "no expression of Python: '\\(' was never closed"),
-        ("", "no expression of Python: invalid syntax"),
         ("f(logits, labels, temp=1, temp=2)", "no expression of Python: keyword argument repeated: temp"),
         ("labels, logits", "no f in it"),
-        ("f(logits)", "no labels in it"),
         ("f(labels=labels)", "no logits in it"),
         ("f(logits, labels, temp)", "the name 'temp' in it"),
-        ("(f, logits, labels)", "which does not call f"),
         ("logits.map_(labels, f)", "which does not call f"),
         ("__import__('os').remove(f(logits, labels))", "the name '__import__' in it"),
     ],
@@ -94,7 +91,7 @@ def test_a_call_may_stand_anywhere_and_unpack(call):
     assert Function(torch.rsub, "f(logits, labels, anything=1)")  # has no signature
 
 
-@pytest.mark.parametrize("error", [RuntimeError, ImportError, NameError])
+@pytest.mark.parametrize("error", [ImportError, NameError])
 def test_a_signature_that_raises_is_said_to(error):
     """As lazily imported placeholders do, and annotations that Python evaluates late."""
 
@@ -126,12 +123,6 @@ def test_options_that_do_not_fit_are_refused(given, options, said):
         clp.check_backend(given, **options)
 
 
-def test_a_function_is_called_with_labels_of_one_dimension():
-    logits, labels = torch.randn(5, 7), torch.randint(7, (5, 1))
-    log_probs = Function(good)(logits, labels, 1.0, PROBLEM)
-    torch.testing.assert_close(log_probs, good(logits, labels[:, 0])[:, None])
-
-
 @pytest.mark.parametrize(
     ("options", "exit_code"),
     [
@@ -142,7 +133,7 @@ def test_a_function_is_called_with_labels_of_one_dimension():
     ],
 )
 def test_the_command_line_takes_a_call_and_a_vocabulary(options, exit_code):
-    target = "tests.helpers.wrong_backends:labels_first"
+    target = "tests.helpers.functions_to_check:labels_first"
     result = CliRunner().invoke(app, ["check", target, "--vocab", "301", "--seed", "3", "--json", *options])
     assert result.exit_code == exit_code, result.output
     if exit_code < 2:

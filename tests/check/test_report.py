@@ -9,10 +9,10 @@ import torch
 import compiled_logprobs as clp
 from compiled_logprobs.check.cases import cases
 from compiled_logprobs.check.report import SAMPLED_ERRORS, WORST, Errors
-from compiled_logprobs.decision import QUANTILES, CaseEvidence, Spread
+from compiled_logprobs.decision import QUANTILES, CaseEvidence, Token
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem
-from tests.helpers.wrong_backends import good
+from tests.helpers.functions_to_check import good, nan_in_front
 
 PROBLEM = Problem("cpu", 12, 3001, torch.float32, needs_grad=True, entropy=True)
 PLAIN = Problem("cpu", 12, 3001, torch.float32)
@@ -23,44 +23,36 @@ def eager():
     return clp.check_backend("eager", PROBLEM, seed=3)
 
 
-def cases_of(report) -> tuple[CaseEvidence, ...]:
-    (result,) = report.results
-    return result.cases
-
-
 def case_of(report, name: str) -> CaseEvidence:
-    return next(case for case in cases_of(report) if case.case == name)
+    return next(case for case in report.results[0].cases if case.case == name)
 
 
-def spread_of(case: CaseEvidence, what: str) -> Spread:
-    return next(spread for spread in case.errors if spread.what == what)
+def worst_of(report, name: str, what: str = "log_prob") -> Token:
+    return next(spread for spread in case_of(report, name).errors if spread.what == what).worst[0]
 
 
-def test_every_case_is_told(eager):
+def test_every_case_is_in_it_and_the_worst_over_all_is_the_verdict(eager):
     names = [case.name for case in cases(PROBLEM, short=False, foreign=False)]
-    assert [case.case for case in cases_of(eager)][: len(names)] == names
-
-
-def test_the_worst_over_the_cases_is_what_the_report_says(eager):
+    recorded = eager.results[0].cases
+    assert [case.case for case in recorded][: len(names)] == names
     for check in eager.checks:
-        by_case = [one for case in cases_of(eager) for one in case.checks if one.name == check.name]
-        assert by_case and check.passed == all(one.passed for one in by_case)
+        by_case = [other for case in recorded for other in case.checks if other.name == check.name]
+        assert by_case and check.passed == all(other.passed for other in by_case)
         if check.figure is not None and check.limit:
-            assert max(one.figure / one.limit for one in by_case if one.limit) == check.figure / check.limit
+            assert max(x.figure / x.limit for x in by_case if x.limit) == check.figure / check.limit
 
 
 def test_the_spread_of_the_errors(eager):
     normal = case_of(eager, "normal")
-    for what in ("log_prob", "entropy", "gradient"):
-        spread = spread_of(normal, what)
+    assert [spread.what for spread in normal.errors] == ["log_prob", "entropy", "gradient"]
+    for spread in normal.errors:
         assert len(spread.quantiles) == len(QUANTILES) and list(spread.quantiles) == sorted(spread.quantiles)
-        figure = next(one.figure for one in normal.checks if one.name == f"{what}_error")
+        figure = next(check.figure for check in normal.checks if check.name == f"{spread.what}_error")
         # The check weighs each error by the limit of its row, so that its figure need not be the largest of all.
         assert 0.0 < figure <= spread.quantiles[-1] * (1 + 1e-3)  # which is rounded
-        assert spread.quantiles[-1] == spread.worst[0].error
-        assert [one.error for one in spread.worst] == sorted((one.error for one in spread.worst), reverse=True)
-        assert 0 < len(spread.worst) <= WORST
-        assert spread.count > 0
+        errors = [token.error for token in spread.worst]
+        assert errors == sorted(errors, reverse=True) and errors[0] == spread.quantiles[-1]
+        assert 0 < len(errors) <= WORST and spread.count > 0
     assert case_of(eager, "no rows").errors == ()
 
 
@@ -75,48 +67,44 @@ def test_the_worst_token_is_named():
 
     report = clp.check_backend(off, PLAIN, seed=0)
     assert "log_prob_error" in report.reasons
-    wide = case_of(report, "wide")
-    logits, labels = next(one for one in calls if len(one[1]) == 7 and one[0].std() > 30 and one[0].isfinite().all())
+    logits, labels = next((x, y) for x, y in calls if len(y) == 7 and x.std() > 30 and x.isfinite().all())
     assert labels[2] != -100  # with this seed
-    worst = spread_of(wide, "log_prob").worst[0]
+    worst = worst_of(report, "wide")
     true = reference(logits, labels[:, None]).log_probs[2, 0]
     assert (worst.row, worst.token) == (2, int(labels[2]))
     assert worst.true == pytest.approx(float(true)) and worst.got == pytest.approx(float(true) - 0.5)
     assert worst.error == pytest.approx(0.5, rel=1e-3)
-    failed = next(one for one in wide.checks if one.name == "log_prob_error")
+    failed = next(check for check in case_of(report, "wide").checks if check.name == "log_prob_error")
     assert not failed.passed and failed.figure > failed.limit and failed.detail.startswith("wide: ")
 
 
 def test_a_value_that_is_nan_where_it_should_not_be_is_the_worst():
-    def nan_at_the_first(logits, labels):
-        return good(logits, labels).index_fill(0, torch.tensor([0])[: len(labels)], torch.nan)
-
-    report = clp.check_backend(nan_at_the_first, PLAIN, seed=1)
+    report = clp.check_backend(nan_in_front, PLAIN, seed=1)
     assert "nan_pattern" in report.reasons
-    worst = spread_of(case_of(report, "wide"), "log_prob").worst[0]
+    worst = worst_of(report, "wide")
     assert (worst.row, worst.got, worst.error) == (0, "nan", None) and math.isfinite(worst.true)
 
 
-def test_what_stops_a_case_leaves_the_others_untold():
+def test_what_stops_a_case_leaves_the_others_out():
     def breaks(logits, labels):
         if (logits > 9e3).any():
             raise ValueError("too large")
         return good(logits, labels)
 
     report = clp.check_backend(breaks, PLAIN, seed=1)
-    *before, last = cases_of(report)
+    *before, last = report.results[0].cases
     assert last.case == "shifted up by 1e4" and not last.checks[0].passed and last.checks[0].name == "runs"
     assert "too large" in last.checks[0].detail
     assert all(check.passed for case in before for check in case.checks)
 
 
-def test_the_report_tells_programs_the_same(eager):
-    told = json.loads(json.dumps(eager.to_dict(), allow_nan=False))
+def test_the_report_as_json(eager):
+    report = json.loads(json.dumps(eager.to_dict(), allow_nan=False))
     keys = {"name", "meaning", "problem", "options", "passed", "figure", "limit", "detail"}
-    assert told["passed"] is True and all(check.keys() == keys for check in told["checks"])
-    normal = next(case for case in told["cases"] if case["case"] == "normal")
+    assert report["passed"] is True and all(check.keys() == keys for check in report["checks"])
+    normal = next(case for case in report["cases"] if case["case"] == "normal")
     assert normal["problem"] == str(PROBLEM) and "entropy" in normal["options"]
-    assert {one["name"] for one in normal["checks"]} == {one.name for one in case_of(eager, "normal").checks}
+    assert [check["name"] for check in normal["checks"]] == [x.name for x in case_of(eager, "normal").checks]
 
 
 def test_a_sample_has_errors_of_all_columns_and_only_what_counts():
@@ -130,4 +118,8 @@ def test_a_sample_has_errors_of_all_columns_and_only_what_counts():
     assert len(sample) <= SAMPLED_ERRORS * 5 / 7 + 2
     assert set((sample // columns).int().tolist()) == {0, 1, 2, 4, 6}
     assert len(set((sample % columns).int().tolist())) > SAMPLED_ERRORS / 4  # and not the same few in every row
-    assert [(one.row, one.token) for one in errors.worst()] == [(6, columns - 1), (6, columns - 2), (6, columns - 3)]
+    assert [(token.row, token.token) for token in errors.worst()] == [
+        (6, columns - 1),
+        (6, columns - 2),
+        (6, columns - 3),
+    ]

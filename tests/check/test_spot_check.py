@@ -9,19 +9,15 @@ from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning.rounds import Measurement
 
 PROBLEM = Problem("cpu", rows=96, vocab=1031, dtype=torch.float32, aligned=False)
-OPTIONS = {
-    "forward": {},
-    "backward": {"needs_grad": True},
-    "entropy": {"needs_grad": True, "entropy": True, "temperature": "per_token"},
-    "in place, masked, many labels": {
-        "needs_grad": True,
-        "inplace_backward": True,
-        "masked_logits": True,
-        "labels_per_row": 3,
-        "temperature": "number",
-    },
-    "three dimensions": {"layout": "other", "needs_grad": True, "entropy": True},
-    "results as the logits": {"out_dtype": torch.bfloat16, "needs_grad": True, "entropy": True},
+GRADIENT = PROBLEM._replace(needs_grad=True)
+WITH_ENTROPY = GRADIENT._replace(entropy=True)
+PROBLEMS = {
+    "forward": PROBLEM,
+    "backward": GRADIENT,
+    "entropy": WITH_ENTROPY._replace(temperature="per_token"),
+    "many labels": GRADIENT._replace(inplace_backward=True, masked_logits=True, labels_per_row=3, temperature="number"),
+    "three dimensions": WITH_ENTROPY._replace(layout="other"),
+    "results as the logits": WITH_ENTROPY._replace(out_dtype=torch.bfloat16),
 }
 
 
@@ -32,9 +28,9 @@ def measured(backend, problem):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_what_is_right_passes(options, dtype):
-    run = measured(Eager(), PROBLEM._replace(dtype=dtype, **options))
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_what_is_right_passes(problem, dtype):
+    run = measured(Eager(), problem._replace(dtype=dtype))
     assert run.alive, run.reason
 
 
@@ -62,7 +58,7 @@ class WrongFrom(Eager):
 
 @pytest.mark.parametrize("what", ["log-probability", "entropy", "gradient"])
 def test_what_is_wrong_with_many_rows_only_is_found(what):
-    problem = PROBLEM._replace(dtype=torch.bfloat16, needs_grad=True, entropy=True)
+    problem = WITH_ENTROPY._replace(dtype=torch.bfloat16)
     run = measured(WrongFrom(what), problem)
     assert run.outcome == "wrong"
     assert run.reason.startswith(f"with 96 rows, the {what} of row ")

@@ -76,7 +76,7 @@ def test_json_is_one_object_even_if_the_function_prints(run, judged, wrong):
 
 def test_the_options_reach_the_check(run, judged):
     call = "f(labels, logits)"
-    run("check", f"{FUNCTIONS}:right", "--call", call, "--returns", "loss", "--vocab", "99", "--no-ignore-index")
+    run("check", f"{FUNCTIONS}:good", "--call", call, "--returns", "loss", "--vocab", "99", "--no-ignore-index")
     asked = {"call": call, "returns": "loss", "vocab": 99, "ignore_index": False, "device": None}
     assert asked.items() <= judged.items()
 

@@ -10,10 +10,11 @@ from compiled_logprobs_dashboard.tables import sign_check as tables
 
 from compiled_logprobs.check.report import MEANING
 from compiled_logprobs.decision import QUANTILES
-from tests.helpers.dashboard_checked import checked, detailed, gate, half_a_nat_off
+from tests.helpers.dashboard_checked import checked, detailed, gate
 from tests.helpers.dashboard_crowd import details
 from tests.helpers.dashboard_pages import charts_of, metrics_of, opened, table_of, text_of
 from tests.helpers.dashboard_stores import good, here, problem
+from tests.helpers.functions_to_check import half_a_nat_off
 
 KEYS = ["backend", "dtype"]
 

@@ -1,22 +1,269 @@
-"""Functions of (logits, labels) for `compiled-logprobs check tests.helpers.functions_to_check:...`."""
+"""Functions to check: right ones of different build, and wrong ones, as seen in the wild or easily made.
+
+Each takes (logits, labels), here often x and y, or more of the check's options.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from compiled_logprobs.backends.eager import Eager
+from compiled_logprobs.problem import Problem
+
+IGNORE_INDEX = -100
+PROBLEM = Problem("cpu", 12, 3001, torch.float32, needs_grad=True, entropy=True, temperature="number")
+
+
+class Wrong(NamedTuple):
+    reason: str
+    """The check that has to fail, one of the keys of `compiled_logprobs.check.report.MEANING`."""
+    cause: str
+    """How the first of the likely causes has to begin."""
+    function: Callable[..., Any]
+    problem: Problem = PROBLEM
+    """One that it is wrong for."""
+
+
+def good(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross entropy, negated: EasyR1's fallback since its correction."""
+    return -positive(logits, labels)
+
+
+def positive(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss: EasyR1's fallback until June 2025, beside a flash-attn path that returned minus the loss."""
+    return functional.cross_entropy(logits.float(), labels, reduction="none", ignore_index=IGNORE_INDEX)
+
+
+def entropy_of(x: Tensor) -> Tensor:
+    log_p = torch.log_softmax(x, -1)
+    return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
+
+
+def label_values(x: Tensor, labels: Tensor) -> Tensor:
+    return x.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+
+def zero_ignored(result: Tensor, labels: Tensor) -> Tensor:
+    return result.masked_fill(labels == IGNORE_INDEX, 0.0)
+
+
+class _Replaced(torch.autograd.Function):
+    """The value of one tensor with the gradient of another."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+# --- right ones, of different build -----------------------------------------------------------------------------------
+
+
+def label_logit_minus_logsumexp(logits: Tensor, labels: Tensor) -> Tensor:
+    """verl's and TRL's idiom in float32."""
+    x = logits.float()
+    keep = labels != IGNORE_INDEX
+    # Ignored rows go before the sum: a NaN in them would come back through a product with 0.
+    total = torch.logsumexp(x.masked_fill(~keep.unsqueeze(-1), 0.0), -1)
+    return torch.where(keep, label_values(x, labels) - total, 0.0)
+
+
+def log_softmax_and_gather(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    return zero_ignored(label_values(torch.log_softmax(logits.float() / temperature, -1), labels), labels)
+
+
+def in_chunks_of_three_rows(logits: Tensor, labels: Tensor) -> Tensor:
+    parts = [good(logits[i : i + 3], labels[i : i + 3]) for i in range(0, len(labels), 3)]
+    return torch.cat(parts) if parts else good(logits, labels)
+
+
+def float64_throughout(logits: Tensor, labels: Tensor, temperature: float = 1.0, return_entropy: bool = False) -> Any:
+    x = logits.double() / temperature
+    log_probs = zero_ignored(label_values(torch.log_softmax(x, -1), labels), labels).float()
+    return (log_probs, zero_ignored(entropy_of(x), labels).float()) if return_entropy else log_probs
+
+
+def online_softmax_over_blocks(logits: Tensor, labels: Tensor) -> Tensor:
+    """One pass with a running maximum and sum, as a fused kernel does it."""
+    x = logits.float()
+    maximum = torch.full((len(x), 1), -math.inf)
+    total = torch.zeros(len(x), 1)
+    for block in x.split(1000, -1):
+        new = torch.maximum(maximum, block.amax(-1, keepdim=True))
+        shift = new.masked_fill(new == -math.inf, 0.0)
+        total = total * (maximum - shift).exp() + (block - shift).exp().sum(-1, keepdim=True)
+        maximum = new
+    out = (label_values(x, labels) - maximum.squeeze(-1)) - total.log().squeeze(-1)
+    out = zero_ignored(torch.where((maximum == -math.inf).squeeze(-1), torch.nan, out), labels)
+    return _Replaced.apply(good(logits, labels), out.detach())
+
+
+RIGHT_FUNCTIONS = [
+    good,
+    label_logit_minus_logsumexp,
+    log_softmax_and_gather,
+    in_chunks_of_three_rows,
+    float64_throughout,
+    online_softmax_over_blocks,
+]
+
+
+def talkative(logits: Tensor, labels: Tensor) -> Tensor:
+    print("checking [/red] me")
+    return good(logits, labels)
+
+
+class Borrowed(Eager):
+    """A backend of somebody else's, which nobody has registered."""
+
+    name = "borrowed"
+
 
 not_a_function = 7
 
 
-def right(logits: Tensor, labels: Tensor) -> Tensor:
-    """As simple as it can be, and right."""
-    return -functional.cross_entropy(logits.float(), labels, reduction="none")
+# --- wrong ones that take more than an expression ---------------------------------------------------------------------
 
 
-def positive(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mistake that this library is named for: a cross entropy returned as a log-probability."""
-    return functional.cross_entropy(logits.float(), labels, reduction="none")
+def last_block_forgotten(logits: Tensor, labels: Tensor) -> Tensor:
+    """Columns beyond the last whole block of 1024 are left out of the sum."""
+    vocab, x = logits.shape[-1], logits.float()
+    total = x[:, : max(1024, vocab // 1024 * 1024)].logsumexp(-1)
+    return zero_ignored(label_values(x, labels) - total, labels)
+
+
+def last_row_forgotten(logits: Tensor, labels: Tensor) -> Tensor:
+    """A grid one program short, where there are many rows."""
+    out = good(logits, labels)
+    return torch.cat([out[:-1], torch.zeros(1)]) if len(labels) > 7 else out
+
+
+def half_a_nat_off(logits: Tensor, labels: Tensor) -> Tensor:
+    return good(logits, labels) - 0.5 * (labels != IGNORE_INDEX)
+
+
+def nan_in_front(logits: Tensor, labels: Tensor) -> Tensor:
+    return good(logits, labels).index_fill(0, torch.tensor([0])[: len(labels)], torch.nan)
+
+
+_calls = 0
+
+
+def wrong_on_every_second_call(logits: Tensor, labels: Tensor) -> Tensor:
+    global _calls
+    _calls += 1
+    return good(logits, labels) * (1.0 if _calls % 2 else 1.01)
+
+
+_remembered: dict[tuple[int, torch.Size], Tensor] = {}
+
+
+def remembered_by_address(logits: Tensor, labels: Tensor) -> Tensor:
+    """A cached result is returned for other values in the same memory."""
+    value = good(logits, labels)
+    first = _remembered.setdefault((logits.data_ptr(), logits.shape), value.detach().clone())
+    return _Replaced.apply(value, first.clone())
+
+
+def with_entropy(entropy: Callable[[Tensor, float], Tensor]) -> Callable[..., Any]:
+    """A function that returns `entropy(logits, temperature)` beside right log-probabilities."""
+
+    def function(logits: Tensor, labels: Tensor, temperature: float = 1.0, return_entropy: bool = False) -> Any:
+        log_probs = good(logits.float() / temperature, labels)
+        return (log_probs, zero_ignored(entropy(logits.float(), temperature), labels)) if return_entropy else log_probs
+
+    return function
+
+
+def smooths_the_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    return -functional.cross_entropy(logits, labels, reduction="none", label_smoothing=1e-3)
+
+
+def temperature_missing_in_the_gradient(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    x = logits.float()
+    return good((x / temperature).detach() + (x - x.detach()), labels)
+
+
+def gradient_at_the_label_alone(logits: Tensor, labels: Tensor) -> Tensor:
+    """p - onehot with the softmax forgotten."""
+    picked = zero_ignored(label_values(logits, labels), labels)
+    return _Replaced.apply(picked, good(logits, labels).detach())
+
+
+def upstream_gradient_taken_as_one(logits: Tensor, labels: Tensor) -> Tensor:
+    """Right for a plain sum, and for nothing else."""
+    out = good(logits, labels)
+    if out.requires_grad:
+        out.register_hook(torch.ones_like)
+    return out
+
+
+def divides_the_logits_in_place(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """OpenRLHF's and TRL's callers: logits.div_(temperature)."""
+    logits.detach().div_(temperature)
+    return good(logits, labels)
+
+
+def ignored_labels_overwritten(logits: Tensor, labels: Tensor) -> Tensor:
+    out = good(logits, labels)
+    labels.data.clamp_(min=0)
+    return out
+
+
+class _GradientInto(torch.autograd.Function):
+    """The gradient in the memory that `memory_for(logits, gradient)` gives."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, memory_for: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        ctx.memory_for = memory_for
+        return good(logits.detach(), labels)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        logits, labels = ctx.saved_tensors
+        with torch.enable_grad():
+            x = logits.detach().clone().requires_grad_()
+            gradient = torch.autograd.grad(good(x, labels), x, gradients[0])[0]
+        return ctx.memory_for(logits, gradient).copy_(gradient), None, None
+
+
+def gradient_over_the_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    """As a raw kernel writes, such as flash-attn's and Liger's: no version counter hears of it."""
+    if not inplace_backward:
+        return good(logits, labels)
+    return _GradientInto.apply(logits, labels, lambda logits, gradient: logits.data)
+
+
+_buffers: dict[torch.Size, Tensor] = {}
+
+
+def _buffer_for(result: Tensor) -> Tensor:
+    return _buffers.setdefault(result.shape, torch.empty_like(result))
+
+
+def one_buffer_for_all_results(logits: Tensor, labels: Tensor) -> Tensor:
+    out = good(logits, labels)
+    return _Replaced.apply(out, _buffer_for(out).copy_(out.detach()))
+
+
+def one_buffer_for_all_gradients(logits: Tensor, labels: Tensor) -> Tensor:
+    return _GradientInto.apply(logits, labels, lambda logits, gradient: _buffer_for(gradient))
+
+
+def writes_past_the_end(logits: Tensor, labels: Tensor) -> Tensor:
+    """A kernel whose last block has no mask."""
+    if len(labels):
+        end = logits.storage_offset() + (len(labels) - 1) * logits.stride(0) + logits.shape[-1]
+        logits.detach().as_strided((1,), (1,), end).zero_()
+    return good(logits, labels)
 
 
 def without_ignored(logits: Tensor, labels: Tensor) -> Tensor:
@@ -24,18 +271,119 @@ def without_ignored(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), -1).gather(-1, labels[:, None]).squeeze(-1)
 
 
-def talkative(logits: Tensor, labels: Tensor) -> Tensor:
-    """Right, and prints."""
-    print("checking [/red] me")
-    return right(logits, labels)
+def labels_first(labels: Tensor, logits: Tensor) -> Tensor:
+    return good(logits, labels)
 
 
-def tempered(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Takes a temperature, and forgets it."""
-    return right(logits, labels)
+def leaves_the_program(logits: Tensor, labels: Tensor) -> Tensor:
+    raise SystemExit(0)
 
 
-class Borrowed(Eager):
-    """A backend of somebody else's, which nobody has registered."""
+def needs_a_row(logits: Tensor, labels: Tensor) -> Tensor:
+    if not len(labels):
+        raise ValueError("need at least one row")
+    return good(logits, labels)
 
-    name = "borrowed"
+
+def another_path_without_gradient(logits: Tensor, labels: Tensor) -> Tensor:
+    """Old log-probabilities from one kernel, new ones from another: PPO ratios that do not start at 1."""
+    if torch.is_grad_enabled():
+        return good(logits, labels)
+    x = logits.float()
+    return zero_ignored(label_values(x, labels) - x.logsumexp(-1), labels).clamp(max=0.0)
+
+
+ORDINARY = "right for ordinary inputs, and wrong for these: "
+GRADIENT = "the values are right, and the gradient "
+AGAIN = "hands out memory that a later call writes again"
+OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
+    "log_prob_sign": [
+        ("returns the loss: positive where a log-probability must be negative", positive),
+        ("returns the probability, not its logarithm", lambda x, y: zero_ignored(good(x, y).exp(), y)),
+        # The maximum left out of the sum and the sum rounded: certain tokens come out above 0.
+        ("lets rounding carry a log-probability above 0", lambda x, y: good(x, y) + 1e-7 * (y >= 0)),
+    ],
+    "entropy_sign": [("returns the sum of p log p as the entropy", with_entropy(lambda x, t: -entropy_of(x / t)))],
+    "log_prob_error": [
+        ("takes the label of the next row", lambda x, y: good(x, y.roll(-1))),
+        ("ignores the temperature", lambda x, y, temperature=1.0: good(x, y)),
+        ("multiplies by the temperature instead of dividing", lambda x, y, temperature=1.0: good(x * temperature, y)),
+        # The caller divides, and so does the function.
+        ("divides by the temperature twice", lambda x, y, temperature=1.0: good(x / temperature**2, y)),
+        # PrimeIntellect-ai/prime-rl#697.
+        ("divides the log-probabilities by the temperature", lambda x, y, temperature=1.0: good(x, y) / temperature),
+        ("computes in half precision", lambda x, y, temperature=1.0: good(x.bfloat16() / temperature, y)),
+        (
+            "computes in half precision",
+            lambda x, y: -functional.cross_entropy(x.bfloat16(), y, reduction="none").float(),
+        ),
+        ("leaves out the last columns, from 2048 on", last_block_forgotten),
+        # Labels read as int16: those from 32768 on wrap around.
+        (ORDINARY, lambda x, y: good(x, y.masked_fill(y > 32767, 0)), PROBLEM._replace(vocab=32771)),
+        (ORDINARY, last_row_forgotten),
+        (ORDINARY + "one row", lambda x, y: good(x, y) * (0.9 if len(y) == 1 else 1.0)),
+        ("returns logarithms to base 2", lambda x, y: good(x, y) / math.log(2)),
+        ("smooths the labels, by 0.001", smooths_the_labels),
+        ("gives other numbers when it is called again", wrong_on_every_second_call),
+        ("gives the old result for new values in the same memory", remembered_by_address),
+    ],
+    # The log-sum-exp kept in one float32 that had a large number added and subtracted.
+    "log_prob_rmse": [("loses digits that float32 has", lambda x, y: ((good(x, y) - 1e4) + 1e4).clamp(max=0.0))],
+    "entropy_error": [
+        ("the entropy is that of the logits before the temperature", with_entropy(lambda x, t: entropy_of(x)))
+    ],
+    "gradient_flows": [
+        ("is detached from the logits", lambda x, y: good(x.detach(), y)),
+        ("the entropy is detached", with_entropy(lambda x, t: entropy_of(x.detach() / t))),
+    ],
+    "gradient_sign": [(GRADIENT + "is of the loss", lambda x, y: _Replaced.apply(positive(x, y), good(x, y).detach()))],
+    "gradient_error": [
+        (GRADIENT + "lacks the division by the temperature", temperature_missing_in_the_gradient),
+        (GRADIENT + "takes the upstream gradient for 1", upstream_gradient_taken_as_one),
+    ],
+    "gradient_row_sum": [(GRADIENT + "leaves out the softmax", gradient_at_the_label_alone)],
+    "ignored_rows": [("does not know ignored labels: -100 counts as token 0", lambda x, y: good(x, y.clamp(min=0)))],
+    "nan_pattern": [
+        ("makes a number of a row that holds NaN", lambda x, y: good(x, y).nan_to_num(nan=0.0)),
+        ("makes a number of a label at -inf", lambda x, y: good(x.clamp(min=-1e4), y)),
+        # Reads rows as if they were contiguous.
+        (ORDINARY + "strided and misaligned", lambda x, y: good(x.as_strided(x.shape, (x.shape[-1], 1)), y)),
+    ],
+    "inputs_changed": [
+        ("divides the logits by the temperature in place", divides_the_logits_in_place),
+        ("writes over its arguments", ignored_labels_overwritten),
+        ("writes the gradient over the logits, unasked", lambda x, y: gradient_over_the_logits(x, y)),
+    ],
+    "version_counter": [
+        (
+            "writes the gradient over the logits without telling autograd",
+            gradient_over_the_logits,
+            PROBLEM._replace(inplace_backward=True),
+        )
+    ],
+    "outside_write": [("writes beyond what it may", writes_past_the_end)],
+    "stale_result": [(AGAIN, one_buffer_for_all_results), (AGAIN, one_buffer_for_all_gradients)],
+    # verl's and TRL's bfloat16 path: log-probabilities in steps of 1/16.
+    "dtype": [
+        (
+            "returns bfloat16, which has steps of 0.062 nats at -10",
+            lambda x, y: good(x, y).to(x.dtype),
+            PROBLEM._replace(dtype=torch.bfloat16),
+        )
+    ],
+    "shape": [
+        ("returns the mean of the log-probabilities over the batch", lambda x, y: good(x, y).mean()),
+        ("keeps a trailing dimension of 1", lambda x, y: good(x, y).unsqueeze(-1)),
+        ("shifts the labels itself, so that logits [N, V] and labels [N] give N - 1", lambda x, y: good(x[:-1], y[1:])),
+    ],
+    "runs": [
+        ("has no ignored labels, and raises RuntimeError for those of -100", without_ignored),
+        ('takes logits and labels the other way round: say --call "f(labels, logits)"', labels_first),
+        ("raises for an ordinary input: SystemExit: 0", leaves_the_program),
+        ("raises for an empty batch (ValueError: need at least one row)", needs_a_row),
+    ],
+    # flash-attn's cross_entropy_loss returns (losses, z_losses).
+    "result_type": [("returns 2 results", lambda x, y: (good(x, y), None))],
+    "grad_mode_bits": [("takes another path where a gradient is needed", another_path_without_gradient)],
+}
+WRONG_FUNCTIONS = [Wrong(reason, *rest) for reason, of_reason in OF_REASONS.items() for rest in of_reason]
