@@ -22,7 +22,7 @@ CASES = [
     ("profile --device tpu", "got --device tpu"),
     ("profile --device meta", "profiles are measured on cpu and cuda"),
     ("profile --backend fastest", "got target 'fastest'; a backend's name (cpp, "),
-    (f"profile --backend {FUNCTIONS}:right", "which is a function; a Backend is valid"),
+    (f"profile --backend {FUNCTIONS}:good", "which is a function; a Backend is valid"),
     ("profile --progress jsonl --json", "which both write to standard output"),
     ("profile --out exits_when_imported.py", "ProfileError: the profile exits_when_imported.py/v1/"),
     ("explain --temperature hot", "'hot' is not one of 'none'"),
