@@ -8,16 +8,7 @@ import typer
 from compiled_logprobs.backends import backends
 from compiled_logprobs.check.report import CheckReport
 from compiled_logprobs.check.run import check_backend
-from compiled_logprobs.cli.options import (
-    COULD_NOT_RUN,
-    PASSED,
-    WRONG,
-    AsJson,
-    busy,
-    device_of,
-    reported_errors,
-    subject_of,
-)
+from compiled_logprobs.cli.options import COULD_NOT_RUN, PASSED, WRONG, AsJson, Where, busy, reported_errors, subject_of
 from compiled_logprobs.cli.output import print_json, print_line, print_report
 from compiled_logprobs.errors import BackendUnavailable
 
@@ -48,10 +39,7 @@ def check(
     vocab: Annotated[
         int | None, typer.Option(show_default=False, min=2, help="Size of the vocabulary; by default 32771.")
     ] = None,
-    device: Annotated[
-        Literal["cpu", "cuda"] | None,
-        typer.Option(show_default=False, help="Where to check; by default on the GPU if there is one."),
-    ] = None,
+    device: Where = None,
     ignore_index: Annotated[
         bool,
         typer.Option(
@@ -70,8 +58,6 @@ def check(
     reports: list[CheckReport] = []
     unavailable: dict[str, str] = {}
     with reported_errors():
-        if device is not None:
-            device_of(device)
         subjects: list[str | Callable[..., Any]] = [*backends()] if target is None else [subject_of(target)]
         for subject in subjects:
             try:

@@ -1,10 +1,8 @@
 """The command `dashboard`: this process becomes the server, so that a signal ends it and nothing is left behind."""
 
-import errno
 import os
 import re
 import socket
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
@@ -54,18 +52,13 @@ def require_packages() -> None:
 def require_port(port: int) -> None:
     """Raise InputError if nothing can listen on `port`."""
     with socket.socket() as probe:
-        if os.name != "nt":  # where it would let two listen on one port
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((ADDRESS, port))
         except OSError as error:
-            reasons = {
-                errno.EADDRINUSE: "which something else listens on; perhaps another dashboard",
-                errno.EACCES: "which this user may not listen on",
-            }
-            reason = reasons.get(error.errno or 0, f"which cannot be had: {error.strerror}")
             raise InputError(
-                f"got port {port}, {reason}. Name another, e.g. --port {PORT + 1}, or --port 0 for any."
+                f"got port {port}, which cannot be had: {error.strerror}. Another dashboard may listen on it. Name "
+                f"another port, e.g. --port {PORT + 1}, or --port 0 for any."
             ) from None
 
 
@@ -77,6 +70,4 @@ def become_server(arguments: list[str]) -> None:
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     sys.stdout.flush()
     sys.stderr.flush()
-    if sys.platform == "win32":  # which starts another process for it, and lets the shell go on beside that
-        raise SystemExit(subprocess.call(command, env=environment))
     os.execve(command[0], command, environment)

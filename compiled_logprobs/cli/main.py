@@ -15,10 +15,10 @@ from compiled_logprobs.cli.show import doctor, explain, show
 from compiled_logprobs.cli.transfer import export, import_, prune
 
 app = typer.Typer(
-    help="Log-probabilities of labels from logits: find out which backend is right and fastest on this machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # whose boxes break in narrow terminals and in pipes
 )
 
 
@@ -43,13 +43,5 @@ def options(
 
 
 # In the order in which help lists them.
-app.command()(check)
-app.command()(profile)
-app.command()(explain)
-app.command()(show)
-app.command()(export)
-app.command("import")(import_)
-app.command()(prune)
-app.command()(verify)
-app.command()(doctor)
-app.command()(dashboard)
+for command in (check, profile, explain, show, export, import_, prune, verify, doctor, dashboard):
+    app.command(command.__name__.rstrip("_"))(command)

@@ -13,6 +13,7 @@ import torch
 import typer
 from rich.console import Console
 
+from compiled_logprobs.arguments import checked_device
 from compiled_logprobs.backends import backends, register_backend
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.cli.progress import Bar, JsonLines, Progress
@@ -46,6 +47,10 @@ Mode = Annotated[
 Where = Annotated[
     str | None,
     typer.Option("--device", show_default=False, help="cpu, cuda, cuda:1, ...; by default the GPU if there is one."),
+]
+Folder = Annotated[
+    Path | None,
+    typer.Option("--store", show_default=False, help="Folder of profiles; by default all that are used, each once."),
 ]
 Shown = Annotated[
     Literal["bar", "jsonl", "none"],
@@ -153,19 +158,9 @@ def store_of(text: str) -> Store:
 
 def device_of(text: str | None) -> torch.device:
     """The device that was asked for, if it is here; by default the accelerator, else the CPU."""
-    if text is None:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise InputError(f"got --device {text}; cpu, cuda or cuda:0 is valid. Name one of them.") from error
+    device = checked_device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"got --device {text}; profiles are measured on cpu and cuda. Name one of them.")
     if device.type == "cpu":
         return torch.device("cpu")
-    if device.type != "cuda":
-        raise InputError(f"got --device {text}; profiles are measured on cpu and cuda. Name one of them.")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (device.index or 0) >= count:
-        raise InputError(
-            f"got --device {text}; torch sees {count} CUDA or ROCm devices here. Use one of them, or --device cpu."
-        )
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

@@ -37,10 +37,9 @@ def print_report(report: CheckReport) -> None:
                 print_line(f"  {check.name} ({short_name(result.problem.dtype)}): {check.detail}")
     for cause in report.causes:
         print_line(f"likely cause: {cause}")
-    if not report.passed:
-        print_line(f"{report.subject}: wrong: {', '.join(report.reasons)}")
-    else:
-        print_line(f"{report.subject}: passed {len(report.checks)} of {len(report.checks)} checks")
+    checks = len(report.checks)
+    verdict = f"passed {checks} of {checks} checks" if report.passed else f"wrong: {', '.join(report.reasons)}"
+    print_line(f"{report.subject}: {verdict}")
 
 
 def print_environment(environment: Environment) -> None:
@@ -93,9 +92,9 @@ def print_decisions(title: str, decisions: list[tuple[Decision, str]]) -> None:
 
 def print_imported(imported: list[Imported]) -> None:
     """A line for each decision of an archive, and for what was passed over."""
-    for one in imported:
-        what = one.name if one.decision is None else f"{short(one.decision.problem)}: {one.decision.chosen}"
-        print_line(printable(f"{one.fate}: {what:.200}: {one.why:.400}"))
+    for item in imported:
+        what = item.name if item.decision is None else f"{short(item.decision.problem)}: {item.decision.chosen}"
+        print_line(printable(f"{item.fate}: {what:.200}: {item.why:.400}"))
 
 
 def print_verifications(title: str, verifications: list[Verification]) -> None:

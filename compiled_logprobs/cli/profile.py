@@ -17,6 +17,7 @@ from compiled_logprobs.cli.options import (
     WRONG,
     AsJson,
     Dtype,
+    Folder,
     Mode,
     Rows,
     Shown,
@@ -87,8 +88,8 @@ def profile(
     stored = sum(store.read(fingerprint, decision.problem) == decision for decision in decided)
     failed = [str(result) for result in results if not isinstance(result, Decision)]
     if as_json:
-        told = [decision.to_dict() for decision in decided]
-        print_json({"decisions": told, "stored": stored, "failed": failed, "interrupted": interrupted})
+        decisions = [decision.to_dict() for decision in decided]
+        print_json({"decisions": decisions, "stored": stored, "failed": failed, "interrupted": interrupted})
     elif progress != "jsonl":
         if decided:
             print_decisions(f"Winners on {where}, environment {fingerprint}", [(d, "") for d in decided])
@@ -127,12 +128,7 @@ def verify(
     mode: Mode = None,
     device: Where = None,
     budget: Annotated[float, typer.Option(min=1.0, help="Seconds for each measurement.")] = BUDGET_S,
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--store", show_default=False, help="Folder of profiles; by default all that are used, each once."
-        ),
-    ] = None,
+    folder: Folder = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(

@@ -1,7 +1,6 @@
 """`show`, `explain` and `doctor`: what is stored, what serves a problem and why, and what this machine can run."""
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -9,7 +8,7 @@ from rich.text import Text
 
 from compiled_logprobs.backends import backends, why_not
 from compiled_logprobs.choose.explain import explain_problem
-from compiled_logprobs.cli.options import AsJson, Where, device_of, reported_errors
+from compiled_logprobs.cli.options import AsJson, Folder, Where, device_of, reported_errors
 from compiled_logprobs.cli.output import console, new_table, print_decisions, print_environment, print_json, print_line
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.machine.environment import cpp_compiler_version, environments, without_paths
@@ -24,10 +23,7 @@ SAMPLE_ROWS, SAMPLE_VOCAB = 4096, 151936
 
 
 def show(
-    store: Annotated[
-        Path | None,
-        typer.Option(show_default=False, help="Folder of profiles; by default all that are used, each shape once."),
-    ] = None,
+    folder: Folder = None,
     every: Annotated[
         bool, typer.Option("--all", help="Also those of other environments, which are not used on this machine.")
     ] = False,
@@ -35,7 +31,7 @@ def show(
 ) -> None:
     """Show the stored decisions: winner, speed-up, memory, sign check and share of bandwidth of each problem."""
     with reported_errors():
-        where = stores() if store is None else {str(store): Store(store)}
+        where = stores() if folder is None else {str(folder): Store(folder)}
         here = {environment.fingerprint() for environment in environments()}
         decisions: dict[tuple[str, Problem], tuple[Decision, str]] = {}
         for label, asked in where.items():
@@ -43,25 +39,22 @@ def show(
                 if (every or environment in here) and decision.chosen in backends():
                     decisions.setdefault((environment, decision.problem), (decision, label))
     if as_json:
-        told = [
+        listed = [
             {"environment_fingerprint": environment, "from": label, **decision.to_dict()}
             for (environment, _), (decision, label) in decisions.items()
         ]
-        print_json({"decisions": told})
+        print_json({"decisions": listed})
         return
     for environment in dict.fromkeys(environment for environment, _ in decisions):
         rows = [value for key, value in decisions.items() if key[0] == environment]
-        rows.sort(
-            key=lambda row: (
-                row[0].problem.vocab,
-                short_name(row[0].problem.dtype),
-                *row[0].problem[6:],
-                row[0].problem.rows,
-            )
-        )
+        rows.sort(key=lambda row: _order(row[0].problem))
         print_decisions(f"Environment {environment}{'' if environment in here else ', not this machine'}", rows)
     if not decisions:
         print_line("No decisions are stored for this machine. `compiled-logprobs profile` measures some.")
+
+
+def _order(problem: Problem) -> tuple[Any, ...]:
+    return problem.vocab, short_name(problem.dtype), *problem[6:], problem.rows
 
 
 def explain(

@@ -5,14 +5,7 @@ from typing import Annotated
 
 import typer
 
-from compiled_logprobs.cli.options import (
-    PASSED,
-    WRONG,
-    AsJson,
-    reported_errors,
-    split,
-    store_of,
-)
+from compiled_logprobs.cli.options import PASSED, WRONG, AsJson, reported_errors, split, store_of
 from compiled_logprobs.cli.output import print_imported, print_json, print_line, printable
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.machine.environment import environments
@@ -45,7 +38,7 @@ def export(
     with reported_errors():
         if environment and every:
             raise InputError("got --environment and --all; one of them is valid. Leave one out.")
-        here = [one.fingerprint() for one in environments()]
+        here = [environment.fingerprint() for environment in environments()]
         which = None if every else split(environment) or here
         content, decisions = transfer.export_archive(store_of(source), which, evidence=evidence)
         name = f"compiled-logprobs-{which[0]}.tar.gz" if which and len(which) == 1 else "compiled-logprobs.tar.gz"
@@ -65,7 +58,9 @@ def export(
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(help="The archive, as `compiled-logprobs export` wrote it.")],
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="The archive, as `compiled-logprobs export` wrote it.")
+    ],
     out: Annotated[
         Path | None, typer.Option(show_default=False, help="Folder to store in; by default the user's profiles.")
     ] = None,
@@ -77,24 +72,18 @@ def import_(
     """
     with reported_errors():
         store = user_store() if out is None else Store(out)
-        try:
-            with file.open("rb") as opened:
-                imported = transfer.import_archive(store, opened)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"got {str(file)!r}, which cannot be opened ({getattr(error, 'strerror', None) or error}); the name of "
-                "an archive is valid. Correct it."
-            ) from error
+        with file.open("rb") as opened:
+            imported = transfer.import_archive(store, opened)
         here = {environment.fingerprint() for environment in environments()}
-    fates = [one.fate for one in imported]
+    fates = [item.fate for item in imported]
     if as_json:
-        decisions = [one._asdict() | {"decision": one.decision and one.decision.to_dict()} for one in imported]
+        decisions = [item._asdict() | {"decision": item.decision and item.decision.to_dict()} for item in imported]
         print_json({"store": str(store.root), "decisions": decisions})
     else:
         print_imported(imported)
         counts = ", ".join(f"{fates.count(fate)} {fate}" for fate in dict.fromkeys(fates))
         print_line(f"{len(imported)} decisions: {counts}; in {store.root}")
-        if not any(one.environment in here for one in imported):
+        if not any(item.environment in here for item in imported):
             print_line(
                 "None is for this machine: its silicon, threads, or versions of torch, triton or CUDA are others."
             )

@@ -8,18 +8,8 @@ from typing import get_args
 
 import pytest
 
-from compiled_logprobs.decision import (
-    QUANTILES,
-    Candidate,
-    CaseEvidence,
-    Check,
-    Decision,
-    Evidence,
-    Outcome,
-    Speedup,
-    Spread,
-    Token,
-)
+from compiled_logprobs import decision
+from compiled_logprobs.decision import Candidate, Decision, Evidence, Spread
 from compiled_logprobs.problem import MODES, Problem, problem_name
 from compiled_logprobs.store.files import EVIDENCE, EVIDENCE_LIMIT, FACTS, LIMIT, VERSION
 from compiled_logprobs.tuning.presets import grid
@@ -41,14 +31,14 @@ def test_a_table_names_the_fields_that_are_written_and_no_others(number, describ
     assert len(TABLES) == 5
 
 
-@pytest.mark.parametrize("described", [Speedup, Check, CaseEvidence, Token])
+@pytest.mark.parametrize("described", [decision.Speedup, decision.Check, decision.CaseEvidence, decision.Token])
 def test_what_lies_deeper_is_named_too(described):
     assert {field.name for field in fields(described)} <= set(re.findall(r"`(\w+)`", TEXT))
 
 
 def test_outcomes_quantiles_and_limits_are_those_of_the_code():
-    assert all(f"`{outcome}`" in TEXT for outcome in get_args(Outcome))
-    assert f"{', '.join(f'{100 * share:g}' for share in QUANTILES[:-1])} and 100 % quantiles" in TEXT
+    assert all(f"`{outcome}`" in TEXT for outcome in get_args(decision.Outcome))
+    assert f"{', '.join(f'{100 * share:g}' for share in decision.QUANTILES[:-1])} and 100 % quantiles" in TEXT
     assert f"at most {LIMIT >> 20} MiB (evidence: {EVIDENCE_LIMIT >> 20} MiB)" in TEXT
 
 
