@@ -37,9 +37,9 @@ def print_report(report: CheckReport) -> None:
                 print_line(f"  {check.name} ({short_name(result.problem.dtype)}): {check.detail}")
     for cause in report.causes:
         print_line(f"likely cause: {cause}")
-    checks = len(report.checks)
-    verdict = f"passed {checks} of {checks} checks" if report.passed else f"wrong: {', '.join(report.reasons)}"
-    print_line(f"{report.subject}: {verdict}")
+    count = len(report.checks)
+    outcome = f"passed {count} of {count} checks" if report.passed else f"wrong: {', '.join(report.reasons)}"
+    print_line(f"{report.subject}: {outcome}")
 
 
 def print_environment(environment: Environment) -> None:
