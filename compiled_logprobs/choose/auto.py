@@ -9,7 +9,7 @@ from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.choose import memory, rule
 from compiled_logprobs.choose.explain import nearest_stored
 from compiled_logprobs.choose.memory import Choice
-from compiled_logprobs.choose.tune import measure
+from compiled_logprobs.choose.tune import tune_in_call
 from compiled_logprobs.errors import BackendUnavailable, LogProbsError, ProfileError, nothing_can_serve_after, warn
 from compiled_logprobs.operation.formula import Computed, Saved, Upstream
 from compiled_logprobs.policy import Policy, policy
@@ -63,7 +63,7 @@ def choose(problem: Problem, device: torch.device, under: Policy) -> tuple[str, 
     """What serves `problem` on `device`, by the steps of `rule`; remembered for the next call. Raises as `Auto`."""
     known = memory.MEMORY
     with known.lock:
-        context = rule.context_of(problem, device, under, measure)
+        context = rule.context_of(problem, device, under, tune_in_call)
         *_, (step, choice) = rule.walk(context)
         if not isinstance(choice, Choice):
             raise _refusal(context)

@@ -24,7 +24,7 @@ _SOURCES = {
     "bundled profiles": "stored in the profiles that came with the package",
     "near": "stored for another number of rows, within 4x of it",
     "related": "stored for another number of rows, the nearest that was measured",
-    "default rule": "by the default rule: the first that can run it and passes a short check; nothing was measured",
+    "default rule": "by the default rule: the first that can run it and passes a short check",
     "row invariant": "the first that declares invariant rows and passes the check of them, for all calls of a kind",
     "set aside": "the backend that served it failed, and is set aside in this process",
 }
@@ -64,8 +64,6 @@ class Explanation:
     """What has changed since that measurement."""
     differs: dict[str, tuple[object, object]]
     """Facts of the environment that were others then (there, here), of those that need not be the same."""
-    measured_rows: tuple[int, ...]
-    """N for which profiles of this environment hold a decision of the same problem."""
     nearest: tuple[Neighbour, ...]
     """The stored decisions whose keys differ in the fewest fields, where none is for exactly this one."""
     set_aside: dict[str, str]
@@ -79,7 +77,6 @@ class Explanation:
             "bucket_rows": bucket(self.problem).rows,
             "decision": None if self.decision is None else self.decision.to_dict(),
             "differs": {name: list(both) for name, both in self.differs.items()},
-            "measured_rows": list(self.measured_rows),
             "nearest": [
                 {**neighbour._asdict(), "problem": problem_to_dict(neighbour.problem)} for neighbour in self.nearest
             ],
@@ -89,8 +86,6 @@ class Explanation:
         lines = [f"{rule.describe(self.problem)}: {self.backend or 'not decided yet'}", f"  {self.why}"]
         *before, _ = self.steps.items()
         lines += [f"  {step}: {reason}" for step, reason in before]
-        if self.measured_rows:
-            lines.append(f"  profiles hold it for N of {', '.join(map(str, self.measured_rows))}")
         if self.stale:
             lines.append(f"  stale: {self.stale}")
         lines += [f"  set aside: {name} raised {error}" for name, error in self.set_aside.items()]
@@ -118,7 +113,6 @@ def explain_problem(problem: Problem, device: torch.device, under: Policy) -> Ex
         decision=decision,
         stale=stale,
         differs={} if decision is None else rule.what_differs(decision, device),
-        measured_rows=_measured_rows(context),
         nearest=() if is_exact or under.row_invariant else tuple(nearest_stored(context)),
         set_aside=context.memory.failures(problem),
     )
@@ -147,28 +141,17 @@ def nearest_stored(context: Context, most: int = 3) -> list[Neighbour]:
 
 def _why(context: Context, trace: dict[str, Choice | Pending | str]) -> str:
     outcome = list(trace.values())[-1]
-    if isinstance(outcome, Choice):
-        return _SOURCES.get(outcome.source, f"stored in {outcome.source}")
     if isinstance(outcome, str):
         error = rule.refusal(context)
         return f"the next call raises {type(error).__name__}: {error}"
-    reason = trace.get("measure") if "default" in trace else None
-    return f"{outcome.reason}{f'; it does not measure, because {reason}' if reason else ''}"
+    why = outcome.reason if isinstance(outcome, Pending) else _SOURCES[outcome.source]
+    return f"{why}; nothing is measured now, because {outcome.unmeasured}" if outcome.unmeasured else why
 
 
 def _in_words(outcome: Choice | Pending | str) -> str:
     if isinstance(outcome, Choice):
         return f"{outcome.backend}, {outcome.source}"
     return outcome if isinstance(outcome, str) else outcome.reason
-
-
-def _measured_rows(context: Context) -> tuple[int, ...]:
-    top = bucket(context.problem)
-    rows: set[int] = set()
-    for store in context.stores.values():
-        problems = (top, *store.near(context.environment, top))
-        rows.update(problem.rows for problem in problems if store.read(context.environment, problem) is not None)
-    return tuple(sorted(rows))
 
 
 def _lines_of(decision: Decision) -> list[str]:

@@ -46,41 +46,29 @@ def tune_together(asked: Asked, group: Any, *, budget_s: float | None, again: bo
     rank, store = group.rank(), group.get_group_store()
     # The n-th calls of all ranks share a cell. The store counts them: it may have been another group's before.
     cell = f"compiled_logprobs/{group.size()}/{store.add(f'compiled_logprobs/{group.size()}/of rank {rank}', 1)}"
+    problems: list[Problem] | None = None
     try:
+        seconds = policy().budget_s if budget_s is None else checked_budget(budget_s, "budget_s")
         given, device = asked()
         problems = list(dict.fromkeys(map(bucket, given)))
-        seconds = policy().budget_s if budget_s is None else checked_budget(budget_s, "budget_s")
-    except BaseException as error:
-        _end(store, cell, rank, error)
-        raise
-    try:
         if rank == 0:
             decisions = tune(problems, device, budget_s=seconds, again=again)
-            answer = _write(
-                store,
-                cell,
-                {
-                    "problems": [problem_name(problem) for problem in problems],
-                    "environment": fingerprint_of(device),
-                    "decisions": [decision.to_json().decode() for decision in decisions],
-                },
-            )
+            answer = {
+                "problems": [problem_name(problem) for problem in problems],
+                "environment": fingerprint_of(device),
+                "decisions": [decision.to_json().decode() for decision in decisions],
+            }
         else:
-            answer = _wait(store, cell, rank, (seconds + PATIENCE_S) * len(problems))
-    except Exception as error:  # noqa: BLE001 - the others wait to hear of it, whatever it is
-        answer = _end(store, cell, rank, error)
-    except BaseException as error:  # such as an interruption
-        _end(store, cell, rank, error)
-        raise
+            within = (seconds + PATIENCE_S) * len(problems)
+            answer = _wait(store, cell, within) or {"over": f"rank {rank} waited for {within:g} s"}
+        answer = _write(store, cell, answer)
+    except BaseException as error:  # the others wait to hear of it, whatever it is
+        answer = {"over": f"rank {rank}: {type(error).__name__}: {error}"}
+        with contextlib.suppress(RuntimeError):  # of a store that does not answer
+            answer = _write(store, cell, answer)
+        if problems is None or not isinstance(error, Exception):  # wrong arguments; an interruption
+            raise
     return _hold(answer, problems, device, rank)
-
-
-def _end(store: Any, cell: str, rank: int, error: BaseException) -> dict[str, Any]:
-    """What the cell holds after `error`: "over", unless something was there before."""
-    over = {"over": f"rank {rank}: {type(error).__name__}: {error}"}
-    with contextlib.suppress(RuntimeError):  # of a store that does not answer
-        return _write(store, cell, over)
-    return over
 
 
 def _write(store: Any, cell: str, answer: dict[str, Any]) -> dict[str, Any]:
@@ -89,11 +77,12 @@ def _write(store: Any, cell: str, answer: dict[str, Any]) -> dict[str, Any]:
     return written
 
 
-def _wait(store: Any, cell: str, rank: int, within: float) -> dict[str, Any]:
+def _wait(store: Any, cell: str, within: float) -> dict[str, Any] | None:
+    """What the cell holds; None if nothing is there in time."""
     ends, pause = time.monotonic() + within, 0.01
     while not store.check([cell]):
         if time.monotonic() > ends:
-            return _write(store, cell, {"over": f"rank {rank} waited for {within:g} s"})
+            return None
         time.sleep(pause)
         pause = min(1.0, 2 * pause)
     answer: dict[str, Any] = json.loads(store.get(cell))

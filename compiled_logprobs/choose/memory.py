@@ -28,6 +28,8 @@ class Choice(NamedTuple):
     """What has changed since the decision was measured, though its choice can still be used."""
     until: float | None = None
     """When to choose anew, in seconds of `time.monotonic`; None: never."""
+    unmeasured: str | None = None
+    """Why nothing was measured, where the rule came to ask for that."""
 
 
 @dataclass

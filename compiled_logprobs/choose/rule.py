@@ -54,6 +54,7 @@ class Pending(NamedTuple):
     reason: str
     decision: Decision | None = None
     stale: str | None = None
+    unmeasured: str | None = None
 
 
 class Context(NamedTuple):
@@ -67,8 +68,9 @@ class Context(NamedTuple):
     stores: Mapping[str, Store]
     """In the order in which they are asked."""
     memory: Memory
-    measure: Callable[["Context", Decision | None], Choice | str] | None = None
-    """Measures, given the decision that is stale; None: the walk only looks, and neither measures nor checks."""
+    tune: Callable[["Context", Decision | None], Choice | str] | None = None
+    """Tunes the problem, given the decision that is stale; None: the walk only looks, and neither measures nor
+    checks."""
     is_here: bool = True
     """Whether the environment is this process's: else its decisions are taken as they are."""
 
@@ -80,16 +82,21 @@ def context_of(
     problem: Problem,
     device: torch.device,
     policy: Policy,
-    measure: Callable[[Context, Decision | None], Choice | str] | None = None,
+    tune: Callable[[Context, Decision | None], Choice | str] | None = None,
 ) -> Context:
     """Of a call in this process."""
-    return Context(problem, policy, device, fingerprint_of(device), stores(), memory.MEMORY, measure)
+    return Context(problem, policy, device, fingerprint_of(device), stores(), memory.MEMORY, tune)
 
 
 def walk(context: Context) -> Iterator[tuple[str, Choice | Pending | str]]:
     """The name and the outcome of each step, up to the first that is not a reason to go on."""
+    unmeasured = None
     for name, step in steps(context.policy).items():
         outcome = step(context)
+        if name == "measure" and isinstance(outcome, str):
+            unmeasured = outcome
+        elif unmeasured is not None and not isinstance(outcome, str):
+            outcome = outcome._replace(unmeasured=unmeasured)
         yield name, outcome
         if not isinstance(outcome, str):
             return
@@ -138,8 +145,8 @@ def measure(context: Context) -> Choice | Pending | str:
         return reason
     standing = _exact(context)
     decision, stale = (None, None) if isinstance(standing, str) else (standing.decision, standing.stale)
-    if context.measure is not None:
-        return context.measure(context, decision)
+    if context.tune is not None:
+        return context.tune(context, decision)
     again = "" if decision is None else " again, since what is stored of it is stale"
     return Pending(f"the next call measures it{again}, within its budget", decision, stale)
 
@@ -154,7 +161,7 @@ def related(context: Context) -> Choice | str:
 
 def default(context: Context) -> Choice | Pending | str:
     """The first of the built-in backends that can run the problem and passes a short check."""
-    if context.measure is None:
+    if context.tune is None:
         return Pending(
             f"the next call takes the first of {', '.join(BUILT_IN)} that can run it and passes a short check"
         )
@@ -190,7 +197,7 @@ def invariant(context: Context) -> Choice | Pending | str:
     for name in backends():
         if name in failed or why_not(name, hardest) is not None or not get_backend(name).row_invariant:
             continue
-        if context.measure is None:
+        if context.tune is None:
             return Pending(f"the next call checks {name}, which declares invariant rows, and takes it if it passes")
         if _passes(context, name, hardest):
             return Choice(name, "row invariant")

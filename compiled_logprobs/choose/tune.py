@@ -61,27 +61,23 @@ def tune_all(
     store = user_store() if store is None else store
     seconds = policy().budget_s if budget_s is None else checked_budget(budget_s, "budget_s")
     asked = backends() if names is None else [EAGER, *names]
+
+    def look_up() -> Decision | None:
+        return None if again else current(store, problem, device, asked)
+
     with Tuner(device, on_event=on_event) as tuner:
         for problem in dict.fromkeys(map(bucket, problems)):
-            decision = None if again else current(store, problem, device, asked)
-            on_event({"event": "problem", "problem": problem, "known": decision is not None})
-            if decision is None and must_store:
-                store.require_writable()
-            result: Decision | TuningFailed
-            if decision is not None:
-                result = decision
-            else:
+            result: Decision | TuningFailed | None = look_up()
+            on_event({"event": "problem", "problem": problem, "known": result is not None})
+            if result is None:
+                if must_store:
+                    store.require_writable()
                 with alone_on(device, WAIT_S) as is_alone:
-                    # While this waited, another process may have decided it.
-                    decision = None if again else current(store, problem, device, asked)
-                    if decision is not None:
-                        result = decision
-                    elif is_alone:
-                        result = _decide_and_store(tuner, problem, asked, seconds, store, device, again)
+                    if is_alone:  # while this waited, another process may have decided it
+                        result = look_up() or _decide_and_store(tuner, problem, asked, seconds, store, device, again)
                     else:
-                        result = TuningFailed(
-                            f"another process has been measuring on {device} for {WAIT_S:g} s; wait for its end"
-                        )
+                        reason = f"another process has been measuring on {device} for {WAIT_S:g} s; wait for its end"
+                        result = TuningFailed(reason)
             memory.MEMORY.forget(problem)  # this process may have chosen something else before
             yield result
 
@@ -117,15 +113,8 @@ def _decide_and_store(
 ) -> Decision | TuningFailed:
     """Before the next one that waits for the device looks there."""
     standing = store.read(fingerprint_of(device), problem)
-    if standing is not None and standing.chosen not in backends():
-        if not again:
-            return TuningFailed(
-                f"the decision that is stored chose backend {standing.chosen!r}, which is not registered here, and "
-                "would be lost; register it, or measure again (again=True, --again)"
-            )
-        standing = None
     if standing is not None:  # it is not to end up with fewer candidates than it had
-        asked = [*asked, *(name for name in standing.candidates if name not in asked)]
+        asked = {*asked, *standing.candidates}
     try:
         decision, evidence = decide(tuner, problem, seconds, standing=standing, names=asked, again=again)
     except TuningFailed as error:
@@ -151,7 +140,7 @@ def publish(store: Store, decision: Decision, evidence: Evidence, device: torch.
 # By the first call of a problem
 
 
-def measure(context: Context, standing: Decision | None) -> Choice | str:
+def tune_in_call(context: Context, standing: Decision | None) -> Choice | str:
     """Decide the problem of a call within the budget of a process; `standing` is stale. Where it fails, why."""
     began, seconds = time.monotonic(), min(context.policy.budget_s, budget_left(context))
     problem, device = context.problem, context.device
@@ -169,10 +158,7 @@ def measure(context: Context, standing: Decision | None) -> Choice | str:
                 left = seconds - (time.monotonic() - began)
                 decision, evidence = decide(tuner, problem, left, standing=standing, strict=True)
             context.memory.remember_decision(decision)
-            store = user_store()
-            before = store.read(context.environment, decision.problem)
-            if before is None or before.chosen in backends():  # what others have registered may serve them well
-                publish(store, decision, evidence, device)  # before the next one that waits looks there
+            publish(user_store(), decision, evidence, device)  # before the next one that waits looks there
     except (TuningFailed, OSError, RuntimeError) as error:  # the last two: no room for another process or thread
         if nothing_can_serve_after(error):
             raise
@@ -180,7 +166,7 @@ def measure(context: Context, standing: Decision | None) -> Choice | str:
             f"not decided: {error}. The default rule serves it in this process; `compiled-logprobs profile` or a "
             f"larger {BUDGET_VARIABLE} gives it more time"
         )
-        return f"not decided: {error}"
+        return f"measuring came to no decision: {error}"
     finally:
         context.memory.spent_s += time.monotonic() - began
     say(f"{decision.chosen} serves it: {decision.reason}")

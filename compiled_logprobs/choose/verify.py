@@ -147,10 +147,8 @@ def _measure_again(tuner: Tuner, decision: Decision, source: str, budget_s: floa
         return Verification(decision, source, "unverifiable", f"it could not be measured: {error}")
     outcome, why = _compare(decision, now)
     candidate = now.candidates[decision.chosen]
-    if not candidate.measured:
-        return Verification(decision, source, outcome, why)
     speedup = None if decision.chosen == decision.baseline else candidate.speedup
-    return Verification(decision, source, outcome, why, speedup, now.measured_rows)
+    return Verification(decision, source, outcome, why, speedup, now.measured_rows if candidate.measured else None)
 
 
 def _compare(decision: Decision, now: Decision) -> tuple[Standing, str]:

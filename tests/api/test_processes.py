@@ -195,7 +195,7 @@ print(json.dumps(result))
 
 def test_a_child_of_a_pool_never_measures():
     [(why, result)], errors = finish(start(script(FORK + FORKED_BY_A_POOL)))
-    assert why.endswith("it does not measure, because this process is a forked child of another")
+    assert why.endswith("nothing is measured now, because this process is a forked child of another")
     assert result["source"] == "default rule" and MEASURES not in errors and not stored()
 
 

@@ -16,7 +16,8 @@ from compiled_logprobs.machine.environment import environment_at
 from compiled_logprobs.policy import policy
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
-from tests.helpers.stored_decisions import CPU, LARGE, all_measured, decided, measured, publish
+from compiled_logprobs.tuning.tuner import TuningFailed
+from tests.helpers.stored_decisions import CPU, LARGE, NEW, all_measured, decided, measured, publish, raising
 
 LOGITS, LABELS = torch.randn(1024, 1031), torch.randint(1031, (1024,))
 NAMED = "1024 x 1031 float32 on cpu (not 16-byte aligned)"
@@ -28,15 +29,12 @@ def in_tune_mode(nothing_measures, elsewhere, mode):
 
 
 def explained(logits=LOGITS, labels=LABELS, **options) -> clp.Explanation:
-    """What is told; both forms of it are there, and agree."""
-    stored = {path: path.read_bytes() for path in user_store().root.rglob("*") if path.is_file()}
+    """What is told; both forms of it are there, and agree; it has remembered nothing."""
     before = dict(memory.MEMORY.choices), dict(memory.MEMORY.decided)
     explanation = clp.explain(logits, labels, **options)
-    assert before == (memory.MEMORY.choices, memory.MEMORY.decided)  # it has remembered nothing
-    assert stored == {path: path.read_bytes() for path in user_store().root.rglob("*") if path.is_file()}
+    assert before == (memory.MEMORY.choices, memory.MEMORY.decided)
     plain = json.loads(json.dumps(explanation.to_dict(), allow_nan=False))
     assert set(plain) == {field.name for field in dataclasses.fields(explanation)} | {"bucket_rows"}
-    assert plain["steps"] == explanation.steps
     first, second = str(explanation).splitlines()[:2]
     assert first.endswith(f": {explanation.backend or 'not decided yet'}") and second == f"  {explanation.why}"
     return explanation
@@ -47,15 +45,12 @@ def call(problem=LARGE) -> None:
 
 
 def test_a_small_problem():
-    explanation = explained(LOGITS[:3], LABELS[:3])
-    assert str(explanation).splitlines() == [
+    assert str(explained(LOGITS[:3], LABELS[:3])).splitlines() == [
         "3 x 1031 float32 on cpu (not 16-byte aligned): eager",
         "  fewer than 2^20 logits, and no profile decides it: eager, since a launch costs more than the work",
         "  remembered: this process has not chosen for it yet",
         "  stored: no profile decides it",
     ]
-    assert explanation.steps["small"] == "eager, small"
-    assert (explanation.decision, explanation.nearest, explanation.measured_rows) == (None, (), ())
 
 
 def test_the_walk_of_a_problem_that_the_next_call_measures():
@@ -71,23 +66,36 @@ def test_the_walk_of_a_problem_that_the_next_call_measures():
     assert explanation.backend is None and explanation.source is None and explanation.decision is None
 
 
-@pytest.mark.parametrize(("name", "why"), [("off", "the mode is 'off'"), ("lookup", "the mode is 'lookup'")])
-def test_a_problem_that_the_default_rule_will_take(name, why, mode):
+@pytest.mark.parametrize("name", ["off", "lookup"])
+def test_a_problem_that_the_default_rule_takes_says_before_and_after_why_nothing_is_measured(name, checks, mode):
     mode(name)
     explanation = explained()
+    assert list(explanation.steps) == list(rule.STEPS) and explanation.backend is None
     assert explanation.why == (
         "the next call takes the first of cpp, compiled, flash_attn, eager that can run it and passes a short check; "
-        f"it does not measure, because {why}"
+        f"nothing is measured now, because the mode is '{name}'"
     )
-    assert list(explanation.steps) == list(rule.STEPS) and explanation.backend is None
+    call()
+    explanation = explained()
+    assert (explanation.backend, explanation.source) == ("cpp", "default rule")
+    assert explanation.why == (
+        "by the default rule: the first that can run it and passes a short check; nothing is measured now, because the "
+        f"mode is '{name}'"
+    )
 
 
 def test_a_forked_child_and_one_of_several_ranks(monkeypatch):
     memory.MEMORY.is_forked = True
-    assert explained().why.endswith("it does not measure, because this process is a forked child of another")
+    assert explained().why.endswith("nothing is measured now, because this process is a forked child of another")
     memory.MEMORY.is_forked = False
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert "this process is one of several ranks; call tune(..., group=...) on all of them" in explained().why
+
+
+def test_after_a_measurement_that_failed_it_says_so(fake, checks):
+    fake.answer = raising(TuningFailed("the budget ended"))
+    call()
+    assert explained().why.endswith("nothing is measured now, because measuring came to no decision: the budget ended")
 
 
 def test_options_count():
@@ -109,16 +117,15 @@ def test_a_decision_with_all_that_is_known_of_it():
     compiled = measured("compiled", seconds=1e-3, speedup_over_plain=Speedup(3.8, 4.0, 4.2))
     publish(decided(chosen="compiled", candidates=all_measured() | {"compiled": compiled}))
     explanation = explained()
-    assert (explanation.backend, explanation.source, explanation.measured_rows) == ("compiled", "user store", (1024,))
+    assert (explanation.backend, explanation.source) == ("compiled", "user store")
     lines = str(explanation).splitlines()
-    assert lines[1:6] == [
+    assert lines[1:5] == [
         "  stored in the user's profiles",
         "  remembered: this process has not chosen for it yet",
-        "  profiles hold it for N of 1024",
         "  FASTER_CLEAR: compiled is faster",
         f"  measured {explanation.decision.measured_at} at N = 1024: 10 rounds, full check",
     ]
-    assert sorted(line for line in lines[6:] if line[2] != " ") == [
+    assert sorted(line for line in lines[5:] if line[2] != " ") == [
         "  compiled    chosen: slower, as it was",
         "  cpp         slower: slower, as it was",
         "  eager       slower: slower, as it was",
@@ -145,15 +152,11 @@ def test_a_decision_with_all_that_is_known_of_it():
     ],
 )
 def test_where_a_decision_comes_from(source, why, elsewhere):
-    places = {
-        "user store": user_store(),
-        "project profiles": Store(elsewhere / "profiles"),
-        "bundled profiles": Store(elsewhere / "bundled"),
-    }
-    if source in places:
-        publish(decided(), places[source])
-    else:
+    folder = {"user store": user_store().root, "project profiles": elsewhere / "profiles"}.get(source)
+    if source in ("tuned here", "ranks"):
         memory.MEMORY.remember_decision(decided(), source)
+    else:
+        publish(decided(), Store(folder or elsewhere / "bundled"))
     for _ in range(2):  # before and after a call
         explanation = explained()
         assert (explanation.backend, explanation.source, explanation.why) == ("eager", source, why)
@@ -164,7 +167,11 @@ def test_where_a_decision_comes_from(source, why, elsewhere):
     ("rows", "source", "why"),
     [
         (2048, "near", "stored for another number of rows, within 4x of it"),
-        (8192, "related", "stored for another number of rows, the nearest that was measured"),
+        (
+            *(8192, "related"),
+            "stored for another number of rows, the nearest that was measured; nothing is measured now, because the "
+            "mode is 'lookup'",
+        ),
     ],
 )
 def test_a_decision_for_another_number_of_rows(rows, source, why, mode):
@@ -173,25 +180,22 @@ def test_a_decision_for_another_number_of_rows(rows, source, why, mode):
     for _ in range(2):
         explanation = explained()
         assert (explanation.backend, explanation.source, explanation.why) == ("eager", source, why)
-        assert explanation.measured_rows == (rows,) and explanation.decision.problem.rows == rows
         assert f"at N = {rows}, timed with 512 rows" in str(explanation)
         call()
 
 
-def test_the_default_rule_and_a_backend_that_was_set_aside(checks, mode):
+def test_a_backend_that_was_set_aside(checks, mode):
     mode("lookup")
     call()
-    explanation = explained()
-    assert (explanation.backend, explanation.source) == ("cpp", "default rule")
-    assert "the first that can run it and passes a short check; nothing was measured" in explanation.why
     memory.MEMORY.put_aside("cpp", LARGE, RuntimeError("it broke"))
     explanation = explained()
     assert (explanation.backend, explanation.source) == ("eager", "set aside")
     assert explanation.why == "the backend that served it failed, and is set aside in this process"
+    assert "  set aside: cpp raised RuntimeError: it broke" in str(explanation).splitlines()
 
 
 def test_a_stale_decision(mode):
-    changed = {"compiled": measured("compiled", fingerprint="0" * 16)}
+    changed = {"compiled": measured("compiled", fingerprint=NEW)}
     publish(decided(candidates=all_measured() | changed))
     explanation = explained()
     assert explanation.backend is None and explanation.decision is not None  # what is known, and that it will not do
@@ -240,13 +244,8 @@ def test_what_was_decided_but_failed_is_not_measured_again():
     memory.MEMORY.put_aside("compiled", LARGE, RuntimeError("it broke"))
     explanation = explained()
     assert explanation.set_aside == {"compiled": "RuntimeError: it broke"}
-    assert "  set aside: compiled raised RuntimeError: it broke" in str(explanation).splitlines()
-    assert explanation.steps["stored"].endswith(
-        "backend 'compiled', which it chose, failed in this process and is set aside"
-    )
-    assert explanation.why.endswith(
-        "it does not measure, because it has been measured already, and what was chosen may not serve now"
-    )
+    assert "which it chose, failed in this process and is set aside" in explanation.steps["stored"]
+    assert explanation.why.endswith("it has been measured already, and what was chosen may not serve now")
 
 
 def test_no_backend_of_others_is_imported(own_registry):
@@ -265,23 +264,7 @@ def test_a_measurement_without_figures_can_be_shown():
     assert sum(line.startswith("              ") for line in lines) == 2  # eager's and cpp's
 
 
-def test_a_baseline_of_another_place_does_no_harm(mode):
-    mode("lookup")
-    publish(decided(baseline="other", candidates=all_measured() | {"other": measured("eager")}))
-    assert "the speed of other" in str(explained())
-
-
-def test_a_measurement_of_this_very_process_can_be_shown(fake):
-    clp.log_probs_from_logits(LOGITS, LABELS)
-    explanation = explained()
-    assert (explanation.backend, explanation.source) == ("eager", "tuned here") and explanation.measured_rows == (1024,)
-
-
 # What is stored near it
-
-
-def near(most=3):
-    return nearest_stored(rule.context_of(LARGE, CPU, policy()), most)
 
 
 def test_the_fewest_fields_come_first_and_of_these_the_nearest_n():
@@ -292,11 +275,10 @@ def test_the_fewest_fields_come_first_and_of_these_the_nearest_n():
         LARGE._replace(temperature="number"),
         LARGE._replace(dtype=torch.bfloat16, needs_grad=True, vocab=7),
     ]
-    assert near() == []
     for other in others:
         publish(decided(other))
-    neighbours = near(most=5)
-    assert [one.problem for one in neighbours] == [others[3], others[1], others[0], others[2], others[4]]
+    neighbours = nearest_stored(rule.context_of(LARGE, CPU, policy()), most=5)
+    assert [neighbour.problem for neighbour in neighbours] == [others[3], others[1], others[0], others[2], others[4]]
     assert neighbours[3].differs == {"rows": (2048, 1024), "entropy": (True, False)}
     assert str(neighbours[0]) == "1024 x 1031 float32 on cpu (user store): temperature is number there, and none here"
     explanation = explained()
@@ -309,7 +291,7 @@ def test_the_fewest_fields_come_first_and_of_these_the_nearest_n():
 def test_facts_of_another_environment_are_told():
     there = dataclasses.replace(environment_at(CPU), torch="1.0", cpu_threads=999, python="2.7")
     user_store().publish(there, decided())
-    (neighbour,) = near()
+    (neighbour,) = explained().nearest
     assert neighbour.differs == {  # and not python, which is no part of the key
         "cpu_threads": (999, torch.get_num_threads()),
         "torch": ("1.0", torch.__version__),

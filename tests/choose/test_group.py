@@ -1,19 +1,15 @@
 """`tune(group=...)` in one process, rank after rank, over a real store; `test_ranks.py` has real ranks."""
 
-import dataclasses
-import json
-
 import pytest
 import torch
 from torch import distributed
 
 import compiled_logprobs as clp
-from compiled_logprobs.choose import auto, group, memory
+from compiled_logprobs.choose import group, memory
 from compiled_logprobs.choose.memory import Memory
-from compiled_logprobs.policy import policy
 from compiled_logprobs.store import user_store
 from compiled_logprobs.tuning.tuner import TuningFailed
-from tests.helpers.stored_decisions import CPU, LARGE, decided
+from tests.helpers.stored_decisions import LARGE, chosen, decided, raising
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -48,24 +44,12 @@ def ranks(monkeypatch, fake):
     return tune
 
 
-def serves(problem=LARGE) -> tuple[str, str]:
-    name, _ = auto.choose(problem, CPU, policy())
-    return name, memory.MEMORY.decided[problem].source
-
-
-def raising(error: BaseException):
-    def fail(problem):
-        raise error
-
-    return fail
-
-
 def test_all_ranks_hold_what_the_first_measured(ranks, fake):
     fake.answer = lambda problem: decided(problem, "cpp")
     problems = [LARGE, LARGE._replace(rows=2048), LARGE._replace(rows=1000)]
     first = ranks(0, problems)
-    assert serves() == ("cpp", "ranks")
-    assert ranks(1, problems) == first and serves() == ("cpp", "ranks")
+    assert chosen() == ("cpp", "ranks")
+    assert ranks(1, problems) == first and chosen() == ("cpp", "ranks")
     assert len(fake.asked) == 2 == len(first)
     assert len(list(user_store().decisions())) == 2
     assert ranks(0) == ranks(1) == first[:1] and len(fake.asked) == 2  # it is stored
@@ -78,7 +62,7 @@ def test_a_rank_that_waits_in_vain_has_all_hold_eager(ranks, fake, monkeypatch):
     for rank in (1, 0):  # the first comes late, and finds that
         with pytest.warns(RuntimeWarning, match=r"rank \d of the group holds eager for .*: rank 1 waited for 0.1 s"):
             [decision] = ranks(rank, budget_s=0.2)
-        assert (decision.chosen, decision.code) == ("eager", "RANKS_DIFFER") and serves() == ("eager", "ranks")
+        assert (decision.chosen, decision.code) == ("eager", "RANKS_DIFFER") and chosen() == ("eager", "ranks")
     lines = str(clp.explain(torch.empty(1024, 1031), torch.zeros(1024, dtype=torch.int64))).splitlines()
     assert lines[-2:] == [
         "  RANKS_DIFFER: it is what all ranks have: rank 1 waited for 0.1 s",
@@ -88,20 +72,15 @@ def test_a_rank_that_waits_in_vain_has_all_hold_eager(ranks, fake, monkeypatch):
     assert [ranks(rank)[0].chosen for rank in (0, 1)] == ["cpp", "cpp"]  # another call is another cell
 
 
-@pytest.mark.parametrize("error", [TuningFailed("no backend could be measured"), OSError("the disk is gone")])
+@pytest.mark.parametrize("error", [TuningFailed("no backend could be measured"), OSError("gone"), KeyboardInterrupt()])
 def test_where_the_first_fails_all_hold_eager(ranks, fake, error):
     fake.answer = raising(error)
-    for rank in (0, 1):
+    if isinstance(error, KeyboardInterrupt):  # which goes on there
+        with pytest.raises(KeyboardInterrupt):
+            ranks(0)
+    for rank in (1,) if isinstance(error, KeyboardInterrupt) else (0, 1):
         with pytest.warns(RuntimeWarning, match=f"rank 0: {type(error).__name__}: {error}"):
             assert [decision.chosen for decision in ranks(rank)] == ["eager"]
-
-
-def test_an_interruption_of_the_first_goes_on_there(ranks, fake):
-    fake.answer = raising(KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        ranks(0)
-    with pytest.warns(RuntimeWarning, match="rank 0: KeyboardInterrupt"):
-        assert [decision.chosen for decision in ranks(1)] == ["eager"]
 
 
 @pytest.mark.parametrize("other", [[LARGE._replace(masked_logits=True)], [LARGE, LARGE._replace(rows=2)], []], ids=len)
@@ -142,13 +121,6 @@ def test_a_store_that_does_not_answer_leaves_eager(ranks, fake, monkeypatch):
     monkeypatch.setattr(group, "_write", gone)
     with pytest.warns(RuntimeWarning, match="rank 0: RuntimeError: the connection is closed"):
         assert ranks(0)[0].chosen == "eager"
-
-
-def test_a_cell_is_plain_json_and_the_first_that_was_written_counts():
-    store = distributed.HashStore()
-    first = group._write(store, "cell", {"over": "first"})
-    assert first == group._write(store, "cell", {"over": "second"}) == json.loads(store.get("cell"))
-    assert dataclasses.is_dataclass(group._baseline(LARGE, "first", CPU))
 
 
 @pytest.mark.parametrize("what", ["WORLD", -100, distributed.GroupMember.NON_GROUP_MEMBER])

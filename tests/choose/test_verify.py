@@ -21,7 +21,16 @@ from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.tuner import TuningFailed
 from tests.helpers.backends_for_tuning import registered
 from tests.helpers.backends_that_change import VARIABLE
-from tests.helpers.stored_decisions import CPU, FakeTuner, all_measured, decided, evidence_of, measured, publish
+from tests.helpers.stored_decisions import (
+    CPU,
+    NEW,
+    FakeTuner,
+    all_measured,
+    decided,
+    measured,
+    publish,
+    raising,
+)
 
 PROBLEM = Problem("cpu", rows=256, vocab=4096, dtype=torch.float32, needs_grad=True)
 TARGETS = {
@@ -43,7 +52,7 @@ def won_by(name: str = "compiled", speedup: Speedup | None = None, **changes) ->
     return decided(PROBLEM, name, candidates=candidates)
 
 
-CHANGED = {"eager": measured("eager", fingerprint="0" * 16)}
+CHANGED = {"eager": measured("eager", fingerprint=NEW)}
 
 
 # Real faults
@@ -79,7 +88,6 @@ def test_winners_that_became_wrong_or_crash_are_found(tmp_path, monkeypatch):
         ((1.50, 1.60, 1.70), (1.40, 1.43, 1.456), 256, True),  # 1.50 / 1.03 = 1.4563
         ((1.50, 1.60, 1.70), (1.40, 1.43, 1.457), 256, False),
         ((1.50, 1.60, 1.70), (1.40, 1.43, 1.456), 128, False),  # of another number of rows
-        ((1.50, 1.60, 1.70), (1.80, 1.90, 2.00), 256, False),
         ((1.04, 1.05, 1.06), (1.00, 1.01, 1.029), 256, True),  # the baseline would serve now
         ((1.04, 1.05, 1.06), (1.00, 1.01, 1.031), 256, False),
         ((1.50, 1.60, 1.70), (0.90, 0.95, 1.02), 128, True),
@@ -91,24 +99,15 @@ def test_what_counts_as_a_regression(then, now, rows, regressed):
     assert (reason is not None) == regressed, reason
 
 
-def test_a_speed_up_over_other_code_is_not_compared():
-    assert how_it_regressed(won_by(**CHANGED), Speedup(1.1, 1.2, 1.3), 256) is None
-
-
 @pytest.fixture
 def again(monkeypatch):
     """`again(decision, candidate...)`: what becomes of it, given the winner as each measurement finds it."""
 
-    def verified(decision: Decision, *told: Candidate, baseline: str = "eager") -> Verification:
-        answers = list(told)
-
-        class Tuner(FakeTuner):
-            def decide(self, problem, seconds, *, names, **_):
-                candidates = {**all_measured(), "compiled": answers.pop(0)}
-                now = decided(PROBLEM, candidates=candidates, baseline=baseline)
-                return now, evidence_of(now)
-
-        monkeypatch.setattr(module, "Tuner", Tuner())
+    def verified(decision: Decision, *winners: Candidate, baseline: str = "eager") -> Verification:
+        answers = [
+            decided(PROBLEM, candidates=all_measured() | {"compiled": winner}, baseline=baseline) for winner in winners
+        ]
+        monkeypatch.setattr(module, "Tuner", FakeTuner(lambda problem: answers.pop(0)))
         monkeypatch.setattr(module, "alone_on", lambda *_: contextlib.nullcontext(True))
         (result,) = verify([(decision, "here")], CPU, budget_s=1.0)
         assert not answers
@@ -134,7 +133,7 @@ SLOW, FAST = (measured("compiled", speedup=Speedup(low, low + 0.01, low + 0.02))
 
 
 @pytest.mark.parametrize(
-    ("told", "baseline", "outcome", "why"),
+    ("winners", "baseline", "outcome", "why"),
     [
         ([FAST], "eager", "holds", "2.01x (2.00 to 2.02) the speed of eager, passed 1 of 1 checks"),
         ([SLOW, FAST], "eager", "holds", "2.01x"),  # the first found the machine busy
@@ -144,8 +143,8 @@ SLOW, FAST = (measured("compiled", speedup=Speedup(low, low + 0.01, low + 0.02))
     ],
     ids=["fast", "confirmed not", "confirmed", "no baseline", "few rounds"],
 )
-def test_what_the_times_say(again, told, baseline, outcome, why):
-    result = again(won_by(), *told, baseline=baseline)
+def test_what_the_times_say(again, winners, baseline, outcome, why):
+    result = again(won_by(), *winners, baseline=baseline)
     assert result.outcome == outcome and why in result.why
     assert result.is_failure == (outcome == "regressed") and result.to_dict()["speedup_then"]["median"] == 1.6
 
@@ -165,15 +164,15 @@ def nothing_starts(monkeypatch):
 
 def test_what_is_not_what_was_measured_is_unverifiable_and_no_failure(nothing_starts):
     problems = [PROBLEM._replace(rows=rows) for rows in (1, 2, 4)]
-    away = {**all_measured(), "flash_attn": measured("eager", fingerprint="0" * 16)}
+    away = {**all_measured(), "flash_attn": measured("eager", fingerprint=NEW)}
     publish(dataclasses.replace(won_by("theirs"), problem=problems[0]))
     publish(decided(problems[1], candidates=all_measured() | CHANGED))
     publish(decided(problems[2], "flash_attn", candidates=away))
     before = files(user_store())
     result = run("--json", *QUIET, "--store", str(user_store().root))
     assert result.exit_code == 2
-    became = {one["chosen"]: one for one in json.loads(result.stdout)["decisions"]}
-    assert {one["outcome"] for one in became.values()} == {"unverifiable"}
+    became = {each["chosen"]: each for each in json.loads(result.stdout)["decisions"]}
+    assert {each["outcome"] for each in became.values()} == {"unverifiable"}
     assert became["theirs"]["why"].startswith("backend 'theirs' is not registered here; name it with --backend")
     assert became["eager"]["why"].startswith("backend 'eager' has changed since it was measured")
     assert became["flash_attn"]["why"] == "backend 'flash_attn' cannot run here: needs a CUDA or ROCm device"
@@ -183,18 +182,15 @@ def test_what_is_not_what_was_measured_is_unverifiable_and_no_failure(nothing_st
     assert files(user_store()) == before
 
 
-def test_a_device_that_others_measure_on_and_a_tuner_that_fails_are_no_failures(nothing_starts, monkeypatch, again):
-    monkeypatch.setattr(module, "alone_on", lambda *_: contextlib.nullcontext(False))
-    (result,) = verify([(decided(PROBLEM), "here")], CPU, budget_s=1.0)
-    assert result.outcome == "unverifiable" and "another process has been measuring on cpu" in result.why
-
-    def fail(*_, **__):
-        raise TuningFailed("the worker program was lost")
-
-    monkeypatch.setattr(module, "alone_on", lambda *_: contextlib.nullcontext(True))
-    monkeypatch.setattr(module.Tuner, "decide", fail)
-    (result,) = verify([(decided(PROBLEM), "here")], CPU, budget_s=1.0)
-    assert result.outcome == "unverifiable" and result.why == "it could not be measured: the worker program was lost"
+def test_a_device_that_others_measure_on_and_a_tuner_that_fails_are_no_failures(monkeypatch):
+    monkeypatch.setattr(module, "Tuner", FakeTuner(raising(TuningFailed("the worker program was lost"))))
+    for is_alone, why in (
+        (False, "another process has been measuring on cpu for 600 s"),
+        (True, "it could not be measured: the worker program was lost"),
+    ):
+        monkeypatch.setattr(module, "alone_on", lambda *_, is_alone=is_alone: contextlib.nullcontext(is_alone))
+        (result,) = verify([(decided(PROBLEM), "here")], CPU, budget_s=1.0)
+        assert (result.outcome, result.why) == ("unverifiable", why)
 
 
 def test_why_it_is_unverifiable_has_no_path(monkeypatch):
@@ -211,8 +207,8 @@ def test_each_problem_is_verified_once_as_it_would_serve(tmp_path):
     publish(decided(PROBLEM, seed=2), Store(tmp_path / "profiles"))
     publish(decided(PROBLEM._replace(rows=512), seed=3), Store(tmp_path / "profiles"))
     both = {"user store": user_store(), "project profiles": Store(tmp_path / "profiles")}
-    found = stored_decisions(both, CPU)
-    assert [(source, decision.seed) for decision, source in found] == [("user store", 1), ("project profiles", 3)]
+    chosen = stored_decisions(both, CPU)
+    assert [(source, decision.seed) for decision, source in chosen] == [("user store", 1), ("project profiles", 3)]
 
 
 @pytest.mark.parametrize(
@@ -239,19 +235,10 @@ def test_only_what_is_asked_for(asked, count):
     assert len(stored_decisions({"user store": user_store()}, CPU, **asked)) == count
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ((), "ProfileError: no decision is stored for cpu in environment "),
-        (("--vocab", "qwen9"), "got vocabulary 'qwen9'"),
-        (("--device", "tpu"), "got --device tpu"),
-        (("--progress", "jsonl", "--json"), "which both write to standard output"),
-    ],
-)
-def test_what_cannot_be_verified_is_said(nothing_starts, arguments, said):
-    result = run("--store", str(user_store().root), *arguments)
+def test_without_stored_decisions_it_says_so_and_ends_with_2(nothing_starts):
+    result = run("--store", str(user_store().root))
     assert result.exit_code == 2 and result.stdout == ""
-    assert said in result.stderr and "Traceback" not in result.stderr
+    assert "ProfileError: no decision is stored for cpu in environment " in result.stderr
 
 
 def test_an_interruption_tells_what_is_finished(monkeypatch):
@@ -264,5 +251,5 @@ def test_an_interruption_tells_what_is_finished(monkeypatch):
 
     monkeypatch.setattr(module, "verify", verified)
     result = run("--json", "--progress", "none", "--store", str(user_store().root))
-    told = json.loads(result.stdout)
-    assert result.exit_code == 130 and told["interrupted"] and len(told["decisions"]) == 1
+    printed = json.loads(result.stdout)
+    assert result.exit_code == 130 and printed["interrupted"] and len(printed["decisions"]) == 1

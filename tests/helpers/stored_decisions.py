@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from compiled_logprobs.backends import get_backend
+from compiled_logprobs.choose import auto, rule
 from compiled_logprobs.decision import Candidate, Check, Decision, Evidence, Speedup
 from compiled_logprobs.machine.environment import environment_at
+from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import Problem, bucket
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
@@ -16,6 +18,8 @@ from compiled_logprobs.store.files import Store
 CPU = torch.device("cpu")
 LARGE = Problem("cpu", 1024, 1031, torch.float32, aligned=False)
 """What a call with `torch.randn(1024, 1031)` poses; its N is the top of its bucket."""
+NEW = "0" * 16
+"""A fingerprint that nothing has."""
 
 
 def measured(name: str, outcome: str = "slower", **changes: Any) -> Candidate:
@@ -85,19 +89,34 @@ def publish(decision: Decision, store: Store | None = None) -> None:
     (store or user_store()).publish(environment_at(CPU), decision, evidence_of(decision))
 
 
+def chosen(problem: Problem = LARGE) -> tuple[str, str]:
+    """The backend that serves, and the source of the choice."""
+    name, _ = auto.choose(problem, CPU, policy())
+    choice = rule.remembered(rule.context_of(problem, CPU, policy()))
+    assert not isinstance(choice, str)
+    return name, choice.source
+
+
+def raising(error: BaseException) -> Any:
+    """An answer of `FakeTuner`."""
+
+    def fail(problem: Problem) -> Decision:
+        raise error
+
+    return fail
+
+
 class FakeTuner:
     """In the place of `Tuner`: decides at once, and notes what it was asked."""
 
     short = True
-    asked: list[Problem]
     names: object
     """Of the candidates, in the last call."""
-    answer: Any
-    """From a problem to a decision; may raise."""
 
-    def __init__(self) -> None:
-        self.asked = []
-        self.answer = decided
+    def __init__(self, answer: Any = decided) -> None:
+        """`answer`: from a problem to a decision; may raise."""
+        self.asked: list[Problem] = []
+        self.answer = answer
 
     def __call__(self, device: torch.device, **options: Any) -> "FakeTuner":
         return self
@@ -107,15 +126,7 @@ class FakeTuner:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def decide(
-        self,
-        problem: Problem,
-        seconds: float,
-        *,
-        strict: bool = False,
-        names: object = None,
-        incumbent: str | None = None,
-    ) -> tuple[Decision, Evidence]:
+    def decide(self, problem: Problem, seconds: float, *, names: object, **_: Any) -> tuple[Decision, Evidence]:
         self.asked.append(problem)
         self.names = names
         decision = self.answer(bucket(problem))
