@@ -213,7 +213,7 @@ def tune(
         again: measure also what the user's profiles hold already.
         group: a process group of torch.distributed, whose ranks all call this with the same problems: the first
             measures and stores, and all hold its decisions afterwards. Where it fails, or another rank fails or waits
-            in vain before it is done, all hold `eager`, and a warning says why.
+            in vain before it is done, all hold `eager`, and a warning says why: for that there is no decision.
 
     Returns:
         The decision for each bucket of N among the problems, in their order.

@@ -76,7 +76,6 @@ class Explanation:
             "problem": problem_to_dict(self.problem),
             "bucket_rows": bucket(self.problem).rows,
             "decision": None if self.decision is None else self.decision.to_dict(),
-            "differs": {name: list(both) for name, both in self.differs.items()},
             "nearest": [
                 {**neighbour._asdict(), "problem": problem_to_dict(neighbour.problem)} for neighbour in self.nearest
             ],
@@ -104,6 +103,8 @@ def explain_problem(problem: Problem, device: torch.device, under: Policy) -> Ex
     choice = outcome if isinstance(outcome, Choice) else None
     decision, stale = (None, None) if isinstance(outcome, str) else (outcome.decision, outcome.stale)
     is_exact = decision is not None and decision.problem == bucket(problem)
+    now = environment_at(device).to_dict()
+    then = now if decision is None else decision.environment
     return Explanation(
         problem=problem,
         backend=None if choice is None else choice.backend,
@@ -112,7 +113,7 @@ def explain_problem(problem: Problem, device: torch.device, under: Policy) -> Ex
         steps={step: _in_words(said) for step, said in trace.items()},
         decision=decision,
         stale=stale,
-        differs={} if decision is None else rule.what_differs(decision, device),
+        differs={name: (then.get(name), value) for name, value in now.items() if then.get(name) != value},
         nearest=() if is_exact or under.row_invariant else tuple(nearest_stored(context)),
         set_aside=context.memory.failures(problem),
     )

@@ -9,19 +9,19 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from typing import Any
 
 import torch
 from torch import distributed
 
-from compiled_logprobs.backends import EAGER, backends, code_of
+from compiled_logprobs.backends import EAGER
 from compiled_logprobs.choose import memory
+from compiled_logprobs.choose.memory import Choice
 from compiled_logprobs.choose.rule import holds
 from compiled_logprobs.choose.tune import tune
-from compiled_logprobs.decision import TIME, Candidate, Decision
+from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import InputError, LogProbsError, warn
-from compiled_logprobs.machine.environment import environment_at, fingerprint_of
+from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.policy import checked_budget, policy
 from compiled_logprobs.problem import Problem, bucket, problem_name
 
@@ -97,51 +97,25 @@ def _hold(answer: dict[str, Any], problems: list[Problem], device: torch.device,
             f"got the problems {', '.join(names)} on rank {rank} of the group; the same as on its first are valid, "
             f"which are {', '.join(answer['problems'])}. Pass the same ones, in the same order."
         )
-    reason = answer.get("over")
-    if reason is None and answer["environment"] != fingerprint_of(device):
+    over = answer.get("over")
+    if over is None and answer["environment"] != fingerprint_of(device):
         here, there = fingerprint_of(device), answer["environment"]
-        reason = f"rank {rank} is in environment {here}, the first in {there}; `compiled-logprobs doctor` shows them"
+        over = f"rank {rank} is in environment {here}, the first in {there}; `compiled-logprobs doctor` shows them"
     decisions: list[Decision] = []
-    reasons: dict[Problem, str] = {}
-    for index, problem in enumerate(problems):
-        decision = None if reason else Decision.from_json(answer["decisions"][index].encode())
-        if decision is None or not holds(decision, decision.chosen):
-            unusable = decision and f"backend {decision.chosen!r} cannot run on rank {rank}, or has other code"
-            reasons[problem] = reason or unusable or ""
-            decision = _baseline(problem, reasons[problem], device)
-        decisions.append(decision)
-        memory.MEMORY.remember_decision(decision, "ranks")
+    reasons: dict[Problem, str] = dict.fromkeys(problems, over) if over else {}
+    for text in [] if over else answer["decisions"]:
+        decision = Decision.from_json(text.encode())
+        if holds(decision, decision.chosen):
+            decisions.append(decision)
+            memory.MEMORY.hold(decision.problem, Choice(decision.chosen, "ranks", decision))
+        else:
+            reasons[decision.problem] = f"backend {decision.chosen!r} cannot run on rank {rank}, or has other code"
+    for problem, reason in reasons.items():
+        memory.MEMORY.hold(problem, Choice(EAGER, "ranks", unmeasured=reason))
     if reasons:
-        told = "; for ".join(f"{problem}: {reason}" for problem, reason in reasons.items())
         warn(
-            f"rank {rank} of the group holds {EAGER} for {told}.\n"
+            f"rank {rank} of the group holds {EAGER} for "
+            f"{'; for '.join(f'{problem}: {reason}' for problem, reason in reasons.items())}.\n"
             "Call tune(..., group=...) again on all ranks when that is mended."
         )
     return decisions
-
-
-def _baseline(problem: Problem, reason: str, device: torch.device) -> Decision:
-    """What a rank holds where there is no other decision: nothing was measured for it."""
-    return Decision(
-        problem=problem,
-        chosen=EAGER,
-        code="RANKS_DIFFER",
-        reason=f"it is what all ranks have: {reason}",
-        candidates={EAGER: Candidate("chosen", "the baseline", code_of(EAGER))},
-        left_out=tuple(name for name in backends() if name != EAGER),
-        baseline=EAGER,
-        plain_seconds=None,
-        rounds=0,
-        settled=False,
-        measured_rows=0,
-        proven_rows=0,
-        checked_rows=0,
-        short_check=True,
-        environment=environment_at(device).to_dict(),
-        bandwidth={},
-        telemetry=None,
-        telemetry_reason="nothing was measured",
-        seed=0,
-        measured_at=datetime.now(timezone.utc).strftime(TIME),
-        tuning_seconds=0.0,
-    )

@@ -63,10 +63,10 @@ class Memory:
         self.choices[key_of(problem, policy)] = choice
         self.hot.clear()
 
-    def remember_decision(self, decision: Decision, source: str = "tuned here") -> None:
-        """Let `decision` stand before every stored one."""
-        self.decided[decision.problem] = Choice(decision.chosen, source, decision)
-        self.forget(decision.problem)
+    def hold(self, problem: Problem, choice: Choice) -> None:
+        """Let `choice` stand before every stored decision for `problem`, the top of its bucket."""
+        self.decided[problem] = choice
+        self.forget(problem)
 
     def forget(self, problem: Problem) -> None:
         """Choose anew at the next call, for the bucket of `problem` and for all N of it that were served by a guess."""

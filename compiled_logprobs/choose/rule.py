@@ -16,7 +16,7 @@ for steps 2 to 7.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import NamedTuple
 
 import torch
@@ -26,10 +26,10 @@ from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.check.run import INVARIANCE_ELEMENTS, check_backend
 from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.memory import GUESSES, Choice, Memory, key_of, kind_of
-from compiled_logprobs.decision import Decision, moment
+from compiled_logprobs.decision import TIME, Decision
 from compiled_logprobs.errors import BackendUnavailable, LogProbsError, ProfileError, is_out_of_memory, warn
 from compiled_logprobs.machine.clock import MIB, free_memory
-from compiled_logprobs.machine.environment import environment_at, fingerprint_of
+from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.policy import PROBLEMS_A_PROCESS, Policy, is_rank
 from compiled_logprobs.problem import Problem, bucket, is_small, nearest_first
 from compiled_logprobs.store import stores
@@ -39,7 +39,7 @@ NEAR = 4
 """The ratio of two N up to which a decision for one says enough of the other."""
 TRANSIENT = ("failed", "oom", "timeout", "crashed")
 """Outcomes that may have had a cause outside of the candidate, such as a full disk."""
-TRANSIENT_S = 24 * 3600.0
+TRANSIENT_FOR = timedelta(days=1)
 """How long they count."""
 NO_ROOM_S = 60.0
 """How long eager serves where memory was too short for a check, until the check is tried again."""
@@ -167,9 +167,7 @@ def default(context: Context) -> Choice | Pending | str:
         )
     top = bucket(context.problem)
     for name in BUILT_IN:
-        if name == EAGER:
-            break
-        if (name, top) in context.memory.set_aside or why_not(name, context.problem) is not None:
+        if name == EAGER or (name, top) in context.memory.set_aside or why_not(name, context.problem) is not None:
             continue
         try:
             if _passes(context, name, context.problem):
@@ -285,14 +283,8 @@ def changed(decision: Decision) -> dict[str, str]:
     return {name: f"backend {name!r} {reason}" for name, reason in reasons.items() if reason is not None}
 
 
-def what_differs(decision: Decision, device: torch.device) -> dict[str, tuple[object, object]]:
-    """The facts of the environment that were others when `decision` was measured: then, and now."""
-    then, now = decision.environment, environment_at(device).to_dict()
-    return {name: (then.get(name), value) for name, value in now.items() if then.get(name) != value}
-
-
 def _decisions(context: Context, top: Problem) -> Iterator[Choice]:
-    """The choices that decisions for exactly `top` make, whether or not they can be used."""
+    """The choices for exactly `top`, whether or not they can be used; those of ranks may have no decision."""
     if context.policy.mode == "off":
         return
     if (choice := context.memory.decided.get(top)) is not None:
@@ -335,8 +327,7 @@ def _at_other_rows(context: Context, within: float, source: str) -> Choice | Non
 def _usable(context: Context, choice: Choice) -> Choice | str:
     """`choice`, which has a decision, as it holds now; else why it does not."""
     decision, name = choice.decision, choice.backend
-    assert decision is not None
-    if not context.is_here:
+    if decision is None or not context.is_here:
         return choice
     if {(name, decision.problem), (name, bucket(context.problem))} & context.memory.set_aside.keys():
         reason: str | None = f"backend {name!r}, which it chose, failed in this process and is set aside"
@@ -368,25 +359,17 @@ def _how_it_changed(decision: Decision, name: str) -> str | None:
     if name not in decision.candidates:
         return "was registered after this was measured"
     candidate = decision.candidates[name]
-    if candidate.outcome in TRANSIENT and _age_s(candidate.measured_at or decision.measured_at) > TRANSIENT_S:
+    a_day_ago = (datetime.now(timezone.utc) - TRANSIENT_FOR).strftime(TIME)
+    if candidate.outcome in TRANSIENT and (candidate.measured_at or decision.measured_at) < a_day_ago:
         return f"{candidate.outcome} when this was measured, which may have had a cause that is gone"
     if name not in BUILT_IN and not is_loaded(name):
         return None
     if candidate.outcome in ("unavailable", "unsupported"):
-        can_now = not _is_local(name) and why_not(name, decision.problem) is None
+        target = target_of(name)
+        is_local = isinstance(target, Backend) or target.startswith("__main__:")  # so that no worker can import it
+        can_now = not is_local and why_not(name, decision.problem) is None
         return "could not run this when it was measured, and can now" if can_now else None
     return "has changed since this was measured" if code_of(name) != candidate.fingerprint else None
-
-
-def _age_s(measured_at: str) -> float:
-    measured = moment(measured_at)
-    return math.inf if measured is None else (datetime.now(timezone.utc) - measured).total_seconds()
-
-
-def _is_local(name: str) -> bool:
-    """Whether no other process can import it, so that it is never measured."""
-    target = target_of(name)
-    return isinstance(target, Backend) or target.startswith("__main__:")
 
 
 def _others_can_run(problem: Problem) -> bool:

@@ -119,7 +119,7 @@ def _decide_and_store(
         decision, evidence = decide(tuner, problem, seconds, standing=standing, names=asked, again=again)
     except TuningFailed as error:
         return error
-    memory.MEMORY.remember_decision(decision)
+    memory.MEMORY.hold(problem, Choice(decision.chosen, "tuned here", decision))
     publish(store, decision, evidence, device)
     return decision
 
@@ -157,7 +157,7 @@ def tune_in_call(context: Context, standing: Decision | None) -> Choice | str:
             with Tuner(device, short=True) as tuner:
                 left = seconds - (time.monotonic() - began)
                 decision, evidence = decide(tuner, problem, left, standing=standing, strict=True)
-            context.memory.remember_decision(decision)
+            context.memory.hold(decision.problem, Choice(decision.chosen, "tuned here", decision))
             publish(user_store(), decision, evidence, device)  # before the next one that waits looks there
     except (TuningFailed, OSError, RuntimeError) as error:  # the last two: no room for another process or thread
         if nothing_can_serve_after(error):

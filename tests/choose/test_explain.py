@@ -11,6 +11,7 @@ import compiled_logprobs as clp
 from compiled_logprobs.backends.compiled import Compiled
 from compiled_logprobs.choose import auto, memory, rule
 from compiled_logprobs.choose.explain import nearest_stored
+from compiled_logprobs.choose.memory import Choice
 from compiled_logprobs.decision import Candidate, Speedup
 from compiled_logprobs.machine.environment import environment_at
 from compiled_logprobs.policy import policy
@@ -154,7 +155,7 @@ def test_a_decision_with_all_that_is_known_of_it():
 def test_where_a_decision_comes_from(source, why, elsewhere):
     folder = {"user store": user_store().root, "project profiles": elsewhere / "profiles"}.get(source)
     if source in ("tuned here", "ranks"):
-        memory.MEMORY.remember_decision(decided(), source)
+        memory.MEMORY.hold(LARGE, Choice("eager", source, decided()))
     else:
         publish(decided(), Store(folder or elsewhere / "bundled"))
     for _ in range(2):  # before and after a call

@@ -12,7 +12,7 @@ from compiled_logprobs.backends.compiled import Compiled
 from compiled_logprobs.backends.cpp import Cpp
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.choose import auto, memory, rule
-from compiled_logprobs.choose.memory import Memory
+from compiled_logprobs.choose.memory import Choice, Memory
 from compiled_logprobs.decision import Candidate
 from compiled_logprobs.machine.clock import MIB
 from compiled_logprobs.machine.environment import fingerprint_of
@@ -59,7 +59,7 @@ def test_what_this_process_decided_stands_before_what_is_stored(source, mode, no
     mode("lookup")
     publish(decided(chosen="eager"))
     assert chosen() == ("eager", "user store")
-    memory.MEMORY.remember_decision(decided(chosen="compiled"), source)
+    memory.MEMORY.hold(LARGE, Choice("compiled", source, decided(chosen="compiled")))
     assert chosen() == ("compiled", source)
 
 
@@ -155,7 +155,7 @@ def test_what_is_decided_later_replaces_a_guess(mode, checks):
     mode("lookup")
     other = LARGE._replace(rows=2048)
     assert chosen(other) == ("cpp", "default rule")
-    memory.MEMORY.remember_decision(decided())
+    memory.MEMORY.hold(LARGE, Choice("eager", "tuned here", decided()))
     assert chosen(other) == ("eager", "near")
 
 
@@ -297,7 +297,7 @@ def test_what_ranks_agreed_upon_ends_the_search(mode, monkeypatch, nothing_measu
     """What each would find beside it is its own."""
     mode("lookup")
     publish(decided(chosen="cpp"))
-    memory.MEMORY.remember_decision(decided(chosen="compiled"), "ranks")
+    memory.MEMORY.hold(LARGE, Choice("compiled", "ranks", decided(chosen="compiled")))
     monkeypatch.setattr(Compiled, "why_not", lambda self, problem: "no compiler")
     assert chosen() == ("eager", "ranks")
 

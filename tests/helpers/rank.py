@@ -32,14 +32,14 @@ def tune_and_call(number: int) -> dict:
     problem = Problem("cpu", 1024, 1031 + 2 * number, torch.float32, aligned=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        (decision,) = clp.tune(problem, budget_s=BUDGET_S, group=distributed.group.WORLD)
+        decisions = clp.tune(problem, budget_s=BUDGET_S, group=distributed.group.WORLD)
     logits, labels = torch.randn(problem.rows, problem.vocab), torch.randint(problem.vocab, (problem.rows,))
     out = clp.log_probs_from_logits(logits, labels)
     true = logits.double().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
     assert (out - true).abs().max() < 1e-5, "wrong"
     explanation = clp.explain(logits, labels)
     return {
-        "decision": decision.to_json().decode(),
+        "decisions": [decision.to_json().decode() for decision in decisions],
         "warnings": [str(warning.message) for warning in caught if warning.category is RuntimeWarning],
         "serves": [explanation.backend, explanation.source],
     }
@@ -53,7 +53,7 @@ def agree() -> dict:
 def another_is_killed() -> dict:
     """Which keeps nobody."""
     candidates = {name: measured(name) for name in ("eager", "right")}
-    tune.Tuner = FakeTuner(lambda problem: decided(problem, "right", candidates=candidates))  # type: ignore[misc,assignment]
+    setattr(tune, "Tuner", FakeTuner(lambda problem: decided(problem, "right", candidates=candidates)))  # noqa: B010
     if RANK == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return tune_and_call(1)
@@ -62,7 +62,7 @@ def another_is_killed() -> dict:
 def first_is_killed() -> dict:
     """While it measures."""
     group.PATIENCE_S = PATIENCE_S
-    tune.Tuner = FakeTuner(lambda problem: os.kill(os.getpid(), signal.SIGKILL))  # type: ignore[misc,assignment]
+    setattr(tune, "Tuner", FakeTuner(lambda problem: os.kill(os.getpid(), signal.SIGKILL)))  # noqa: B010
     return tune_and_call(2)
 
 
