@@ -109,23 +109,20 @@ def _mask_regions(x_NV: Tensor, generator: torch.Generator) -> None:
 class Arena:
     """Logits in the middle of memory filled with NaN, all of which is watched."""
 
+    _shape: tuple[int, ...]
+    _strides: tuple[int, ...]
+
     def __init__(self, case: Case, problem: Problem, device: torch.device) -> None:
-        vocab = problem.vocab
-        offset = PADDING + (not problem.aligned or case.strided)
-        row_stride = vocab + (PADDING if problem.layout == "rows" or case.strided else 0) + case.strided
-        self._shape: tuple[int, ...] = (case.rows, vocab)
-        strides: tuple[int, ...] = (row_stride, 1)
-        skipped = 0
-        if problem.layout == "other" and not case.strided and case.rows >= 4:
-            outer = 2  # sequences, the last position of each left out, as in logits[:, :-1]
-            self._shape = (outer, case.rows // outer, vocab)
-            strides = ((case.rows // outer + 1) * row_stride, row_stride, 1)
-            skipped = outer * row_stride
-        size = offset + case.rows * row_stride + skipped + PADDING
+        rows, stride = case.rows, problem.vocab + case.strided
+        stride += PADDING if problem.layout == "rows" or case.strided else 0
+        self._case, self._offset = case, PADDING + (not problem.aligned or case.strided)
+        self._shape, self._strides = (rows, problem.vocab), (stride, 1)
+        if problem.layout == "other" and not case.strided and rows >= 4:
+            # Two sequences, the last position of each left out, as in logits[:, :-1].
+            self._shape, self._strides = (2, rows // 2, problem.vocab), ((rows // 2 + 1) * stride, stride, 1)
+        size = self._offset + (rows + 2) * stride + PADDING
         self._memory = torch.full((size,), torch.nan, dtype=problem.dtype, device=device)
-        self._strides, self._offset = strides, offset
         self._before = self._memory.clone()
-        self._case = case
 
     @property
     def logits(self) -> Tensor:
@@ -175,24 +172,19 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 def labels_for(case: Case, rows: tuple[int, ...], problem: Problem, generator: torch.Generator) -> Tensor:
     """[R, K] labels: first those at the ends and at block edges, then random ones; some repeated, some ignored."""
     device, vocab, count = generator.device, problem.vocab, problem.labels_per_row
-
-    def random(shape: tuple[int, ...]) -> Tensor:
-        return torch.rand(shape, generator=generator, device=device)
-
     labels = torch.randint(vocab, (*rows, count), generator=generator, device=device)
-    sides = torch.tensor(
-        [edge + side for edge in BLOCK_EDGES for side in (-1, 0) if edge + side < vocab], device=device
-    )
-    sides = sides[torch.randperm(len(sides), generator=generator, device=device)]
-    edges = torch.cat([torch.tensor([0, vocab - 1], device=device), sides.to(torch.int64)])
+    sides = [edge + side for edge in BLOCK_EDGES for side in (-1, 0) if edge + side < vocab]
+    order = 2 + torch.randperm(len(sides), generator=generator, device=device)
+    edges = torch.tensor([0, vocab - 1, *sides], device=device)
     flat = labels.view(-1)
     used = min(len(edges), (len(flat) + 1) // 2)
-    flat[:used] = edges[:used]
+    flat[:used] = torch.cat([edges[:2], edges[order]])[:used]
     if case.first_column_is_a_label:
         labels.view(-1, count)[1::2] = 0
     if count > 1:
-        labels[..., 1] = torch.where(random(rows) < 0.3, labels[..., 0], labels[..., 1])
-    ignored = random(rows) < case.ignored
+        repeated = torch.rand(rows, generator=generator, device=device) < 0.3
+        labels[..., 1][repeated] = labels[..., 0][repeated]
+    ignored = torch.rand(rows, generator=generator, device=device) < case.ignored
     if case.ignored < 1.0 and ignored.numel():  # the ends are where mistakes are likely
         ignored.view(-1)[[0, -1]] = False
     labels[ignored] = IGNORE_INDEX

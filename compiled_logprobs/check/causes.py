@@ -37,12 +37,7 @@ ENTROPY = frozenset({"entropy_sign", "entropy_error", "entropy_rmse"})
 
 
 def likely_causes(
-    function: Function,
-    problem: Problem,
-    failed: frozenset[str],
-    device: torch.device,
-    seed: int,
-    ignore_index: bool = True,
+    function: Function, problem: Problem, failed: frozenset[str], device: torch.device, seed: int, ignore_index: bool
 ) -> list[str]:
     """What is probably wrong with a function that failed the checks `failed` on `problem`; the first explains most.
 
@@ -60,16 +55,14 @@ def likely_causes(
             return causes
         causes += _about_values(probe, failed)
         if not overwrites and probe.formula_is_right:  # otherwise what follows would tell only what comes of that
-            causes += _about_gradient(probe, failed)
-            causes += _about_entropy(probe, failed)
-            causes += _about_nan(probe, failed)
+            for about in (_about_gradient, _about_entropy, _about_nan):
+                causes += about(probe, failed)
         causes += _about_ignored(probe, failed)
+        failed -= {"stale_result", "grad_mode_bits"} if overwrites else set()  # which are consequences
     except _Raised as raised:
         if "outside_write" not in failed:  # which is where a write that goes nowhere here has been seen
             causes.append(f"raises for an ordinary input: {raised}")
-        return list(dict.fromkeys(causes)) + [ALWAYS[name] for name in ALWAYS if name in failed]
-    consequences = {"stale_result", "grad_mode_bits"} if overwrites else set()
-    causes += [words for name, words in ALWAYS.items() if name in failed - consequences]
+    causes += [words for name, words in ALWAYS.items() if name in failed]
     return list(dict.fromkeys(causes))
 
 
@@ -85,7 +78,6 @@ class _Got(NamedTuple):
     """As they are afterwards."""
     model: Tensor
     """What the logits were computed from, and a gradient can be taken in; it keeps its values."""
-    labels: Tensor
 
     def first(self) -> Tensor | None:
         """The first tensor among the results."""
@@ -95,7 +87,7 @@ class _Got(NamedTuple):
     def rows(self) -> Tensor | None:
         """[N] float64, if there is a number a row."""
         first = self.first()
-        return first.detach().double().reshape(-1) if first is not None and first.numel() == len(self.labels) else None
+        return first.detach().double().reshape(-1) if first is not None and first.numel() == len(self.model) else None
 
 
 @dataclass
@@ -118,6 +110,8 @@ class _Probe:
         # Half of them from the upper half, where an index that is too narrow and a forgotten block show.
         labels = torch.randint(vocab, (ROWS,), generator=self.generator, device=self.device)
         self.labels = torch.where(torch.arange(ROWS, device=self.device) % 2 == 0, labels, vocab - 1 - labels // 2)
+        self.some_ignored = self.labels.clone()
+        self.some_ignored[1::3] = IGNORE_INDEX
 
     def new_logits(self) -> Tensor:
         shape = ROWS, self.problem.vocab
@@ -129,7 +123,7 @@ class _Probe:
         labels = self.labels if labels is None else labels
         given = model.clone()  # not a leaf, since a function may write into what a model gave it
         result = self.call(given, labels.clone(), entropy=entropy)
-        return _Got(result, given.detach(), model, labels)
+        return _Got(result, given.detach(), model)
 
     def call(self, logits: Tensor, labels: Tensor, *, entropy: bool = False) -> Any:
         """What it returns, as it is; raises _Raised."""
@@ -141,12 +135,6 @@ class _Probe:
                 raise
             said = str(error).strip().splitlines()
             raise _Raised(f"{type(error).__name__}: {said[0] if said else ''}") from error
-
-    def some_ignored(self) -> Tensor:
-        """The labels, every third of them ignored."""
-        labels = self.labels.clone()
-        labels[1::3] = IGNORE_INDEX
-        return labels
 
     def raises(self, logits: Tensor, labels: Tensor) -> str | None:
         """What it raises for these, if it does."""
@@ -160,13 +148,12 @@ class _Probe:
 def _about_calling(probe: _Probe, failed: frozenset[str], ignore_index: bool) -> Iterator[str]:
     if "runs" not in failed:
         return
-    raised = probe.raises(probe.logits, probe.labels)
-    if raised is not None:
+    if probe.raises(probe.logits, probe.labels) is not None:
         swapped = replace(probe, function=probe.function.swapped())
         if swapped.raises(swapped.logits, swapped.labels) is None:
             yield f'takes logits and labels the other way round: say --call "{swapped.function.call}"'
         return
-    raised = probe.raises(probe.logits, probe.some_ignored()) if ignore_index else None
+    raised = probe.raises(probe.logits, probe.some_ignored) if ignore_index else None
     if raised is not None:
         yield (
             f"has no ignored labels, and raises {raised.partition(':')[0]} for those of {IGNORE_INDEX}: mask them "
@@ -185,12 +172,12 @@ def _about_kind(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
         yield f"returns a {type(got.result).__name__}, and no tensor"
         return
     if isinstance(got.result, (tuple, list)):
-        kinds = ", ".join(f"{list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in got.result)
-        results = f"{len(got.result)} results ({kinds})"
+        kinds = [str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in got.result]
+        results = f"{len(kinds)} results ({', '.join(kinds)})"
         yield f"returns {results} where one is expected: wrap it, and return the one that is meant"
     shape = list(first.shape)
     if first.ndim == 0:
-        truth = log_probs_of(got.model, got.labels, probe.temperature)
+        truth = log_probs_of(got.model, probe.labels, probe.temperature)
         for what, total in (("mean", truth.mean()), ("sum", truth.sum())):
             for of, sign in (("losses", -1), ("log-probabilities", 1)):
                 if same(first.detach().double(), sign * total, COARSELY / 2):
@@ -200,7 +187,7 @@ def _about_kind(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     elif shape == [ROWS, 1]:
         yield "keeps a trailing dimension of 1: squeeze it"
     elif shape == [ROWS - 1]:
-        shifted = log_probs_of(got.model[:-1], got.labels[1:], probe.temperature)
+        shifted = log_probs_of(got.model[:-1], probe.labels[1:], probe.temperature)
         for words, sign in (("", 1), (", and returns the loss", -1)):
             if same(sign * first.detach().double(), shifted, 4 * COARSELY):
                 yield f"shifts the labels itself, so that logits [N, V] and labels [N] give N - 1 results{words}"
@@ -219,7 +206,7 @@ def _about_values(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     rows = got.rows()
     if rows is None:
         return
-    reading = read(probe.sign * rows, got.model, got.labels, probe.temperature)
+    reading = read(probe.sign * rows, got.model, probe.labels, probe.temperature)
     probe.formula_is_right = reading is not None and not reading.words
     if reading is None:
         return
@@ -229,7 +216,7 @@ def _about_values(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     first = got.first()
     if not reading.words and failed & VALUES and first is not None and first.dtype.itemsize > 2:
         # A result in half precision says so by its dtype.
-        yield from imprecision(probe.sign * rows, got.model, got.labels, probe.temperature)
+        yield from imprecision(probe.sign * rows, got.model, probe.labels, probe.temperature)
     if not reading.words and "log_prob_sign" in failed:
         yield "lets rounding carry a log-probability above 0, where a token is certain: clamp it"
 
@@ -242,7 +229,7 @@ def _about_state(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     def numbers() -> Tensor:
         with torch.no_grad():
             result = probe.call(memory, probe.labels.clone())
-        rows = _Got(result, memory, memory, probe.labels).rows()
+        rows = _Got(result, memory, memory).rows()
         return torch.empty(0) if rows is None else rows.clone()
 
     calls = [numbers() for _ in range(4)]
@@ -271,7 +258,7 @@ def _about_gradient(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     gradient = probe.sign * gradient.double()
     t = probe.temperature
     probabilities = (got.model.detach().double() / t).softmax(-1)
-    at_label = torch.zeros_like(probabilities).scatter(-1, got.labels[:, None], 1.0)
+    at_label = torch.zeros_like(probabilities).scatter(-1, probe.labels[:, None], 1.0)
     true = (at_label - probabilities) / t
     g = upstream.double()[:, None]
     readings = {
@@ -280,18 +267,14 @@ def _about_gradient(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
         "takes the upstream gradient for 1": true,
         "leaves out the softmax: it is at the label alone": at_label / t * g,
         "is 0 everywhere": torch.zeros_like(true),
+        "lacks the division by the temperature": true * t * g,
+        "divides by the temperature twice": true / t * g,
     }
-    if t != 1.0:
-        readings |= {
-            "lacks the division by the temperature": true * t * g,
-            "divides by the temperature twice": true / t * g,
-        }
-    for tolerance in TOLERANCES:
-        words = next((words for words, values in readings.items() if same(gradient, values, tolerance)), None)
-        if words is not None:
-            if words:
-                yield f"the values are right, and the gradient {words}"
-            return
+    fitting = (
+        words for tolerance in TOLERANCES for words, values in readings.items() if same(gradient, values, tolerance)
+    )
+    if words := next(fitting, ""):
+        yield f"the values are right, and the gradient {words}"
 
 
 def _about_entropy(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
@@ -303,23 +286,21 @@ def _about_entropy(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     entropy, x = got.result[1], got.model.detach().double()
     if "gradient_flows" in failed and not entropy.requires_grad:
         yield "the entropy is detached from the logits: no gradient flows through it"
-    log_p = {s: torch.log_softmax(x / s, -1) for s in (1.0, probe.temperature)}
-    p_log_p = {s: (values.exp() * values).sum(-1) for s, values in log_p.items()}
+    true, untempered = (torch.special.entr((x / s).softmax(-1)).sum(-1) for s in (probe.temperature, 1.0))
     values = entropy.detach().double().reshape(-1)
-    if same(values, p_log_p[probe.temperature], COARSELY):
+    if same(values, -true, COARSELY):
         yield "returns the sum of p log p as the entropy: negative where an entropy must be positive. Negate it"
-    elif probe.temperature != 1.0 and same(values, -p_log_p[1.0], COARSELY):
+    elif probe.temperature != 1.0 and same(values, untempered, COARSELY):
         yield "the entropy is that of the logits before the temperature divides them"
 
 
 def _about_ignored(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     if "ignored_rows" not in failed:
         return
-    labels = probe.some_ignored()
-    rows = probe.run(labels=labels).rows()
+    rows, ignored = probe.run(labels=probe.some_ignored).rows(), probe.some_ignored == IGNORE_INDEX
     if rows is None:
         return
-    got, logits = rows[labels == IGNORE_INDEX], probe.logits[labels == IGNORE_INDEX]
+    got, logits = rows[ignored], probe.logits[ignored]
     for words, token in (("token 0", 0), (f"token V - {-IGNORE_INDEX}", probe.problem.vocab + IGNORE_INDEX)):
         expected = log_probs_of(logits, torch.full((len(logits),), token, device=logits.device), probe.temperature)
         if same(got.abs(), expected.abs(), 4 * COARSELY):
@@ -352,17 +333,14 @@ def _about_inputs(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     if "inputs_changed" not in failed:
         return
     got = probe.run()
-    before, after = got.model.detach().double(), got.logits.double()
-    first = got.first()
+    before, after, first = got.model.detach().double(), got.logits.double(), got.first()
+    words = "writes over its arguments: take a copy of what is changed"
     if same(after, before, 0.0) and first is not None and first.requires_grad:
         torch.autograd.grad(first.sum(), got.model, allow_unused=True)
         if not same(got.logits.double(), before, 0.0):
-            yield "writes the gradient over the logits, unasked: whoever reads them afterwards reads the gradient"
-            return
+            words = "writes the gradient over the logits, unasked: whoever reads them afterwards reads the gradient"
     elif same(after, before / probe.temperature, COARSELY):
-        yield "divides the logits by the temperature in place: the next who reads them divides once more"
-        return
+        words = "divides the logits by the temperature in place: the next who reads them divides once more"
     elif same(after, before - before.amax(-1, keepdim=True), COARSELY):
-        yield "subtracts the maximum from the logits in place"
-        return
-    yield "writes over its arguments: take a copy of what is changed"
+        words = "subtracts the maximum from the logits in place"
+    yield words

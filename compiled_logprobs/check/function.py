@@ -1,4 +1,4 @@
-"""Somebody's function: how it is called, and what it returns.
+"""What is checked: somebody's function, how it is called and what it returns; or a registered backend.
 
 Shapes: N rows, V vocabulary.
 """
@@ -11,8 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from compiled_logprobs.backends import get_backend, require_backend, why_not
 from compiled_logprobs.check.cases import IGNORE_INDEX
 from compiled_logprobs.errors import InputError
+from compiled_logprobs.operation.autograd import compute
 from compiled_logprobs.problem import Problem
 
 Returns = Literal["log_prob", "loss"]
@@ -20,6 +22,7 @@ Returns = Literal["log_prob", "loss"]
 OPTIONS = ("temperature", "ignore_index", "return_entropy", "masked_logits", "inplace_backward", "out_dtype")
 """What a call may name beside f, logits and labels."""
 
+_GIVEN = ("f", "logits", "labels")
 _EXAMPLE = "e.g. --call \"f(labels, logits, temp=temperature, reduction='none')\""
 
 
@@ -31,32 +34,34 @@ class Function:
     dimension that a given call adds, as in "f(logits[None], labels[None])", is taken from the results again.
     """
 
-    row_invariant = False
-    """Nobody has declared it."""
+    row_invariant = False  # nobody has declared it
 
     def __init__(self, function: Callable[..., Any], call: str | None = None, returns: Returns = "log_prob") -> None:
         if returns not in ("log_prob", "loss"):
             raise InputError(f"got returns={returns!r}; 'log_prob' or 'loss' is valid.")
         self.name = getattr(function, "__qualname__", type(function).__name__)
         self.returns = returns
-        self.call = _own_call(function) if call is None else call
         self._function = function
         self._may_batch = call is not None
+        signature = _signature(function, call)
+        options = [name for name in OPTIONS if signature is not None and name in signature.parameters]
+        own = f"f({', '.join(['logits', 'labels', *(f'{name}={name}' for name in options)])})"
+        self.call = own if call is None else call
         tree = _parsed(self.call)
-        if call is not None:
-            _check_fits(function, tree, call)
+        if signature is not None:
+            _check_fits(signature, tree, self.call)
         self._code = compile(tree, "--call", "eval")
         self._options = _names(tree) & set(OPTIONS)
 
     def within(self, problem: Problem) -> Problem:
         """`problem` without the options that the function does not have."""
-        has = self._options.__contains__
+        has = self._options
         return problem._replace(
-            temperature=problem.temperature if has("temperature") else "none",
-            entropy=problem.entropy and has("return_entropy"),
-            masked_logits=problem.masked_logits and has("masked_logits"),
-            inplace_backward=problem.inplace_backward and has("inplace_backward"),
-            out_dtype=problem.out_dtype if has("out_dtype") else torch.float32,
+            temperature=problem.temperature if "temperature" in has else "none",
+            entropy=problem.entropy and "return_entropy" in has,
+            masked_logits=problem.masked_logits and "masked_logits" in has,
+            inplace_backward=problem.inplace_backward and "inplace_backward" in has,
+            out_dtype=problem.out_dtype if "out_dtype" in has else torch.float32,
             labels_per_row=1,
             layout="rows" if problem.layout == "other" else problem.layout,
         )
@@ -83,14 +88,9 @@ class Function:
 
     def returned(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, problem: Problem) -> Any:
         """What it returns for labels [N, 1], as it is, but for a batch dimension that a given call has added."""
-        values = {name: getattr(problem, name) for name in ("masked_logits", "inplace_backward", "out_dtype")} | {
-            "f": self._function,
-            "logits": logits,
-            "labels": labels.squeeze(-1),
-            "temperature": temperature,
-            "ignore_index": IGNORE_INDEX,
-            "return_entropy": problem.entropy,
-        }
+        values = {"f": self._function, "logits": logits, "labels": labels.squeeze(-1), "temperature": temperature}
+        values |= {"ignore_index": IGNORE_INDEX, "return_entropy": problem.entropy}
+        values |= {name: getattr(problem, name) for name in ("masked_logits", "inplace_backward", "out_dtype")}
         result = eval(self._code, values)
         if not self._may_batch:
             return result
@@ -112,25 +112,22 @@ class _Swap(ast.NodeTransformer):
 
 def _parsed(call: str) -> ast.Expression:
     """The expression. Raises InputError for any that is not a call of the function with logits and labels."""
-    valid = ("f", "logits", "labels", *OPTIONS)
     try:
         tree = ast.parse(call.strip(), "--call", "eval")
         compile(tree, "--call", "eval")  # refuses more, such as the same keyword twice
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise InputError(
-            f"got call {call!r}, which is no expression of Python: {error}. Valid is {_EXAMPLE}."
-        ) from error
-    names = _names(tree)
-    unknown, missing = sorted(names - set(valid)), [name for name in valid[:3] if name not in names]
-    if unknown or missing:
-        what = f"the name {unknown[0]!r}" if unknown else f"no {missing[0]}"
-        raise InputError(
-            f"got call {call!r} with {what} in it; it has to name f, which is the function, logits and labels, and may "
-            f"name {', '.join(OPTIONS)}. Valid is {_EXAMPLE}."
-        )
-    if not _calls(tree):
-        raise InputError(f"got call {call!r}, which does not call f, the function. Valid is {_EXAMPLE}.")
-    return tree
+        what = f"which is no expression of Python: {error}"
+    else:
+        names = _names(tree)
+        unknown = sorted(names.difference(_GIVEN, OPTIONS))
+        missing = [name for name in _GIVEN if name not in names]
+        if not (unknown or missing) and _calls(tree):
+            return tree
+        what = f"with the name {unknown[0]!r} in it" if unknown else f"with no {missing[0]} in it" if missing else ""
+    raise InputError(
+        f"got call {call!r}, {what or 'which does not call f, the function'}. It has to call f, which is the function, "
+        f"with logits and labels, and may name {', '.join(OPTIONS)}. Valid is {_EXAMPLE}."
+    )
 
 
 def _calls(tree: ast.Expression) -> list[ast.Call]:
@@ -139,21 +136,17 @@ def _calls(tree: ast.Expression) -> list[ast.Call]:
     return [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "f"]
 
 
-def _check_fits(function: Callable[..., Any], tree: ast.Expression, call: str) -> None:
-    """Raise InputError where the signature of the function, if it has one, does not take what `call` passes."""
-    try:
-        own = inspect.signature(function, follow_wrapped=False)  # what takes the call, not what it stands for
-    except Exception:  # noqa: BLE001 - as in `_own_call`; the call is then tried as it is
-        return
+def _check_fits(signature: inspect.Signature, tree: ast.Expression, call: str) -> None:
+    """Raise InputError where the function does not take what `call` passes."""
     for node in _calls(tree):
         names = [keyword.arg for keyword in node.keywords if keyword.arg is not None]
         if len(names) < len(node.keywords) or any(isinstance(part, ast.Starred) for part in node.args):
             continue  # how many there are shows only when it runs
         try:
-            own.bind(*node.args, **dict.fromkeys(names))
+            signature.bind(*node.args, **dict.fromkeys(names))
         except TypeError as error:
             raise InputError(
-                f"got call {call!r} of a function of {own}: {error}. Arguments that it takes are valid; correct them."
+                f"got call {call!r} of a function of {signature}: {error}. Say how it is called, {_EXAMPLE}."
             ) from error
 
 
@@ -161,21 +154,59 @@ def _names(tree: ast.Expression) -> set[str]:
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
-def _own_call(function: Callable[..., Any]) -> str:
-    """f(logits, labels), with the options that the function itself names."""
+def _signature(function: Callable[..., Any], call: str | None) -> inspect.Signature | None:
+    """Of the function; None if it cannot be read and is not needed, since a call is given."""
     try:
-        own = inspect.signature(function)
+        # A given call is one of what takes it, and not of what that wraps.
+        return inspect.signature(function, follow_wrapped=call is None)
     except Exception as error:  # TypeError and ValueError are Python's own; who computes a signature may raise anything
+        if call is not None:
+            return None
         raise InputError(
             f"got {function!r}, whose signature cannot be read ({type(error).__name__}: {error}); "
             f"a function of (logits, labels) is valid. Wrap it in one, or say how it is called, {_EXAMPLE}."
         ) from error
-    options = [name for name in OPTIONS if name in own.parameters]
-    try:
-        own.bind(None, None, **dict.fromkeys(options))
-    except TypeError as error:
-        raise InputError(
-            f"got a function of {own}, which cannot be called with (logits, labels): {error}. "
-            f"Say how it is called, {_EXAMPLE}."
-        ) from error
-    return f"f({', '.join(['logits', 'labels', *(f'{name}={name}' for name in options)])})"
+
+
+class NamedBackend:
+    """A registered backend, called through `compute` as the public functions do."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._backend = get_backend(name)
+        self.row_invariant = self._backend.row_invariant
+
+    def within(self, problem: Problem) -> Problem:
+        """`problem`. Raises BackendUnavailable where the backend cannot run it."""
+        require_backend(self.name, problem)
+        return problem
+
+    def default_problems(self, plain: Problem) -> list[Problem]:
+        """`plain` in float32, and misaligned in bfloat16, each with the most that the backend has."""
+        problems = []
+        for bare in (plain, plain._replace(dtype=torch.bfloat16, layout="rows", aligned=False)):
+            tempered = bare._replace(temperature="number")
+            richest_first = (tempered._replace(entropy=True), tempered, bare)
+            problems += [problem for problem in richest_first if why_not(self.name, problem) is None][:1]
+        if not problems:
+            require_backend(self.name, plain)  # raises
+        return problems
+
+    def __call__(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, problem: Problem) -> Any:
+        options = {"entropy": problem.entropy, "inplace_backward": problem.inplace_backward}
+        log_probs, entropy = compute(self._backend, logits, labels, temperature, ignore_index=IGNORE_INDEX, **options)
+        log_probs = log_probs.to(problem.out_dtype)
+        return (log_probs, entropy.to(problem.out_dtype)) if entropy is not None else log_probs
+
+    def as_function(self, problem: Problem) -> Callable[..., Any]:
+        """The same as a function of logits [N, V] and labels [N], with the options that `problem` has."""
+
+        def function(logits: Tensor, labels: Tensor, temperature: float = 1.0, return_entropy: bool = False) -> Any:
+            result = self(logits, labels.unsqueeze(-1), temperature, problem._replace(entropy=return_entropy))
+            return (result[0].squeeze(-1), result[1]) if isinstance(result, tuple) else result.squeeze(-1)
+
+        return function
+
+
+Subject = NamedBackend | Function
+"""What is checked."""

@@ -81,13 +81,12 @@ def same(got: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 def _readings(x_NV: Tensor, labels: Tensor, t: float) -> Iterator[Reading]:
     """All combinations of what can be wrong, the simplest first."""
-    temperatures = {"": t}
-    if t != 1.0:
-        temperatures |= {
-            "ignores the temperature": 1.0,
-            "divides by the temperature twice": t * t,
-            "multiplies by the temperature instead of dividing": 1 / t,
-        }
+    temperatures = {
+        "": t,
+        "ignores the temperature": 1.0,
+        "divides by the temperature twice": t * t,
+        "multiplies by the temperature instead of dividing": 1 / t,
+    }
     tokens = {
         "": labels,
         "takes the label of the next row: the labels are shifted once too often": labels.roll(-1),
@@ -108,11 +107,9 @@ def _readings(x_NV: Tensor, labels: Tensor, t: float) -> Iterator[Reading]:
     }
     totals = {(s, w): (x_NV[:, :w] / s).logsumexp(-1) for s in temperatures.values() for w in widths.values()}
     choices = product(temperatures.items(), tokens.items(), widths.items(), forms.items())
-    for (a, s), (b, y), (c, w), (d, form) in sorted(
-        choices, key=lambda choice: sum(bool(words) for words, _ in choice)
-    ):
+    simplest_first = sorted(choices, key=lambda choice: sum(bool(words) for words, _ in choice))
+    for (a, s), (b, y), (c, w), (d, form) in simplest_first:
         picked = x_NV.gather(-1, y[:, None]).squeeze(-1) / s
         yield Reading(tuple(words for words in (d, a, b, c) if words), form(picked, totals[s, w]))
-    if t != 1.0:
-        words = ("divides the log-probabilities by the temperature, and not the logits",)
-        yield Reading(words, log_probs_of(x_NV, labels, 1.0) / t)
+    words = ("divides the log-probabilities by the temperature, and not the logits",)
+    yield Reading(words, log_probs_of(x_NV, labels, 1.0) / t)

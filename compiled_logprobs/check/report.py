@@ -88,10 +88,9 @@ class CheckReport:
 
     def to_dict(self) -> dict[str, Any]:
         """For programs: plain values only, and None where a figure is not finite."""
-
-        def told(result: ProblemReport) -> dict[str, Any]:
-            return {"problem": str(result.problem), "options": result.problem.details()}
-
+        of_problems = [
+            ({"problem": str(result.problem), "options": result.problem.details()}, result) for result in self.results
+        ]
         return {
             "subject": self.subject,
             "passed": self.passed,
@@ -101,11 +100,11 @@ class CheckReport:
             "repeatable": self.repeatable,
             "row_invariant": self.row_invariant,
             "checks": [
-                {"meaning": MEANING[check.name], **told(result), **asdict(check)}
-                for result in self.results
+                {"meaning": MEANING[check.name], **problem, **asdict(check)}
+                for problem, result in of_problems
                 for check in result.checks
             ],
-            "cases": [{**told(result), **asdict(case)} for result in self.results for case in result.cases],
+            "cases": [{**problem, **asdict(case)} for problem, result in of_problems for case in result.cases],
         }
 
 
@@ -210,8 +209,8 @@ class Notes:
         badness = 1.0 if figure is None or not limit else figure / limit
         rank = (math.inf if math.isnan(badness) else badness) + (0.0 if passed else 1e300)
         case, worst, _ = self._cases[-1]
-        told = "" if passed else f"{case.name}: {detail}"
-        check = Check(name, passed, _rounded(figure, 6), _rounded(limit, 6), told)
+        words = "" if passed else f"{case.name}: {detail}"
+        check = Check(name, passed, _rounded(figure, 6), _rounded(limit, 6), words)
         if name not in worst or rank > worst[name][0]:
             worst[name] = rank, check
 

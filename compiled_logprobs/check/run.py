@@ -5,7 +5,7 @@ same input.
 """
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.arguments import check_problem, checked_device
-from compiled_logprobs.check.calls import NamedBackend, Subject, call_once
 from compiled_logprobs.check.cases import Case, cases, same_bits
-from compiled_logprobs.check.function import Function, Returns
+from compiled_logprobs.check.causes import likely_causes
+from compiled_logprobs.check.function import Function, NamedBackend, Returns, Subject
 from compiled_logprobs.check.report import CheckReport, Notes, ProblemReport, Stop
-from compiled_logprobs.check.verdicts import CaseInputs, Results, Yardstick, eager_yardstick, judge, make_inputs
+from compiled_logprobs.check.verdicts import CaseInputs, Results, call_once, eager_yardstick, judge
 from compiled_logprobs.errors import InputError, nothing_can_serve_after
 from compiled_logprobs.machine.clock import free_memory
 from compiled_logprobs.problem import Problem, bucket, collapse, layout_of, short_name
@@ -85,32 +85,26 @@ def check_backend(
     # By default, V is odd and off every block size; flash-attn needs three blocks for it.
     plain = Problem(place.type, rows=48, vocab=vocab or 32771, dtype=torch.float32, needs_grad=True)
     problems = subject.default_problems(plain) if problem is None else [subject.within(problem)]
-    all_notes: list[Notes] = []
-    results = []
-    causes: dict[str, list[Problem]] = {}
 
-    def check_all() -> None:
+    def examine(checked: Problem) -> tuple[Notes, ProblemReport, list[str]]:
+        notes = Notes()
         with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
-            for checked in problems:
-                notes = Notes()
-                _check(subject, checked, notes, short, ignore_index, torch.Generator(place).manual_seed(seed))
-                all_notes.append(notes)
-                results.append(notes.report(checked))
-                if problem is None or isinstance(subject, Function):
-                    for cause in _causes(subject, results[-1], place, seed, ignore_index):
-                        causes.setdefault(cause, []).append(checked)
+            _check(subject, checked, notes, short, ignore_index, torch.Generator(place).manual_seed(seed))
+            result = notes.report(checked)
+            wanted = problem is None or isinstance(subject, Function)
+            return notes, result, _causes(subject, result, place, seed, ignore_index) if wanted else []
 
     # As if nothing surrounded it: inference mode, hooks on saved tensors, autocast and a default device belong to a
     # thread. Anomaly mode does not, and would take the NaN that is among the inputs for a mistake.
     with torch.autograd.set_detect_anomaly(False), ThreadPoolExecutor(1) as thread:
-        thread.submit(check_all).result()
+        all_notes, results, causes = zip(*thread.map(examine, problems), strict=True)
     return CheckReport(
         subject.name,
-        tuple(results),
+        results,
         seed,
         min((same for notes in all_notes for same in notes.repeats), default=None),
         min((same for notes in all_notes for same in notes.rows_alone), default=None),
-        tuple(_of_dtypes(cause, of, problems) for cause, of in causes.items()),
+        _each_once(causes, problems),
     )
 
 
@@ -130,8 +124,6 @@ def _causes(subject: Subject, result: ProblemReport, device: torch.device, seed:
     failed = frozenset(check.name for check in result.checks if not check.passed)
     if not failed:
         return []
-    from compiled_logprobs.check.causes import likely_causes  # which few processes need
-
     function = subject if isinstance(subject, Function) else Function(subject.as_function(result.problem))
     causes = likely_causes(function, result.problem, failed, device, seed, ignore_index)
     wrong_in = [case.case for case in result.cases if not all(check.passed for check in case.checks)]
@@ -141,11 +133,13 @@ def _causes(subject: Subject, result: ProblemReport, device: torch.device, seed:
     return causes
 
 
-def _of_dtypes(cause: str, of: list[Problem], among: list[Problem]) -> str:
-    """`cause`, with the dtypes of the logits that it was seen with, unless these are all."""
-    seen = list(dict.fromkeys(short_name(problem.dtype) for problem in of))
-    every = {problem.dtype for problem in among}
-    return cause if len(seen) == len(every) else f"with {' and '.join(seen)} logits: {cause}"
+def _each_once(causes: Sequence[list[str]], problems: list[Problem]) -> tuple[str, ...]:
+    """Those of all problems, with the dtypes of the logits that one was seen with, unless these are all."""
+    dtypes, words = [short_name(problem.dtype) for problem in problems], []
+    for cause in dict.fromkeys(cause for of_problem in causes for cause in of_problem):
+        seen = dict.fromkeys(dtype for dtype, of_problem in zip(dtypes, causes, strict=True) if cause in of_problem)
+        words.append(cause if len(seen) == len(set(dtypes)) else f"with {' and '.join(seen)} logits: {cause}")
+    return tuple(words)
 
 
 def _check(
@@ -155,7 +149,7 @@ def _check(
     for case in cases(problem, short=short, foreign=isinstance(subject, Function)):
         if not ignore_index:
             case = replace(case, ignored=0.0)
-        inputs = make_inputs(case, problem, yardstick, generator)
+        inputs = CaseInputs(case, problem, yardstick, generator)
         notes.begin(case)
         try:
             _check_case(subject, inputs, notes, generator)
@@ -170,7 +164,7 @@ def _check_case(subject: Subject, inputs: CaseInputs, notes: Notes, generator: t
     needs_grad = inputs.problem.needs_grad
     first = call_once(subject, inputs, notes, with_gradient=False)
     judge(inputs, first, notes)
-    kept = first.copied()
+    kept = first.each(Tensor.clone)
     earlier = {"result": (first.log_probs, kept.log_probs)}
     if needs_grad:
         second = call_once(subject, inputs, notes, with_gradient=True)
@@ -196,14 +190,14 @@ def _check_case(subject: Subject, inputs: CaseInputs, notes: Notes, generator: t
 
 
 def _check_many_rows(
-    subject: Subject, problem: Problem, yardstick: Yardstick, notes: Notes, generator: torch.Generator
+    subject: Subject, problem: Problem, yardstick: dict[str, float], notes: Notes, generator: torch.Generator
 ) -> None:
     """Compare few rows with as many as the bucket has, or as time and memory allow: kernels change with N."""
     free = free_memory(generator.device)
     most = INVARIANCE_ELEMENTS if free is None else min(INVARIANCE_ELEMENTS, free // (4 * BYTES_OF_MANY))
     rows = min(bucket(problem).rows, max(1, most // problem.vocab))
     case = Case(f"{rows} rows, all and some", rows, ignored=0.0)
-    inputs = make_inputs(case, problem._replace(needs_grad=False, inplace_backward=False), yardstick, generator)
+    inputs = CaseInputs(case, problem._replace(needs_grad=False, inplace_backward=False), yardstick, generator)
     notes.begin(case)
     whole = call_once(subject, inputs, notes, with_gradient=False)
     judge(inputs, whole, notes)
@@ -216,7 +210,7 @@ def _check_rows_alone(
 ) -> None:
     """Whether the first rows alone have the bits that they have among all, in `whole`."""
     logits, labels, t = inputs.arena.logits, inputs.labels, inputs.temperature
-    whole = whole.copied()
+    whole = whole.each(Tensor.clone)
     for count in sorted({count for count in counts if 0 < count < len(logits)}):
         try:
             part = subject(logits[:count], labels[:count], t[:count] if isinstance(t, Tensor) else t, inputs.problem)
@@ -225,9 +219,8 @@ def _check_rows_alone(
                 raise
             notes.require("runs", False, f"{count} of the rows alone: {type(error).__name__}: {error}")
         parts: tuple[Tensor, ...] = (part,) if isinstance(part, Tensor) else tuple(part)
-        same = same_bits(parts[0], whole.log_probs[:count])
-        if whole.entropy is not None and len(parts) > 1:
-            same = same and same_bits(parts[1], whole.entropy[:count])
+        among_all = [tensor[:count] for tensor in (whole.log_probs, whole.entropy) if tensor is not None]
+        same = all(map(same_bits, parts, among_all))
         notes.rows_alone.append(same)
         # A single row of strided ones lies as if it were contiguous: another problem, and perhaps another kernel.
         if subject.row_invariant and layout_of(collapse(logits[:count])) == layout_of(collapse(logits)):

@@ -4,19 +4,20 @@ Shapes: N rows, n of them compared, V vocabulary, K labels a row; R one or two l
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from compiled_logprobs.backends import EAGER, get_backend
 from compiled_logprobs.check.cases import IGNORE_INDEX, Arena, Case, labels_for
-from compiled_logprobs.check.report import Errors, Notes
+from compiled_logprobs.check.function import Subject
+from compiled_logprobs.check.report import Errors, Notes, Stop
+from compiled_logprobs.errors import nothing_can_serve_after
 from compiled_logprobs.operation.autograd import compute
-from compiled_logprobs.operation.reference import Reference, reference
-from compiled_logprobs.problem import Problem
+from compiled_logprobs.operation.reference import reference
+from compiled_logprobs.problem import Problem, short_name
 
 EPS = torch.finfo(torch.float32).eps
 BUDGET = 2.0
@@ -30,9 +31,6 @@ FEWEST_ROWS_FOR_A_MEAN = 4
 YARDSTICK_ELEMENTS = 2**22
 """How many logits tell how far eager is off on ordinary rows."""
 
-Yardstick = dict[str, float]
-"""What `eager_yardstick` returns."""
-
 
 class Results(NamedTuple):
     """What a call returned, and the gradient that came of it."""
@@ -41,29 +39,38 @@ class Results(NamedTuple):
     entropy: Tensor | None
     gradient: Tensor | None = None
 
-    def detached(self) -> "Results":
-        return Results(*(None if tensor is None else tensor.detach() for tensor in self))  # type: ignore[arg-type]
-
-    def copied(self) -> "Results":
-        return Results(*(None if tensor is None else tensor.clone() for tensor in self))  # type: ignore[arg-type]
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Results":
+        """All of them changed so."""
+        return Results(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
 
 
-@dataclass
 class CaseInputs:
-    """One case, ready to run."""
+    """One case, ready to run: fresh inputs of one kind, with the truth about them."""
 
-    case: Case
-    problem: Problem
-    arena: Arena
-    labels: Tensor
-    temperature: float | Tensor
-    grad_log_probs: Tensor
-    grad_entropy: Tensor | None
-    sample: Tensor
-    """Indices of the rows, of N, that are compared with the reference."""
-    yardstick: Yardstick
-    true: Reference = field(init=False)
-    eager: Results = field(init=False)
+    def __init__(self, case: Case, problem: Problem, yardstick: dict[str, float], generator: torch.Generator) -> None:
+        device = generator.device
+        self.case, self.problem, self.yardstick = case, problem, yardstick
+        self.arena = Arena(case, problem, device)
+        self.arena.refill(generator)
+        rows = tuple(self.arena.logits.shape[:-1])
+        self.labels = labels_for(case, rows, problem, generator)
+        self.temperature: float | Tensor = 1.0
+        if problem.temperature == "number":
+            self.temperature = float(torch.empty((), device=device).uniform_(0.5, 2.0, generator=generator))
+        elif problem.temperature == "per_token":
+            self.temperature = torch.empty(rows, device=device).uniform_(0.5, 2.0, generator=generator)
+        self.grad_log_probs = torch.randn(self.labels.shape, generator=generator, device=device)
+        through_entropy = problem.entropy and case.through_entropy
+        self.grad_entropy = torch.randn(rows, generator=generator, device=device) if through_entropy else None
+        count = math.prod(rows)
+        self.sample = torch.arange(count, device=device)
+        """Which rows, of N, are compared with the reference."""
+        if count * problem.vocab > CHECKED_ELEMENTS and count > SAMPLED_ROWS:
+            inner = 1 + torch.randperm(count - 2, generator=generator, device=device)[: SAMPLED_ROWS - 2]
+            self.sample = torch.cat([self.sample[:1], inner.sort().values, self.sample[-1:]])
+        t = self.temperature
+        self.row_temperature = self.sampled(t, 1) if isinstance(t, Tensor) else t
+        self.solve()
 
     def sampled(self, tensor: Tensor, columns: int) -> Tensor:
         """[n, columns]: the compared rows of a tensor [R, columns] or, with one column, [R]."""
@@ -71,10 +78,11 @@ class CaseInputs:
 
     def solve(self) -> None:
         """Compute the truth, and what eager makes of the same rows."""
-        problem, t, h = self.problem, self.temperature, self.grad_entropy
+        problem, h = self.problem, self.grad_entropy
         logits = self.sampled(self.arena.logits, problem.vocab)
         labels = self.sampled(self.labels, problem.labels_per_row)
-        t = self.sampled(t, 1).squeeze(-1) if isinstance(t, Tensor) else t
+        t = self.row_temperature.squeeze(-1) if isinstance(self.row_temperature, Tensor) else self.row_temperature
+        self.scale = row_scale(logits, self.row_temperature)
         g = self.sampled(self.grad_log_probs, problem.labels_per_row)
         h = None if h is None else self.sampled(h, 1).squeeze(-1)
         upstream = {"grad_log_probs": g, "grad_entropy": h} if problem.needs_grad else {}
@@ -84,39 +92,79 @@ class CaseInputs:
         log_probs, entropy = compute(eager, logits, labels, t, ignore_index=IGNORE_INDEX, entropy=problem.entropy)
         results = Results(log_probs.to(problem.out_dtype), None if entropy is None else entropy.to(problem.out_dtype))
         gradient = gradient_of(logits, results, g, h) if problem.needs_grad else None
-        self.eager = results.detached()._replace(gradient=gradient)
+        self.eager = results.each(Tensor.detach)._replace(gradient=gradient)
 
 
-def make_inputs(case: Case, problem: Problem, yardstick: Yardstick, generator: torch.Generator) -> CaseInputs:
-    """Fresh inputs of one kind, with the truth about them."""
-    device = generator.device
-    arena = Arena(case, problem, device)
-    arena.refill(generator)
-    rows = tuple(arena.logits.shape[:-1])
-    labels = labels_for(case, rows, problem, generator)
-    temperature: float | Tensor = 1.0
-    if problem.temperature == "number":
-        temperature = float(torch.empty((), device=device).uniform_(0.5, 2.0, generator=generator))
-    elif problem.temperature == "per_token":
-        temperature = torch.empty(rows, device=device).uniform_(0.5, 2.0, generator=generator)
-    count = math.prod(rows)
-    sample = torch.arange(count, device=device)
-    if count * problem.vocab > CHECKED_ELEMENTS and count > SAMPLED_ROWS:
-        inner = 1 + torch.randperm(count - 2, generator=generator, device=device)[: SAMPLED_ROWS - 2]
-        sample = torch.cat([sample[:1], inner.sort().values, sample[-1:]])
-    inputs = CaseInputs(
-        case,
-        problem,
-        arena,
-        labels,
-        temperature,
-        torch.randn(labels.shape, generator=generator, device=device),
-        torch.randn(rows, generator=generator, device=device) if problem.entropy and case.through_entropy else None,
-        sample,
-        yardstick,
-    )
-    inputs.solve()
-    return inputs
+class _NotALeaf(torch.autograd.Function):
+    """Gives `logits` a gradient function, as if a model had computed them, in the memory that they have."""
+
+    @staticmethod
+    def forward(ctx: Any, model: Tensor, logits: Tensor) -> Tensor:
+        # Not a view: autograd watches views more closely than it watches what a model returns.
+        return logits.new_empty(0).set_(
+            logits.untyped_storage(), logits.storage_offset(), logits.shape, logits.stride()
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradient: bool) -> Results:
+    """Call the subject once. Raises Stop where the results are not what they should be in kind."""
+    problem, arena = inputs.problem, inputs.arena
+    labels, t = inputs.labels.clone(), inputs.temperature
+    t = t.clone() if isinstance(t, Tensor) else t
+    logits, gradient, raised = arena.logits, None, ""
+    if with_gradient:
+        model = torch.zeros((), device=logits.device, requires_grad=True)
+        logits = _NotALeaf.apply(model, logits)  # type: ignore[no-untyped-call]  # torch's gap
+    version = logits._version
+    try:
+        with torch.set_grad_enabled(with_gradient):
+            results = _typed(subject(logits, labels, t, problem), inputs, notes)
+        if with_gradient:
+            for what, tensor in (("log-probabilities do", results.log_probs), ("entropy does", results.entropy)):
+                flows = tensor is None or tensor.requires_grad
+                notes.require("gradient_flows", flows, f"the {what} not require a gradient")
+            gradient = gradient_of(logits, results, inputs.grad_log_probs, inputs.grad_entropy)
+    except Stop:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a backend raises is its verdict
+        if nothing_can_serve_after(error):
+            raise
+        raised = f"{type(error).__name__}: {error}"
+    changed = arena.logits_changed()
+    may_overwrite = problem.inplace_backward and gradient is not None
+    notes.add("inputs_changed", may_overwrite or not changed, "the logits were overwritten")
+    notes.add("inputs_changed", torch.equal(labels, inputs.labels), "the labels were overwritten")
+    same = torch.equal(torch.as_tensor(t), torch.as_tensor(inputs.temperature))
+    notes.add("inputs_changed", same, "the temperature was overwritten")
+    if may_overwrite:
+        announced = logits._version > version
+        notes.add("version_counter", announced or not changed, "the logits changed, their version did not")
+    notes.add("outside_write", not arena.surroundings_changed(), "memory beside the logits was written")
+    notes.require("runs", not raised, raised)
+    if gradient is not None:
+        fits = gradient.shape == logits.shape
+        notes.require("shape", fits, f"gradient {list(gradient.shape)}, expected {list(logits.shape)}")
+        notes.add("dtype", gradient.dtype == problem.dtype, f"gradient {short_name(gradient.dtype)}")
+        gradient = gradient.clone() if problem.inplace_backward else gradient
+        if changed:
+            arena.restore()
+    return results.each(Tensor.detach)._replace(gradient=gradient)
+
+
+def _typed(result: Any, inputs: CaseInputs, notes: Notes) -> Results:
+    problem = inputs.problem
+    parts = tuple(result) if isinstance(result, tuple) else (result,)
+    kinds = all(isinstance(part, Tensor) for part in parts) and len(parts) == (2 if problem.entropy else 1)
+    notes.require("result_type", kinds, f"got {', '.join(type(part).__name__ for part in parts)}")
+    expected, dtype = (inputs.labels.shape, inputs.labels.shape[:-1]), problem.out_dtype
+    for part, shape in zip(parts, expected, strict=False):
+        notes.require("shape", part.shape == shape, f"got {list(part.shape)}, expected {list(shape)}")
+        notes.add("dtype", part.dtype == dtype, f"got {short_name(part.dtype)}, expected {short_name(dtype)}")
+    return Results(parts[0], parts[1] if problem.entropy else None)
 
 
 def gradient_of(logits: Tensor, results: Results, grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor:
@@ -137,16 +185,16 @@ def judge(inputs: CaseInputs, results: Results, notes: Notes) -> None:
     hint = "; this is +cross entropy: negate it" if flipped and largest > 0 else ""
     notes.add("log_prob_sign", largest <= 0.0, f"largest log-probability {largest:.4g}{hint}", largest)
     ignored = inputs.labels == IGNORE_INDEX
-    zero = bool((results.log_probs[ignored] == 0).all())
-    notes.add("ignored_rows", zero, "an ignored label does not give 0")
+    zero = results.log_probs[ignored] == 0
+    notes.add("ignored_rows", bool(zero.all()), "an ignored label does not give 0")
     if results.entropy is not None:
         smallest = float(results.entropy.nan_to_num(nan=1.0).min()) if results.entropy.numel() else 0.0
         notes.add("entropy_sign", smallest >= 0.0, f"smallest entropy {smallest:.4g}", -smallest)
     if results.gradient is not None:
         gradient = inputs.sampled(results.gradient, problem.vocab)
         all_ignored = inputs.sampled(ignored, problem.labels_per_row).all(-1)
-        zero = bool((gradient[all_ignored] == 0).all())
-        notes.add("ignored_rows", zero, "the gradient of an ignored row is not 0")
+        zero = gradient[all_ignored] == 0
+        notes.add("ignored_rows", bool(zero.all()), "the gradient of an ignored row is not 0")
         _judge_gradient_sign(inputs, gradient, notes)
     for errors, eager, scale in _errors(inputs, results):
         if errors.got.numel():
@@ -158,7 +206,7 @@ def judge(inputs: CaseInputs, results: Results, notes: Notes) -> None:
 def _errors(inputs: CaseInputs, results: Results) -> Iterator[tuple[Errors, Tensor, Tensor]]:
     """Of each kind of result, eager's results as well, and [n, 1] the size that an eps(float32) is relative to."""
     problem, true, eager = inputs.problem, inputs.true, inputs.eager
-    x_scale = _scale_of(inputs)
+    x_scale = inputs.scale
     log_probs = inputs.sampled(results.log_probs, problem.labels_per_row)
     labels = inputs.sampled(inputs.labels, problem.labels_per_row)
     kept = labels != IGNORE_INDEX
@@ -180,11 +228,11 @@ def _errors(inputs: CaseInputs, results: Results) -> Iterator[tuple[Errors, Tens
         upstream = inputs.sampled(inputs.grad_log_probs, problem.labels_per_row).abs().sum(-1, keepdim=True)
         if inputs.grad_entropy is not None:
             upstream = upstream + inputs.sampled(inputs.grad_entropy, 1).abs() * (1 + math.log(problem.vocab))
-        scale = x_scale * (upstream / _row_temperature(inputs))
+        scale = x_scale * (upstream / inputs.row_temperature)
         yield Errors("gradient", gradient, true.gradient, kept_rows, inputs.sample), eager.gradient, scale.double()
 
 
-def eager_yardstick(problem: Problem, generator: torch.Generator) -> Yardstick:
+def eager_yardstick(problem: Problem, generator: torch.Generator) -> dict[str, float]:
     """How far eager is off on ordinary rows, by the name of the check, in units of eps(float32) times the row's scale.
 
     On the few rows of a case it may be right by luck, and a backend that is as good on the average must not be stopped
@@ -192,8 +240,8 @@ def eager_yardstick(problem: Problem, generator: torch.Generator) -> Yardstick:
     """
     rows = min(SAMPLED_ROWS, max(8, YARDSTICK_ELEMENTS // problem.vocab))
     plain = problem._replace(layout="flat", aligned=True, masked_logits=False)
-    inputs = make_inputs(Case("ordinary rows", rows, ignored=0.0), plain, {}, generator)
-    yardstick: Yardstick = {}
+    inputs = CaseInputs(Case("ordinary rows", rows, ignored=0.0), plain, {}, generator)
+    yardstick: dict[str, float] = {}
     for errors, _, scale in _errors(inputs, inputs.eager):
         relative = errors.error / (EPS * scale)
         yardstick |= {f"{errors.what}_error": float(relative.max()), f"{errors.what}_rmse": _rms(relative)}
@@ -225,15 +273,6 @@ def _rms(error: Tensor) -> float:
     return float(error.square().mean().sqrt())
 
 
-def _row_temperature(inputs: CaseInputs) -> Tensor | float:
-    t = inputs.temperature
-    return inputs.sampled(t, 1) if isinstance(t, Tensor) else t
-
-
-def _scale_of(inputs: CaseInputs) -> Tensor:
-    return row_scale(inputs.sampled(inputs.arena.logits, inputs.problem.vocab), _row_temperature(inputs))
-
-
 def row_scale(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """[n, 1]: the largest finite |x| of each row [n, V], x = logits / temperature; at least 1."""
     logits = logits.float()
@@ -256,7 +295,7 @@ def _judge_gradient_sign(inputs: CaseInputs, gradient: Tensor, notes: Notes) -> 
     at_label = along.gather(-1, labels)
     elsewhere = along.scatter(-1, labels, 0.0)
     # A probability of 1 may round to a little more, by as much as a log-probability may be off.
-    scale = EPS * upstream.abs() * _scale_of(inputs)[kept]
+    scale = EPS * upstream.abs() * inputs.scale[kept]
     right = bool((at_label >= -BUDGET * scale).all() and (elsewhere <= 0).all())
     ends = float(at_label.min()), float(elsewhere.max())
     notes.add("gradient_sign", right, f"smallest at a label {ends[0]:.3g}, largest elsewhere {ends[1]:.3g}")

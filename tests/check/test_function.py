@@ -81,7 +81,7 @@ def test_a_call_that_is_none_is_refused_with_an_example(call, said):
     ],
 )
 def test_what_the_function_does_not_take_is_refused(call, said):
-    with pytest.raises(clp.InputError, match=rf"got call .* of a function of \(scores, .*({said}).*correct them"):
+    with pytest.raises(clp.InputError, match=rf"got call .* a function of \(scores, .*({said}).*Say how"):
         Function(of_other_names, call)
 
 
