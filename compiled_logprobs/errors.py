@@ -49,43 +49,40 @@ def say(text: str) -> None:
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """Of the messages of plain RuntimeErrors, which is all that torch raises on the CPU; in lower case."""
-DEVICE_FAULTS = ("Triton Error [CUDA]", "Triton Error [HIP]", "CUDA error:", "HIP error:")
-"""Of the messages of those who call the driver past torch."""
+DEVICE_FAULTS = ("triton error [cuda]", "triton error [hip]", "cuda error:", "hip error:")
+"""Of the messages of those who call the driver past torch; in lower case."""
 
 
 def nothing_can_serve_after(error: BaseException) -> bool:
     """Whether `error` is out of memory, or a fault of the device, after which every call fails: neither is a backend's
     own."""
     return is_out_of_memory(error) or any(
-        isinstance(one, torch.AcceleratorError)
-        or (isinstance(one, RuntimeError) and any(words in _text(one) for words in DEVICE_FAULTS))
-        for one in _at_the_root_of(error)
+        isinstance(root, torch.AcceleratorError) or _says(root, DEVICE_FAULTS) for root in _roots(error)
     )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of whatever device, also where a compiler wraps the error in one of its own."""
     return any(
-        isinstance(one, torch.OutOfMemoryError | MemoryError)
-        or (isinstance(one, RuntimeError) and any(words in _text(one).lower() for words in OUT_OF_MEMORY))
-        for one in _at_the_root_of(error)
+        isinstance(root, torch.OutOfMemoryError | MemoryError) or _says(root, OUT_OF_MEMORY) for root in _roots(error)
     )
 
 
-def _at_the_root_of(error: BaseException) -> list[BaseException]:
+def _roots(error: BaseException) -> list[BaseException]:
     """`error`, and what it says that it comes from: its cause, and torch.compile's `inner_exception`."""
-    found: list[BaseException] = []
+    roots: list[BaseException] = []
     due: list[object] = [error]
     while due:
-        one = due.pop()
-        if isinstance(one, BaseException) and all(one is not other for other in found):
-            found.append(one)
-            due += [one.__cause__, getattr(one, "inner_exception", None)]
-    return found
+        cause = due.pop()
+        if isinstance(cause, BaseException) and all(cause is not root for root in roots):
+            roots.append(cause)
+            due += [cause.__cause__, getattr(cause, "inner_exception", None)]
+    return roots
 
 
-def _text(error: BaseException) -> str:
+def _says(error: BaseException, phrases: tuple[str, ...]) -> bool:
+    """Whether it is a RuntimeError whose message has one of these phrases."""
     try:
-        return str(error)
-    except Exception:  # noqa: BLE001 - foreign code makes it
-        return ""
+        return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in phrases)
+    except Exception:  # noqa: BLE001 - foreign code makes the message
+        return False

@@ -31,11 +31,9 @@ def bundled_store() -> Store:
 
 def stores() -> dict[str, Store]:
     """The user's, the project's and the bundled store, in the order in which they are asked, each folder once."""
-    found = {"user store": user_store(), "project profiles": project_store(), "bundled profiles": bundled_store()}
-    folders: set[str] = set()
-    each_once: dict[str, Store] = {}
-    for label, store in found.items():
-        if store is not None and (folder := os.path.realpath(store.root)) not in folders:
-            folders.add(folder)
-            each_once[label] = store
-    return each_once
+    in_order = {"user store": user_store(), "project profiles": project_store(), "bundled profiles": bundled_store()}
+    by_folder: dict[str, tuple[str, Store]] = {}
+    for label, store in in_order.items():
+        if store is not None:
+            by_folder.setdefault(os.path.realpath(store.root), (label, store))
+    return dict(by_folder.values())

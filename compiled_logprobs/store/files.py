@@ -81,9 +81,11 @@ class Store:
     def publish(self, environment: Environment, decision: Decision, evidence: Evidence | None = None) -> Path:
         """Store `decision` in place of an older one; its path. Raises ProfileError if that fails."""
         path = self.path(environment.fingerprint(), decision.problem)
-        facts = path.parents[1] / FACTS
+        facts, is_stored = path.parents[1] / FACTS, False
         with self._writing(path):
-            if not _is_usable(facts):
+            with contextlib.suppress(ProfileError):
+                is_stored = read_facts(facts) is not None
+            if not is_stored:
                 write_bytes(facts, json.dumps(environment.to_dict(), indent=2, allow_nan=False).encode() + b"\n")
             if evidence is None:
                 path.with_suffix(EVIDENCE).unlink(missing_ok=True)
@@ -122,12 +124,15 @@ class Store:
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
-        if str(self.root).startswith("~"):  # a folder of that name would be made, and removing that one can cost a home
-            raise _unwritable(self.root, "the home folder of this user is not known")
         try:
+            if str(self.root).startswith("~"):  # such a folder would be made, and removing that one can cost a home
+                raise OSError("the home folder of this user is not known")
             yield
         except OSError as error:
-            raise _unwritable(path, error.strerror or str(error)) from error
+            raise ProfileError(
+                f"the profile {path} cannot be written: {error.strerror or error}.\nValid is a folder that this "
+                f"process may write to, on a disk with room. Make it so, or let {ROOT_VARIABLE} name another folder."
+            ) from error
 
 
 def read_decision(path: Path) -> Decision | None:
@@ -139,11 +144,8 @@ def read_decision(path: Path) -> Decision | None:
 def parse_decision(data: bytes, name: str) -> Decision:
     """The decision in a file with this content, and this name without its end.
 
-    Raises:
-        ProfileError: it cannot be read, or is of another problem than its name says.
+    Raises ProfileError if it cannot be read, or is of another problem than its name says.
     """
-    if b'"sha256"' in data and b'"record"' in data:
-        raise EarlierForm("an earlier release wrote it, in another form")
     decision = Decision.from_json(data)
     if problem_name(decision.problem) != name:
         raise ProfileError(f"it is of another problem, {problem_name(decision.problem)}")
@@ -163,22 +165,19 @@ def parse_evidence(data: bytes, decision: Decision) -> Evidence | None:
     return evidence if (evidence.seed, evidence.measured_at) == (decision.seed, decision.measured_at) else None
 
 
-class EarlierForm(ProfileError):
-    """A file of a release before this form."""
-
-
 def read_facts(path: Path) -> dict[str, Any] | None:
     """The facts in the file at `path`; None if there is no file. Raises ProfileError if they cannot be read."""
     data = read_bytes(path, LIMIT)
     if data is None:
         return None
-    facts = parse_json(data)
-    if isinstance(facts, dict) and "sha256" in facts:
-        raise EarlierForm("an earlier release wrote it, in another form")
-    facts = from_plain(facts, dict[str, str | int | float | None])
+    facts = from_plain(parse_json(data), dict[str, str | int | float | None])
     if facts.get("fingerprint") != path.parent.name:
         raise ProfileError(f"it is of another environment, {facts.get('fingerprint')!r:.80}")
     return facts
+
+
+class EarlierForm(ProfileError):
+    """A file of a release before this form."""
 
 
 def read_bytes(path: Path, limit: int) -> bytes | None:
@@ -194,6 +193,8 @@ def read_bytes(path: Path, limit: int) -> bytes | None:
         raise ProfileError(f"it cannot be read ({error.strerror})") from error
     if len(data) > limit:
         raise ProfileError(f"it has more than {limit} bytes")
+    if b'"sha256"' in data and b'"record"' in data:
+        raise EarlierForm("an earlier release wrote it, in another form")
     return data
 
 
@@ -250,17 +251,3 @@ def _or_warn(read: Callable[[Path], Content | None], path: Path) -> Content | No
     except ProfileError as error:
         pass_over(path, error)
         return None
-
-
-def _is_usable(facts: Path) -> bool:
-    try:
-        return read_facts(facts) is not None
-    except ProfileError:
-        return False
-
-
-def _unwritable(path: Path, why: str) -> ProfileError:
-    return ProfileError(
-        f"the profile {path} cannot be written: {why}.\nValid is a folder that this process may write to, on a disk "
-        f"with room. Make it so, or let {ROOT_VARIABLE} name another folder."
-    )

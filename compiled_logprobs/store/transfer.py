@@ -104,14 +104,8 @@ def export_archive(
 def import_archive(store: Store, source: IO[bytes], *, dry_run: bool = False) -> list[Imported]:
     """Store the decisions of an archive, and say what became of each: what is stored and as new, or newer, stays.
 
-    Args:
-        store: where to.
-        source: the archive.
-        dry_run: whether to store nothing, and only say what would become of each.
-
-    Raises:
-        ProfileError: it is no archive, is not whole, or is too large, and nothing was stored; or a decision cannot be
-            stored, and those before it are.
+    With `dry_run` nothing is stored. Raises ProfileError if it is no archive, is not whole, or is too large, and then
+    nothing was stored; or if a decision cannot be stored, and those before it are.
     """
     files, imported = _unpack(source)
     for path, data in files.items():
@@ -211,8 +205,7 @@ def prune(
         other_environments: also decisions that are for none of `here`.
         dry_run: whether to remove nothing.
 
-    Raises:
-        ProfileError: a file cannot be removed; those before it have gone.
+    Raises ProfileError if a file cannot be removed; those before it have gone.
     """
     pruned = []
     for folder in store.folders():
