@@ -106,8 +106,8 @@ def _refusal(context: rule.Context) -> LogProbsError:
     """With the decisions that are stored for problems like it."""
     error = rule.refusal(context)
     if isinstance(error, ProfileError) and context.policy.mode != "off":
-        nearest = [f"Nearest in the profiles: {neighbour}" for neighbour in nearest_stored(context, most=1)]
-        return ProfileError("\n".join([str(error), *nearest]))
+        nearest = [f"\nNearest in the profiles: {neighbour}" for neighbour in nearest_stored(context, most=1)]
+        return ProfileError("".join([str(error), *nearest]))
     return error
 
 

@@ -81,7 +81,9 @@ class Memory:
     def put_aside(self, backend: str, problem: Problem, error: BaseException) -> bool:
         """Let `backend`, which raised `error`, not serve the bucket of `problem`; whether that is new, at any N."""
         top = bucket(problem)
-        is_first = not any(name == backend and same_but_rows(other, top) for name, other in list(self.set_aside))
+        alike = [
+            other for name, other in list(self.set_aside) if name == backend and top == other._replace(rows=top.rows)
+        ]
         self.set_aside[backend, top] = f"{type(error).__name__}: {error}"
         self.hot.clear()
         for key, choice in list(self.choices.items()):
@@ -90,7 +92,7 @@ class Memory:
                 self.choices.pop(key, None)
             elif choice.backend == backend and asked == top:
                 self.choices[key] = Choice(EAGER, "set aside", choice.decision)
-        return is_first
+        return not alike
 
     def failures(self, problem: Problem) -> dict[str, str]:
         """The backends that are set aside for the bucket of `problem`, and what each raised."""
@@ -99,11 +101,6 @@ class Memory:
 
 MEMORY = Memory()
 """Of this process. Tests replace it, and a fork does."""
-
-
-def same_but_rows(problem: Problem, other: Problem) -> bool:
-    """Whether both differ in N at most."""
-    return problem._replace(rows=other.rows) == other
 
 
 def key_of(problem: Problem, policy: Policy) -> tuple[Problem, str, bool]:

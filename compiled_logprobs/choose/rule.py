@@ -274,7 +274,17 @@ def is_settled(context: Context) -> bool:
 
 def holds(decision: Decision, backend: str) -> bool:
     """Whether `backend` is what was measured, and can run here."""
-    return _why_not_holds(decision, backend) is None
+    return why_not_holds(decision, backend) is None
+
+
+def why_not_holds(decision: Decision, name: str) -> str | None:
+    """Why `backend` is not what was measured, or cannot run here; None if it is and can."""
+    if name not in backends():
+        return f"it chose backend {name!r:.80}, which is not registered here"
+    if code_of(name) != decision.candidates[name].fingerprint:
+        return f"backend {name!r} has changed since it was measured"
+    reason = why_not(name, decision.problem)
+    return None if reason is None else f"backend {name!r} cannot run here: {reason}"
 
 
 def changed(decision: Decision) -> dict[str, str]:
@@ -332,7 +342,7 @@ def _usable(context: Context, choice: Choice) -> Choice | str:
     if {(name, decision.problem), (name, bucket(context.problem))} & context.memory.set_aside.keys():
         reason: str | None = f"backend {name!r}, which it chose, failed in this process and is set aside"
     else:
-        reason = _why_not_holds(decision, name)
+        reason = why_not_holds(decision, name)
     if reason is None:
         return choice._replace(stale=next(iter(changed(decision).values()), None))
     if choice.source == "ranks":  # what each rank would find beside it may differ
@@ -344,15 +354,6 @@ def _usable(context: Context, choice: Choice) -> Choice | str:
             f"the decision for {decision.problem}."
         )
     return f"{choice.source}: {reason}"
-
-
-def _why_not_holds(decision: Decision, name: str) -> str | None:
-    if name not in backends():
-        return f"it chose backend {name!r:.80}, which is not registered here"
-    if code_of(name) != decision.candidates[name].fingerprint:
-        return f"backend {name!r} has changed since it was measured"
-    reason = why_not(name, decision.problem)
-    return None if reason is None else f"backend {name!r} cannot run here: {reason}"
 
 
 def _how_it_changed(decision: Decision, name: str) -> str | None:

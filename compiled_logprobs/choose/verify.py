@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from compiled_logprobs.backends import backends, why_not
-from compiled_logprobs.choose.rule import holds
+from compiled_logprobs.backends import backends
+from compiled_logprobs.choose.rule import holds, why_not_holds
 from compiled_logprobs.choose.tune import WAIT_S
 from compiled_logprobs.decision import Decision, Speedup
 from compiled_logprobs.machine.environment import fingerprint_of, without_paths
@@ -112,8 +112,8 @@ def verify(
     with Tuner(device, on_event=on_event) as tuner:
         for decision, source in decisions:
             on_event({"event": "problem", "problem": decision.problem, "known": False})
-            if (reason := _why_unverifiable(decision)) is not None:
-                yield Verification(decision, source, "unverifiable", reason)
+            if (reason := why_not_holds(decision, decision.chosen)) is not None:
+                yield Verification(decision, source, "unverifiable", without_paths(reason))
                 continue
             with alone_on(device, WAIT_S) as is_alone:
                 if is_alone:
@@ -125,18 +125,6 @@ def verify(
                     reason = f"another process has been measuring on {device} for {WAIT_S:g} s"
                     result = Verification(decision, source, "unverifiable", reason)
             yield result
-
-
-def _why_unverifiable(decision: Decision) -> str | None:
-    """Why the choice is not what was measured, or cannot run here."""
-    name = decision.chosen
-    if name not in backends():
-        return f"backend {name!r:.100} is not registered here; name it with --backend package.module:Class"
-    if (reason := why_not(name, decision.problem)) is not None:
-        return f"backend {name!r} cannot run here: {without_paths(reason)}"
-    if not holds(decision, name):
-        return f"backend {name!r} has changed since it was measured; `compiled-logprobs profile` measures it anew"
-    return None
 
 
 def _measure_again(tuner: Tuner, decision: Decision, source: str, budget_s: float) -> Verification:

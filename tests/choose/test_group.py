@@ -109,17 +109,6 @@ def test_a_rank_in_another_environment_or_without_the_winner_holds_eager(ranks, 
         assert ranks(1) == [] and chosen() == ("eager", "ranks")
 
 
-def test_a_store_that_does_not_answer_leaves_eager(ranks, fake, monkeypatch):
-    def gone(*_):
-        raise RuntimeError("the connection is closed")
-
-    for method in ("compare_set", "check"):
-        monkeypatch.setattr(Group, method, gone, raising=False)
-    monkeypatch.setattr(group, "_write", gone)
-    with pytest.warns(RuntimeWarning, match="rank 0: RuntimeError: the connection is closed"):
-        assert ranks(0) == [] and chosen() == ("eager", "ranks")
-
-
 @pytest.mark.parametrize("what", ["WORLD", -100, distributed.GroupMember.NON_GROUP_MEMBER])
 def test_what_is_no_group(what):
     with pytest.raises(clp.InputError, match=r"got group=.*; a process group of torch.distributed"):

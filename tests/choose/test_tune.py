@@ -1,25 +1,20 @@
 """Measuring: once, within a budget, alone on the device; on demand; and of a stale decision only what has changed."""
 
 import dataclasses
-import subprocess
-import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 import compiled_logprobs as clp
 from compiled_logprobs.choose import memory, tune
 from compiled_logprobs.choose.memory import Memory
 from compiled_logprobs.machine.environment import fingerprint_of
-from compiled_logprobs.problem import bucket
 from compiled_logprobs.store import ROOT_VARIABLE, user_store
-from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.tuner import TuningFailed
-from tests.helpers.disks import a_file, a_full_disk
+from tests.helpers.disks import a_file
 from tests.helpers.stored_decisions import (
     CPU,
     LARGE,
@@ -77,15 +72,7 @@ def test_threads_that_come_at_once_measure_once(fake):
     assert names == ["eager"] * 8 and len(fake.asked) == 1
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        TuningFailed("the budget ended"),
-        OSError("Resource temporarily unavailable"),
-        RuntimeError("can't start new thread"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
+@pytest.mark.parametrize("error", [TuningFailed("the budget ended"), OSError("busy"), RuntimeError("no thread")])
 def test_what_could_not_be_decided_is_said_and_not_tried_again(fake, checks, capsys, error):
     fake.answer = raising(error)
     assert [chosen(), chosen()] == [("cpp", "default rule")] * 2 and len(fake.asked) == 1
@@ -93,9 +80,7 @@ def test_what_could_not_be_decided_is_said_and_not_tried_again(fake, checks, cap
     assert not list(user_store().decisions())
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()], ids=lambda e: type(e).__name__
-)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()])
 def test_out_of_memory_and_interruptions_are_raised_and_leave_nothing_half_done(fake, error):
     fake.answer = raising(error)
     with pytest.raises(type(error)):
@@ -118,64 +103,40 @@ def test_the_budget_of_a_process_is_used_up_in_the_end(fake, checks, monkeypatch
     assert sources == ["tuned here"] * 3 + ["default rule"] * 2
 
 
-def test_nobody_has_to_hear_of_it(fake, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=raising(BrokenPipeError()), flush=lambda: None))
-    assert chosen() == ("eager", "tuned here")
-
-
-def test_another_process_that_measures_is_waited_for_and_its_decision_taken(fake, tmp_path):
-    lock = FileLock(tmp_path / "compiled-logprobs-cpu.lock")
-    lock.acquire()
-    thread = threading.Thread(target=chosen)
-    thread.start()
-    time.sleep(0.2)
-    assert thread.is_alive() and not memory.MEMORY.choices
-    publish(decided(chosen="compiled"))
-    lock.release()
+@pytest.mark.parametrize("call", [chosen, lambda: clp.tune(LARGE)], ids=["call", "tune"])
+def test_another_process_that_measures_is_waited_for_and_its_decision_taken(fake, tmp_path, call):
+    thread = threading.Thread(target=call)
+    with FileLock(tmp_path / "compiled-logprobs-cpu.lock"):
+        thread.start()
+        time.sleep(0.2)
+        assert thread.is_alive() and not memory.MEMORY.choices
+        publish(decided(chosen="compiled"))
     thread.join(30)
     assert chosen() == ("compiled", "user store") and not fake.asked
 
 
-def test_another_process_is_not_waited_for_beyond_the_budget(fake, checks, tmp_path, capsys):
+def test_another_process_is_waited_for_only_so_long(fake, checks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "WAIT_S", 0.1)
     with FileLock(tmp_path / "compiled-logprobs-cpu.lock"), clp.autotune(budget_s=0.2):
         assert chosen() == ("cpp", "default rule")
+        with pytest.raises(clp.LogProbsError, match="another process has been measuring on cpu for 0.1 s; wait for it"):
+            clp.tune(LARGE)
     assert "not decided: another process was measuring on this device all the time" in capsys.readouterr().err
     assert not fake.asked
 
 
-def test_whoever_measures_stores_it_before_the_next_one_looks(fake, monkeypatch, tmp_path):
-    """Of two that come at once, the second takes what the first has decided."""
-
-    def publish_held(*_):
-        with pytest.raises(Timeout):
-            FileLock(tmp_path / "compiled-logprobs-cpu.lock").acquire(timeout=0)
-        held.append(True)
-
-    held: list[bool] = []
-    monkeypatch.setattr(Store, "publish", publish_held)
-    chosen()
-    clp.tune(LARGE, again=True)
-    assert held == [True, True]
-
-
-@pytest.mark.parametrize("place", [a_file, a_full_disk])
-def test_where_nothing_can_be_stored_it_is_measured_all_the_same_and_said(place, fake, tmp_path, monkeypatch):
-    root = place(tmp_path)
-    said = "cannot be written.*\\n.*\\nWhat was measured holds in this process only."
-    try:
-        monkeypatch.setenv(ROOT_VARIABLE, str(root))
-        with pytest.warns(RuntimeWarning, match=said):
-            assert chosen() == ("eager", "tuned here")
-        with pytest.warns(RuntimeWarning, match=said):
-            clp.tune(LARGE._replace(vocab=1033))
-        memory.MEMORY.forget(LARGE)  # as another policy finds it
-        assert [chosen(LARGE._replace(vocab=vocab)) for vocab in (1031, 1033)] == [("eager", "tuned here")] * 2
-        with pytest.raises(clp.ProfileError, match="cannot be written"):
-            list(tune.tune_all([LARGE], CPU))  # as the command line asks, before it measures
-        assert len(fake.asked) == 2
-    finally:
-        if root.is_dir():
-            subprocess.run(["umount", "-l", str(root)], check=True)
+def test_where_nothing_can_be_stored_it_is_measured_all_the_same_and_said(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv(ROOT_VARIABLE, str(a_file(tmp_path)))
+    message = "cannot be written.*\\n.*\\nWhat was measured holds in this process only."
+    with pytest.warns(RuntimeWarning, match=message):
+        assert chosen() == ("eager", "tuned here")
+    with pytest.warns(RuntimeWarning, match=message):
+        clp.tune(LARGE._replace(vocab=1033))
+    memory.MEMORY.forget(LARGE)  # as another policy finds it
+    assert [chosen(LARGE._replace(vocab=vocab)) for vocab in (1031, 1033)] == [("eager", "tuned here")] * 2
+    with pytest.raises(clp.ProfileError, match="cannot be written"):
+        list(tune.tune_all([LARGE], CPU))  # as the command line asks, before it measures
+    assert len(fake.asked) == 2
 
 
 # On demand
@@ -191,12 +152,9 @@ def test_tune_measures_the_call_and_stores_it(fake, mode):
 
 
 def test_tune_measures_each_bucket_once(fake):
-    problems = [LARGE._replace(rows=rows) for rows in (1000, 1024, 5000, 800)]
-    decisions = clp.tune(iter(problems))
-    assert [decision.problem.rows for decision in decisions] == [1024, 6144]
-    assert [bucket(problem).rows for problem in fake.asked] == [1024, 6144]
-    assert clp.tune(LARGE) == [decisions[0]] and len(fake.asked) == 2  # known
-    assert clp.tune([]) == []
+    decisions = clp.tune(LARGE._replace(rows=rows) for rows in (1000, 1024, 5000, 800))
+    assert [decision.problem.rows for decision in decisions] == [1024, 6144] and len(fake.asked) == 2
+    assert clp.tune(LARGE) == [decisions[0]] and clp.tune([]) == [] and len(fake.asked) == 2
 
 
 @pytest.mark.parametrize(
@@ -227,19 +185,12 @@ def test_after_tune_this_process_takes_what_it_returned(fake, checks, mode):
     assert chosen() == ("eager", "user store") and not fake.asked
 
 
-def test_tune_takes_a_device_and_a_budget(fake, monkeypatch):
-    seen = []
-
-    def decide(problem, seconds, **_):
-        seen.append(seconds)
-        return decided(problem), evidence_of(decided(problem))
-
-    monkeypatch.setattr(fake, "decide", decide)
+def test_tune_takes_a_device_and_a_budget(fake):
     clp.tune(LARGE, device="cpu", budget_s=3)
     clp.tune(LARGE, again=True)
     with clp.autotune(budget_s=7):
         clp.tune(LARGE, again=True)
-    assert seen == [3.0, 20.0, 7.0]
+    assert [options["seconds"] for options in fake.options] == [3.0, 20.0, 7.0]
 
 
 def test_tune_tells_what_could_not_be_decided_keeps_the_rest_and_lets_go_of_the_device(fake, tmp_path):
@@ -254,26 +205,6 @@ def test_tune_tells_what_could_not_be_decided_keeps_the_rest_and_lets_go_of_the_
     assert [decision.problem.vocab for _, decision in user_store().decisions()] == [1032]
     with FileLock(tmp_path / "compiled-logprobs-cpu.lock", timeout=0):  # though the traceback lives on
         assert error.value
-
-
-@pytest.mark.parametrize("again", [False, True])
-def test_tune_takes_what_another_process_has_decided_while_it_waited(fake, tmp_path, again):
-    decisions = []
-    thread = threading.Thread(target=lambda: decisions.extend(clp.tune(LARGE, again=again)))
-    with FileLock(tmp_path / "compiled-logprobs-cpu.lock"):
-        thread.start()
-        time.sleep(0.2)
-        publish(decided(chosen="compiled"))
-    thread.join(30)
-    assert [decision.chosen for decision in decisions] == (["eager"] if again else ["compiled"])
-
-
-def test_tune_waits_for_another_process_only_so_long(fake, monkeypatch, tmp_path):
-    monkeypatch.setattr(tune, "WAIT_S", 0.1)
-    told = "another process has been measuring on cpu for 0.1 s; wait for its end"
-    with FileLock(tmp_path / "compiled-logprobs-cpu.lock"), pytest.raises(clp.LogProbsError, match=told):
-        clp.tune(LARGE)
-    assert not fake.asked
 
 
 GPU = LARGE._replace(device_type="cuda")
@@ -315,79 +246,70 @@ def test_the_checks_of_what_was_carried_over_stay_in_the_evidence():
 # Only what has changed
 
 
-class Answers(FakeTuner):
-    """Notes whom it was to measure, and names the winners in turn."""
-
-    def __init__(self, *winners):
-        self.asked, self.short, self.winners = [], False, list(winners)
-
-    def decide(self, problem, seconds, *, names, incumbent, **_):
-        self.asked.append((set(names) | {"eager"}, incumbent))
-        candidates = {name: measured(name) for name in self.asked[-1][0]}
-        decision = decided(problem, self.winners.pop(0), candidates=candidates)
-        return decision, evidence_of(decision)
-
-
 ALL = {"eager", "cpp", "compiled", "flash_attn"}
-CHANGED = measured("compiled", fingerprint=NEW)
+CHANGED = {name: measured(name, fingerprint=NEW) for name in ALL}
 
 
-def standing(winner="cpp", **changes):
-    return decided(chosen=winner, candidates=all_measured() | changes, measured_at=OLD)
+def standing(winner="cpp", *renewed, **changes):
+    """A decision of old, since when the backends `renewed` have changed."""
+    candidates = all_measured() | {name: CHANGED[name] for name in renewed}
+    return decided(chosen=winner, candidates=candidates, measured_at=OLD, **changes)
 
 
-def renewed(answers, stands, **options):
-    return tune.decide(answers, LARGE, 10.0, standing=stands, **options)[0]
+def renew(stands, *winners, **options):
+    """The new decision, given the winner of each measurement; and the candidates of each."""
+    left = list(winners)
+
+    def answer(problem):
+        names = {*tuner.options[-1]["names"], "eager"}  # the baseline is always measured
+        return decided(problem, left.pop(0), candidates={name: measured(name) for name in names})
+
+    tuner = FakeTuner(answer)
+    tuner.short = False
+    decision, _ = tune.decide(tuner, LARGE, 10.0, standing=stands, **options)
+    return decision, [{*asked["names"], "eager"} for asked in tuner.options]
 
 
 def test_one_that_changed_is_measured_beside_the_incumbent_and_the_baseline():
-    answers = Answers("cpp")
-    decision = renewed(answers, standing(compiled=CHANGED))
-    assert answers.asked == [({"eager", "cpp", "compiled"}, "cpp")]
+    decision, asked = renew(standing("cpp", "compiled"), "cpp", names=ALL)
+    assert asked == [{"eager", "cpp", "compiled"}]
     carried = decision.candidates["flash_attn"]
     assert carried.measured_at == OLD and carried.outcome == "unavailable"
     assert decision.candidates["cpp"].measured_at is None and decision.left_out == ()
 
 
 def test_what_was_carried_over_before_keeps_its_date_and_a_new_winner_replaces_the_incumbent():
-    kept = dataclasses.replace(measured("compiled"), measured_at="2025-01-01T00:00:00Z")
-    decision = renewed(Answers("cpp"), standing("eager", cpp=measured("cpp", fingerprint=NEW), compiled=kept))
+    stands = standing("eager", "cpp")
+    stands.candidates["compiled"] = measured("compiled", measured_at="2025-01-01T00:00:00Z")
+    decision, _ = renew(stands, "cpp")
     assert decision.chosen == "cpp" and decision.candidates["compiled"].measured_at == "2025-01-01T00:00:00Z"
 
 
 def test_only_those_that_were_asked_for_are_measured():
-    stands = standing("eager", compiled=CHANGED, cpp=measured("cpp", fingerprint=NEW))
-    answers = Answers("eager")
-    decision = renewed(answers, stands, names=["eager", "cpp"])
-    assert answers.asked == [({"eager", "cpp"}, "eager")]
-    assert decision.candidates["compiled"] == dataclasses.replace(stands.candidates["compiled"], measured_at=OLD)
+    decision, asked = renew(standing("eager", "compiled", "cpp"), "eager", names=["eager", "cpp"])
+    assert asked == [{"eager", "cpp"}]
+    assert decision.candidates["compiled"] == dataclasses.replace(CHANGED["compiled"], measured_at=OLD)
 
 
 def test_everything_is_measured_where_the_incumbent_has_lost_what_it_had():
     """It is no faster than the baseline now: what was slower than it then may be the fastest."""
-    answers = Answers("eager", "compiled")
-    stands = standing(flash_attn=measured("flash_attn", fingerprint=NEW))
-    assert renewed(answers, stands).chosen == "compiled"
-    assert [names for names, _ in answers.asked] == [{"eager", "cpp", "flash_attn"}, ALL]
-    with pytest.raises(TuningFailed, match="the budget of 0 s ended when the standing choice had failed"):
-        tune.decide(Answers("eager"), LARGE, 0.0, standing=stands, strict=True)
+    decision, asked = renew(standing("cpp", "flash_attn"), "eager", "compiled")
+    assert decision.chosen == "compiled" and asked == [{"eager", "cpp", "flash_attn"}, ALL]
 
 
 @pytest.mark.parametrize(
-    ("stands", "options"),
+    ("stands", "again"),
     [
-        (None, {}),
-        (standing(cpp=measured("cpp", fingerprint=NEW)), {}),
-        (standing("compiled", eager=measured("eager", fingerprint=NEW)), {}),
-        (dataclasses.replace(standing(compiled=CHANGED), settled=False), {}),
-        (dataclasses.replace(standing(compiled=CHANGED), short_check=True), {}),
-        (dataclasses.replace(standing(compiled=CHANGED), baseline="compiled"), {}),
-        (standing(), {}),
-        (standing(compiled=CHANGED), {"again": True}),
+        (None, False),
+        (standing("cpp", "cpp"), False),
+        (standing("compiled", "eager"), False),
+        (standing("cpp", "compiled", settled=False), False),
+        (standing("cpp", "compiled", short_check=True), False),
+        (standing("cpp", "compiled", baseline="compiled"), False),
+        (standing(), False),
+        (standing("cpp", "compiled"), True),
     ],
     ids=["nothing", "incumbent changed", "baseline changed", "unsettled", "short", "baseline", "no change", "asked to"],
 )
-def test_everything_is_measured_where_little_still_holds(stands, options):
-    answers = Answers("eager")
-    renewed(answers, stands, **options)
-    assert [names for names, _ in answers.asked] == [ALL]
+def test_everything_is_measured_where_little_still_holds(stands, again):
+    assert renew(stands, "eager", again=again)[1] == [ALL]

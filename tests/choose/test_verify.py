@@ -20,7 +20,6 @@ from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.tuner import TuningFailed
 from tests.helpers.backends_for_tuning import registered
-from tests.helpers.backends_that_change import VARIABLE
 from tests.helpers.stored_decisions import (
     CPU,
     NEW,
@@ -33,9 +32,6 @@ from tests.helpers.stored_decisions import (
 )
 
 PROBLEM = Problem("cpu", rows=256, vocab=4096, dtype=torch.float32, needs_grad=True)
-TARGETS = {
-    name: f"tests.helpers.backends_that_change:{to}" for name, to in (("wrong", "BecomesWrong"), ("crashes", "Crashes"))
-}
 QUIET = ("--progress", "none", "--budget", "10")
 
 
@@ -60,13 +56,12 @@ CHANGED = {"eager": measured("eager", fingerprint=NEW)}
 
 @pytest.mark.slow
 def test_winners_that_became_wrong_or_crash_are_found(tmp_path, monkeypatch):
-    """The worker program finds that what they call has changed."""
+    """By the worker program, with the code that was measured: what it calls has changed."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # with a lock of its own
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv(VARIABLE, "1")
     store = Store(tmp_path / "store")
-    with registered(**TARGETS):
-        for rows, name in zip((4, 8), TARGETS, strict=True):
+    with registered(wrong="WrongSign", crashes="Exits"):
+        for rows, name in ((4, "wrong"), (8, "crashes")):
             candidates = {**all_measured(), name: measured(name)}
             publish(decided(PROBLEM._replace(rows=rows), name, candidates=candidates), store)
         before = files(store)
@@ -74,7 +69,7 @@ def test_winners_that_became_wrong_or_crash_are_found(tmp_path, monkeypatch):
     assert result.exit_code == 1 and "Traceback" not in result.stderr, result.output
     wrong, crashes = json.loads(result.stdout, parse_constant=pytest.fail)["decisions"]
     assert wrong["outcome"] == "wrong" and wrong["why"].startswith("log_prob_error, ")
-    assert crashes["outcome"] == "failed" and crashes["why"] == "crashed: compile: killed by SIGSEGV"
+    assert crashes["outcome"] == "failed" and crashes["why"].startswith("crashed: compile: ")
     assert files(store) == before
 
 
@@ -164,18 +159,17 @@ def nothing_starts(monkeypatch):
 
 def test_what_is_not_what_was_measured_is_unverifiable_and_no_failure(nothing_starts):
     problems = [PROBLEM._replace(rows=rows) for rows in (1, 2, 4)]
-    away = {**all_measured(), "flash_attn": measured("eager", fingerprint=NEW)}
     publish(dataclasses.replace(won_by("theirs"), problem=problems[0]))
     publish(decided(problems[1], candidates=all_measured() | CHANGED))
-    publish(decided(problems[2], "flash_attn", candidates=away))
+    publish(decided(problems[2]._replace(dtype=torch.float64), "cpp"))
     before = files(user_store())
     result = run("--json", *QUIET, "--store", str(user_store().root))
     assert result.exit_code == 2
     became = {each["chosen"]: each for each in json.loads(result.stdout)["decisions"]}
     assert {each["outcome"] for each in became.values()} == {"unverifiable"}
-    assert became["theirs"]["why"].startswith("backend 'theirs' is not registered here; name it with --backend")
-    assert became["eager"]["why"].startswith("backend 'eager' has changed since it was measured")
-    assert became["flash_attn"]["why"] == "backend 'flash_attn' cannot run here: needs a CUDA or ROCm device"
+    assert became["theirs"]["why"] == "it chose backend 'theirs', which is not registered here"
+    assert became["eager"]["why"] == "backend 'eager' has changed since it was measured"
+    assert became["cpp"]["why"].startswith("backend 'cpp' cannot run here: ")
     shown = run(*QUIET, "--store", str(user_store().root))
     assert shown.exit_code == 2 and shown.stdout.endswith("0 of 3 decisions verified, 0 of them hold\n")
     assert shown.stdout.count("\nunverifiable: ") == 3
@@ -194,9 +188,9 @@ def test_a_device_that_others_measure_on_and_a_tuner_that_fails_are_no_failures(
 
 
 def test_why_it_is_unverifiable_has_no_path(monkeypatch):
-    monkeypatch.setattr(module, "why_not", lambda *_: f"no {Path.home()}/secret/kernel.so")
+    monkeypatch.setattr(module, "why_not_holds", lambda *_: f"no {Path.home()}/secret/kernel.so")
     (result,) = verify([(decided(PROBLEM), "here")], CPU, budget_s=1.0)
-    assert "cannot run here" in result.why and "secret" not in result.why
+    assert result.why.startswith("no ") and "secret" not in result.why
 
 
 # Which decisions
@@ -216,22 +210,16 @@ def test_each_problem_is_verified_once_as_it_would_serve(tmp_path):
     [
         ({}, 4),
         ({"rows": [200]}, 3),  # the bucket of 256
-        ({"rows": [257, 500]}, 0),
-        ({"vocabs": [4096]}, 3),
+        ({"rows": [257]}, 0),
         ({"dtypes": [torch.bfloat16]}, 1),
-        ({"modes": ["forward"]}, 1),
         ({"modes": ["backward", "forward"], "vocabs": [4096]}, 3),
     ],
     ids=str,
 )
 def test_only_what_is_asked_for(asked, count):
-    for problem in (
-        PROBLEM,
-        PROBLEM._replace(needs_grad=False),
-        PROBLEM._replace(dtype=torch.bfloat16),
-        PROBLEM._replace(rows=1024, vocab=8192),
-    ):
-        publish(decided(problem))
+    others = {"needs_grad": False}, {"dtype": torch.bfloat16}, {"rows": 1024, "vocab": 8192}
+    for other in ({}, *others):
+        publish(decided(PROBLEM._replace(**other)))
     assert len(stored_decisions({"user store": user_store()}, CPU, **asked)) == count
 
 
@@ -239,17 +227,3 @@ def test_without_stored_decisions_it_says_so_and_ends_with_2(nothing_starts):
     result = run("--store", str(user_store().root))
     assert result.exit_code == 2 and result.stdout == ""
     assert "ProfileError: no decision is stored for cpu in environment " in result.stderr
-
-
-def test_an_interruption_tells_what_is_finished(monkeypatch):
-    for rows in (4, 8):
-        publish(decided(PROBLEM._replace(rows=rows)))
-
-    def verified(decisions, *_, **__):
-        yield Verification(*decisions[0], "holds", "passed")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "verify", verified)
-    result = run("--json", "--progress", "none", "--store", str(user_store().root))
-    printed = json.loads(result.stdout)
-    assert result.exit_code == 130 and printed["interrupted"] and len(printed["decisions"]) == 1

@@ -110,12 +110,12 @@ class FakeTuner:
     """In the place of `Tuner`: decides at once, and notes what it was asked."""
 
     short = True
-    names: object
-    """Of the candidates, in the last call."""
 
     def __init__(self, answer: Any = decided) -> None:
         """`answer`: from a problem to a decision; may raise."""
         self.asked: list[Problem] = []
+        self.options: list[dict[str, Any]] = []
+        """Of each call."""
         self.answer = answer
 
     def __call__(self, device: torch.device, **options: Any) -> "FakeTuner":
@@ -126,8 +126,8 @@ class FakeTuner:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def decide(self, problem: Problem, seconds: float, *, names: object, **_: Any) -> tuple[Decision, Evidence]:
+    def decide(self, problem: Problem, seconds: float, **options: Any) -> tuple[Decision, Evidence]:
         self.asked.append(problem)
-        self.names = names
+        self.options.append({"seconds": seconds, **options})
         decision = self.answer(bucket(problem))
         return decision, evidence_of(decision, {"eager": [2e-3]})
