@@ -40,8 +40,7 @@ _POLICY: ContextVar[Policy | None] = ContextVar("compiled_logprobs_policy", defa
 
 def policy() -> Policy:
     """Of the innermost `autotune` block, else as the environment variables said when this was first asked."""
-    found = _POLICY.get()
-    return _of_process() if found is None else found
+    return _POLICY.get() or _of_process()
 
 
 @contextmanager

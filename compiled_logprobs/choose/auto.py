@@ -61,14 +61,14 @@ class Auto(Backend):
 
 def choose(problem: Problem, device: torch.device, under: Policy) -> tuple[str, Backend]:
     """What serves `problem` on `device`, by the steps of `rule`; remembered for the next call. Raises as `Auto`."""
-    known = memory.MEMORY
-    with known.lock:
+    process = memory.MEMORY
+    with process.lock:
         context = rule.context_of(problem, device, under, tune_in_call)
         *_, (step, choice) = rule.walk(context)
         if not isinstance(choice, Choice):
             raise _refusal(context)
         if step != "remembered":
-            known.remember(problem, under, choice)
+            process.remember(problem, under, choice)
     name = choice.backend
     reason = None if name == EAGER else why_not(name, problem)  # of this very N: the choice is for a bucket
     if reason is not None and under.row_invariant:
@@ -79,7 +79,7 @@ def choose(problem: Problem, device: torch.device, under: Policy) -> tuple[str, 
     name = name if reason is None else EAGER
     pair = name, get_backend(name)
     if choice.until is None:
-        known.keep(problem, under, pair)
+        process.keep(problem, under, pair)
     return pair
 
 

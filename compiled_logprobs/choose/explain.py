@@ -166,8 +166,7 @@ def _lines_of(decision: Decision) -> list[str]:
     # The fastest first; then, in the order of their names, those that were not timed.
     for name, candidate in sorted(decision.candidates.items(), key=lambda item: (item[1].seconds or math.inf, item[0])):
         lines.append(f"  {name:{width}}  {candidate.outcome}: {candidate.reason}")
-        figures = candidate_figures(decision, name)
-        if figures:
+        if figures := candidate_figures(decision, name):
             lines.append(f"  {'':{width}}  {figures}")
     if decision.plain_seconds is not None:
         lines.append(f"  {PLAIN} and gather, which people use today: {decision.plain_seconds * 1e3:.3g} ms a call")

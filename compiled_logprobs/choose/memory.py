@@ -81,9 +81,8 @@ class Memory:
     def put_aside(self, backend: str, problem: Problem, error: BaseException) -> bool:
         """Let `backend`, which raised `error`, not serve the bucket of `problem`; whether that is new, at any N."""
         top = bucket(problem)
-        alike = [
-            other for name, other in list(self.set_aside) if name == backend and top == other._replace(rows=top.rows)
-        ]
+        alike = [other for name, other in list(self.set_aside) if name == backend]
+        is_first = all(other._replace(rows=top.rows) != top for other in alike)
         self.set_aside[backend, top] = f"{type(error).__name__}: {error}"
         self.hot.clear()
         for key, choice in list(self.choices.items()):
@@ -92,7 +91,7 @@ class Memory:
                 self.choices.pop(key, None)
             elif choice.backend == backend and asked == top:
                 self.choices[key] = Choice(EAGER, "set aside", choice.decision)
-        return not alike
+        return is_first
 
     def failures(self, problem: Problem) -> dict[str, str]:
         """The backends that are set aside for the bucket of `problem`, and what each raised."""
