@@ -18,12 +18,7 @@ def gather_logprobs(
 ) -> Tensor:
     """Log-probability of each label under softmax(logits / temperature), [...] float32.
 
-    Args:
-        logits: [..., V]. Not modified.
-        labels: [...].
-        temperature: > 0.
-        tp_group: None or a process group of one rank, else InputError.
-        chunk_size: changes nothing.
+    `logits` [..., V] are not modified. A `tp_group` of more than one rank is an InputError. `chunk_size` is not used.
     """
     conventions.require_one_rank(tp_group=tp_group)
     return conventions.gathered_log_probs(logits, labels, temperature=temperature)

@@ -39,9 +39,8 @@ def overwriting_log_probs(logits: Tensor, labels: Tensor, inplace_backward: bool
     )
 
 
-def entropy(logits: Tensor, **options: Any) -> Tensor:
-    """Entropy of each row, by `entropy_from_logits`, whose name several originals have."""
-    return entropy_from_logits(logits, **options)
+entropy = entropy_from_logits
+"""By a name that no original has."""
 
 
 def at_least_float32(logits: Tensor) -> torch.dtype:
@@ -52,13 +51,16 @@ def at_least_float32(logits: Tensor) -> torch.dtype:
 def require_one_rank(**groups: Any) -> None:
     """Raise InputError, which names the argument, unless each process group is None or has one rank."""
     for name, group in groups.items():
-        ranks = 1 if group is None else group.size()
-        if ranks > 1:
-            raise InputError(
-                f"got a {name} of {ranks} ranks; None or a group of one rank is valid: logits that are split over "
-                "ranks are not served here. Keep the framework's own function for them (unpatch it), or gather the "
-                "logits first."
-            )
+        if group is not None and group.size() > 1:
+            raise split_error(f"a {name} of {group.size()} ranks", "None or a group of one rank is valid")
+
+
+def split_error(what: str, valid: str) -> InputError:
+    """Say that logits are split over ranks."""
+    return InputError(
+        f"got {what}; {valid}: logits that are split over ranks are not served here. Keep the framework's own function "
+        "for them (unpatch it), or gather the logits first."
+    )
 
 
 def _may_overwrite(logits: Tensor) -> bool:

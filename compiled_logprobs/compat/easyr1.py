@@ -13,13 +13,5 @@ from compiled_logprobs.compat import conventions
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of each label.
-
-    Args:
-        logits: [..., V], already divided by the temperature. Not modified.
-        labels: [...].
-
-    Returns:
-        [...] float32.
-    """
+    """Log-probability of each label, [...] float32; `logits` [..., V], divided by the temperature, are not modified."""
     return conventions.log_probs(logits, labels.reshape(logits.shape[:-1]))

@@ -15,10 +15,6 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.compat import conventions
-from compiled_logprobs.errors import InputError
-
-FILTER_ELEMENTS = 2**22
-"""How many logits are sorted at once to filter them."""
 
 
 def get_next_token_logprobs_from_logits(
@@ -125,10 +121,8 @@ def _whole(logits: Tensor, start: int, end: int, inference_only: bool) -> Tensor
     """The logits, without gradient for inference. Raise InputError unless [start, end) is the whole vocabulary."""
     vocab = logits.shape[-1]
     if (start, end) != (0, vocab):
-        raise InputError(
-            f"got the vocabulary's part from {start} to {end} for logits with {vocab} columns; 0 to {vocab} is valid "
-            "with one rank. Keep the framework's own function for logits that are split over ranks."
-        )
+        what = f"the vocabulary's part from {start} to {end} for logits with {vocab} columns"
+        raise conventions.split_error(what, f"0 to {vocab} is valid")
     return logits.detach() if inference_only else logits
 
 
@@ -144,10 +138,10 @@ def _keep_mask(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor
         return None
     vocab = logits.shape[-1]
     keep = torch.empty(logits.shape, dtype=torch.bool, device=logits.device)
-    rows = max(1, FILTER_ELEMENTS // vocab)
-    x_NV, keep_NV = logits.reshape(-1, vocab), keep.view(-1, vocab)
-    for start in range(0, len(x_NV), rows):
-        x_CV, keep_CV = x_NV[start : start + rows].float(), keep_NV[start : start + rows]
+    rows = max(1, 2**22 // vocab)  # so many logits are sorted at once
+    chunks = (torch.split(matrix, rows) for matrix in (logits.reshape(-1, vocab), keep.view(-1, vocab)))
+    for x_CV, keep_CV in zip(*chunks, strict=True):
+        x_CV = x_CV.float()
         if top_k:
             keep_CV.copy_(x_CV >= x_CV.topk(top_k).values[:, -1:])
             x_CV = x_CV.masked_fill(~keep_CV, -torch.inf)

@@ -14,13 +14,7 @@ from compiled_logprobs.compat import conventions
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each label under softmax(logits / temperature), [...] in the dtype of `logits`.
-
-    Args:
-        logits: [..., V]. Not modified.
-        labels: [...].
-        temperature: > 0.
-    """
+    """Log-probability of each label under softmax(logits / temperature), [...] in the dtype of `logits` [..., V]."""
     return conventions.log_probs(logits, labels, temperature=temperature, out_dtype=None)
 
 

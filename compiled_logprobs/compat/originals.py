@@ -12,73 +12,58 @@ class Framework:
 
     package: str
     """Name of the installed distribution, whose version is reported."""
-    functions: dict[str, tuple[str, ...]]
-    """Names by module. A framework without the first one is not patched; the others only some versions have."""
+    names_by_module: dict[str, str]
+    """A framework without the first name is not patched; the others only some versions have."""
     older_arguments: dict[str, str] = field(default_factory=dict)
     """What a function took before it took what ours takes, as `inspect.signature` prints it without annotations."""
+
+    @property
+    def functions(self) -> list[tuple[str, str]]:
+        """Module and name of each."""
+        return [(module, name) for module, names in self.names_by_module.items() for name in names.split()]
 
 
 FRAMEWORKS = {
     # EasyR1 kept the name of verl, from which it comes.
-    "easyr1": Framework("verl", {"verl.utils.torch_functional": ("log_probs_from_logits",)}),
+    "easyr1": Framework("verl", {"verl.utils.torch_functional": "log_probs_from_logits"}),
     "verl": Framework(
         "verl",
         {
-            "verl.utils.torch_functional": (
-                "logprobs_from_logits",
-                "logprobs_from_logits_v2",
-                "logprobs_from_logits_naive",
-                "entropy_from_logits",
-                "entropy_from_logits_with_chunking",
-                "calculate_sum_pi_squared_from_logits",
-                "log_probs_from_logits_response",
-            )
+            "verl.utils.torch_functional": "logprobs_from_logits logprobs_from_logits_v2 logprobs_from_logits_naive "
+            "entropy_from_logits entropy_from_logits_with_chunking calculate_sum_pi_squared_from_logits "
+            "log_probs_from_logits_response"
         },
         older_arguments={"logprobs_from_logits": "(logits, labels)"},
     ),
     "skyrl": Framework(
-        "skyrl",
-        {"skyrl.backends.skyrl_train.utils.torch_utils": ("logprobs_from_logits", "chunked_entropy_from_logits")},
+        "skyrl", {"skyrl.backends.skyrl_train.utils.torch_utils": "logprobs_from_logits chunked_entropy_from_logits"}
     ),
     "trl": Framework(
         "trl",
-        {"trl.trainer.utils": ("selective_log_softmax", "selective_log_softmax_and_entropy", "entropy_from_logits")},
+        {"trl.trainer.utils": "selective_log_softmax selective_log_softmax_and_entropy entropy_from_logits"},
         older_arguments={"selective_log_softmax": "(logits, index)"},
     ),
-    "openrlhf": Framework("openrlhf", {"openrlhf.models.utils": ("log_probs_from_logits", "compute_entropy")}),
-    "areal": Framework(
-        "areal", {"areal.utils.functional.vocab_parallel": ("gather_logprobs", "gather_logprobs_entropy")}
-    ),
-    "slime": Framework("slime", {"slime.utils.ppo_utils": ("calculate_log_probs_and_entropy",)}),
-    "prime_rl": Framework("prime-rl", {"prime_rl.trainer.rl.loss": ("selective_log_softmax", "compute_entropy")}),
+    "openrlhf": Framework("openrlhf", {"openrlhf.models.utils": "log_probs_from_logits compute_entropy"}),
+    "areal": Framework("areal", {"areal.utils.functional.vocab_parallel": "gather_logprobs gather_logprobs_entropy"}),
+    "slime": Framework("slime", {"slime.utils.ppo_utils": "calculate_log_probs_and_entropy"}),
+    "prime_rl": Framework("prime-rl", {"prime_rl.trainer.rl.loss": "selective_log_softmax compute_entropy"}),
     "torchtune": Framework(
         "torchtune",
-        {
-            "torchtune.rlhf.sequence_processing": (
-                "logits_to_logprobs",
-                "batched_logits_to_logprobs",
-                "get_batch_log_probs",
-            )
-        },
+        {"torchtune.rlhf.sequence_processing": "logits_to_logprobs batched_logits_to_logprobs get_batch_log_probs"},
     ),
-    "torchforge": Framework("forge", {"forge.util.ops": ("compute_logprobs",)}),
-    "torchtitan": Framework("torchtitan", {"torchtitan.components.loss": ("compute_logprobs",)}),
+    "torchforge": Framework("forge", {"forge.util.ops": "compute_logprobs"}),
+    "torchtitan": Framework("torchtitan", {"torchtitan.components.loss": "compute_logprobs"}),
     "roll": Framework(
         "roll",
         {
-            "roll.utils.functionals": ("log_probs_from_logits", "entropy_from_logits"),
-            "mcore_adapter.parallel_functions.vocab_parallel": ("vocab_parallel_logprobs",),
+            "roll.utils.functionals": "log_probs_from_logits entropy_from_logits",
+            "mcore_adapter.parallel_functions.vocab_parallel": "vocab_parallel_logprobs",
         },
     ),
-    "rlinf": Framework("rlinf", {"rlinf.utils.utils": ("compute_logprobs_from_logits", "compute_entropy_from_logits")}),
+    "rlinf": Framework("rlinf", {"rlinf.utils.utils": "compute_logprobs_from_logits compute_entropy_from_logits"}),
     "nemo_rl": Framework(
         "nemo-rl",
-        {
-            "nemo_rl.distributed.model_utils": (
-                "get_next_token_logprobs_from_logits",
-                "from_parallel_logits_to_logprobs",
-            )
-        },
+        {"nemo_rl.distributed.model_utils": "get_next_token_logprobs_from_logits from_parallel_logits_to_logprobs"},
     ),
 }
 """By the name of the module in `compiled_logprobs.compat`."""

@@ -13,16 +13,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any
 
 from compiled_logprobs.compat.originals import FRAMEWORKS, Framework
 from compiled_logprobs.errors import InputError, LogProbsError
 
-Swap = tuple[Any, Any]
-"""A framework's function, and what stands in its place."""
-
-_active: dict[str, list[Swap]] = {}
+_active: dict[str, list[tuple[Any, Any]]] = {}
+"""By framework, its functions with what stands in the place of each."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Patch:
         number = len(self.places)
         lines = [f"{self.framework} {self.version}: replaced in {number} place{'' if number == 1 else 's'}"]
         lines += [f"  {place}" for place in self.places]
-        if {place.rpartition(".")[0] for place in self.places} <= FRAMEWORKS[self.framework].functions.keys():
+        if {place.rpartition(".")[0] for place in self.places} <= FRAMEWORKS[self.framework].names_by_module.keys():
             lines.append("No other loaded module holds them; those that import them from now on get the replacement.")
         return "\n".join(lines)
 
@@ -72,15 +70,15 @@ def patch(framework: str) -> Patch:
         InputError: no framework of that name is known.
         LogProbsError: it cannot be imported, or has a function with other arguments.
     """
-    known = _known(framework)
+    original = _find(framework)
     is_outermost = framework not in _active
     if is_outermost:
-        swaps = list(_swaps(framework, known))  # all checks, before anything is replaced
-        for original, ours in swaps:
-            _replace(original, ours)
-        _active[framework] = swaps
-    places = tuple(f"{module.__name__}.{name}" for _, ours in _active[framework] for module, name in _holders(ours))
-    return Patch(framework, _version(known), places, is_outermost)
+        _active[framework] = list(_swaps(framework, original))  # all checks, before anything is replaced
+        for theirs, ours in _active[framework]:
+            _replace(theirs, ours)
+    # Found anew, since modules that were imported since hold them as well.
+    places = tuple(place for _, ours in _active[framework] for place in _replace(ours, ours))
+    return Patch(framework, _version(original), places, is_outermost)
 
 
 def unpatch(framework: str) -> list[str]:
@@ -92,11 +90,11 @@ def unpatch(framework: str) -> list[str]:
     Raises:
         InputError: no framework of that name is known.
     """
-    _known(framework)
-    return [place for original, ours in _active.pop(framework, []) for place in _replace(ours, original)]
+    _find(framework)
+    return [place for theirs, ours in _active.pop(framework, []) for place in _replace(ours, theirs)]
 
 
-def _known(framework: str) -> Framework:
+def _find(framework: str) -> Framework:
     if framework not in FRAMEWORKS:
         raise InputError(
             f"got the framework {framework!r}; {', '.join(FRAMEWORKS)} are valid. "
@@ -105,38 +103,32 @@ def _known(framework: str) -> Framework:
     return FRAMEWORKS[framework]
 
 
-def _swaps(framework: str, known: Framework) -> Iterator[Swap]:
+def _swaps(framework: str, original: Framework) -> Iterator[tuple[Any, Any]]:
     """Each function that the installed version has, with a replacement. Raise LogProbsError where they do not fit."""
     compat = importlib.import_module(f"compiled_logprobs.compat.{framework}")
-    version = f"{framework} {_version(known)}"
-    places = [(module, name) for module, names in known.functions.items() for name in names]
-    for module, name in places:
-        is_required = (module, name) == places[0]
+    version = f"{framework} {_version(original)}"
+    for number, (module, name) in enumerate(original.functions):
         try:
-            original = getattr(importlib.import_module(module), name, None)  # in a lazy module, one more import
+            theirs = getattr(importlib.import_module(module), name, None)  # in a lazy module, one more import
         except (Exception, SystemExit) as error:  # a foreign module may do anything when it is imported
-            if not is_required:  # nothing here can call what cannot be imported here
+            if number > 0:  # nothing here can call what cannot be imported here
                 continue
-            is_missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
-            remedy = f"Install {framework}" if is_missing else f"See that `import {module}` works by itself"
             what = f"importing {module} failed ({type(error).__name__}: {error})"
-            remedy = f"{remedy}, or import compiled_logprobs.compat.{framework} in its place."
+            remedy = f"Is {framework} installed? See that `import {module}` works, or import {compat.__name__} instead."
             raise _refusal(framework, what, remedy) from error
-        if original is None and is_required:
+        if theirs is None:
+            if number > 0:
+                continue
             remedy = f"Is this {framework}? It may be a newer version of it."
             raise _refusal(version, f"{module} has no {name}", remedy)
-        if original is not None:
-            ours, older = getattr(compat, name), known.older_arguments.get(name)
-            valid = [_arguments(ours), *([older] if older else [])]
-            try:
-                arguments = _arguments(original)
-            except Exception as error:  # no function, or one that computes its signature
-                what = f"the arguments of {module}.{name} cannot be read ({type(error).__name__}: {error})"
-                raise _refusal(version, what) from error
-            if arguments not in valid:
-                what = f"{module}.{name} has the arguments {arguments}; {' and '.join(valid)} are valid"
-                raise _refusal(version, what)
-            yield original, _named_as(original, ours)
+        ours = getattr(compat, name)
+        arguments, valid = _arguments(theirs), [_arguments(ours)]
+        if name in original.older_arguments:
+            valid.append(original.older_arguments[name])
+        if arguments not in valid:
+            what = f"{module}.{name} has the arguments {arguments}; {' and '.join(valid)} are valid"
+            raise _refusal(version, what)
+        yield theirs, _named_as(theirs, ours)
 
 
 def _refusal(
@@ -149,8 +141,11 @@ def _refusal(
 
 def _arguments(function: Callable[..., Any]) -> str:
     """Names, kinds and defaults, without annotations."""
-    signature = inspect.signature(function)
-    plain = [one.replace(annotation=inspect.Parameter.empty) for one in signature.parameters.values()]
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError) as error:  # no function, or one of C++
+        return f"unknown ({type(error).__name__}: {error})"
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
     return str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))
 
 
@@ -160,30 +155,26 @@ def _named_as(original: Any, ours: Any) -> Any:
     Whoever holds the copy has it from the framework, and gets the original back; who imported ours keeps it. It is
     pickled as a reference to the framework's function.
     """
-    copy = FunctionType(ours.__code__, ours.__globals__, ours.__name__, ours.__defaults__, ours.__closure__)
+    copy = FunctionType(ours.__code__, ours.__globals__, original.__name__, ours.__defaults__, ours.__closure__)
     copy.__kwdefaults__, copy.__doc__, copy.__annotations__ = ours.__kwdefaults__, ours.__doc__, ours.__annotations__
     copy.__module__, copy.__qualname__ = original.__module__, original.__qualname__
     return copy
 
 
-def _holders(value: object) -> Iterator[tuple[ModuleType, str]]:
-    """The loaded modules that have `value`, with the name."""
-    for module in list(sys.modules.values()):
-        names = getattr(module, "__dict__", None)
-        if isinstance(names, dict):
-            yield from ((module, name) for name, held in list(names.items()) if held is value)
-
-
 def _replace(value: object, by: object) -> list[str]:
-    """Replace `value` in all loaded modules; return the places."""
-    holders = list(_holders(value))
-    for module, name in holders:
-        vars(module)[name] = by  # no `__setattr__` of a module, which might raise halfway
-    return [f"{module.__name__}.{name}" for module, name in holders]
+    """Replace `value` in all loaded modules; return the places, `module.name` each."""
+    places = []
+    for module in list(sys.modules.values()):
+        names: Any = getattr(module, "__dict__", None)
+        for name, held in list(names.items()) if isinstance(names, dict) else []:
+            if held is value:
+                names[name] = by  # no `__setattr__` of a module, which might raise halfway
+                places.append(f"{module.__name__}.{name}")
+    return places
 
 
-def _version(known: Framework) -> str:
+def _version(framework: Framework) -> str:
     try:
-        return metadata.version(known.package)
+        return metadata.version(framework.package)
     except metadata.PackageNotFoundError:
         return "of an unknown version"

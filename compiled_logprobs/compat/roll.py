@@ -24,15 +24,11 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
 
 def vocab_parallel_logprobs(vocab_parallel_logits: Tensor, target: Tensor, use_fused_kernel: bool = True) -> Tensor:
-    """Log-probability of each label, [...] float32.
+    """Log-probability of each label, [...] float32. `use_fused_kernel` changes nothing.
 
     Args:
-        vocab_parallel_logits: [..., V], the whole vocabulary. Not modified.
+        vocab_parallel_logits: [..., V], the whole vocabulary; InputError where Megatron splits it. Not modified.
         target: [...].
-        use_fused_kernel: changes nothing.
-
-    Raises:
-        InputError: Megatron has more than one tensor-parallel rank.
     """
     megatron = sys.modules.get("megatron.core.parallel_state")
     if megatron is not None and megatron.model_parallel_is_initialized():

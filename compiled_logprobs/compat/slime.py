@@ -26,7 +26,7 @@ def calculate_log_probs_and_entropy(
     log_prob_keep_mask: Tensor | None = None,
     with_entropy_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each token and, where asked for, the entropy of each row.
+    """Log-probability of each token, [T, 1], and the entropy of each row, [T], or None where not asked for.
 
     Args:
         logits: [T, V], already divided by the temperature. Not modified.
@@ -36,9 +36,6 @@ def calculate_log_probs_and_entropy(
         chunk_size: changes nothing.
         log_prob_keep_mask: [T, V] bool, what each token was sampled from (top-p); costs a copy of the logits.
         with_entropy_grad: whether the entropy carries a gradient.
-
-    Returns:
-        log_probs [T, 1], and entropy [T] or None.
     """
     conventions.require_one_rank(tp_group=tp_group)
     entropy = None

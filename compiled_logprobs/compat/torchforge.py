@@ -3,7 +3,6 @@
 Kept: float32 results; `align=True` takes the logits that predict `input_ids`; a label of -100 counts 0.
 
 Not kept: 16-bit logits are divided by the temperature in float32, where the original divides them in their dtype.
-Neither the quotient nor a float32 copy of it is stored.
 """
 
 from torch import Tensor

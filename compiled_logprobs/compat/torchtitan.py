@@ -13,7 +13,6 @@ from typing import Any, cast
 from torch import Tensor
 
 from compiled_logprobs.compat import conventions
-from compiled_logprobs.errors import InputError
 
 
 def compute_logprobs(logits: Tensor, labels: Tensor, *, return_entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -44,10 +43,9 @@ def _local(logits: Any) -> Tensor:
     vocabulary = logits.ndim - 1
     for placement, ranks in zip(logits.placements, logits.device_mesh.shape, strict=True):
         if ranks > 1 and (placement.is_partial() or placement.is_shard(vocabulary) or placement.is_shard(-1)):
-            raise InputError(
-                f"got logits that are a DTensor with {placement} over {ranks} ranks; whole rows on each rank are "
-                "valid. Redistribute the vocabulary first, e.g. logits.redistribute(placements=[Replicate()]), or keep "
-                "torchtitan's own function (unpatch it)."
+            raise conventions.split_error(
+                f"a DTensor with {placement} over {ranks} ranks",
+                "whole rows on each rank are valid, as after logits.redistribute(placements=[Replicate()])",
             )
     return cast(Tensor, logits.to_local())
 
@@ -60,8 +58,5 @@ def _require_whole_rows() -> None:
         return
     ranks = mesh.spmd_mesh_size("tp")
     if ranks > 1:
-        raise InputError(
-            f"got logits under torchtitan's spmd_types backend with {ranks} tensor-parallel ranks, each of which has a "
-            "part of the vocabulary; one rank is valid. Keep torchtitan's own function (unpatch it), or gather the "
-            "logits first."
-        )
+        what = f"logits under torchtitan's spmd_types backend with {ranks} tensor-parallel ranks"
+        raise conventions.split_error(what, "one rank is valid")

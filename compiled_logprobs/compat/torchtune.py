@@ -14,13 +14,7 @@ from compiled_logprobs.errors import InputError
 
 
 def logits_to_logprobs(logits: Tensor, sequences: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each token under softmax(logits / temperature), [B, R] in the dtype of `logits`.
-
-    Args:
-        logits: [B, R, V]. Not modified.
-        sequences: [B, R].
-        temperature: > 0.
-    """
+    """Log-probability of each token under softmax(logits / temperature), [B, R] in the dtype of `logits` [B, R, V]."""
     return conventions.gathered_log_probs(logits, sequences, temperature=temperature, out_dtype=None)
 
 

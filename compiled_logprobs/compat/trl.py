@@ -14,22 +14,17 @@ from torch import Tensor
 
 from compiled_logprobs.compat import conventions
 
-INTEGERS = (torch.int32, torch.int64)
-
 
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
-    """Log-probability of each label under softmax(logits / temperature).
+    """Log-probability of each label under softmax(logits / temperature), in the shape of `index`.
 
     Args:
         logits: [..., V]. Not modified.
         index: [...] or [..., K].
         temperature: > 0.
         row_mask: of the shape of `index`; where it is 0 the result is 0 and the label is not looked at.
-
-    Returns:
-        The shape of `index`.
     """
     labels, dtype = _masked(index, row_mask), _result_dtype(logits, index, row_mask)
     return conventions.gathered_log_probs(logits, labels, temperature=temperature, out_dtype=dtype)
@@ -42,7 +37,7 @@ def selective_log_softmax_and_entropy(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each label and entropy of each row under softmax(logits / temperature), in one pass.
+    """Log-probability of each label and entropy of each row, [...] both, under softmax(logits / temperature).
 
     Args:
         logits: [..., V]. Not modified.
@@ -50,9 +45,6 @@ def selective_log_softmax_and_entropy(
         entropy_requires_grad: whether the entropy carries a gradient.
         temperature: > 0.
         row_mask: [...]; where it is 0 both results are 0 and the label is not looked at.
-
-    Returns:
-        log_probs [...] and entropy [...].
     """
     labels, dtype = _masked(index, row_mask), _result_dtype(logits, index, row_mask)
     log_probs, entropy = conventions.gathered_log_probs_and_entropy(
@@ -74,6 +66,7 @@ def _masked(index: Tensor, row_mask: Tensor | None) -> Tensor:
 def _result_dtype(logits: Tensor, index: Tensor | None = None, row_mask: Tensor | None = None) -> torch.dtype:
     """float32 where TRL runs its kernel, else that of the logits."""
     has_kernel = logits.device.type in ("cuda", "xpu") and logits.dtype != torch.float64 and logits.ndim <= 3
-    for rows, dtypes in ((index, INTEGERS), (row_mask, (torch.bool, *INTEGERS))):
+    integers = (torch.int32, torch.int64)
+    for rows, dtypes in ((index, integers), (row_mask, (torch.bool, *integers))):
         has_kernel &= rows is None or (rows.shape == logits.shape[:-1] and rows.dtype in dtypes)
     return torch.float32 if has_kernel and logits.stride(-1) == 1 else logits.dtype

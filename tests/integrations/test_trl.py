@@ -132,7 +132,7 @@ def record(monkeypatch, seen: Seen, exact: bool) -> None:
     for module in (grpo_trainer, dpo_trainer):
         for name in FUNCTIONS:
             if hasattr(module, name):
-                function = getattr(compat_originals, f"trl_{name}") if exact else getattr(module, name)
+                function = compat_originals.ORIGINALS[f"trl.{name}"] if exact else getattr(module, name)
                 monkeypatch.setattr(module, name, recording(name, function))
 
 
