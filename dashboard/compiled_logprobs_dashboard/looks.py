@@ -7,16 +7,8 @@ white and on near-black. None carries a meaning alone.
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
-
-import pandas as pd
-
-from compiled_logprobs.decision import Decision
-
-MOST_BACKENDS = 20
-"""That can be told apart: of more, as a foreign profile may have, some are shown."""
 
 
 class Look(NamedTuple):
@@ -116,31 +108,3 @@ def plain_in_chart(text: object, longest: int = 120) -> str:
     for character, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("%{", "%\u200b{"), ("$", "\uff04")):
         line = line.replace(character, instead)
     return line
-
-
-def foremost(decision: Decision, *, failures_first: bool = False) -> tuple[Decision, int]:
-    """`decision` with at most `MOST_BACKENDS` candidates, and how many that leaves out.
-
-    The chosen one, the baseline, then by speed; with `failures_first`, what has failed a check or broke down comes
-    before these.
-    """
-
-    def rank(name: str) -> tuple[bool, bool, float, str]:
-        candidate = decision.candidates[name]
-        failed = failures_first and not candidate.measured and candidate.outcome not in ("unavailable", "unsupported")
-        speed = 0.0 if candidate.speedup is None else candidate.speedup.median
-        return name not in (decision.chosen, decision.baseline), not failed, -speed, name
-
-    names = set(sorted(decision.candidates, key=rank)[:MOST_BACKENDS])
-    part = {name: candidate for name, candidate in decision.candidates.items() if name in names}
-    return replace(decision, candidates=part), len(decision.candidates) - len(part)
-
-
-def foremost_in(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """The rows of `table` of at most `MOST_BACKENDS` backends, and how many others it has.
-
-    Those that were chosen most often, then those with the most rows.
-    """
-    by = table.groupby("backend", sort=True)["chosen"].agg(["sum", "size"])
-    names = by.sort_values(["sum", "size"], ascending=False, kind="stable").index[:MOST_BACKENDS]
-    return table[table["backend"].isin(names)], len(by) - len(names)

@@ -1,7 +1,11 @@
 """Each test of the dashboard has stores of its own, and nothing cached or running that another test left."""
 
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytest.importorskip("streamlit", reason="the extra `dashboard` is not installed")
@@ -27,6 +31,25 @@ def fresh(monkeypatch, tmp_path):
     if (run := runs.RUNS.latest) is not None:
         run.process.kill()
         run.process.wait()
+
+
+@pytest.fixture
+def quiet(monkeypatch, tmp_path):
+    """Whatever else this machine does, and measures."""
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Runs that program in place of `compiled-logprobs profile`."""
+    popen = subprocess.Popen
+
+    def use(text: str) -> None:
+        monkeypatch.setattr(subprocess, "Popen", lambda command, **rest: popen([sys.executable, "-c", text], **rest))
+
+    return use
 
 
 @pytest.fixture
@@ -71,9 +94,10 @@ def server(tmp_path_factory):
     (folder / ".streamlit").mkdir()
     (folder / ".streamlit" / "config.toml").write_text(
         '[server]\naddress = "0.0.0.0"\nallowedHosts = ["*"]\nenableCORS = false\nenableXsrfProtection = false\n'
-        "maxUploadSize = 1000\nenableStaticServing = true\n[browser]\ngatherUsageStats = true\n"
+        "enableStaticServing = true\n"
     )
-    settings = {"STREAMLIT_SERVER_ADDRESS": "0.0.0.0", "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "true"}
-    settings["TMPDIR"] = str(folder)  # so that its runs wait for nobody else who measures
-    with dashboard(folder, cwd=Path(__file__).parents[2], **settings) as running:
+    # Its runs are to wait for nobody else who measures.
+    with dashboard(
+        folder, cwd=Path(__file__).parents[2], STREAMLIT_SERVER_ADDRESS="0.0.0.0", TMPDIR=str(folder)
+    ) as running:
         yield running

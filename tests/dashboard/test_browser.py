@@ -30,8 +30,6 @@ ARGUMENTS = [
     *("--disable-background-networking", "--disable-component-update"),
 ]
 LIMIT_MS = 60_000
-LONGEST = 12_000
-"""Pixels down that a picture shows."""
 STILL = """() => {
     const app = document.querySelector('[data-testid="stApp"]');
     return app && app.getAttribute('data-test-script-state') === 'notRunning' && app.querySelector('h1')
@@ -70,30 +68,29 @@ def visit(server, browser):
     """Opens pages of the dashboard; at the end, nothing may have gone wrong in any of them."""
     contexts, complaints = [], []
 
-    def allowed(url: str) -> bool:
-        own = (f"{server.url}/", server.url.replace("http", "ws", 1) + "/", "data:", f"blob:{server.url}/")
-        return url.startswith(own)
+    own = (f"{server.url}/", server.url.replace("http", "ws", 1) + "/", "data:", f"blob:{server.url}/")
+    # Streamlit looks for its own place under a page's address first: these 404 tell it that it is not there.
+    probe = re.compile(re.escape(server.url) + r"/\w+/_stcore/(health|host-config)")
 
     def hear(message):
-        # Streamlit looks for its own place under a page's address first; these 404 are its way to find that it is not
-        # there.
-        probe = re.fullmatch(
-            re.escape(server.url) + r"/\w+/_stcore/(health|host-config)", message.location.get("url", "")
-        )
-        if message.type == "error" and not probe:
-            complaints.append(f"console: {message.text} ({message.location.get('url')})")
+        where = message.location.get("url", "")
+        if message.type == "error" and not probe.fullmatch(where):
+            complaints.append(f"console: {message.text} ({where})")
 
-    def open_page(name: str = "", look: str = "light", query: str = "", context=None):
-        if context is None:
-            context = browser.new_context(**LOOKS[look])
-            contexts.append(context)
+    def hold(request):
+        if not request.url.startswith(own):
+            complaints.append(f"request: {request.url}")
+
+    def open_page(name: str = "", look: str = "light"):
+        context = browser.new_context(**LOOKS[look])
+        contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(LIMIT_MS)
         page.on("console", hear)
         page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-        page.on("request", lambda request: allowed(request.url) or complaints.append(f"request: {request.url}"))
-        page.on("websocket", lambda socket: allowed(socket.url) or complaints.append(f"websocket: {socket.url}"))
-        page.goto(f"{server.url}/{name}{query}")
+        for kind in ("request", "websocket"):
+            page.on(kind, hold)
+        page.goto(f"{server.url}/{name}")
         settle(page)
         return page
 
@@ -116,13 +113,10 @@ def has(page, text: str):
 
 def picture(page, name: str) -> None:
     """Take a picture of all of the page, which scrolls in a frame, as if the screen were as high as it."""
-    PICTURES.mkdir(parents=True, exist_ok=True)
     screen = page.viewport_size
-    height = page.evaluate(HEIGHT)
-    page.set_viewport_size({**screen, "height": min(LONGEST, max(screen["height"], height))})
+    page.set_viewport_size({**screen, "height": max(screen["height"], page.evaluate(HEIGHT))})
     settle(page)
     page.wait_for_function(DRAWN)
-    assert height > LONGEST or page.evaluate(HEIGHT) <= page.viewport_size["height"] + 200, "the picture is cut off"
     page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
     page.set_viewport_size(screen)
 
@@ -167,7 +161,7 @@ def test_pages_in_other_looks(server, visit, look, names):
         look_at(page, name, look)
 
 
-def test_a_click_on_the_winner_map_sets_the_shape(visit):
+def test_a_click_on_the_winner_map_sets_the_shape_which_the_next_page_keeps(visit):
     page = visit()
     rows, vocab = number(page, "N, rows"), number(page, "V, vocabulary")
     page.wait_for_function("() => document.querySelector('.js-plotly-plot')?._fullLayout")
@@ -176,33 +170,18 @@ def test_a_click_on_the_winner_map_sets_the_shape(visit):
         "() => [...document.querySelectorAll('.js-plotly-plot')].flatMap(one => one._fullData)"
         ".filter(trace => (trace.mode || '').includes('text')).flatMap(trace => trace.customdata || [])"
     )
-    target = next(square for square in squares if tuple(square) != before)
+    target = next(square for square in squares if square[0] != before[0] and square[1] != before[1])
     page.mouse.click(*page.evaluate(CLICK_PLACE, target))
     sync_api.expect(rows).to_have_value(str(target[0]))
     sync_api.expect(vocab).to_have_value(str(target[1]))
     settle(page)
-    for name, old, new in zip(("rows", "vocab"), before, target, strict=True):
-        if new != old:
-            sync_api.expect(page).to_have_url(re.compile(f"{name}={new}"))
-    assert has(page, "x faster than").is_visible()
-
-
-def test_a_deep_link_leads_to_what_it_names(visit):
-    page = visit(query="?rows=64&vocab=128256&dtype=float32&mode=forward")
-    sync_api.expect(number(page, "N, rows")).to_have_value("64")
-    sync_api.expect(number(page, "V, vocabulary")).to_have_value("128256")
-    has(page, "--rows 64")
-    # And the other pages go on with it.
+    sync_api.expect(page).to_have_url(re.compile(f"rows={target[0]}.*vocab={target[1]}"))
+    link = page.url
+    page.goto(link)
+    has(page, f"--rows {target[0]}")
     page.get_by_test_id("stSidebarNavLink").filter(has_text="Throughput").click()
     settle(page)
-    sync_api.expect(number(page, "V, vocabulary")).to_have_value("128256")
-
-
-def test_a_link_that_makes_no_sense_harms_nothing(visit):
-    for query in ("?vocab=x&dtype=int8&mode=%3Cb%3E&profile=%00..%2f..%2fetc", "?rows=" + "9" * 400):
-        page = visit(query=query)
-        assert page.get_by_test_id("stException").count() == 0
-        has(page, "Use ")
+    sync_api.expect(number(page, "V, vocabulary")).to_have_value(str(target[1]))
 
 
 def choose(page, label: str, *values: str) -> None:
@@ -216,40 +195,24 @@ def choose(page, label: str, *values: str) -> None:
     settle(page)
 
 
-def fill(page, *rows: str) -> None:
-    """Ask for problems so small that each takes about a second."""
-    choose(page, "Vocabulary", "512")
-    choose(page, "Rows", *rows)
-    choose(page, "Dtype", "float32")
-    choose(page, "Mode", "forward")
+def test_a_run_survives_a_reload_and_is_cancelled(visit):
+    page = visit("run")
+    choose(page, "Vocabulary", "512")  # problems so small that each takes about a second
+    choose(page, "Rows", "4", "8", "16")
     choose(page, "Backends", "eager")
     budget = number(page, "Seconds for each problem")
     budget.fill("2")
     budget.press("Enter")
-    settle(page)
-    has(page, f"--rows={','.join(rows)}")
-
-
-def test_a_run_survives_a_reload_and_is_cancelled(visit):
-    page = visit("run")
-    fill(page, *[str(2**n) for n in range(2, 17)])
+    has(page, "--rows=4,8,16 --backend=eager --budget=2")
     page.get_by_role("button", name="Start").click()
     has(page, "A run is going on")
     page.reload()
     has(page, "A run is going on")
     sync_api.expect(page.get_by_role("button", name="Start")).to_be_disabled()
-    other = visit("run", context=page.context)
-    has(other, "A run is going on")
-    page.get_by_text(re.compile("[1-9] of 15 problems")).first.wait_for(timeout=2 * LIMIT_MS)
-    picture(page, "run-going-on")
+    page.get_by_text(re.compile("[1-9] of 12 problems")).first.wait_for(timeout=2 * LIMIT_MS)
     page.get_by_role("button", name="Cancel").click()
     has(page, "The last run was cancelled")
-    has(other, "The last run was cancelled")
-    assert 1 <= int(has(page, "of 15 problems decided").inner_text().split()[0]) < 15
+    assert 1 <= int(has(page, "of 12 problems decided").inner_text().split()[0]) < 12
     has(page, "Leaderboard")
-    settle(page)
     picture(page, "run-cancelled")
     sync_api.expect(page.get_by_role("button", name="Start")).to_be_enabled()
-    page.goto(page.url.replace("/run", "/profiles"))  # where what was kept is listed
-    settle(page)
-    page.get_by_text("yours").first.wait_for(state="attached")  # drawn on a canvas, and told beside it

@@ -33,12 +33,9 @@ def test_extra_memory_beside_the_least(load):
     assert eager["extra_bytes"] == int(1.31 * LOGITS) and eager["extra_multiple"] == 1.31
     assert eager["logits_bytes"] == LOGITS and eager["least_multiple"] == pytest.approx(1.0, abs=1e-4)
     bars, least = charts.bars(points).data
-    assert list(bars.x) == sorted(bars.x) and any("1.31 x logits" in one for one in bars.text)
+    assert list(bars.x) == sorted(bars.x) and any("1.31 x logits" in text for text in bars.text)
     assert set(least.x) == {(LOGITS + 2048) / 2**20}
     assert tables.in_words(points).endswith("The least possible: 148 MiB.")
-
-
-def test_what_was_not_measured_is_told_and_not_drawn(load):
     points, left_out = tables.memory(*load("partial"), SHAPE)
     assert points.empty and "cpp at N 512: its memory was not measured" in left_out
 
@@ -69,24 +66,26 @@ def test_the_capacity_is_that_of_the_profiles_device_or_of_this_machine_if_it_is
     assert unknown.bytes is None and "this machine is another environment" in unknown.source
     frames, profile = load("one")
     frames.environments["memory_bytes"] = float("nan")
-    here = tables.capacity(frames, profile)
+    here = tables.capacity(frames, next(iter(frames.labels().values())))
     assert here.bytes and here.source.startswith("of this machine")
 
 
 @pytest.mark.slow
 def test_what_others_take_is_taken_off_and_an_unknown_size_is_asked_for(scenario, monkeypatch):
+    def largest(at) -> dict[str, int]:
+        assert not at.exception
+        return {metric.label: int(metric.value[2:].replace(",", "")) for metric in at.metric}
+
     scenario("other device")
     at = opened("memory")
-    before = {one.label: int(one.value[2:].replace(",", "")) for one in at.metric}
-    at.number_input(key="taken").set_value(40.0).run()
-    after = {one.label: int(one.value[2:].replace(",", "")) for one in at.metric}
-    assert not at.exception and before.keys() == after.keys() == {"compiled", "eager"}
+    before = largest(at)
+    after = largest(at.number_input(key="taken").set_value(40.0).run())
+    assert before.keys() == after.keys() == {"compiled", "eager"}
     assert all(after[name] == pytest.approx(rows / 2, rel=1e-3) for name, rows in before.items())
 
     monkeypatch.setattr(stores, "H100", dataclasses.replace(H100, memory_bytes=None))
-    scenario("other device").root.joinpath("v1", H100.fingerprint(), "environment.json").unlink()
+    scenario("no profile").root.joinpath("v1", H100.fingerprint(), "environment.json").unlink()
     scenario("other device")
     at = opened("memory")
-    assert not at.exception and not at.metric and "The device's memory is not known" in text_of(at)
-    at.number_input(key="free").set_value(24.0).run()
-    assert not at.exception and len(at.metric) == 2
+    assert largest(at) == {} and "The device's memory is not known" in text_of(at)
+    assert len(largest(at.number_input(key="free").set_value(24.0).run())) == 2

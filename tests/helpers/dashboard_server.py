@@ -5,11 +5,10 @@ import os
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LIMIT_S = 120
 
@@ -30,30 +29,20 @@ class Server(NamedTuple):
 
 def environment_in(folder: Path, **more: str) -> dict[str, str]:
     """Of a user whose home is `folder`: no settings, no profiles, no runs."""
-    names = {f"XDG_{name}_HOME": str(folder / name.lower()) for name in ("CACHE", "CONFIG", "DATA", "STATE")}
-    places = {"HOME": str(folder), "COMPILED_LOGPROBS_PROFILES": str(folder / "profiles"), **names}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("STREAMLIT_")}
-    return {**kept, "COMPILED_LOGPROBS_MODE": "off", **places, **more}
+    places = {f"XDG_{name}_HOME": str(folder / name.lower()) for name in ("CACHE", "CONFIG", "DATA", "STATE")}
+    places |= {"HOME": str(folder), "COMPILED_LOGPROBS_PROFILES": str(folder / "profiles")}
+    return {**os.environ, "COMPILED_LOGPROBS_MODE": "off", **places, **more}
 
 
 @contextlib.contextmanager
 def dashboard(
-    folder: Path,
-    *,
-    command: Sequence[str] = (sys.executable, "-m", "compiled_logprobs"),
-    cwd: Path | None = None,
-    **more: str,
+    folder: Path, *, command: Sequence[str] = (sys.executable, "-m", "compiled_logprobs"), cwd: Any = None, **more: str
 ) -> Iterator[Server]:
     """Start one as a user does, on a free port, and end it in the end."""
-    output = folder / "output.txt"
+    output, command = folder / "output.txt", [*command, "dashboard", "--port", "0", "--no-browser"]
     with output.open("w") as file:
         process = subprocess.Popen(
-            [*command, "dashboard", "--port", "0", "--no-browser"],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment_in(folder, **more),
-            cwd=cwd,
+            command, stdout=file, stderr=subprocess.STDOUT, text=True, env=environment_in(folder, **more), cwd=cwd
         )
     try:
         until = time.monotonic() + LIMIT_S
@@ -73,5 +62,5 @@ def is_healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/_stcore/health", timeout=10) as answer:
             return bool(answer.read() == b"ok")
-    except (OSError, urllib.error.URLError):
+    except OSError:
         return False

@@ -5,16 +5,15 @@ thousands of decisions.
 """
 
 import dataclasses
-import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from compiled_logprobs.decision import Candidate, Check, Decision, Speedup
 from compiled_logprobs.machine.environment import Environment, environment_at
-from compiled_logprobs.problem import MODES, Problem, as_it_lies, problem_to_dict
+from compiled_logprobs.problem import MODES, Problem, as_it_lies
 from compiled_logprobs.store.files import FACTS, Store
 from compiled_logprobs.tuning.presets import MODELS
 from tests.helpers.stored_decisions import CPU, all_measured, decided, evidence_of, measured
@@ -60,11 +59,6 @@ def problem(
 def about(speedup: float) -> Speedup:
     """With an interval of 5 % to both sides."""
     return Speedup(0.95 * speedup, speedup, 1.05 * speedup)
-
-
-def without_plain(candidates: dict[str, Candidate]) -> dict[str, Candidate]:
-    """As an earlier release stored them, which did not time plain log_softmax and gather."""
-    return {name: dataclasses.replace(one, speedup_over_plain=None) for name, one in candidates.items()}
 
 
 def good_candidates(scale: float = 1.0) -> dict[str, Candidate]:
@@ -130,8 +124,8 @@ def no_profile(where: Store) -> None:
     """An empty folder."""
 
 
-def one(where: Store) -> None:
-    """A single decision."""
+def single(where: Store) -> None:
+    """A decision alone."""
     publish(where, good())
 
 
@@ -158,76 +152,47 @@ def an_earlier_torch() -> Environment:
     return dataclasses.replace(here(), torch="2.12.0+cpu")
 
 
+def with_changes(candidates: dict[str, Candidate], *names: str, **changes: Any) -> dict[str, Candidate]:
+    """`candidates` with these fields of those names changed; of all that were timed, where none is named."""
+    names = names or tuple(name for name, each in candidates.items() if each.measured)
+    return candidates | {name: dataclasses.replace(candidates[name], **changes) for name in names}
+
+
 def tied(what: Problem) -> Decision:
     """compiled is as fast as cpp, and cpp is taken for being simpler."""
-    candidates = good_candidates(0.1)
-    candidates["compiled"] = dataclasses.replace(
-        candidates["compiled"],
-        outcome="tie",
-        reason="as fast as cpp, within 3%",
-        seconds=0.003,
-        speedup=Speedup(6.4, 6.6, 6.8),
-        speedup_over_plain=Speedup(7.7, 7.9, 8.1),
-    )
-    reason = "clearly faster than eager, by more than 3%; as fast as compiled within 3%, and simpler"
-    return good(what, candidates=candidates, code="TIE_SIMPLEST", reason=reason)
+    speeds = {"speedup": Speedup(6.4, 6.6, 6.8), "speedup_over_plain": Speedup(7.7, 7.9, 8.1), "seconds": 0.003}
+    told = {"outcome": "tie", "reason": "as fast as cpp, within 3%"}
+    candidates = with_changes(good_candidates(0.1), "compiled", **speeds, **told)
+    return good(what, candidates=candidates, code="TIE_SIMPLEST", reason="clearly faster than eager; a tie with others")
 
 
 def baseline_wins(what: Problem) -> Decision:
     """Nothing is clearly faster than eager."""
-    candidates = good_candidates(0.01)
-    for name in ("cpp", "compiled"):
-        candidates[name] = dataclasses.replace(
-            candidates[name],
-            seconds=0.0021,
-            speedup=Speedup(0.9, 0.95, 1.0),
-            speedup_over_plain=Speedup(1.0, 1.1, 1.2),
-            outcome="slower",
-            reason="slower than eager",
-        )
+    speeds = {"speedup": Speedup(0.9, 0.95, 1.0), "speedup_over_plain": Speedup(1.0, 1.1, 1.2), "seconds": 0.0021}
+    candidates = with_changes(good_candidates(0.01), "cpp", "compiled", **speeds, outcome="slower", reason="slower")
     reason = "nothing is faster than eager by 3%"
     return decided(what, "eager", candidates=candidates, code="BASELINE_NO_CLEAR_GAIN", reason=reason, measured_at=AT)
 
 
 def corrupt(where: Store) -> None:
-    """One good decision among files that are broken in every way that a reader has to expect."""
-    one(where)
+    """One good decision among files that are broken, each in another way that the dashboard has to list."""
+    single(where)
     folder = where.path(here().fingerprint(), problem()).parent
     whole = where.path(here().fingerprint(), problem()).read_text()
-    broken = {
-        "cpu-n1-v1031-float32-unaligned": "",
-        "cpu-n2-v1031-float32-unaligned": whole[: len(whole) // 2],
-        "cpu-n3-v1031-float32-unaligned": "[" * 100_000,
-        "cpu-n4-v1031-float32-unaligned": whole,  # of another problem
-        "cpu-n6-v1031-float32-unaligned": whole.replace('"rounds": 10', '"rounds": "ten"'),
-        "cpu-n8-v1031-float32-unaligned": '{"problem": NaN}',
-        "cpu-n12-v1031-float32-unaligned": json.dumps({"schema": 1, "sha256": "", "record": {}}),
-        "not-a-problem": "{}",
-        "cpu-n16-v1031-float32-unaligned": json.dumps(
-            {"problem": problem_to_dict(problem(16, 1031, torch.float32, "forward")), "chosen": "nothing"}
-        ),
-    }
-    for name, text in broken.items():
+    broken = {"n1": "", "n3": "[" * 100_000, "n4": whole}  # the last is of another problem
+    for name, text in {f"cpu-{rows}-v1031-float32-unaligned": text for rows, text in broken.items()}.items():
         (folder / f"{name}.json").write_text(text)
+    (folder / "not-a-problem.json").write_text("{}")
     (folder / "cpu-n24-v1031-float32-unaligned.json").mkdir()
     (folder / "README.json.txt").write_text("not one of a store's files")
 
 
 def partial(where: Store) -> None:
     """As a run that was cut off leaves it: part of a grid, no evidence, no facts, figures missing."""
-    unknown = {"extra_bytes": None, "extra_multiple": None, "percent_of_bandwidth": None, "first_call_seconds": None}
-    candidates = {
-        name: dataclasses.replace(
-            one,
-            **unknown,
-            checks=(),
-            repeatable=None,
-            row_invariant=None,
-            speedup=one.speedup and Speedup(None, 1.5, None),
-            speedup_over_plain=None,
-        )
-        for name, one in good_candidates().items()
-    }
+    unknown = ("extra_bytes", "extra_multiple", "percent_of_bandwidth", "first_call_seconds", "speedup_over_plain")
+    unknown += ("repeatable", "row_invariant")
+    speedup = Speedup(None, 1.5, None)
+    candidates = with_changes(good_candidates(), **dict.fromkeys(unknown), checks=(), speedup=speedup)
     few: dict[str, Any] = {"rounds": 3, "settled": False, "measured_rows": 128, "short_check": True, "bandwidth": {}}
     few["code"] = "AMBIGUOUS_AT_BUDGET"
     publish(where, good(problem(512), candidates=candidates, **few), evidence=False)
@@ -239,12 +204,10 @@ def other_device(where: Store) -> None:
     """Of a GPU that is not here, by another torch; figures that nobody measured."""
     for rows in (2048, 8192):
         for mode in ("forward", "backward"):
-            candidates = without_plain(good_candidates(rows / 512 / 100))
-            candidates["compiled"], candidates["cpp"] = (
-                candidates["cpp"],
-                Candidate("unsupported", "needs the CPU", "0" * 16),
-            )
-            candidates["compiled"] = dataclasses.replace(candidates["compiled"], fingerprint="f" * 16)
+            # As an earlier release stored them, which did not time plain log_softmax and gather.
+            candidates = with_changes(good_candidates(rows / 512 / 100), speedup_over_plain=None)
+            candidates["compiled"] = dataclasses.replace(candidates["cpp"], fingerprint="f" * 16)
+            candidates["cpp"] = Candidate("unsupported", "needs the CPU", "0" * 16)
             what = problem(rows, mode=mode, device="cuda")
             publish(where, decided(what, "compiled", candidates=candidates, measured_at=AT), H100)
 
@@ -267,12 +230,15 @@ def hostile(where: Store) -> None:
     )
     candidates = {**good_candidates(), HOSTILE: strange, "%{x}<a href='http://example.invalid'>": strange}
     what = problem(2048, mode="backward", device="cuda")
-    publish(where, good(what, candidates=candidates, reason=HOSTILE, measured_at=HOSTILE), environment)
+    publish(where, decided(what, HOSTILE, candidates=candidates, reason=HOSTILE, measured_at=HOSTILE), environment)
+    odd = {"cpu_threads": "many", "torch": 5, "gpu_name": f"{HOSTILE} [x](http://example.invalid)"}
+    facts = where.path(environment.fingerprint(), what).parents[1] / FACTS
+    facts.write_text(json.dumps({**environment.to_dict(), **odd}))
 
 
 SCENARIOS: dict[str, Callable[[Store], None]] = {
     "no profile": no_profile,
-    "one": one,
+    "one": single,
     "many": many,
     "corrupt": corrupt,
     "partial": partial,
@@ -282,29 +248,13 @@ SCENARIOS: dict[str, Callable[[Store], None]] = {
 }
 
 
-def generate(where: Store, count: int, environments: int = 4) -> None:
-    """Write `count` decisions, of `environments` machines; without evidence, and without waiting for the disk."""
-    per = -(-count // environments)
-    template: Decision | None = None
-    done = 0
-    for number in range(environments):
-        threads = here().cpu_threads + number
-        environment = dataclasses.replace(here() if number == 0 else H100, cpu_threads=threads, multiprocessors=number)
-        name, facts = environment.fingerprint(), environment.to_dict()
-        for what in _problems(environment.device_type, min(per, count - done)):
-            template = template or good(what)
-            path = where.path(name, what)
-            if not path.parent.is_dir():
-                path.parent.mkdir(parents=True)
-                path.parents[1].joinpath(FACTS).write_text(json.dumps(facts))
-            path.write_bytes(dataclasses.replace(template, problem=what, environment=facts, seed=done).to_json())
-            done += 1
-
-
-def _problems(device: str, count: int) -> Iterable[Problem]:
-    """`count` different ones: all N that are tops of buckets, vocabularies around those of models, dtypes and modes."""
-    tops = sorted({2**n for n in range(6, 18)} | {3 * 2**n for n in range(5, 17)})
-    vocabs = dict.fromkeys(vocab + 128 * step for step in range(count) for vocab in MODELS.values())
-    options = itertools.product(vocabs, (torch.float32, torch.bfloat16), ("forward", "backward"), tops)
-    for vocab, dtype, mode, rows in itertools.islice(options, count):
-        yield problem(rows, vocab, dtype, mode, device)
+def generate(where: Store, count: int) -> None:
+    """Write `count` decisions, each of a vocabulary of its own; without evidence, and without waiting for the disk."""
+    decision, name, facts = good(), here().fingerprint(), here().to_dict()
+    folder = where.path(name, decision.problem).parent
+    folder.mkdir(parents=True)
+    folder.parent.joinpath(FACTS).write_text(json.dumps(facts))
+    for number in range(count):
+        what = problem(512, QWEN + 128 * number)
+        changed = dataclasses.replace(decision, problem=what, environment=facts, seed=number)
+        where.path(name, what).write_bytes(changed.to_json())

@@ -4,7 +4,7 @@ import streamlit as st
 from compiled_logprobs_dashboard import selection
 from compiled_logprobs_dashboard.charts import compare as charts
 from compiled_logprobs_dashboard.frames import Frames, Profile, problem_of
-from compiled_logprobs_dashboard.looks import foremost_in, plain, plain_line
+from compiled_logprobs_dashboard.looks import plain, plain_line
 from compiled_logprobs_dashboard.tables import compare as tables
 
 from compiled_logprobs.problem import bucket
@@ -103,9 +103,6 @@ def _history(frames: Frames, this: Profile) -> None:
     if found.empty:
         st.info(f"{what}: nothing was measured.")
         return
-    found, left_out = foremost_in(found)
-    if left_out:
-        st.caption(f"{left_out} more backends are not shown.")
     times = found["label"].nunique()
     winners = ", ".join(
         f"{plain_line(row.label)}: {plain_line(row.backend, 40)}" for row in found[found["chosen"]].itertuples()

@@ -7,7 +7,7 @@ import streamlit as st
 from compiled_logprobs_dashboard import selection
 from compiled_logprobs_dashboard.charts import decide as charts
 from compiled_logprobs_dashboard.frames import Answer, Frames, Profile, Shape, against, look_up
-from compiled_logprobs_dashboard.looks import MOST_BACKENDS, foremost, plain, plain_line
+from compiled_logprobs_dashboard.looks import plain, plain_line
 from compiled_logprobs_dashboard.tables import decide as tables
 
 from compiled_logprobs.decision import Decision
@@ -55,9 +55,8 @@ def show() -> None:
             return
     _headline(frames, profile, shape, answer, decision)
     if decision is not None and answer.key is not None:
-        part, left_out = foremost(decision)
-        _ranking(frames, part, left_out)
-        _why(part, left_out)
+        _ranking(frames, decision)
+        _why(decision)
         _what_if(decision, shape)
         _code(decision, answer)
     _map(frames, profile, shape, answer, decision)
@@ -98,7 +97,7 @@ def _badges(frames: Frames, profile: Profile, answer: Answer, decision: Decision
         st.caption(f"Stale: {plain(row['stale'])}. Measuring it again would tell whether it still holds.")
 
 
-def _ranking(frames: Frames, decision: Decision, left_out: int) -> None:
+def _ranking(frames: Frames, decision: Decision) -> None:
     st.subheader("Ranking")
     board = tables.leaderboard(decision, frames.backends)
     over, beside = against(decision), f", and beside that over the baseline, {plain(decision.baseline)}"
@@ -108,10 +107,9 @@ def _ranking(frames: Frames, decision: Decision, left_out: int) -> None:
     shown = board.drop(columns="name")
     st.dataframe(shown, hide_index=True, column_config=COLUMNS, key="leaderboard", alt=alt, placeholder="–")
     timed = "" if decision.measured_rows == decision.problem.rows else f", timed with {decision.measured_rows} rows"
-    more = f" {left_out} more candidates are not shown; the download below has all." if left_out else ""
     st.caption(
         f"{plain(decision.code)}: {plain(decision.reason)}. {decision.rounds} rounds{timed}. Speed-ups are over "
-        f"{plain(over)}{beside}.{more}"
+        f"{plain(over)}{beside}."
     )
     selection.chart(
         charts.ranking(board, over, among=frames.backends),
@@ -122,7 +120,7 @@ def _ranking(frames: Frames, decision: Decision, left_out: int) -> None:
     )
 
 
-def _why(decision: Decision, left_out: int) -> None:
+def _why(decision: Decision) -> None:
     lost = tables.why_lost(decision)
     st.subheader("Why not the others")
     if lost.empty:
@@ -130,8 +128,6 @@ def _why(decision: Decision, left_out: int) -> None:
     for row in lost.itertuples():
         st.markdown(f"**{plain(row.backend)}**, {plain(row.outcome)}: {plain(row.why, 500)}")
         st.caption(plain(row.figures, 600))
-    if left_out:
-        st.caption(f"{left_out} more candidates are not shown.")
 
 
 def _what_if(decision: Decision, shape: Shape) -> None:
@@ -140,10 +136,9 @@ def _what_if(decision: Decision, shape: Shape) -> None:
     if not need:
         st.write("The extra memory of none of them was measured.")
         return
-    by_need = sorted(need, key=lambda name: need[name])
-    listed = ", ".join(f"{plain(name, 40)} {tables.size(need[name])}" for name in by_need[:MOST_BACKENDS])
-    more = "" if len(need) <= MOST_BACKENDS else f", and {len(need) - MOST_BACKENDS} that take more"
-    st.write(f"For N {shape.rows}, beside the logits: {listed}{more}.")
+    by_need = sorted(need.items(), key=lambda item: item[1])
+    listed = ", ".join(f"{plain(name, 40)} {tables.size(number)}" for name, number in by_need)
+    st.write(f"For N {shape.rows}, beside the logits: {listed}.")
     cap = st.number_input(
         "Extra memory that is free, MiB",
         min_value=0.0,
@@ -173,7 +168,7 @@ def _code(decision: Decision, answer: Answer) -> None:
         st.code(command, language="bash", wrap_lines=True)
         if others := [plain_line(name, 40) for name in tables.of_others(decision)]:
             st.caption(
-                f"Where {plain(', '.join(others[:MOST_BACKENDS]), 900)} came from is not stored: in its place, write "
+                f"Where {plain(', '.join(others), 900)} came from is not stored: in its place, write "
                 "`package.module:Class`."
             )
     selection.download("Download this decision (JSON)", decision.to_json, "decision.json", "application/json")

@@ -51,11 +51,6 @@ def show() -> None:
                 f"{plain(checked.dtype)}: for this N nothing is stored; shown is the nearest, N "
                 f"{checked.decision.problem.rows}."
             )
-        if checked.left_out:
-            st.caption(
-                f"{plain(checked.dtype)}: {checked.left_out} more candidates are not shown. The chosen one, the "
-                "baseline and those that failed come first."
-            )
     whole = tables.overview(found)
     if whole.empty:
         st.info("The decisions are stored without verdicts of the checks, so that it is not known what they came to.")
@@ -136,8 +131,6 @@ def _matrix(details: pd.DataFrame, only_failures: bool) -> None:
 
 def _grid(found: Matrix, key: str, across: str, text: str) -> None:
     st.session_state[f"{key}-shown"] = found
-    if found.left_out:
-        st.caption(f"Not shown: {found.left_out}.")
     st.dataframe(
         found.shown.style.map(_tint),
         hide_index=True,
@@ -240,12 +233,9 @@ def _errors(frames: Frames, found: Sequence[Checked]) -> None:
         )
     )
     inputs = list(dict.fromkeys(part["input"]))
-    drawn = part[part["input"].isin(inputs[: tables.MOST_ACROSS])]
-    if len(inputs) > tables.MOST_ACROSS:
-        st.caption(f"{len(inputs) - tables.MOST_ACROSS} more inputs are not drawn; the table has them.")
     selection.chart(
-        charts.ranges(drawn, what, among=frames.backends),
-        alt=charts.in_words(drawn, what),
+        charts.ranges(part, what, among=frames.backends),
+        alt=charts.in_words(part, what),
         key="error-ranges",
         table=part,
     )

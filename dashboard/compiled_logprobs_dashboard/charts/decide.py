@@ -7,10 +7,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from compiled_logprobs_dashboard.charts import categories, in_rgb, interval, new_figure
-from compiled_logprobs_dashboard.looks import MOST_BACKENDS, NEUTRAL, Look, looks, plain_in_chart
+from compiled_logprobs_dashboard.looks import NEUTRAL, Look, looks, plain_in_chart
 
-OTHERS = Look(NEUTRAL, "…", "square", "solid")
-"""Of the backends that win the fewest squares, where they are too many to be told apart."""
 SQUARE = 48
 """Pixels a side; smaller where there are many."""
 NEAR_ONE = 0.2
@@ -40,13 +38,10 @@ def winner_map(
         yaxis=categories(up, "V, vocabulary", showgrid=False),
     )
     counts = table["backend"].value_counts()  # most first; what is not measured has none
-    own, rest = list(counts.index[:MOST_BACKENDS]), list(counts.index[MOST_BACKENDS:])
-    drawn = [(look, [name], plain_in_chart(name, 30)) for name, look in looks(own, among).items()]
-    if rest:
-        drawn.append((OTHERS, rest, f"{len(rest)} others"))
-    for look, names, shown in drawn:
+    for name, look in looks(counts.index, among).items():
+        shown = plain_in_chart(name, 30)
         for state, title in (("won", shown), ("tie", f"{shown}, tie"), ("alone", f"{shown}, nothing else ran")):
-            part = table[table["backend"].isin(names) & (table["state"] == state)]
+            part = table[(table["backend"] == name) & (table["state"] == state)]
             strong = part["opacity"] >= STRONG
             for number, group in enumerate(group for group in (part[strong], part[~strong]) if len(group)):
                 trace = _squares(group, look, side, hollow=state == "tie")

@@ -19,7 +19,7 @@ from compiled_logprobs.decision import MEASURED, Candidate, Decision, Speedup
 from compiled_logprobs.machine.environment import environments
 from compiled_logprobs.problem import MODES, Problem, mode_name, short_name
 from compiled_logprobs_dashboard.frames import Frames, Profile, against, published
-from compiled_logprobs_dashboard.looks import MOST_BACKENDS, looks, outcome, plain_line
+from compiled_logprobs_dashboard.looks import looks, outcome, plain_line
 
 SAME = 0.05
 """Multiples of the logits; memory that differs by less is called the same."""
@@ -377,10 +377,7 @@ def map_in_words(table: pd.DataFrame) -> str:
     """How many squares each backend serves, as the map's text."""
     if table.empty:
         return "Nothing was measured in this mode and dtype."
-    counts = table["backend"].value_counts()
-    own, rest = counts[:MOST_BACKENDS], counts[MOST_BACKENDS:]
-    measured = ", ".join(f"{plain_line(name)} {count}" for name, count in own.items())
-    measured += f", {len(rest)} others {rest.sum()}" if len(rest) else ""
+    measured = ", ".join(f"{plain_line(name)} {count}" for name, count in table["backend"].value_counts().items())
     ties, missing = (int((table["state"] == state).sum()) for state in ("tie", "unmeasured"))
     hollow = f" Ties, drawn hollow: {ties}." if ties else ""
     grey = f" Not measured, drawn grey: {missing}." if missing else ""

@@ -10,7 +10,7 @@ from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import environments
 from compiled_logprobs.problem import Problem
 from compiled_logprobs_dashboard.frames import Frames, Profile, Shape
-from compiled_logprobs_dashboard.looks import MOST_BACKENDS, foremost_in, plain_line
+from compiled_logprobs_dashboard.looks import plain_line
 from compiled_logprobs_dashboard.tables.throughput import keys_along
 
 COLUMNS = {
@@ -90,9 +90,7 @@ def memory(frames: Frames, profile: Profile, shape: Shape) -> tuple[pd.DataFrame
                     "logits_bytes": float(logits),
                 }
             )
-    points, others = foremost_in(pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS))
-    left_out += [f"{others} backends more than the {MOST_BACKENDS} that are shown"] if others else []
-    return points, left_out
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS), left_out
 
 
 def capacity(frames: Frames, profile: Profile) -> Capacity:

@@ -4,7 +4,6 @@ which tokens are most off.
 All of it was found by the gate when the decision was made, and is stored; nothing is checked here.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -15,12 +14,10 @@ from compiled_logprobs.check.report import MEANING
 from compiled_logprobs.decision import QUANTILES, Candidate, Decision, Evidence
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs_dashboard.frames import Frames, Profile, Shape, dtypes, look_up
-from compiled_logprobs_dashboard.looks import VERDICTS, foremost, plain_line
+from compiled_logprobs_dashboard.looks import VERDICTS, plain_line
 
 ALL = "all inputs"
 """Stands for the worst over all kinds of input."""
-MOST_DOWN, MOST_ACROSS = 300, 60
-"""Rows and verdicts of a row that a matrix shows: a foreign file may have any number of checks and inputs."""
 CHECKS = ["backend", "dtype", "input", "check", "verdict", "figure", "limit", "detail"]
 QUANTILE = [f"q{round(share * 100)}" for share in QUANTILES]
 ERRORS = ["backend", "dtype", "input", "what", "count", "limit", *QUANTILE]
@@ -40,8 +37,6 @@ class Checked(NamedTuple):
     """Whether it is for the N that was asked for, and not the nearest."""
     missing: str
     """Why there are no details; empty where there are."""
-    left_out: int = 0
-    """How many candidates more the decision has than are shown."""
 
 
 def gather(frames: Frames, profile: Profile, shape: Shape) -> tuple[list[Checked], list[str]]:
@@ -62,10 +57,7 @@ def gather(frames: Frames, profile: Profile, shape: Shape) -> tuple[list[Checked
             evidence, missing = Evidence(0, ""), "nothing that can be read is stored beside the decision"
         elif not evidence.cases:
             missing = "what is stored beside the decision tells only times"
-        decision, left_out = foremost(decision, failures_first=True)
-        cases = {name: one for name, one in evidence.cases.items() if name in decision.candidates}
-        evidence = dataclasses.replace(evidence, cases=cases)
-        checked.append(Checked(dtype, decision, evidence, says.kind == "exact", missing, left_out))
+        checked.append(Checked(dtype, decision, evidence, says.kind == "exact", missing))
     return checked, broken
 
 
@@ -165,8 +157,6 @@ class Matrix(NamedTuple):
     """What the rows of `shown` are of: backend, dtype, and check where the columns are inputs."""
     across: dict[str, str]
     """The check or input that a column of `shown` stands for."""
-    left_out: str
-    """How much more there is than is shown, in words; empty where there is not."""
 
 
 def matrix(table: pd.DataFrame, rows: list[str], column: str) -> Matrix:
@@ -175,9 +165,6 @@ def matrix(table: pd.DataFrame, rows: list[str], column: str) -> Matrix:
     wide = shown.pivot_table(index=rows, columns=column, values="verdict", aggfunc="first", sort=False)
     values = list(dict.fromkeys(table[column]))
     wide = wide.reindex(columns=_in_order(values) if column == "check" else values).fillna("")
-    more = {"rows": len(wide) - MOST_DOWN, f"{column}s": len(wide.columns) - MOST_ACROSS}
-    left_out = " and ".join(f"{number} {what} more" for what, number in more.items() if number > 0)
-    wide = wide.iloc[:MOST_DOWN, :MOST_ACROSS]
     keys = wide.index.to_frame(index=False)
     across: dict[str, str] = {}
     for value in wide.columns:
@@ -187,7 +174,7 @@ def matrix(table: pd.DataFrame, rows: list[str], column: str) -> Matrix:
         across[name] = value
     heads = keys.map(lambda one: plain_line(one, 60)).rename(columns=_HEADS)
     body = wide.set_axis(list(across), axis=1).reset_index(drop=True)
-    return Matrix(pd.concat([heads, body], axis=1), keys, across, left_out)
+    return Matrix(pd.concat([heads, body], axis=1), keys, across)
 
 
 _HEADS = {"backend": "backend", "dtype": "logits", "check": "check"}

@@ -16,7 +16,7 @@ from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.bandwidth import backward_bytes, forward_bytes, minimum_bytes
 from compiled_logprobs.problem import Problem, bucket
 from compiled_logprobs_dashboard.frames import Frames, Profile, Shape, problem_of
-from compiled_logprobs_dashboard.looks import MOST_BACKENDS, foremost_in, plain_line
+from compiled_logprobs_dashboard.looks import plain_line
 
 Axis = Literal["rows", "vocab"]
 MOST = 40
@@ -59,9 +59,7 @@ def throughput(frames: Frames, profile: Profile, shape: Shape, along: Axis, cach
         more, why = _points(key, decision, evidence.seconds if evidence else {}, cache_bytes)
         rows += more
         left_out += why
-    points, others = foremost_in(pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS))
-    left_out += [f"{others} backends more than the {MOST_BACKENDS} that are shown"] if others else []
-    return Throughput(points, left_out)
+    return Throughput(pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS), left_out)
 
 
 def keys_along(frames: Frames, profile: Profile, shape: Shape, along: Axis) -> tuple[list[int], int]:
