@@ -1,5 +1,6 @@
 # make quick     set up .venv, then run the tests that start no process, no browser and no long compilation
-# make test      set up .venv, then run the whole suite
+# make slow      set up .venv, then run the other tests
+# make test      both
 # make test-integrations  train with TRL's own trainers, patched and not, in an environment of its own
 # make profile   set up .venv, then measure which backend is fastest on this machine, store it, and show the winners
 # make dashboard set up .venv, then show the profiles in a browser, until Ctrl-C
@@ -22,19 +23,21 @@ endef
 # Without the constraints, pip would take the newest torch, which is larger and not the one that was tested.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup quick test test-integrations profile dashboard example benchmark inspect check format clean
+.PHONY: setup quick slow test test-integrations profile dashboard example benchmark inspect check format clean
 
 setup: .venv/.installed-flash-attn
 
 # A process for each of two cores, with a thread each: threads that share a core, and that spin while they wait, make torch
 # several times slower. The tests of a file stay together, since they share what they compiled and the servers they started.
-quick test: export OMP_WAIT_POLICY := PASSIVE
-quick test: export OMP_NUM_THREADS := 1
+quick slow: export OMP_WAIT_POLICY := PASSIVE
+quick slow: export OMP_NUM_THREADS := 1
 quick: .venv/.installed-flash-attn
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser and not gpu"
 
-test: .venv/.installed-flash-attn
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
+slow: .venv/.installed-flash-attn
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or browser or gpu" --durations 25
+
+test: quick slow
 
 test-integrations: export OMP_WAIT_POLICY := PASSIVE
 test-integrations: $(INTEGRATIONS)/.installed

@@ -7,10 +7,10 @@ from compiled_logprobs.choose import memory
 from compiled_logprobs.store import ROOT_VARIABLE
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with the files that hold slow tests, so that two processes end at about the same time."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Note of each test whether `make quick` takes it, before any is deselected: tests/test_house.py counts."""
+    config.is_quick = [not any(map(item.get_closest_marker, ("slow", "browser", "gpu"))) for item in items]
 
 
 @pytest.fixture(autouse=True)
