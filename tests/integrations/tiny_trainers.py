@@ -1,16 +1,12 @@
 """GRPO and DPO by TRL's own trainers, on a randomly initialised GPT-2 of two layers, on the CPU, without a network.
 
-What each step computes is recorded: loss, gradient, and what computing them took. GPT-2, since it computes in the dtype
+What each step computes is recorded. GPT-2, since it computes in the dtype
 of its weights throughout, float64 too, where newer models go through float32 in places.
 """
 
-import contextlib
-import ctypes
-import gc
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -32,20 +28,9 @@ class Steps:
     """What the steps of one training computed."""
 
     losses: list[float] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)
-    """Of all parameters, one vector a step."""
-    completions: list[list[list[int]]] = field(default_factory=list)
-    """Of GRPO: what was sampled, generation by generation."""
-    seconds: list[float] = field(default_factory=list)
-    """That loss and gradient took."""
-    peak_bytes: list[int] = field(default_factory=list)
-    """Resident memory at its peak meanwhile, over what there was before."""
-    calls: list[int] = field(default_factory=list)
-    """How often the loss of each step called this library."""
-
-    @property
-    def all_gradients(self) -> Tensor:
-        return torch.cat(self.gradients).double()
+    gradients: list[Tensor] = field(default_factory=list)  # of all parameters, one vector a step
+    completions: list[list[list[int]]] = field(default_factory=list)  # of GRPO: what was sampled, by generation
+    calls: list[int] = field(default_factory=list)  # how often the loss of each step called this library
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -60,20 +45,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model(dtype: torch.dtype) -> GPT2LMHeadModel:
     """The same numbers for each dtype: those of bfloat16, drawn wide enough that the probabilities differ by token."""
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCAB,
-        n_positions=64,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        initializer_range=0.3,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=1,
-    )
+    size = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    config = GPT2Config(**size, **no_dropout, **tokens, initializer_range=0.3)
     return GPT2LMHeadModel(config).to(torch.bfloat16).to(dtype)
 
 
@@ -85,12 +60,12 @@ def share_of_even_words(completions, completion_ids, **_) -> list[float]:
     return [sum(token % 2 == 0 for token in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
-def options(folder: Path, learning_rate: float) -> dict:
+def options(folder: Path) -> dict:
     return {
         "output_dir": str(folder),
         "max_steps": STEPS,
         "per_device_train_batch_size": SEQUENCES,
-        "learning_rate": learning_rate,
+        "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "optim": "sgd",  # whose steps are as far apart as the gradients are
         "max_grad_norm": 0.0,  # none is clipped
@@ -105,9 +80,7 @@ def options(folder: Path, learning_rate: float) -> dict:
     }
 
 
-def train_grpo(
-    dtype: torch.dtype, folder: Path, learning_rate: float = LEARNING_RATE, replayed: Steps | None = None
-) -> Steps:
+def train_grpo(dtype: torch.dtype, folder: Path, replayed: Steps | None) -> Steps:
     """Train with GRPO; the completions of `replayed` stand in for sampling, which differs from dtype to dtype."""
     steps = Steps()
 
@@ -125,7 +98,7 @@ def train_grpo(
         model=model(dtype),
         reward_funcs=share_of_even_words,
         args=GRPOConfig(
-            **options(folder, learning_rate),
+            **options(folder),
             num_generations=4,
             num_iterations=2,  # the second with ratios other than 1
             max_completion_length=COMPLETION,
@@ -138,8 +111,8 @@ def train_grpo(
     return steps
 
 
-def train_dpo(dtype: torch.dtype, folder: Path, learning_rate: float = LEARNING_RATE) -> Steps:
-    """Train with DPO."""
+def train_dpo(dtype: torch.dtype, folder: Path, replayed: Steps | None) -> Steps:
+    """Train with DPO, which samples nothing that could be replayed."""
     steps = Steps()
     torch.manual_seed(1)
     pairs = [
@@ -148,7 +121,7 @@ def train_dpo(dtype: torch.dtype, folder: Path, learning_rate: float = LEARNING_
     trainer = _recording(DPOTrainer, steps)(
         model=model(dtype),
         ref_model=model(dtype),
-        args=DPOConfig(**{**options(folder, learning_rate), "per_device_train_batch_size": SEQUENCES // 2}, beta=0.1),
+        args=DPOConfig(**{**options(folder), "per_device_train_batch_size": SEQUENCES // 2}, beta=0.1),
         train_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer(),
     )
@@ -161,47 +134,19 @@ def _recording(base: type, steps: Steps) -> type:
 
     class Recording(base):
         def compute_loss(self, *arguments, **named):
-            self.before = _resident("VmRSS:")
-            _reset_peak()
+            def counting(*arguments, **options):
+                steps.calls[-1] += 1
+                return public(*arguments, **options)
+
             steps.calls.append(0)
-            self.start = time.perf_counter()
-            with _counting(steps.calls):
+            public = conventions.log_probs_from_logits
+            with patch.object(conventions, "log_probs_from_logits", counting):
                 return super().compute_loss(*arguments, **named)
 
         def training_step(self, trained, *arguments, **named):
-            gc.collect()
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
             loss = super().training_step(trained, *arguments, **named)
-            steps.seconds.append(time.perf_counter() - self.start)
-            steps.peak_bytes.append(_resident("VmHWM:") - self.before)
             steps.losses.append(loss.item())
-            steps.gradients.append(torch.cat([one.grad.double().flatten() for one in trained.parameters()]))
+            steps.gradients.append(torch.cat([weight.grad.double().flatten() for weight in trained.parameters()]))
             return loss
 
     return Recording
-
-
-@contextlib.contextmanager
-def _counting(calls: list[int]) -> Iterator[None]:
-    """Add the calls of `compat`'s adapters meanwhile to the last of `calls`."""
-    public = conventions.log_probs_from_logits
-
-    def counting(*arguments, **options):
-        calls[-1] += 1
-        return public(*arguments, **options)
-
-    conventions.log_probs_from_logits = counting
-    try:
-        yield
-    finally:
-        conventions.log_probs_from_logits = public
-
-
-def _resident(field_name: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field_name))
-
-
-def _reset_peak() -> None:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
