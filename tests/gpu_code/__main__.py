@@ -5,13 +5,15 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import fields
+from dataclasses import asdict
+
+import pandas as pd
 
 from compiled_logprobs.errors import LogProbsError
-from compiled_logprobs.problem import Problem, short_name
+from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning.presets import dtype_of, rows_of, vocab_of
 from tests.gpu_code.data_sheets import GPUS, data_sheet
-from tests.gpu_code.inspection import LAYOUTS, NOT_MEASURED, Direction, Inspection, inspect
+from tests.gpu_code.inspection import LAYOUTS, NOT_MEASURED, Inspection, inspect
 
 PASSED, COULD_NOT_RUN = 0, 2
 
@@ -25,7 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows_of(options.rows),
             vocab_of(options.vocab),
             dtype_of(options.dtype),
-            labels_per_row=options.labels_per_row,
             needs_grad=options.grad or options.inplace,
             entropy=options.entropy,
             inplace_backward=options.inplace,
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LogProbsError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return COULD_NOT_RUN
-    print(json.dumps(inspection.to_dict(), indent=2) if options.json else "\n".join(_lines(inspection)))
+    print(json.dumps(inspection.to_dict(), indent=2) if options.json else _table(inspection))
     return PASSED
 
 
@@ -50,7 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab", default="151936", help="V: a number or a model's name")
     parser.add_argument("--dtype", default="bfloat16", help="of the logits: float32, bfloat16 or float16")
     parser.add_argument("--layout", default="flat", choices=LAYOUTS, help="slice: logits[:, :-1] of [B, T, V]")
-    parser.add_argument("--labels-per-row", default=1, type=int, help="K")
     parser.add_argument("--grad", action="store_true", help="backward as well")
     parser.add_argument("--inplace", action="store_true", help="backward as well, over the logits")
     parser.add_argument("--entropy", action="store_true", help="with the entropy")
@@ -58,31 +58,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _lines(inspection: Inspection) -> list[str]:
-    """A table with a column for each direction of each backend, and then what the columns cannot hold."""
-    problem, gpu, flash_attn = inspection.problem, inspection.gpu, inspection.flash_attn
-    both: dict[str, Direction | None] = {
-        "compiled forward": inspection.forward,
-        "compiled backward": inspection.backward,
-    }
-    if not isinstance(flash_attn, str):
-        both |= {f"flash_attn {name}": one for name, one in flash_attn.items()}
-    columns = {name: one for name, one in both.items() if one is not None}
-    details = "".join(f", {text}" for text in (problem.details(), f"for {gpu.name} ({gpu.arch})") if text)
-    lines = [f"{problem.rows} x {problem.vocab} {short_name(problem.dtype)}{details}: {NOT_MEASURED}", ""]
-    lines.append(" " * 32 + "".join(f"{name:>21}" for name in columns))
-    for fact in fields(Direction):
-        values = [getattr(direction, fact.name) for direction in columns.values()]
-        if not any(isinstance(value, tuple) for value in values):
-            lines.append(f"{fact.name.replace('_', ' '):32}" + "".join(f"{value:>21.4g}" for value in values))
-    lines.append("")
-    for name, direction in columns.items():
-        lines += [f"{name}: {kernel}" for kernel in direction.kernel_reports]
-        lines += [f"{name}: torch's own {operation}" for operation in direction.operations]
-        lines += [f"{name}: {note}" for note in direction.notes]
-    if isinstance(flash_attn, str):
-        lines.append(f"flash_attn: {flash_attn}")
-    return [*lines, f"Rates of the {gpu.name}: {gpu.source}. All figures {NOT_MEASURED}."]
+def _table(inspection: Inspection) -> str:
+    """A column for each direction of each backend, and below it what is no number."""
+    columns, notes = {}, []
+    for backend, directions in (("compiled", vars(inspection)), ("flash_attn", inspection.flash_attn)):
+        if isinstance(directions, str):
+            notes.append(f"{backend}: {directions}")
+            continue
+        for name in ("forward", "backward"):
+            if directions[name] is not None:
+                facts = columns[f"{backend} {name}"] = asdict(directions[name])
+                for fact in ("kernel_reports", "operations", "notes"):
+                    notes += [f"{backend} {name}, {fact}: {text}" for text in facts.pop(fact)]
+    gpu = inspection.gpu
+    head = f"{inspection.problem} on {gpu.name} ({gpu.arch}, {gpu.source}): {NOT_MEASURED}"
+    return "\n".join([head, pd.DataFrame(columns).to_string(float_format="{:.4g}".format), *notes])
 
 
 if __name__ == "__main__":

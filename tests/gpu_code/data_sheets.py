@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from compiled_logprobs.errors import InputError
 
 WARP = 32
-SCHEDULERS = 4
-"""Of a multiprocessor; each issues for one warp a clock."""
-SPECIAL_PER_CLOCK = 16
-"""Results of a multiprocessor's special function units."""
+SCHEDULERS = 4  # of a multiprocessor; each issues for one warp a clock
+SPECIAL_PER_CLOCK = 16  # results of a multiprocessor's special function units
 
 
 @dataclass(frozen=True)
@@ -23,13 +21,10 @@ class DataSheet:
     """A GPU as its maker describes it."""
 
     name: str
-    arch: str
-    """What the assembler calls its architecture, e.g. sm_90."""
+    arch: str  # what the assembler calls its architecture, e.g. sm_90
     multiprocessors: int
-    bandwidth: float
-    """Of its memory, bytes a second."""
-    clock: float
-    """At its fastest, a second."""
+    bandwidth: float  # of its memory, bytes a second
+    clock: float  # at its fastest, a second
     threads_per_multiprocessor: int
     source: str
 

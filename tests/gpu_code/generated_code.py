@@ -16,8 +16,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -32,17 +33,12 @@ from tests.gpu_code.data_sheets import DataSheet
 class Assembled:
     """A kernel in one configuration: what was assembled, and what the assembler says of it."""
 
-    constants: dict[str, Any]
-    """Block sizes and other parameters that are known when it is compiled."""
-    parameters: tuple[str, ...]
-    """The others, in order."""
+    constants: dict[str, Any]  # block sizes and other parameters that are known when it is compiled
+    parameters: tuple[str, ...]  # the others, in order
     warps: int
-    registers: int
-    """A thread."""
-    spilled_bytes: int
-    """Stack and local memory a thread."""
-    shared_bytes: int
-    """A program."""
+    registers: int  # a thread
+    spilled_bytes: int  # stack and local memory, a thread
+    shared_bytes: int  # a program
     ptx: str
     sass: str
 
@@ -52,8 +48,8 @@ class Kernel:
     """A Triton kernel."""
 
     name: str
-    source: str
-    """Of the function alone."""
+    source: str  # of the function alone
+    parameters: Sequence[str]
     configurations: tuple[Assembled, ...]
 
 
@@ -62,10 +58,8 @@ class Launch:
     """A call of a kernel. Tensors are on the meta device: they have shapes and an identity, and no values."""
 
     kernel: Kernel
-    arguments: dict[str, Any]
-    """By the names of the kernel's parameters: tensors and numbers."""
-    grid: tuple[int, ...] = ()
-    """Where it does not follow from sizes and blocks, as Inductor's does."""
+    arguments: dict[str, Any]  # tensors and numbers, by the names of the kernel's parameters
+    grid: tuple[int, ...] = ()  # where it does not follow from sizes and blocks, as Inductor's does
 
 
 @dataclass
@@ -73,10 +67,8 @@ class Program:
     """What a function does on the GPU."""
 
     launches: list[Launch] = field(default_factory=list)
-    operations: list[tuple[str, int]] = field(default_factory=list)
-    """Operations that are not generated but torch's own: name, and bytes of their tensors."""
-    buffers: list[Tensor] = field(default_factory=list)
-    """What was allocated, outputs included."""
+    operations: list[tuple[str, int]] = field(default_factory=list)  # torch's own: name, and bytes of their tensors
+    buffers: list[Tensor] = field(default_factory=list)  # what was allocated, outputs included
     results: list[Tensor] = field(default_factory=list)
 
 
@@ -85,8 +77,7 @@ class Generated:
     """The module that Inductor wrote, and what its `call` takes."""
 
     source: str
-    inputs: tuple[str, ...]
-    """Python expressions over the function's arguments, by name in a dictionary `L`."""
+    inputs: tuple[str, ...]  # Python expressions over the function's arguments, by name in a dictionary `L`
 
 
 class _Written(BaseException):
@@ -106,7 +97,7 @@ def generate(
 
     Args:
         function: a function that torch.compile takes whole.
-        arguments: tensors on the meta device.
+        arguments: tensors, of which shapes, strides and dtypes count.
         gpu: the device to compile for.
         mark: marks dimensions of the arguments as dynamic, as it is to be done before each call.
     """
@@ -140,6 +131,7 @@ def generate(
         # The code is to be generated, not found, nor compiled meanwhile by other processes; and it is not to be told
         # which configuration won earlier on.
         settings = {"fx_graph_cache": False, "autotune_local_cache": False, "compile_threads": 1}
+        settings["joint_graph_constant_folding"] = False  # it evaluates constants on the device
         stack.enter_context(torch._inductor.config.patch(settings))
         stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         stack.enter_context(warnings.catch_warnings())
@@ -159,15 +151,10 @@ def generate(
     return Generated(sources[0], tuple(inputs))
 
 
-def load(
-    generated: Generated, kernel: Callable[[str, str], Any], allocate: Callable[..., Tensor]
-) -> Callable[[list[Any]], Any]:
-    """The function `call` of the module that Inductor wrote, with other kernels and another allocator than its own.
+def load(generated: Generated, kernel: Callable[[str, str], Any], device: str) -> Callable[[list[Any]], Any]:
+    """The function `call` of the module that Inductor wrote, which allocates on `device` instead.
 
-    Args:
-        generated: the module.
-        kernel: makes an object that has `run` from a kernel's name and source.
-        allocate: makes a tensor from shape, stride and dtype.
+    `kernel` makes an object that has `run` from a kernel's name and source.
     """
     import torch._C
     import torch._inductor.async_compile as async_compile
@@ -180,7 +167,7 @@ def load(
     ):
         exec(compile(generated.source, "generated", "exec"), module)
     module.update(
-        empty_strided_cuda=allocate,
+        empty_strided_cuda=lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype, device=device),
         reinterpret_tensor=torch.as_strided,
         copy_if_misaligned=lambda tensor: tensor,
         get_raw_stream=lambda index: 0,
@@ -200,73 +187,54 @@ def load(
 def record(generated: Generated, calls: Sequence[Mapping[str, Tensor]], gpu: DataSheet) -> Program:
     """Run the generated module on tensors without memory, once for each of `calls`, and assemble its kernels."""
     program = Program()
-    kernels: dict[str, tuple[Kernel, list[str]]] = {}
+    assemble = cache(_assemble_generated)
 
     class Recorder:
         def __init__(self, name: str, source: str) -> None:
-            if name not in kernels:
-                kernels[name] = _assemble_generated(name, source, gpu)
-            self.kernel, self.parameters = kernels[name]
+            self.kernel = assemble(name, source, gpu)
 
         def run(self, *arguments: Any, stream: int) -> None:
-            program.launches.append(Launch(self.kernel, dict(zip(self.parameters, arguments, strict=False))))
+            program.launches.append(Launch(self.kernel, dict(zip(self.kernel.parameters, arguments, strict=False))))
 
-    def allocate(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-        operations.off = True  # it is noted as a buffer, below, and only once
-        tensor = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        operations.off = False
-        program.buffers.append(tensor)
-        return tensor
-
-    operations = _Operations(program)
-    with operations:
+    with _Operations(program):
         for arguments in calls:
-            call = load(generated, Recorder, allocate)
+            call = load(generated, Recorder, "meta")
             results = call([eval(expression, {"L": arguments}) for expression in generated.inputs])
             program.results += [result for result in results if isinstance(result, Tensor)]
     return program
 
 
 class _Operations(TorchDispatchMode):
-    """Notes the operations of torch that are executed, apart from views and allocations."""
+    """Notes what torch itself executes and allocates, apart from views."""
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self.program, self.off = program, False
+        self.program = program
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.off or not isinstance(result, Tensor) or func.is_view:
+        if not isinstance(result, Tensor) or func.is_view:
             return result
-        if not any(result is one for one in args):
+        if not any(result is argument for argument in args):
             self.program.buffers.append(result)
         if "empty" not in str(func):
-            flat = [part for one in (*args, result) for part in (one if isinstance(one, list | tuple) else [one])]
-            size = sum(one.numel() * one.element_size() for one in flat if isinstance(one, Tensor))
+            size = sum(part.nbytes for part in (*args, result) if isinstance(part, Tensor))
             self.program.operations.append((str(func), size))
         return result
 
 
-def record_eager(function: Callable[[], Any]) -> list[tuple[str, int]]:
-    """The operations that `function` executes without being compiled: name, and bytes of their tensors."""
-    with _Operations(program := Program()):
-        function()
-    return program.operations
-
-
 def record_launches(
-    function: Callable[[], Any], kernels: Mapping[str, Any], gpu: DataSheet, install: Callable[[str, Any], None]
+    function: Callable[[], Sequence[Tensor]], owners: Mapping[str, ModuleType], gpu: DataSheet
 ) -> Program:
     """What `function` launches, of kernels that are written by hand.
 
     Args:
         function: calls the kernels as `kernel[grid](*arguments, **options)` on tensors on the meta device.
-        kernels: the kernels by name, each a function under triton.jit, and perhaps under triton.heuristics.
+        owners: the module of each kernel by the kernel's name: a function under triton.jit, perhaps with heuristics.
         gpu: the device to assemble them for.
-        install: puts something else in the place of the kernel of that name.
     """
     program = Program()
-    kernels_seen: dict[Any, Kernel] = {}
+    kernels: dict[Any, Kernel] = {}
 
     class Recorder:
         def __init__(self, name: str, kernel: Any) -> None:
@@ -276,22 +244,19 @@ def record_launches(
             def launch(*arguments: Any, **options: Any) -> None:
                 with _described(gpu):
                     binary = self.kernel.run(*arguments, grid=grid, warmup=True, **options)
-                if binary not in kernels_seen:
-                    kernels_seen[binary] = Kernel(self.name, binary.src.fn.src, (_assembled(binary),))
+                if binary not in kernels:
+                    source = binary.src.fn.src
+                    kernels[binary] = Kernel(self.name, source, self.kernel.arg_names, (_assembled(binary),))
                 named = {**dict(zip(self.kernel.arg_names, arguments, strict=False)), **options}
-                program.launches.append(Launch(kernels_seen[binary], named, grid))
+                program.launches.append(Launch(kernels[binary], named, grid))
 
             return launch
 
-    try:
-        for name, kernel in kernels.items():
-            install(name, Recorder(name, kernel))
-        with _Operations(program):
-            results = function()
-    finally:
-        for name, kernel in kernels.items():
-            install(name, kernel)
-    program.results = [one for one in results if isinstance(one, Tensor)]
+    with ExitStack() as stack:
+        for name, owner in owners.items():
+            stack.enter_context(patch.object(owner, name, Recorder(name, getattr(owner, name))))
+        stack.enter_context(_Operations(program))
+        program.results += function()
     return program
 
 
@@ -307,7 +272,7 @@ def tuner_of(name: str, source: str, gpu: DataSheet) -> Any:
     return module[name]
 
 
-def _assemble_generated(name: str, source: str, gpu: DataSheet) -> tuple[Kernel, list[str]]:
+def _assemble_generated(name: str, source: str, gpu: DataSheet) -> Kernel:
     with _described(gpu):
         import triton
         from triton.compiler import ASTSource
@@ -320,7 +285,7 @@ def _assemble_generated(name: str, source: str, gpu: DataSheet) -> tuple[Kernel,
             own = ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0])
             configurations.append(_assembled(triton.compile(own, target=_target(gpu), options=options)))
         function = "@triton.jit\n" + source.split("@triton.jit\n", 1)[1]
-        return Kernel(name, function, tuple(configurations)), list(tuner.fn.arg_names)
+        return Kernel(name, function, tuner.fn.arg_names, tuple(configurations))
 
 
 def _assembled(binary: Any) -> Assembled:
@@ -391,12 +356,7 @@ def _described(gpu: DataSheet) -> Iterator[ExitStack]:
         "_exchange_device": lambda index: 0,
         "_maybe_exchange_device": lambda index: 0,
     }
-    deduce = joint_graph.UniformValueConstantFolder._deduce_value
     copy, invert = torch.ops.aten.copy_.default, torch.ops.aten.bitwise_not.default
-
-    def deduce_on_cpu(self: Any, node: Any) -> Any:
-        with _OnCpu():
-            return deduce(self, node)
 
     active = SimpleNamespace(
         get_current_target=lambda: _target(gpu),
@@ -407,8 +367,6 @@ def _described(gpu: DataSheet) -> Iterator[ExitStack]:
         (CudaInterface.Worker, "get_device_properties", staticmethod(device["get_device_properties"])),
         # Patterns of attention and matrix products, which would be traced on the device, and which nothing here has.
         (joint_graph, "lazy_init", lambda device=None: None),
-        # Constants are evaluated, on the device.
-        (joint_graph.UniformValueConstantFolder, "_deduce_value", deduce_on_cpu),
         # The Python bindings of these ask for the device's driver, and the operators do not.
         (fake_tensor.FakeTensor, "copy_", lambda a, b: copy(a, b)),
         (fake_tensor.FakeTensor, "__invert__", lambda a: invert(a)),
@@ -422,8 +380,8 @@ def _described(gpu: DataSheet) -> Iterator[ExitStack]:
     remembered = (DeviceProperties.create, _triton.has_triton, _triton.triton_backend, _triton.triton_hash_with_backend)
 
     def forget() -> None:
-        for one in remembered:
-            one.cache_clear()
+        for function in remembered:
+            function.cache_clear()
 
     cache_folder = os.environ.get("TRITON_CACHE_DIR")
     forget()
@@ -441,13 +399,3 @@ def _described(gpu: DataSheet) -> Iterator[ExitStack]:
         finally:
             if cache_folder is None:
                 os.environ.pop("TRITON_CACHE_DIR", None)
-
-
-class _OnCpu(TorchDispatchMode):
-    """What is allocated on a device is allocated on the CPU."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") is not None:
-            kwargs["device"] = torch.device("cpu")
-        return func(*args, **kwargs)

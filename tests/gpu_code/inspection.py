@@ -9,13 +9,15 @@ here they are multiplied with the threads of all launches. Two rules are not obv
 * Of several configurations that Inductor's autotuner tries on the device, the one of the fewest instructions is timed.
   Registers, spills and shared memory are those of the worst.
 
-Shapes: N rows, V vocabulary, K labels a row; B sequences of T positions, N = B x T.
+Shapes: N rows, V vocabulary; B sequences of T positions, N = B x T.
 """
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,34 +26,20 @@ from torch import Tensor
 from compiled_logprobs.backends import compiled, get_backend
 from compiled_logprobs.errors import BackendUnavailable, InputError
 from compiled_logprobs.machine.bandwidth import backward_bytes, forward_bytes
-from compiled_logprobs.operation import formula
 from compiled_logprobs.operation.formula import Saved, Upstream
 from compiled_logprobs.problem import Problem, layout_of, problem_to_dict
 from tests.gpu_code.data_sheets import WARP, DataSheet
-from tests.gpu_code.generated_code import (
-    Assembled,
-    Kernel,
-    Launch,
-    Program,
-    generate,
-    record,
-    record_eager,
-    record_launches,
-)
+from tests.gpu_code.generated_code import Assembled, Kernel, Launch, Program, generate, record, record_launches
 from tests.gpu_code.machine_code import Work, read, trips
 
 NOT_MEASURED = "from generated code, not measured"
-STAYS_IN_L1 = 64 * 1024
-"""Bytes: half of the L1 of the smallest of the GPUs here, an L40S."""
-PART_OF_A_PASS = 0.05
-"""Of the logits; tensors with fewer elements are small."""
+STAYS_IN_L1 = 64 * 1024  # bytes: half of the L1 of the smallest of the GPUs here, an L40S
+PART_OF_A_PASS = 0.05  # of the logits; tensors with fewer elements are small
 LARGEST_BLOCK = 16384
 """Columns that a program reads at most at a time. Rows may be padded to whole blocks, and what is loaded with them."""
-RESIDENT_PROGRAMS = 32
-"""On a multiprocessor, at most."""
+RESIDENT_PROGRAMS = 32  # on a multiprocessor, at most
 INDEXES_WITH_64_BITS = re.compile(r"(program_id\(0\)|row|row_stride)\.to\(tl\.int64\)")
-SEQUENCES = 8
-"""B of a slice, at most."""
+SEQUENCES = 8  # B of a slice, at most
 
 Lying = Literal["flat", "rows", "slice"]
 """How the logits lie: one row after another; with a gap after each; or as `logits[:, :-1]` of [B, T + 1, V]."""
@@ -65,62 +53,42 @@ class KernelReport:
 
     name: str
     launches: int
-    candidates: int
-    """Configurations that the autotuner chooses from on the device; the next three are the worst of them."""
+    candidates: int  # configurations that the autotuner chooses from on the device; the next three are the worst's
     registers: int
-    spills: int
-    """Bytes a thread."""
-    shared_bytes: int
-    """A program."""
-    warps: tuple[int, ...]
-    """Of a program, each number that a configuration takes."""
+    spills: int  # bytes a thread
+    shared_bytes: int  # a program
+    warps: tuple[int, ...]  # of a program, each number that a configuration takes
     index_bits: int
-    logits_reads: float
-    """Passes over the logits' memory; less than 1 where only single elements are read."""
+    logits_reads: float  # passes over the logits' memory; less than 1 where only single elements are read
     repeated_loads_in_l1: int
     bytes: int
-    instructions_per_logit: float
-    """The fewest of any configuration."""
+    instructions_per_logit: float  # the fewest of any configuration
     exponentials_per_logit: float
-    seconds: float
-    """The largest of its three times."""
+    seconds: float  # the largest of its three times
 
 
 @dataclass(frozen=True)
 class Direction:
     """Forward or backward."""
 
-    kernels: int
-    """Launches of generated kernels, and of operations of torch that are not generated."""
-    logits_reads: int
-    """Whole passes over the logits' memory."""
-    gradient_writes: int
-    """Whole passes that write N x V."""
-    nxv_float32_buffers: int
-    """Allocated by the way, of N x V elements in float32 or wider, apart from results in the dtype of the logits."""
-    registers: int
-    """The most of any kernel, in any configuration."""
+    kernels: int  # launches of generated kernels, and of operations of torch that are not generated
+    logits_reads: int  # whole passes over the logits' memory
+    gradient_writes: int  # whole passes that write N x V
+    nxv_float32_buffers: int  # allocated by the way: N x V elements, float32 or wider, no results in the logits' dtype
+    registers: int  # the most of any kernel, in any configuration; the next two likewise
     spills: int
-    """Bytes a thread, likewise."""
     shared_bytes: int
-    """A program, likewise."""
-    bytes: int
-    """Between memory and chip."""
-    minimum_bytes: int | None
-    """That every backend has to move; None where the function is not this library's operation."""
+    bytes: int  # between memory and chip
+    minimum_bytes: int | None  # that every backend has to move; None where it is not this library's operation
     exponentials_per_logit: float
     instructions_per_logit: float
-    seconds_by_bandwidth: float
-    """What `bytes` take at the data sheet's bandwidth; the next two likewise."""
-    seconds_by_exponentials: float
-    """With logarithms and reciprocals, which the same units compute."""
+    seconds_by_bandwidth: float  # what `bytes` take at the data sheet's bandwidth; the next two likewise
+    seconds_by_exponentials: float  # with logarithms and reciprocals, which the same units compute
     seconds_by_issue: float
-    seconds: float
-    """The sum over the kernels of the largest of their three times."""
+    seconds: float  # the sum over the kernels of the largest of their three times
     kernel_reports: tuple[KernelReport, ...]
-    operations: tuple[str, ...] = ()
-    """Those of torch that are not generated."""
-    notes: tuple[str, ...] = ()
+    operations: tuple[str, ...]  # those of torch that are not generated
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -132,8 +100,7 @@ class Inspection:
     layout: Lying
     forward: Direction
     backward: Direction | None
-    flash_attn: dict[str, Direction | None] | str
-    """flash-attn's forward and backward on the same problem, or the reason why its kernels are not here."""
+    flash_attn: dict[str, Direction | None] | str  # the same problem, or the reason why its kernels are not here
 
     def to_dict(self) -> dict[str, Any]:
         """For programs: numbers, strings, lists and dictionaries."""
@@ -153,20 +120,14 @@ def inspect(problem: Problem, gpu: DataSheet, layout: Lying = "flat") -> Inspect
     """Generate, assemble and count the kernels of the `compiled` backend, and of flash-attn beside it.
 
     Args:
-        problem: on cuda, with a temperature for all rows. Its layout and alignment become those of `layout`.
+        problem: on cuda, with one label a row. Its layout and alignment become those of `layout`.
         gpu: what to compile for.
         layout: how the logits lie.
 
     Raises:
-        BackendUnavailable: triton is missing, or the generated code cannot be followed.
+        BackendUnavailable: the generated code cannot be followed.
         InputError: these rows cannot be a slice.
     """
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise BackendUnavailable(
-            "triton assembles the kernels, and is not installed here. It needs no GPU: pip install triton."
-        ) from error
     logits = logits_of(problem.rows, problem.vocab, problem.dtype, layout)
     lies, aligned = layout_of(logits)
     problem = problem._replace(layout=lies, aligned=aligned)
@@ -190,12 +151,9 @@ def logits_of(rows: int, vocab: int, dtype: torch.dtype, layout: Lying = "flat")
 
 
 def inspect_function(function: Function, arguments: Mapping[str, Tensor], gpu: DataSheet) -> Direction:
-    """What torch.compile makes of any `function(**arguments)` with N dynamic.
+    """What torch.compile makes of any `function(**arguments)` with N dynamic, on tensors on the meta device.
 
-    Args:
-        function: takes tensors by name, among them `logits` [N, V].
-        arguments: on the meta device.
-        gpu: what to compile for.
+    One of them is `logits` [N, V].
     """
     return _direction(_recorded(function, [arguments], gpu), [arguments["logits"]], gpu, None)
 
@@ -203,25 +161,17 @@ def inspect_function(function: Function, arguments: Mapping[str, Tensor], gpu: D
 def _recorded(
     function: Function, calls: Sequence[Mapping[str, Tensor]], gpu: DataSheet, hints: list[int] | None = None
 ) -> Program:
-    leading = calls[0]["logits"].ndim - 1
-    return record(generate(function, calls[0], gpu, lambda fakes: compiled.mark(fakes, leading, hints)), calls, gpu)
+    mark = partial(compiled.mark, leading=calls[0]["logits"].ndim - 1, hints=hints)
+    return record(generate(function, calls[0], gpu, mark), calls, gpu)
 
 
 def _forward(problem: Problem, logits: Tensor, gpu: DataSheet) -> Direction:
     key, rows, hints = compiled.key_for(problem), len(logits), None
     if compiled.reads_blocks(key.device_type, key.vocab):
         rows, hints = compiled.rows_at_a_time(logits), compiled.hints_for(logits)
-    if rows < 2 and len(logits) > rows:
-        raise InputError(
-            f"got {problem.rows} rows, of which too many lie between two strides. Take fewer than 2^31 logits."
-        )
     parts = logits.split(rows)
     calls = [
-        {
-            "logits": part,
-            "labels": _empty(*part.shape[:-1], problem.labels_per_row, dtype=torch.int64),
-            "temperature": _empty(),
-        }
+        {"logits": part, "labels": _empty(*part.shape[:-1], 1, dtype=torch.int64), "temperature": _empty()}
         for part in parts
     ]
     program = _recorded(compiled.forward_function(key, problem.entropy), calls, gpu, hints)
@@ -234,26 +184,17 @@ def _backward(problem: Problem, logits: Tensor, gpu: DataSheet) -> Direction:
     rows = logits.shape[:-1]
     arguments = {
         "logits": logits,
-        "labels": _empty(*rows, problem.labels_per_row, dtype=torch.int64),
+        "labels": _empty(*rows, 1, dtype=torch.int64),
         "temperature": _empty(),
         "m": _empty(*rows, 1),
         "log_s": _empty(*rows, 1),
         "ignored": _empty(*rows, dtype=torch.bool),
-        "grad_log_probs": _empty(*rows, problem.labels_per_row),
+        "grad_log_probs": _empty(*rows, 1),
     }
     if problem.entropy:
         arguments |= {"entropy": _empty(*rows, 1), "grad_entropy": _empty(*rows)}
-    program = _recorded(
-        compiled.backward_function(compiled.key_for(problem), problem.inplace_backward), [arguments], gpu
-    )
-    if len(program.results) > 1:  # the values at the labels, which the backend writes afterwards
-        gradient, at_labels = program.results
-        program.operations += [
-            # An indexed assignment touches what it assigns, and not the whole gradient.
-            (name, 3 * at_labels.numel() * 8)
-            for name, _ in record_eager(lambda: formula.write_label_columns(gradient, arguments["labels"], at_labels))
-        ]
-    return _direction(program, [logits], gpu, backward_bytes(problem))
+    function = compiled.backward_function(compiled.key_for(problem), problem.inplace_backward)
+    return _direction(_recorded(function, [arguments], gpu), [logits], gpu, backward_bytes(problem))
 
 
 def _flash_attn(problem: Problem, logits: Tensor, gpu: DataSheet) -> dict[str, Direction | None] | str:
@@ -264,13 +205,8 @@ def _flash_attn(problem: Problem, logits: Tensor, gpu: DataSheet) -> dict[str, D
         return reason
     from compiled_logprobs.backends import flash_attn, flash_attn_rows  # the second imports triton
 
-    module = flash_attn.kernel_module()
-    owners = {
-        "cross_entropy_fwd_kernel": module,
-        "cross_entropy_bwd_kernel": module,
-        "zero_ignored_rows": flash_attn_rows,
-    }
-    kernels = {name: getattr(owner, name) for name, owner in owners.items()}
+    owners = dict.fromkeys(("cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel"), flash_attn.kernel_module())
+    owners["zero_ignored_rows"] = flash_attn_rows
     rows, labels = logits.shape[:-1], _empty(*logits.shape[:-1], 1, dtype=torch.int64)
     residuals: list[Tensor] = []
 
@@ -284,8 +220,7 @@ def _flash_attn(problem: Problem, logits: Tensor, gpu: DataSheet) -> dict[str, D
         return [backend.backward(saved, Upstream(_empty(*rows, 1)), inplace=problem.inplace_backward)]
 
     def direction(function: Callable[[], list[Tensor]], least: int) -> Direction:
-        program = record_launches(function, kernels, gpu, lambda name, kernel: setattr(owners[name], name, kernel))
-        return _direction(program, [logits], gpu, least)
+        return _direction(record_launches(function, owners, gpu), [logits], gpu, least)
 
     return {
         "forward": direction(forward, forward_bytes(problem)),
@@ -297,32 +232,17 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-@dataclass
-class _Sum:
-    """What the launches of one kernel add up to."""
-
-    kernel: Kernel
-    launches: int = 0
-    instructions: int = 0
-    special: int = 0
-    exponentials: int = 0
-    bytes: int = 0
-    logits_read: float = 0
-    """Elements; the next two count what is read and written in whole passes."""
-    read_in_passes: int = 0
-    written_in_passes: int = 0
-    repeated_in_l1: int = 0
-
-
 def _direction(
     program: Program, parts: Sequence[Tensor], gpu: DataSheet, least: int | None, notes: tuple[str, ...] = ()
 ) -> Direction:
     """Add up what a program does. `parts` are the logits, in one or several tensors."""
     whole = sum(part.numel() for part in parts)
-    sums: dict[str, _Sum] = {}
+    kernels = {launch.kernel.name: launch.kernel for launch in program.launches}
+    counts: dict[str, Counter[str]] = {name: Counter() for name in kernels}
     for launch in program.launches:
-        _add(sums.setdefault(launch.kernel.name, _Sum(launch.kernel)), launch, parts, whole)
-    reports = tuple(_report(one, gpu, whole) for one in sums.values())
+        counts[launch.kernel.name] += _count(launch, parts, whole)
+    reports = tuple(_report(kernels[name], counts[name], gpu, whole) for name in kernels)
+    total = sum(counts.values(), Counter())
     results = {_identity(result) for result in program.results if result.dtype == parts[0].dtype}
     wide = sum(
         buffer.numel()
@@ -332,15 +252,8 @@ def _direction(
         and buffer.dtype.itemsize >= 4
         and _identity(buffer) not in results
     )
-
-    def total(name: str) -> float:
-        return sum(getattr(one, name) for one in sums.values())
-
-    def most(name: str) -> int:
-        return max((getattr(report, name) for report in reports), default=0)
-
     by_torch = sum(size for _, size in program.operations)
-    moved = int(total("bytes")) + by_torch
+    moved = total["bytes"] + by_torch
     if moved < 0.99 * (least or 1):
         raise BackendUnavailable(
             f"the kernels that torch {torch.__version__} generated cannot be followed: {moved} bytes are moved, fewer "
@@ -348,19 +261,19 @@ def _direction(
         )
     return Direction(
         kernels=len(program.launches) + len(program.operations),
-        logits_reads=_passes(total("read_in_passes"), whole),
-        gradient_writes=_passes(total("written_in_passes"), whole),
+        logits_reads=_passes(total["read in passes"], whole),
+        gradient_writes=_passes(total["written in passes"], whole),
         nxv_float32_buffers=_passes(wide, whole),
-        registers=most("registers"),
-        spills=most("spills"),
-        shared_bytes=most("shared_bytes"),
+        registers=max((report.registers for report in reports), default=0),
+        spills=max((report.spills for report in reports), default=0),
+        shared_bytes=max((report.shared_bytes for report in reports), default=0),
         bytes=moved,
         minimum_bytes=least,
-        exponentials_per_logit=round(total("exponentials") / whole, 3),
-        instructions_per_logit=round(total("instructions") / whole, 2),
+        exponentials_per_logit=round(total["exponentials"] / whole, 3),
+        instructions_per_logit=round(total["instructions"] / whole, 2),
         seconds_by_bandwidth=moved / gpu.bandwidth,
-        seconds_by_exponentials=total("special") / gpu.special_per_second,
-        seconds_by_issue=total("instructions") / gpu.instructions_per_second,
+        seconds_by_exponentials=total["special"] / gpu.special_per_second,
+        seconds_by_issue=total["instructions"] / gpu.instructions_per_second,
         seconds=sum(report.seconds for report in reports) + by_torch / gpu.bandwidth,
         kernel_reports=reports,
         operations=tuple(name for name, _ in program.operations),
@@ -368,26 +281,26 @@ def _direction(
     )
 
 
-def _report(one: _Sum, gpu: DataSheet, whole: int) -> KernelReport:
-    configurations = one.kernel.configurations
+def _report(kernel: Kernel, count: Counter[str], gpu: DataSheet, whole: int) -> KernelReport:
+    configurations = kernel.configurations
     return KernelReport(
-        name=one.kernel.name,
-        launches=one.launches,
+        name=kernel.name,
+        launches=count["launches"],
         candidates=len(configurations),
         registers=max(each.registers for each in configurations),
         spills=max(each.spilled_bytes for each in configurations),
         shared_bytes=max(each.shared_bytes for each in configurations),
         warps=tuple(sorted({each.warps for each in configurations})),
-        index_bits=64 if INDEXES_WITH_64_BITS.search(one.kernel.source) else 32,
-        logits_reads=one.logits_read / whole,
-        repeated_loads_in_l1=one.repeated_in_l1,
-        bytes=one.bytes,
-        instructions_per_logit=round(one.instructions / whole, 3),
-        exponentials_per_logit=round(one.exponentials / whole, 3),
+        index_bits=64 if INDEXES_WITH_64_BITS.search(kernel.source) else 32,
+        logits_reads=count["logits read"] / whole,
+        repeated_loads_in_l1=count["repeated in L1"],
+        bytes=count["bytes"],
+        instructions_per_logit=round(count["instructions"] / whole, 3),
+        exponentials_per_logit=round(count["exponentials"] / whole, 3),
         seconds=max(
-            one.bytes / gpu.bandwidth,
-            one.special / gpu.special_per_second,
-            one.instructions / gpu.instructions_per_second,
+            count["bytes"] / gpu.bandwidth,
+            count["special"] / gpu.special_per_second,
+            count["instructions"] / gpu.instructions_per_second,
         ),
     )
 
@@ -400,8 +313,8 @@ def _identity(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _add(one: _Sum, launch: Launch, logits: Sequence[Tensor], whole: int) -> None:
-    """Add a launch in its configuration of the fewest instructions."""
+def _count(launch: Launch, logits: Sequence[Tensor], whole: int) -> Counter[str]:
+    """What a launch does in its configuration of the fewest instructions: bytes, instructions, elements."""
     numbers = {name: value for name, value in launch.arguments.items() if not isinstance(value, Tensor)}
 
     def work_of(configuration: Assembled) -> tuple[int, int, Work]:
@@ -412,36 +325,35 @@ def _add(one: _Sum, launch: Launch, logits: Sequence[Tensor], whole: int) -> Non
 
     works = [(*work_of(each), each) for each in launch.kernel.configurations]
     threads, programs, work, configuration = min(works, key=lambda each: each[0] * each[2].instructions)
-    one.launches += 1
-    one.instructions += threads * work.instructions
-    one.special += threads * work.special
-    one.exponentials += threads * work.exponentials
+    count = Counter(
+        launches=1,
+        instructions=threads * work.instructions,
+        special=threads * work.special,
+        exponentials=threads * work.exponentials,
+    )
     resident = min(RESIDENT_PROGRAMS, 64 // configuration.warps)
     storages = {_identity(part) for part in logits}
     padding = _padded(logits[0].shape[-1]) / logits[0].shape[-1]
-    for is_read, sizes in ((True, work.loaded), (False, work.stored)):
-        for name, size in sizes.items():
-            tensor = launch.arguments[name]
-            if not isinstance(tensor, Tensor):
-                continue
-            elements = threads * size / tensor.element_size()
-            in_passes = tensor.numel() >= PART_OF_A_PASS * whole and elements >= 0.95 * tensor.numel()
-            passes = max(1, math.ceil(elements / tensor.numel() / padding / 1.02)) if in_passes else 1
-            if (
-                is_read
-                and passes > 1
-                and elements / passes * tensor.element_size() / programs * resident <= STAYS_IN_L1
-            ):
-                one.repeated_in_l1 += passes - 1
+    accesses = [("read", *loaded) for loaded in work.loaded.items()]
+    accesses += [("written", *stored) for stored in work.stored.items()]
+    for way, name, size in accesses:
+        tensor = launch.arguments[name]
+        if not isinstance(tensor, Tensor):  # a stride, which addresses are computed from as well
+            continue
+        elements = threads * size / tensor.element_size()
+        if tensor.numel() < PART_OF_A_PASS * whole or elements < 0.95 * tensor.numel():
+            touched = min(int(elements), tensor.numel())
+        else:
+            passes = max(1, math.ceil(elements / tensor.numel() / padding / 1.02))
+            if way == "read" and threads * size / passes / programs * resident <= STAYS_IN_L1:
+                count["repeated in L1"] += passes - 1
                 passes = 1
-            touched = passes * tensor.numel() if in_passes else min(int(elements), tensor.numel())
-            one.bytes += touched * tensor.element_size()
-            counted = touched if touched >= PART_OF_A_PASS * whole else 0
-            if not is_read:
-                one.written_in_passes += counted
-            elif _identity(tensor) in storages:
-                one.logits_read += touched
-                one.read_in_passes += counted
+            touched = passes * tensor.numel()
+        count["bytes"] += touched * tensor.element_size()
+        if way == "written" or _identity(tensor) in storages:
+            count[f"{way} in passes"] += touched if touched >= PART_OF_A_PASS * whole else 0
+            count["logits read"] += touched if way == "read" else 0
+    return count
 
 
 def _programs(numbers: Mapping[str, Any], blocks: Mapping[str, Any]) -> int:

@@ -7,11 +7,13 @@ of these kernels: were there others in the machine code than in the source, `rea
 
 import ast
 import re
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")
+BRANCHES = ("BRA", "BRA.U")
 PTX_LABEL = re.compile(r"^(\$L\w+):")
 PTX_BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$L\w+)")
 PTX_PARAMETER = re.compile(r"ld\.param\.b64\s+(%rd\d+), \[\w+_param_(\d+)\]")
@@ -24,12 +26,10 @@ class Work:
     """Of one thread."""
 
     instructions: int = 0
-    special: int = 0
-    """Of these, on the special function units."""
+    special: int = 0  # of these, on the special function units
     exponentials: int = 0
-    loaded: dict[str, int] = field(default_factory=dict)
-    """Bytes from global memory, by the parameter that the address comes from."""
-    stored: dict[str, int] = field(default_factory=dict)
+    loaded: Counter[str] = field(default_factory=Counter)  # bytes, by the parameter that the address comes from
+    stored: Counter[str] = field(default_factory=Counter)
 
 
 def read(ptx: str, sass: str, parameters: Sequence[str], trips: Sequence[int]) -> Work:
@@ -39,15 +39,12 @@ def read(ptx: str, sass: str, parameters: Sequence[str], trips: Sequence[int]) -
         ptx: of the kernel.
         sass: of the kernel, as cuobjdump prints it.
         parameters: names of the parameters that are there at run time, in order.
-        trips: how often each loop runs, in order.
-
-    Raises:
-        RuntimeError: the code does not have these loops.
+        trips: how often each loop runs, in order; a RuntimeError where the code does not have these loops.
     """
     work = Work()
     code = [(int(address, 16), opcode, operands) for address, opcode, operands in SASS.findall(sass)]
     targets = {
-        at: int(where[-1], 16) for at, op, rest in code if op == "BRA" and (where := re.findall("0x[0-9a-f]+", rest))
+        at: int(where[-1], 16) for at, op, rest in code if op in BRANCHES and (where := re.findall("0x[0-9a-f]+", rest))
     }
     times = _times([at for at, _, _ in code], targets, trips)
     for at, opcode, _ in code:
@@ -64,17 +61,16 @@ def read(ptx: str, sass: str, parameters: Sequence[str], trips: Sequence[int]) -
     for at, line in enumerate(lines):
         if access := PTX_ACCESS.search(line):
             kind, vector, bits, address = access.groups()
-            bytes_by_parameter = work.loaded if kind == "ld" else work.stored
-            for parameter in sources.get(address, ()):
-                size = times[at] * int(vector or 1) * int(bits) // 8
-                bytes_by_parameter[parameter] = bytes_by_parameter.get(parameter, 0) + size
+            for parameter in sources[address]:
+                moved = work.loaded if kind == "ld" else work.stored
+                moved[parameter] += times[at] * int(vector or 1) * int(bits) // 8
     return work
 
 
 def _times(positions: Sequence[int], targets: Mapping[int, int], trips: Sequence[int]) -> dict[int, int]:
     """How often each position is passed, with loops where a branch leads back."""
     loops = sorted((to, at) for at, to in targets.items() if to < at)
-    if loops and len(loops) != len(trips):
+    if len(loops) != len(trips) and (loops or max(trips) > 1):
         raise RuntimeError(f"the source has {len(trips)} loops, and the assembled code {len(loops)}")
     times = dict.fromkeys(positions, 1)
     for (first, last), trip in zip(loops, trips, strict=False):
@@ -84,20 +80,16 @@ def _times(positions: Sequence[int], targets: Mapping[int, int], trips: Sequence
     return times
 
 
-def _sources(lines: Sequence[str], parameters: Sequence[str]) -> dict[str, set[str]]:
+def _sources(lines: Sequence[str], parameters: Sequence[str]) -> defaultdict[str, set[str]]:
     """For each 64-bit register the parameters that it is computed from, where loaded values count for nothing."""
-    sources: dict[str, set[str]] = {}
+    sources: defaultdict[str, set[str]] = defaultdict(set)
     for _ in range(2):  # the second time for what a loop hands on to its next round
         for line in lines:
             registers = PTX_REGISTER.findall(line)
             if parameter := PTX_PARAMETER.search(line):
-                if int(parameter[2]) < len(parameters):
-                    sources.setdefault(parameter[1], set()).add(parameters[int(parameter[2])])
+                sources[parameter[1]].update(parameters[int(parameter[2]) :][:1])  # the last are triton's own
             elif registers and not PTX_ACCESS.search(line):
-                sources.setdefault(registers[0], set()).update(*(sources.get(one, ()) for one in registers[1:]))
-            elif registers:
-                for one in registers:
-                    sources.setdefault(one, set())
+                sources[registers[0]].update(*(sources[register] for register in registers[1:]))
     return sources
 
 
@@ -106,12 +98,7 @@ def trips(source: str, values: Mapping[str, Any]) -> list[int]:
 
     What is done to ignored rows only counts as not done: a call without ignored labels.
 
-    Args:
-        source: the function, perhaps after helpers of its own.
-        values: numbers among its arguments, by name.
-
-    Raises:
-        RuntimeError: the number is not known before it runs.
+    `values` are the numbers among its arguments, by name; a RuntimeError where they do not say how often.
     """
     function = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)][-1]
     values = dict(values)

@@ -2,7 +2,6 @@
 
 import pytest
 
-from compiled_logprobs.errors import InputError
 from tests.gpu_code.data_sheets import GPUS, data_sheet
 from tests.gpu_code.machine_code import read, trips
 
@@ -44,7 +43,7 @@ SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;       /* 0x00000a0000017a02 */
         /*0010*/              @!P0 LDG.E.EL.128 R16, desc[UR8][R2.64] ;
         /*0020*/                   MUFU.EX2 R32, R32 ;
-        /*0030*/              @!P4 BRA 0x10 ;
+        /*0030*/                   BRA.U !UP4, 0x10 ;
         /*0040*/                   MUFU.RCP R32, R32 ;
         /*0050*/                   EXIT ;
         /*0060*/                   BRA 0x60;
@@ -67,17 +66,15 @@ def test_a_threads_work_is_counted_with_its_loops():
     assert work.stored == {"labels": 4}
     with pytest.raises(RuntimeError, match="the source has 2 loops, and the assembled code 1"):
         read(PTX, SASS, ("logits", "labels"), [10, 3])
+    with pytest.raises(RuntimeError, match="the source has 1 loops, and the assembled code 0"):
+        read(PTX, SASS.replace("0x10 ;", "0x60 ;"), ("logits", "labels"), [10])
 
 
 def test_the_data_sheets():
-    assert {gpu.name for gpu in GPUS} == {"A100", "H100", "H200", "B200", "L40S", "RTX 4090"}
     for gpu in GPUS:
         assert gpu.source.startswith("https://")
         assert 0.5e12 < gpu.bandwidth < 1e13 and gpu.capability >= (8, 0)
         assert gpu.instructions_per_second == 8 * gpu.special_per_second
     assert data_sheet().name == data_sheet("sm_90").name == "H100"
-    assert data_sheet().instructions_per_second == pytest.approx(33.5e12, rel=0.01)
     assert data_sheet("sm_90", "h200").name == "H200"
     assert data_sheet(name="rtx 4090").arch == "sm_89"
-    with pytest.raises(InputError, match=r"got 'V100', for which there is no data sheet; H100 \(sm_90\), "):
-        data_sheet(name="V100")
