@@ -47,16 +47,12 @@ def minimum_bytes(problem: Problem) -> int:
 
 def forward_bytes(problem: Problem) -> int:
     """The part of `minimum_bytes` that forward moves, with what it keeps for backward."""
-    results = (problem.labels_per_row + problem.entropy) * problem.out_dtype.itemsize
-    return _logits_bytes(problem) + problem.rows * (results + _beside_the_logits(problem))
+    return _logits_bytes(problem) + _bytes_beside(problem)
 
 
 def backward_bytes(problem: Problem) -> int:
     """The part of `minimum_bytes` that backward moves; 0 where no gradient is needed."""
-    if not problem.needs_grad:
-        return 0
-    gradients_of_results = (problem.labels_per_row + problem.entropy) * problem.out_dtype.itemsize
-    return 2 * _logits_bytes(problem) + problem.rows * (gradients_of_results + _beside_the_logits(problem))
+    return 2 * _logits_bytes(problem) + _bytes_beside(problem) if problem.needs_grad else 0
 
 
 def percent_of_bandwidth(problem: Problem, seconds: float, bandwidth: Bandwidth) -> float:
@@ -101,9 +97,10 @@ def _logits_bytes(problem: Problem) -> int:
     return problem.rows * problem.vocab * problem.dtype.itemsize
 
 
-def _beside_the_logits(problem: Problem) -> int:
-    """Bytes a row that forward and backward move alike."""
+def _bytes_beside(problem: Problem) -> int:
+    """What forward and backward move alike: results or their gradients, labels, what is kept, temperatures."""
     number = accumulation_dtype(problem.dtype).itemsize
+    results = (problem.labels_per_row + problem.entropy) * problem.out_dtype.itemsize
     kept = 2 * number if problem.needs_grad else 0  # the maximum and the logarithm of the sum: written, then read
     temperature = number if problem.temperature == "per_token" else 0
-    return problem.labels_per_row * torch.int64.itemsize + kept + temperature
+    return problem.rows * (results + problem.labels_per_row * torch.int64.itemsize + kept + temperature)

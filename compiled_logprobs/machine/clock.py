@@ -3,6 +3,7 @@
 CUDA's side goes through the one name `cuda`, where tests put a stand-in. ROCm is CUDA here, as in torch.
 """
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -61,12 +62,7 @@ def cache_bytes(device: torch.device | str) -> int:
 
 def flush_cache(device: torch.device | str) -> None:
     """Put other data into the device's cache; queued on the current stream if it is CUDA."""
-    device = measurable(device)
-    buffer = _scratch(device)
-    if device.type == "cuda":
-        buffer.zero_()
-    else:
-        buffer.amax()  # only read, so that nothing is left to be written back while the clock runs
+    _scratch(measurable(device)).amax()  # only read, so that nothing is left to be written back while the clock runs
 
 
 def free_memory(device: torch.device | str) -> int:
@@ -122,13 +118,13 @@ def extra_peak_bytes(function: Callable[[], object], device: torch.device | str)
 def measurable(device: torch.device | str) -> torch.device:
     """`device` with its index, if it is of a type that can be measured."""
     device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(
+            f"got device '{device}'; time and memory are measured on 'cpu' and 'cuda' devices. Name one of these."
+        )
     if device.type == "cuda":
         return torch.device("cuda", cuda.current_device()) if device.index is None else device
-    if device.type == "cpu":
-        return torch.device("cpu")
-    raise InputError(
-        f"got device '{device}'; time and memory are measured on 'cpu' and 'cuda' devices. Name one of these."
-    )
+    return torch.device("cpu")
 
 
 @lru_cache(maxsize=1)
@@ -146,11 +142,9 @@ def _cpu_cache(folder: Path) -> int | None:
     sizes: dict[tuple[int, str], int] = {}
     cpus = os.sched_getaffinity(0) if sys.platform == "linux" else ()
     for entry in (entry for cpu in cpus for entry in (folder / f"cpu{cpu}" / "cache").glob("index*")):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             level, size, shared = ((entry / name).read_text().strip() for name in ("level", "size", "shared_cpu_list"))
             sizes[int(level), shared] = int(size.removesuffix("K")) * 1024
-        except (OSError, ValueError):
-            continue
     last = max((level for level, _ in sizes), default=0)
     return sum(size for (level, _), size in sizes.items() if level == last) or None
 

@@ -3,6 +3,7 @@
 Nothing here names the host, the user or a path of theirs: it is stored, printed and published.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -157,12 +158,10 @@ def without_paths(text: str) -> str:
 
 
 def _cpu_model() -> str:
-    try:
+    with contextlib.suppress(OSError, StopIteration):  # some systems lack the file, some processors the line
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 def _driver() -> str | None:
@@ -175,8 +174,6 @@ def _driver() -> str | None:
 
 def _version(*distributions: str) -> str | None:
     for distribution in distributions:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             return version(distribution)
-        except PackageNotFoundError:
-            continue
     return None

@@ -6,9 +6,8 @@ has a reason instead.
 
 import statistics
 import threading
-from dataclasses import dataclass, fields
-from types import TracebackType
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -65,27 +64,13 @@ class Snapshot:
     mig_mode: bool | None
     processes: tuple[Process, ...] | None
 
-    @property
-    def process_count(self) -> int | None:
-        return None if self.processes is None else len(self.processes)
-
-
-class Provider(Protocol):
-    """What `telemetry` returns."""
-
-    @property
-    def reason(self) -> str | None:
-        """Why there are no snapshots; None if there are."""
-
-    def snapshot(self) -> Snapshot | None:
-        """One look at the device; None if there is a reason."""
-
 
 @dataclass(frozen=True)
 class NoTelemetry:
     """For a device that nothing reports on."""
 
     reason: str
+    """Why there are no snapshots."""
 
     def snapshot(self) -> None:
         return None
@@ -98,36 +83,39 @@ class Nvml:
     nvml: Any
     """The module of nvidia-ml-py."""
     handle: Any
+    """None for a GPU that NVML counts, and lets nobody ask."""
     gpu: Any
     """The handle of the whole GPU."""
+    refusal: str | None = None
+    """What NVML says in place of a handle."""
     reason: None = None
 
     def snapshot(self) -> Snapshot:
         nvml, gpu = self.nvml, self.gpu
-        memory = self._ask("nvmlDeviceGetMemoryInfo", self.handle, nvml.nvmlMemory_v2)
-        busy = self._ask("nvmlDeviceGetUtilizationRates", gpu)
-        power = self._ask("nvmlDeviceGetPowerUsage", gpu)
-        power_limit = self._ask("nvmlDeviceGetEnforcedPowerLimit", gpu)
-        temperature = self._ask("nvmlDeviceGetTemperatureV", gpu, nvml.NVML_TEMPERATURE_GPU)
+        memory = _ask(nvml, "nvmlDeviceGetMemoryInfo", self.handle, nvml.nvmlMemory_v2)
+        busy = _ask(nvml, "nvmlDeviceGetUtilizationRates", gpu)
+        power = _ask(nvml, "nvmlDeviceGetPowerUsage", gpu)
+        power_limit = _ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", gpu)
+        temperature = _ask(nvml, "nvmlDeviceGetTemperatureV", gpu, nvml.NVML_TEMPERATURE_GPU)
         if temperature is None:  # older drivers have the other function only
-            temperature = self._ask("nvmlDeviceGetTemperature", gpu, nvml.NVML_TEMPERATURE_GPU)
-        persistence = self._ask("nvmlDeviceGetPersistenceMode", gpu)
-        mig = self._ask("nvmlDeviceGetMigMode", gpu)
-        processes = self._ask("nvmlDeviceGetComputeRunningProcesses_v3", self.handle)
+            temperature = _ask(nvml, "nvmlDeviceGetTemperature", gpu, nvml.NVML_TEMPERATURE_GPU)
+        persistence = _ask(nvml, "nvmlDeviceGetPersistenceMode", gpu)
+        mig = _ask(nvml, "nvmlDeviceGetMigMode", gpu)
+        processes = _ask(nvml, "nvmlDeviceGetComputeRunningProcesses_v3", self.handle)
         return Snapshot(
-            memory_used_bytes=None if memory is None else memory.used,
-            memory_free_bytes=None if memory is None else memory.free,
-            memory_total_bytes=None if memory is None else memory.total,
-            busy_percent=None if busy is None else busy.gpu,
-            memory_busy_percent=None if busy is None else busy.memory,
-            sm_clock_mhz=self._ask("nvmlDeviceGetClockInfo", gpu, nvml.NVML_CLOCK_SM),
-            sm_clock_max_mhz=self._ask("nvmlDeviceGetMaxClockInfo", gpu, nvml.NVML_CLOCK_SM),
-            memory_clock_mhz=self._ask("nvmlDeviceGetClockInfo", gpu, nvml.NVML_CLOCK_MEM),
-            memory_clock_max_mhz=self._ask("nvmlDeviceGetMaxClockInfo", gpu, nvml.NVML_CLOCK_MEM),
+            memory_used_bytes=getattr(memory, "used", None),
+            memory_free_bytes=getattr(memory, "free", None),
+            memory_total_bytes=getattr(memory, "total", None),
+            busy_percent=getattr(busy, "gpu", None),
+            memory_busy_percent=getattr(busy, "memory", None),
+            sm_clock_mhz=_ask(nvml, "nvmlDeviceGetClockInfo", gpu, nvml.NVML_CLOCK_SM),
+            sm_clock_max_mhz=_ask(nvml, "nvmlDeviceGetMaxClockInfo", gpu, nvml.NVML_CLOCK_SM),
+            memory_clock_mhz=_ask(nvml, "nvmlDeviceGetClockInfo", gpu, nvml.NVML_CLOCK_MEM),
+            memory_clock_max_mhz=_ask(nvml, "nvmlDeviceGetMaxClockInfo", gpu, nvml.NVML_CLOCK_MEM),
             power_w=None if power is None else power / 1000,
             power_limit_w=None if power_limit is None else power_limit / 1000,
             temperature_c=temperature,
-            throttle_reasons=_in_words(self._ask("nvmlDeviceGetCurrentClocksEventReasons", gpu)),
+            throttle_reasons=_in_words(_ask(nvml, "nvmlDeviceGetCurrentClocksEventReasons", gpu)),
             persistence_mode=None if persistence is None else bool(persistence),
             mig_mode=None if mig is None else bool(mig[0]),  # the second is the mode after the next reset
             processes=None if processes is None else tuple(Process(p.pid, p.usedGpuMemory) for p in processes),
@@ -135,38 +123,17 @@ class Nvml:
 
     def trouble(self) -> str | None:
         """What NVML says in place of any answer, such as that the GPU is lost; None if it answers."""
-        try:
-            self.nvml.nvmlDeviceGetMemoryInfo(self.handle, self.nvml.nvmlMemory_v2)
-        except (self.nvml.NVMLError_NotSupported, self.nvml.NVMLError_FunctionNotFound):
-            return None
-        except self.nvml.NVMLError as error:
-            return _explained(self.nvml, error)
-        return None
-
-    def _ask(self, function: str, *arguments: Any) -> Any:
-        """What NVML answers; None if driver or package has no such function, or this device or user gets no answer."""
-        try:
-            answer = getattr(self.nvml, function)(*arguments)
-        except (self.nvml.NVMLError, AttributeError):
-            return None
-        return None if answer in NOT_AVAILABLE else answer
+        if self.refusal is None:
+            try:
+                self.nvml.nvmlDeviceGetMemoryInfo(self.handle, self.nvml.nvmlMemory_v2)
+            except (self.nvml.NVMLError_NotSupported, self.nvml.NVMLError_FunctionNotFound):
+                return None
+            except self.nvml.NVMLError as error:
+                return _explained(self.nvml, error)
+        return self.refusal
 
 
-@dataclass(frozen=True)
-class Silent:
-    """For an NVIDIA GPU that NVML counts, and lets nobody ask."""
-
-    why: str
-    reason: None = None
-
-    def snapshot(self) -> Snapshot:
-        return Snapshot(**dict.fromkeys(field.name for field in fields(Snapshot)))
-
-    def trouble(self) -> str:
-        return self.why
-
-
-def telemetry(device: torch.device | str) -> Provider:
+def telemetry(device: torch.device | str) -> Nvml | NoTelemetry:
     """Find what reports on `device`, by its identity: CUDA_VISIBLE_DEVICES gives torch other numbers than NVML's."""
     device = torch.device(device)
     if device.type != "cuda":
@@ -181,10 +148,7 @@ def telemetry(device: torch.device | str) -> Provider:
     handle = _find(pynvml, torch.cuda.get_device_properties(device))
     if handle is None:
         return NoTelemetry(f"NVML does not show the GPU that torch calls '{device}'")
-    try:
-        gpu = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
-    except pynvml.NVMLError:  # not a slice
-        gpu = handle
+    gpu = _ask(pynvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle) or handle  # which is not a slice
     return Nvml(pynvml, handle, gpu)
 
 
@@ -199,7 +163,7 @@ class Gpu:
     driver: str | None
     slice_of: str | None
     """For a slice, the UUID of the whole GPU."""
-    provider: Nvml | Silent
+    provider: Nvml
 
 
 def gpus() -> list[Gpu] | NoTelemetry:
@@ -207,20 +171,17 @@ def gpus() -> list[Gpu] | NoTelemetry:
     nvml = _nvml()
     if isinstance(nvml, NoTelemetry):
         return nvml
-    try:
-        count = nvml.nvmlDeviceGetCount()
-    except nvml.NVMLError as error:
-        return NoTelemetry(f"NVML does not say which GPUs there are: {error}")
     listed: list[Gpu] = []
-    for index in range(count):
+    for number in range(_ask(nvml, "nvmlDeviceGetCount") or 0):
         try:
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            handle = nvml.nvmlDeviceGetHandleByIndex(number)
         except nvml.NVMLError as error:  # this user may not see it, or it is lost
-            listed.append(Gpu(index, None, None, None, None, Silent(_explained(nvml, error))))
+            listed.append(_gpu(Nvml(nvml, None, None, _explained(nvml, error)), number))
             continue
-        most = Nvml(nvml, handle, handle)._ask("nvmlDeviceGetMaxMigDeviceCount", handle) or 0
-        slices = [part for part in (_slice(nvml, handle, place) for place in range(most)) if part is not None]
-        listed += [_gpu(nvml, index, part, handle) for part in (handle, *slices)]
+        places = range(_ask(nvml, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0)
+        slices = [_ask(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, place) for place in places]
+        parts = [handle, *(part for part in slices if part is not None)]  # places may be empty
+        listed += [_gpu(Nvml(nvml, part, handle), number) for part in parts]
     return listed or NoTelemetry("NVML starts, and shows no GPU")
 
 
@@ -242,14 +203,9 @@ class Summary:
 
 
 class Watch:
-    """Takes a snapshot before and after what runs inside of it, and one every `interval` seconds in between.
+    """Takes a snapshot before and after what runs inside of it, and one every `interval` seconds in between."""
 
-    with Watch(telemetry(device)) as watch:
-        ...
-    watch.summary()
-    """
-
-    def __init__(self, provider: Provider, interval: float = 0.2) -> None:
+    def __init__(self, provider: Nvml | NoTelemetry, interval: float = 0.2) -> None:
         self._provider, self._interval = provider, interval
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
@@ -257,15 +213,13 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         self._take()
-        if self._provider.reason is None:
+        if self.snapshots:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
-        if self._provider.reason is None:
+        if self.snapshots:
             self._thread.join()
         self._take()
 
@@ -291,8 +245,7 @@ class Watch:
             self._take()
 
     def _take(self) -> None:
-        snapshot = self._provider.snapshot()
-        if snapshot is not None:
+        if (snapshot := self._provider.snapshot()) is not None:
             self.snapshots.append(snapshot)
 
 
@@ -309,32 +262,33 @@ def _nvml() -> Any:
     return pynvml
 
 
-def _gpu(nvml: Any, number: int, handle: Any, whole: Any) -> Gpu:
-    provider = Nvml(nvml, handle, whole)
+def _ask(nvml: Any, function: str, *arguments: Any) -> Any:
+    """What NVML answers; None if driver or package has no such function, or this device or user gets no answer."""
+    if None in arguments:
+        return None
+    try:
+        answer = getattr(nvml, function)(*arguments)
+    except (nvml.NVMLError, AttributeError):
+        return None
+    return None if answer in NOT_AVAILABLE else answer
+
+
+def _gpu(provider: Nvml, number: int) -> Gpu:
+    nvml, handle, whole = provider.nvml, provider.handle, provider.gpu
     return Gpu(
         number=number,
-        name=provider._ask("nvmlDeviceGetName", handle),
-        uuid=provider._ask("nvmlDeviceGetUUID", handle),
-        driver=provider._ask("nvmlSystemGetDriverVersion"),
-        slice_of=None if handle is whole else provider._ask("nvmlDeviceGetUUID", whole),
+        name=_ask(nvml, "nvmlDeviceGetName", handle),
+        uuid=_ask(nvml, "nvmlDeviceGetUUID", handle),
+        driver=_ask(nvml, "nvmlSystemGetDriverVersion"),
+        slice_of=None if handle is whole else _ask(nvml, "nvmlDeviceGetUUID", whole),
         provider=provider,
     )
-
-
-def _slice(nvml: Any, whole: Any, place: int) -> Any:
-    """NVML's handle of the slice in that place; None if there is none."""
-    try:
-        return nvml.nvmlDeviceGetMigDeviceHandleByIndex(whole, place)
-    except nvml.NVMLError:
-        return None
 
 
 def _explained(nvml: Any, error: Exception) -> str:
     """What NVML says, with what it means where its words alone leave one puzzled."""
     if isinstance(error, nvml.NVMLError_GpuIsLost):
-        return (
-            f"{error}: it has fallen off the bus, or cannot be reached for another reason; a restart may bring it back"
-        )
+        return f"{error}: it has fallen off the bus, or cannot be reached; a restart may bring it back"
     if isinstance(error, nvml.NVMLError_NoPermission):
         return f"{error}: this user may not look at it"
     return str(error)
@@ -343,20 +297,15 @@ def _explained(nvml: Any, error: Exception) -> str:
 def _find(nvml: Any, properties: Any) -> Any:
     """NVML's handle of the GPU, or slice of one, that torch describes; None if NVML has none."""
     address = f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
-    for find, name in (
-        (nvml.nvmlDeviceGetHandleByUUID, f"GPU-{properties.uuid}"),
-        (nvml.nvmlDeviceGetHandleByUUID, f"MIG-{properties.uuid}"),
-        (nvml.nvmlDeviceGetHandleByPciBusId, address),
-    ):
-        try:
-            return find(name)
-        except nvml.NVMLError:
-            continue
-    return None
+    return (
+        _ask(nvml, "nvmlDeviceGetHandleByUUID", f"GPU-{properties.uuid}")
+        or _ask(nvml, "nvmlDeviceGetHandleByUUID", f"MIG-{properties.uuid}")
+        or _ask(nvml, "nvmlDeviceGetHandleByPciBusId", address)
+    )
 
 
 def _in_words(bits: int | None) -> tuple[str, ...] | None:
     if bits is None:
         return None
-    bits_set = [1 << place for place in range(bits.bit_length()) if bits >> place & 1]
-    return tuple(THROTTLE_REASONS.get(bit, f"unknown reason 0x{bit:x}") for bit in bits_set)
+    each = [1 << place for place in range(bits.bit_length()) if bits >> place & 1]
+    return tuple(THROTTLE_REASONS.get(bit, f"unknown reason 0x{bit:x}") for bit in each)

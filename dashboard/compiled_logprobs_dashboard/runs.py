@@ -189,9 +189,9 @@ def _busy(device: torch.device) -> list[str]:
                 "What runs beside the measurement makes it slower and less certain."
             )
     elif (seen := telemetry(device).snapshot()) is not None:
-        if seen.process_count:
+        if seen.processes:
             told.append(
-                f"Processes that compute on {device} now: {seen.process_count}. They would share it with the run."
+                f"Processes that compute on {device} now: {len(seen.processes)}. They would share it with the run."
             )
         if seen.busy_percent is not None and seen.busy_percent > 100 * BUSY_SHARE:
             told.append(f"A kernel was running on {device} for {seen.busy_percent} % of the last moments.")

@@ -1,5 +1,6 @@
 """What is reported of a GPU: through a stand-in for NVML's library, so that nvidia-ml-py itself runs."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,7 +16,9 @@ import torch
 from compiled_logprobs.machine.nvml import NoTelemetry, Process, Snapshot, Watch, gpus, telemetry
 from tests.helpers.nvml_library import build, use
 
-pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py is not made for this system")
+pytest.importorskip("pynvml", reason="nvidia-ml-py is not made for this system")
+
+NOT_STARTED = "NVML, the library of NVIDIA's driver, does not start: "
 
 
 def describe(uuid: str, bus: int) -> SimpleNamespace:
@@ -34,25 +37,22 @@ def library(tmp_path_factory):
 
 
 @pytest.fixture
-def torch_with_gpus(monkeypatch):
+def load(monkeypatch):
+    """Has nvidia-ml-py load another library, or none, and torch see GPUs."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: GPUS[torch.device(device).index or 0])
-
-
-@pytest.fixture
-def load(monkeypatch, torch_with_gpus):
-    """Has nvidia-ml-py load another library, or none."""
     return lambda path: use(path, monkeypatch)
 
 
 @pytest.fixture
-def nvml(load, library):
+def nvml(load, library, monkeypatch):
+    """Sets what the library says."""
     load(library)
+    return lambda **says: [monkeypatch.setenv(f"FAKE_NVML_{name}", str(value)) for name, value in says.items()]
 
 
-@pytest.mark.usefixtures("nvml")
-def test_every_field_is_what_nvml_says():
+def test_every_field_is_what_nvml_says(nvml):
     provider = telemetry("cuda:0")
     assert provider.reason is None
     assert provider.snapshot() == Snapshot(
@@ -73,7 +73,7 @@ def test_every_field_is_what_nvml_says():
         mig_mode=True,
         processes=(Process(4711, 2048), Process(4712, None)),
     )
-    assert provider.snapshot().process_count == 2
+    assert telemetry("cuda:1").snapshot().processes == ()
 
 
 @pytest.mark.usefixtures("nvml")
@@ -87,41 +87,25 @@ def test_a_gpu_is_found_by_its_identity(device, memory, clock):
     assert (seen.memory_used_bytes, seen.sm_clock_mhz) == (memory, clock)
 
 
-@pytest.mark.usefixtures("nvml")
-def test_no_process_is_another_thing_than_no_answer():
-    assert telemetry("cuda:1").snapshot().process_count == 0
-
-
-@pytest.mark.usefixtures("nvml")
 @pytest.mark.parametrize("code", [3, 4, 15, 999], ids=["not supported", "no permission", "GPU is lost", "unknown"])
-def test_what_is_not_answered_is_none_and_never_0(monkeypatch, code):
+def test_what_is_not_answered_is_none_and_never_0(nvml, code):
     provider = telemetry("cuda:0")
-    monkeypatch.setenv("FAKE_NVML_RETURN", str(code))
-    seen = provider.snapshot()
-    assert {name: value for name, value in dataclasses.asdict(seen).items() if value is not None} == {}
-    assert seen.process_count is None
+    nvml(POWER="0xffffffff")  # stands for none
+    assert provider.snapshot().power_w is None
+    nvml(RETURN=code)
+    assert set(dataclasses.asdict(provider.snapshot()).values()) == {None}
 
 
-@pytest.mark.usefixtures("nvml")
-def test_the_number_that_stands_for_none_is_none(monkeypatch):
-    monkeypatch.setenv("FAKE_NVML_POWER", "0xffffffff")
-    assert telemetry("cuda:0").snapshot().power_w is None
-
-
-@pytest.mark.usefixtures("nvml")
 @pytest.mark.parametrize(
     ("bits", "words"),
     [
         (0x0, ()),
-        (0x1, ("idle",)),
-        (0x44, ("power cap", "thermal slowdown by the hardware")),
         (0xA0, ("thermal slowdown by the driver", "power brake from outside")),
-        (0x4008, ("hardware slowdown", "unknown reason 0x4000")),
+        (0x4009, ("idle", "hardware slowdown", "unknown reason 0x4000")),
     ],
-    ids=lambda value: hex(value) if isinstance(value, int) else None,
 )
-def test_throttle_reasons_in_words(monkeypatch, bits, words):
-    monkeypatch.setenv("FAKE_NVML_REASONS", str(bits))
+def test_throttle_reasons_in_words(nvml, bits, words):
+    nvml(REASONS=bits)
     assert telemetry("cuda:0").snapshot().throttle_reasons == words
 
 
@@ -130,27 +114,21 @@ def test_an_older_driver_tells_the_temperature_too(load, tmp_path):
     assert telemetry("cuda:0").snapshot().temperature_c == 50
 
 
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [
-        (9, "NVML, the library of NVIDIA's driver, does not start: Driver Not Loaded"),
-        (18, "NVML, the library of NVIDIA's driver, does not start: RM has detected an NVML/RM version mismatch."),
-    ],
-)
-def test_a_driver_that_does_not_run_is_a_reason(nvml, monkeypatch, code, reason):
-    monkeypatch.setenv("FAKE_NVML_INIT", str(code))
-    assert telemetry("cuda") == NoTelemetry(reason)
-    assert telemetry("cuda").snapshot() is None
-
-
-def test_no_library_is_a_reason(load):
-    load(None)
-    reason = "NVML, the library of NVIDIA's driver, does not start: NVML Shared Library Not Found"
-    assert telemetry("cuda").reason == reason
-
-
-def test_a_gpu_that_nvml_does_not_show_is_a_reason(nvml):
+def test_where_nothing_can_be_told_there_is_a_reason(load, nvml, monkeypatch):
+    assert telemetry("cpu").reason == "clocks, power and throttling are reported for NVIDIA GPUs only, not for 'cpu'"
     assert telemetry("cuda:4").reason == "NVML does not show the GPU that torch calls 'cuda:4'"
+    nvml(GPUS=0)
+    assert gpus() == NoTelemetry("NVML starts, and shows no GPU")
+    for code, said in (9, "Driver Not Loaded"), (18, "RM has detected an NVML/RM version mismatch."):
+        nvml(INIT=code)
+        assert telemetry("cuda") == gpus() == NoTelemetry(NOT_STARTED + said)
+    assert telemetry("cuda").snapshot() is None
+    load(None)
+    assert telemetry("cuda").reason == gpus().reason == f"{NOT_STARTED}NVML Shared Library Not Found"
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert telemetry("cuda").reason == "nvidia-ml-py is not installed; pip install nvidia-ml-py"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert telemetry("cuda").reason == "NVML reports on NVIDIA GPUs only, and this torch is built for ROCm"
 
 
 def test_a_torch_without_gpus_is_a_reason(nvml, monkeypatch):
@@ -158,65 +136,30 @@ def test_a_torch_without_gpus_is_a_reason(nvml, monkeypatch):
     assert telemetry("cuda").reason == "torch sees no CUDA device"
 
 
-def test_a_missing_package_is_a_reason(torch_with_gpus, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert telemetry("cuda").reason == "nvidia-ml-py is not installed; pip install nvidia-ml-py"
-
-
-def test_other_devices_have_a_reason(monkeypatch):
-    assert telemetry("cpu").reason == "clocks, power and throttling are reported for NVIDIA GPUs only, not for 'cpu'"
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert telemetry("cuda").reason == "NVML reports on NVIDIA GPUs only, and this torch is built for ROCm"
-
-
-@pytest.mark.usefixtures("nvml")
-def test_all_gpus_are_listed_each_followed_by_its_slices():
-    found = gpus()
-    ids = ["aaaaaaaa", "bbbbbbbb", "cccccccc"]
-    assert [one.uuid[4:12] for one in found] == ids
-    assert [one.slice_of and one.slice_of[:12] for one in found] == [None, None, "GPU-bbbbbbbb"]
-    assert {one.driver for one in found} == {"999.1"}
-    assert [one.name for one in found] == ["NVIDIA Fake 80GB", "NVIDIA Fake 80GB", "NVIDIA Fake 80GB MIG 1g.10gb"]
-    assert [one.provider.snapshot().memory_used_bytes for one in found] == [100, 200, 300]
-    assert [one.provider.trouble() for one in found] == [None, None, None]
-
-
-@pytest.mark.usefixtures("nvml")
-def test_a_lost_gpu_stays_listed_and_says_so(monkeypatch):
-    (one,) = gpus()[:1]
-    monkeypatch.setenv("FAKE_NVML_RETURN", "15")
-    assert one.provider.trouble().startswith("GPU is lost: it has fallen off the bus")
+def test_all_gpus_are_listed_each_followed_by_its_slices(nvml):
+    listed = gpus()
+    assert [gpu.uuid[4:12] for gpu in listed] == ["aaaaaaaa", "bbbbbbbb", "cccccccc"]
+    assert [gpu.slice_of and gpu.slice_of[:12] for gpu in listed] == [None, None, "GPU-bbbbbbbb"]
+    assert {gpu.driver for gpu in listed} == {"999.1"}
+    assert [gpu.name for gpu in listed] == ["NVIDIA Fake 80GB", "NVIDIA Fake 80GB", "NVIDIA Fake 80GB MIG 1g.10gb"]
+    assert [gpu.provider.snapshot().memory_used_bytes for gpu in listed] == [100, 200, 300]
+    assert [gpu.provider.trouble() for gpu in listed] == [None, None, None]
+    nvml(RETURN=15)
+    assert listed[0].provider.trouble().startswith("GPU is lost: it has fallen off the bus")
     assert [gpu.name for gpu in gpus()] == [None, None]  # which slices there are is not told, either
-    monkeypatch.setenv("FAKE_NVML_RETURN", "3")
-    assert one.provider.trouble() is None  # not supported is an answer
+    nvml(RETURN=3)
+    assert listed[0].provider.trouble() is None  # not supported is an answer
 
 
-@pytest.mark.usefixtures("nvml")
 @pytest.mark.parametrize("at", ["handle", "reads"])
-def test_one_lost_gpu_of_several_is_listed_with_the_reason_and_without_figures(monkeypatch, at):
-    monkeypatch.setenv("FAKE_NVML_LOST", "0")
-    if at == "handle":
-        monkeypatch.setenv("FAKE_NVML_LOST_AT", at)
+def test_one_lost_gpu_of_several_is_listed_with_the_reason_and_without_figures(nvml, at):
+    nvml(LOST=0, **({"LOST_AT": at} if at == "handle" else {}))
     lost, *others = gpus()
-    assert (lost.number, lost.name, lost.uuid) == (0, None, None)
+    assert (lost.number, lost.name, lost.uuid, lost.slice_of) == (0, None, None, None)
     assert lost.provider.reason is None and lost.provider.trouble().startswith("GPU is lost: it has fallen off the bus")
     assert set(dataclasses.asdict(lost.provider.snapshot()).values()) == {None}
-    assert [(one.number, one.uuid[4:12]) for one in others] == [(1, "bbbbbbbb"), (1, "cccccccc")]
-    assert [one.provider.trouble() for one in others] == [None, None]
-    assert [one.provider.snapshot().memory_used_bytes for one in others] == [200, 300]
-
-
-@pytest.mark.usefixtures("nvml")
-def test_no_gpu_is_a_reason(monkeypatch):
-    monkeypatch.setenv("FAKE_NVML_GPUS", "0")
-    assert gpus() == NoTelemetry("NVML starts, and shows no GPU")
-
-
-def test_gpus_without_a_library_or_driver_is_a_reason(load, nvml, monkeypatch):
-    monkeypatch.setenv("FAKE_NVML_INIT", "9")
-    assert gpus() == NoTelemetry("NVML, the library of NVIDIA's driver, does not start: Driver Not Loaded")
-    load(None)
-    assert "NVML Shared Library Not Found" in gpus().reason
+    assert [(gpu.number, gpu.uuid[4:12]) for gpu in others] == [(1, "bbbbbbbb"), (1, "cccccccc")]
+    assert [gpu.provider.snapshot().memory_used_bytes for gpu in others] == [200, 300]
 
 
 PROGRAM = """
@@ -240,10 +183,11 @@ def test_the_library_is_found_by_its_name(library):
     assert json.loads(ran.stdout)["memory_total_bytes"] == 1000
 
 
+# --- a watch ----------------------------------------------------------------------------------------------------------
+
+
 class Scripted:
     """Reports one snapshot after the other, and the last one for ever."""
-
-    reason = None
 
     def __init__(self, *snapshots: Snapshot) -> None:
         self.left = list(snapshots)
@@ -253,63 +197,46 @@ class Scripted:
 
 
 def seen(clock: int | None, *reasons: str, memory: int | None = None, told: bool = True) -> Snapshot:
-    nothing = Snapshot(**dict.fromkeys((field.name for field in dataclasses.fields(Snapshot)), None))
-    return dataclasses.replace(
-        nothing, sm_clock_mhz=clock, memory_used_bytes=memory, throttle_reasons=reasons if told else None
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(Snapshot))
+    return Snapshot(
+        **fields | {"sm_clock_mhz": clock, "memory_used_bytes": memory, "throttle_reasons": reasons if told else None}
     )
 
 
-def watched(provider, until: int = 0):
-    """Watch until there are that many snapshots before the end."""
-    with Watch(provider, interval=0.001) as watch:
+def summary(*snapshots: Snapshot):
+    """Of a watch until all were seen."""
+    with Watch(Scripted(*snapshots), interval=0.001) as watch:
         limit = time.monotonic() + 60
-        while len(watch.snapshots) < until and time.monotonic() < limit:
+        while len(watch.snapshots) < len(snapshots) and time.monotonic() < limit:
             time.sleep(0.001)
-    return watch
+    return watch.summary()
 
 
 def test_a_watch_sums_up_what_it_saw_while_the_gpu_worked():
-    provider = Scripted(
-        seen(210, "idle", memory=90),
-        seen(1000, memory=20),
-        seen(1980, "power cap", memory=30),
-        seen(1500, "power cap", "board limit"),
-        seen(300, "idle"),
-    )
-    summary = watched(provider, until=4).summary()
-    assert summary.snapshots >= 5
-    assert (summary.sm_clock_min_mhz, summary.sm_clock_median_mhz) == (1000, 1500)
-    assert summary.throttle_reasons == ("board limit", "power cap")
-    assert summary.memory_used_max_bytes == 90
-    assert summary.sm_clock_max_mhz is None
+    worked = [seen(1000, memory=20), seen(1980, "power cap", memory=30), seen(1500, "power cap", "board limit")]
+    total = summary(seen(210, "idle", memory=90), *worked, seen(300, "idle"))
+    assert total.snapshots >= 5
+    assert (total.sm_clock_min_mhz, total.sm_clock_median_mhz, total.sm_clock_max_mhz) == (1000, 1500, None)
+    assert total.throttle_reasons == ("board limit", "power cap")
+    assert total.memory_used_max_bytes == 90
 
 
-def test_a_watch_over_an_idle_gpu_says_so():
-    summary = watched(Scripted(seen(210, "idle"), seen(230, "idle"))).summary()
-    assert summary.sm_clock_min_mhz == 210
-    assert summary.throttle_reasons == ("idle",)
+def test_a_watch_tells_idling_no_throttling_and_no_answer_apart():
+    idle = summary(seen(210, "idle"), seen(230, "idle"))
+    assert idle.sm_clock_min_mhz == 210 and idle.throttle_reasons == ("idle",)
+    free = summary(seen(None))
+    assert free.throttle_reasons == ()
+    assert free.sm_clock_min_mhz is free.sm_clock_median_mhz is free.memory_used_max_bytes is None
+    assert summary(seen(None, told=False)).throttle_reasons is None
 
 
-def test_a_watch_tells_no_answer_from_no_throttling():
-    assert watched(Scripted(seen(None, told=False))).summary().throttle_reasons is None
-    silent = watched(Scripted(seen(None))).summary()
-    assert silent.throttle_reasons == ()
-    assert silent.sm_clock_min_mhz is silent.sm_clock_median_mhz is silent.memory_used_max_bytes is None
-
-
-def test_a_watch_takes_a_snapshot_before_and_after_and_ends_its_thread():
-    with Watch(Scripted(seen(1)), interval=60) as watch:
+def test_a_watch_looks_before_and_after_also_an_error_and_ends_its_thread():
+    with contextlib.suppress(ZeroDivisionError), Watch(Scripted(seen(1)), interval=60) as watch:
         assert len(watch.snapshots) == 1
         assert "telemetry" in [thread.name for thread in threading.enumerate()]
-    assert len(watch.snapshots) == 2
-    assert "telemetry" not in [thread.name for thread in threading.enumerate()]
-
-
-def test_a_watch_lets_errors_through_and_still_sums_up():
-    watch = Watch(Scripted(seen(7)))
-    with pytest.raises(ZeroDivisionError), watch:
         raise ZeroDivisionError
     assert watch.summary().snapshots == 2
+    assert "telemetry" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_without_telemetry_there_is_no_thread_and_no_summary():

@@ -302,7 +302,6 @@ def test_on_a_gpu_events_time_the_calls_and_the_allocator_tells_the_memory(monke
     assert run.first_call_seconds == 0.04
     assert run.seconds == [0.0025] * 3
     assert run.extra_multiple == 3.0 and run.extra_bytes == 3 * 6 * 1024 * 4
-    assert not scratch.any()  # flushed by writing
     assert cuda.calls.count("wait") == 4
 
 
