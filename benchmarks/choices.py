@@ -27,7 +27,7 @@ from compiled_logprobs.operation.formula import Computed
 from compiled_logprobs.problem import Problem, as_it_lies
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.rounds import Measurement
-from compiled_logprobs.tuning.statistics import LOOKS, Selection, look
+from compiled_logprobs.tuning.statistics import LOOKS, Selection, select
 from compiled_logprobs.tuning.tuner import TuningFailed
 
 CPU = torch.device("cpu")
@@ -75,7 +75,8 @@ def choices(
 
         faster = [_choose({"eager": Slowed(), "a": Eager(), "b": Slowed()}, seed) for seed in range(seeds)]
         winners = Counter(one.chosen for one in faster)
-        speedup = median(one.verdicts["a"].speedup.median for one in faster)
+        speedups = [one.verdicts["a"].speedup for one in faster]
+        speedup = median(each.median for each in speedups if each is not None)
         report["a little faster"] = {"found": winners["a"], "speedup": speedup, "chosen": dict(winners)}
         say(f"one that is {speedup:.3f}x as fast: found in {winners['a']} of {seeds}; chosen: {dict(winners)}")
 
@@ -110,7 +111,7 @@ def _choose(candidates: Mapping[str, Backend], seed: int) -> Selection:
     """What the measurement and the statistics of tuning make of `candidates`, in this process."""
     measurement = Measurement(SMALL, candidates, seed=seed, look_at_results=False)
     for done in measurement.rounds(LOOKS[-1]):
-        selection = look(measurement.times(), baseline="eager", final=done == LOOKS[-1])
+        selection = select(measurement.times(), final=done == LOOKS[-1])
         if selection is not None:
             return selection
     raise AssertionError("the last look decides")

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from queue import Empty, Queue
 from typing import Any, Literal
 
@@ -23,8 +22,6 @@ from compiled_logprobs.policy import MODE_VARIABLE
 
 Event = dict[str, Any]
 
-POLL_S = 0.1
-"""Between two looks at whether the process still lives: children of it may hold its pipes open."""
 GRACE_S = 0.5
 """For the last events of a process that has ended."""
 TAIL_LINES, TAIL_CHARACTERS = 20, 2000
@@ -46,13 +43,9 @@ class Worker:
     """One process of the worker program; a context manager that ends it."""
 
     def __init__(self) -> None:
-        if not sys.executable:
-            raise WorkerLost("crashed", "the worker program cannot be started: Python does not know its own executable")
         try:
-            folder = os.getcwd()
-        except FileNotFoundError:  # it was removed, and torch cannot be loaded in it
-            folder = os.sep
-        try:
+            # Python passes over entries of other types; and no variable can hold one with a separator in it.
+            entries = (entry for entry in sys.path if isinstance(entry, str) and os.pathsep not in entry)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "compiled_logprobs.tuning.worker"],
                 stdin=subprocess.PIPE,
@@ -61,11 +54,10 @@ class Worker:
                 # It imports what this process would import, from no other place, and never tunes by itself.
                 env={
                     **os.environ,
-                    "PYTHONPATH": os.pathsep.join(dict.fromkeys(_import_path())),
+                    "PYTHONPATH": os.pathsep.join(map(os.path.abspath, entries)),
                     "PYTHONSAFEPATH": "1",
                     MODE_VARIABLE: "off",
                 },
-                cwd=folder,
                 text=True,
                 encoding="utf-8",
                 errors="replace",
@@ -73,11 +65,12 @@ class Worker:
             )
         except OSError as error:
             raise WorkerLost("crashed", f"the worker program cannot be started: {error}") from error
-        self._lines: Queue[str] = Queue(maxsize=1000)
+        self._lines: Queue[str | None] = Queue()
+        """What it wrote, and None when it has ended: the end of the pipe may never come, children may hold it open."""
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._over = False
         threading.Thread(target=self._read_events, daemon=True, name="worker events").start()
         threading.Thread(target=self._read_errors, daemon=True, name="worker errors").start()
+        threading.Thread(target=self._await_end, daemon=True, name="worker end").start()
 
     def __enter__(self) -> "Worker":
         return self
@@ -93,26 +86,16 @@ class Worker:
 
     def next_event(self, *, within: float) -> Event:
         """Wait for what it says next; raise WorkerLost if it ends, or says nothing for that many seconds."""
-        until = time.monotonic() + within
-        ended_at = None
-        while True:
-            try:
-                return _parsed(self._lines.get(timeout=POLL_S))
-            except Empty:
-                pass
-            now = time.monotonic()
-            if self._process.poll() is not None:
-                ended_at = now if ended_at is None else ended_at
-                if now > ended_at + GRACE_S:
-                    raise WorkerLost("crashed", self._how_it_ended())
-            elif now > until:
-                raise WorkerLost("timeout", f"no end after {within:.0f} s")
+        try:
+            line = self._lines.get(timeout=max(0.0, within))
+        except Empty:
+            raise WorkerLost("timeout", f"no end after {within:.0f} s") from None
+        if line is None:
+            raise WorkerLost("crashed", self._how_it_ended())
+        return _parsed(line)
 
     def end(self) -> None:
         """Kill the process and all that it started."""
-        self._over = True
-        with contextlib.suppress(Empty):
-            self._lines.get_nowait()  # makes room, so that the thread that fills a full queue sees that it is over
         strays: list[psutil.Process] = []
         if self._process.poll() is None:  # else its children have other parents, and its id may be another's
             with contextlib.suppress(psutil.Error):
@@ -144,8 +127,13 @@ class Worker:
     def _read_events(self) -> None:
         assert self._process.stdout is not None
         with self._process.stdout as stream:
-            while (line := stream.readline(LONGEST_LINE)) and not self._over:
+            while line := stream.readline(LONGEST_LINE):
                 self._lines.put(line)
+
+    def _await_end(self) -> None:
+        self._process.wait()
+        time.sleep(GRACE_S)
+        self._lines.put(None)
 
     def _read_errors(self) -> None:
         assert self._process.stderr is not None
@@ -154,20 +142,10 @@ class Worker:
                 self._tail.append(line)
 
 
-def _import_path() -> Iterator[str]:
-    """From where this process imports, in absolute paths."""
-    for entry in sys.path:
-        # Python passes over entries of other types; and no variable can hold one with a separator in it.
-        if isinstance(entry, str) and os.pathsep not in entry:
-            with contextlib.suppress(FileNotFoundError):  # the current folder is gone, and all in it
-                yield os.path.abspath(entry)
-
-
 def _parsed(line: str) -> Event:
-    try:
+    event = None
+    with contextlib.suppress(ValueError):
         event = json.loads(line)
-    except ValueError:
-        event = None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+    if not isinstance(event, dict) or "event" not in event:
         raise WorkerLost("crashed", f"wrote {without_paths(line)[:100]!r} where only the worker program writes")
     return event

@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -41,6 +40,14 @@ LONGEST_REASON = 500
 """Characters; compilers' errors run to pages."""
 SHARE_OF_FREE_MEMORY = 0.5
 """What the check, the rounds and plain torch may take of it, each."""
+
+STATE: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "deterministic mode": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+}
+"""What a candidate must leave as it was: how to get it, and how to set it."""
 
 Step = Literal["compile", "memory", "time", "full size"]
 Forward = Callable[[Tensor, Tensor, float | Tensor], tuple[Tensor, Tensor | None]]
@@ -117,7 +124,7 @@ class Measurement:
     def extra_bytes(self) -> dict[str, int | None]:
         return {run.name: run.extra_bytes for run in self.runs.values() if run.alive}
 
-    def rounds(self, most: int | None = None) -> Generator[int, None, None]:
+    def rounds(self, most: int = 2**31) -> Generator[int, None, None]:
         """Compile, measure memory, then time: yields the number of rounds done, after each.
 
         Ends after `most` rounds, or when no candidate is left. What making the inputs raises is raised here: it
@@ -130,7 +137,7 @@ class Measurement:
             self._attempt(name, "memory", inputs)
         self._begin_plain(inputs)
         order = random.Random(self.seed)
-        for done in count(1) if most is None else range(1, most + 1):
+        for done in range(1, most + 1):
             names = [name for name, run in self.runs.items() if run.alive]
             if not names:
                 return
@@ -161,7 +168,7 @@ class Measurement:
         if not run.alive:
             return
         self._on_step(name, step)
-        before = _global_state()
+        before = {name: get() for name, (get, _) in STATE.items()}
         try:
             call = inputs.call(self._forward(name), index)
             if step == "compile":
@@ -179,13 +186,15 @@ class Measurement:
                     run.extra_multiple = run.extra_bytes / inputs.logits_bytes
             else:
                 clock.flush_cache(self.device)
-                run.seconds.append(_positive(clock.time_call(call, self.device)))
+                if (seconds := clock.time_call(call, self.device)) <= 0.0:
+                    raise ValueError(f"the clock gave {seconds} s, which no call can take")
+                run.seconds.append(seconds)
         except Exception as error:  # noqa: BLE001 - whatever a candidate raises is its outcome
             run.outcome = "oom" if is_out_of_memory(error) else "failed"
             run.reason = f"{step}: {type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST_REASON]
-        changed = [name for name, value in _global_state().items() if value != before[name]]
-        if changed:  # the others would run under it, and the caller's whole program
-            _restore(before)
+        changed = [name for name, (get, _) in STATE.items() if get() != before[name]]
+        for name in changed:  # the others would run under it
+            STATE[name][1](before[name])
             run.outcome, run.reason = "failed", f"{step}: it left torch with another {', '.join(changed)}"
 
     def _forward(self, name: str) -> Forward:
@@ -246,23 +255,6 @@ class _Inputs:
         return call
 
 
-def _global_state() -> dict[str, Any]:
-    """What a candidate must leave as it was."""
-    return {
-        "number of threads": torch.get_num_threads(),
-        "default dtype": torch.get_default_dtype(),
-        "grad mode": torch.is_grad_enabled(),
-        "deterministic mode": torch.are_deterministic_algorithms_enabled(),
-    }
-
-
-def _restore(state: dict[str, Any]) -> None:
-    torch.set_num_threads(state["number of threads"])
-    torch.set_default_dtype(state["default dtype"])
-    torch.set_grad_enabled(state["grad mode"])
-    torch.use_deterministic_algorithms(state["deterministic mode"])
-
-
 def _empty_logits(problem: Problem, device: torch.device) -> Tensor:
     """[R, V] memory with the layout and the alignment that the problem has."""
     rows, vocab = problem.rows, problem.vocab
@@ -306,9 +298,3 @@ def _fill(logits: Tensor, problem: Problem, generator: torch.Generator) -> Tenso
         target_V[shift:] = x_DV[source, : vocab - shift]
         target_V[:shift] = x_DV[source, vocab - shift :]
     return labels_NK.view(*logits.shape[:-1], labels_per_row).to(logits.device)
-
-
-def _positive(seconds: float) -> float:
-    if not seconds > 0.0:
-        raise ValueError(f"the clock gave {seconds} s, which no call can take")
-    return seconds

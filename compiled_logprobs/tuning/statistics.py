@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from compiled_logprobs.decision import Outcome, Speedup
-from compiled_logprobs.errors import InputError
+from compiled_logprobs.backends import BUILT_IN, EAGER
+from compiled_logprobs.decision import Candidate, Speedup
 
 ALPHA = 0.01
 """The chance that any interval of one tuning, of a candidate against the baseline at any of the looks, misses its true
@@ -23,18 +23,6 @@ LOOKS = (20, 40, 80, 160, 320, 640, 1280)
 MARGIN = 0.03
 """How much faster than the baseline a candidate has to be: what is less is not worth another backend. And how much less
 memory one of two has to take, for it to be the one that takes less."""
-
-Code = Literal[
-    "ONLY_ONE",
-    "FASTER_CLEAR",
-    "TIE_INCUMBENT",
-    "INCUMBENT_IN_DOUBT",
-    "TIE_SIMPLEST",
-    "TIE_LEAST_MEMORY",
-    "TIE_BY_NAME",
-    "BASELINE_NO_CLEAR_GAIN",
-    "AMBIGUOUS_AT_BUDGET",
-]
 
 
 class Interval(NamedTuple):
@@ -46,25 +34,16 @@ class Interval(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What became of one candidate."""
-
-    outcome: Outcome
-    """Chosen, slower or tie."""
-    speedup: Speedup
-    """Over the baseline."""
-    reason: str
-
-
-@dataclass(frozen=True)
 class Selection:
     """What was chosen, and why."""
 
     chosen: str
-    code: Code
+    code: str
+    """ONLY_ONE, FASTER_CLEAR, TIE_INCUMBENT, TIE_SIMPLEST, TIE_LEAST_MEMORY, TIE_BY_NAME, INCUMBENT_IN_DOUBT,
+    BASELINE_NO_CLEAR_GAIN or AMBIGUOUS_AT_BUDGET."""
     reason: str
-    verdicts: dict[str, Verdict]
-    """One a candidate, the baseline among them."""
+    verdicts: dict[str, Candidate]
+    """Outcome, reason, and speed-up over the baseline of each, the baseline among them."""
     rounds: int
     settled: bool
     """Whether more rounds could not have changed the choice, as far as the intervals tell."""
@@ -85,23 +64,20 @@ def speedup_over(others: Sequence[float], times: Sequence[float], candidates: in
     The interval is as sure as each of those by which one of so many candidates is chosen.
     """
     logs = [math.log(ours) - math.log(theirs) for ours, theirs in zip(times, others, strict=True)]
-    return _speedup(interval(logs, _confidence(candidates, LOOKS)))
+    return _speedup(interval(logs, _confidence(candidates)))
 
 
-def fewest_rounds(candidates: int, *, looks: Sequence[int] = LOOKS) -> int:
+def fewest_rounds(candidates: int) -> int:
     """How many rounds it takes before any of `candidates`, the baseline included, can be chosen over the baseline."""
-    miss = 1.0 - _confidence(candidates, looks)
+    miss = 1.0 - _confidence(candidates)
     return next(rounds for rounds in range(1, 1024) if _rank(rounds, miss) > 0)
 
 
-def look(
+def select(
     times: Mapping[str, Sequence[float]],
     *,
-    baseline: str,
     incumbent: str | None = None,
-    simplicity: Mapping[str, int] | None = None,
     extra_bytes: Mapping[str, int | None] | None = None,
-    looks: Sequence[int] = LOOKS,
     final: bool = False,
 ) -> Selection | None:
     """Choose by the rounds so far.
@@ -113,25 +89,24 @@ def look(
     that is the faster of the two by its median, counts as one that may.
 
     Args:
-        times: seconds, by candidate and round; the same rounds for all. Only of candidates that ran in every round.
-        baseline: the candidate that is kept in doubt.
+        times: seconds, by candidate and round; the same rounds for all. Only of candidates that ran in every round. The
+            first is the baseline, which is kept in doubt.
         incumbent: the candidate that has served so far, which only a clear win replaces.
-        simplicity: the lower, the simpler; candidates that are not named come last, all equally simple.
         extra_bytes: peak memory; what is unknown counts as the most.
-        looks: the numbers of rounds at which this is asked, planned beforehand.
         final: no further round will come; this takes the place of the looks that are left.
 
     Returns:
         None to go on measuring: no look is due, or the rounds do not settle the choice and more are to come.
     """
-    rounds = _rounds(times, baseline)
-    if not final and rounds not in looks and rounds < looks[-1]:
+    baseline = next(iter(times))
+    rounds = len(times[baseline])
+    if not final and rounds not in LOOKS and rounds < LOOKS[-1]:
         return None
-    final = final or rounds >= looks[-1]
-    bench = _Bench(times, baseline, _confidence(len(times), looks))
-    ties = _Ties(incumbent, simplicity or {}, extra_bytes or {})
+    final = final or rounds >= LOOKS[-1]
+    bench = _Bench(times, baseline)
+    ties = _Ties(incumbent, extra_bytes or {})
     clear = [name for name in times if name != baseline and bench.is_faster(name, than=baseline)]
-    if incumbent is not None and incumbent in times and bench.is_in_doubt(incumbent, baseline):
+    if incumbent is not None and incumbent in times and bench.is_in_doubt(incumbent):
         if not final:
             return None
         clear.append(incumbent)
@@ -160,35 +135,28 @@ def look(
     ]
     if open_ and not final:
         return None
-    code, reason = _why(chosen, baseline, ties, tied, open_, rounds)
-    if chosen == incumbent and chosen != baseline and bench.is_in_doubt(chosen, baseline):
-        code = "INCUMBENT_IN_DOUBT"
-        reason = (
-            f"served so far, and {rounds} rounds do not tell whether it is still faster than {baseline} by {MARGIN:.0%}"
-        )
-    if len(times) == 1:
-        code, reason = "ONLY_ONE", f"nothing but {chosen} could be measured"
-    elif open_ and chosen != baseline:
-        reason += f"; {rounds} rounds do not tell whether {', '.join(open_)} is faster still"
-    verdicts = {name: _verdict(name, chosen, baseline, bench, name in open_, reason) for name in times}
+    # Of what is open nothing else is known.
+    code, reason = _why(chosen, bench, ties, [name for name in tied if name not in (*open_, chosen)], open_)
+    verdicts = {name: _verdict(name, chosen, bench, name in open_, reason) for name in times}
     return Selection(chosen, code, reason, verdicts, rounds, settled=not open_)
 
 
 class _Bench:
     """Paired comparisons of any two candidates."""
 
-    def __init__(self, times: Mapping[str, Sequence[float]], baseline: str, confidence: float) -> None:
+    def __init__(self, times: Mapping[str, Sequence[float]], baseline: str) -> None:
+        self.baseline, self.rounds, self.is_alone = baseline, len(times[baseline]), len(times) == 1
         self._logs = {name: [math.log(seconds) for seconds in series] for name, series in times.items()}
-        self._confidence = confidence
+        self._confidence = _confidence(len(times))
         self._margin = math.log1p(MARGIN)
-        self._known: dict[tuple[str, str], Interval] = {}
+        self._compared: dict[tuple[str, str], Interval] = {}
 
     def compare(self, name: str, other: str) -> Interval:
         """Of the logarithm of `name`'s time over `other`'s: below 0 is faster."""
-        if (name, other) not in self._known:
+        if (name, other) not in self._compared:
             differences = [a - b for a, b in zip(self._logs[name], self._logs[other], strict=True)]
-            self._known[name, other] = interval(differences, self._confidence)
-        return self._known[name, other]
+            self._compared[name, other] = interval(differences, self._confidence)
+        return self._compared[name, other]
 
     def is_faster(self, name: str, *, than: str) -> bool:
         """Clearly, by the margin."""
@@ -198,19 +166,23 @@ class _Bench:
         """Whether the rounds so far leave it possible by the margin."""
         return self.compare(name, than).low < -self._margin
 
-    def is_in_doubt(self, name: str, baseline: str) -> bool:
-        """Whether `name` was the faster of the two, and may be by the margin, but not clearly."""
-        may_be = self.may_be_faster(name, than=baseline) and not self.is_faster(name, than=baseline)
-        return may_be and self.compare(name, baseline).median < 0.0
+    def is_in_doubt(self, name: str) -> bool:
+        """Whether `name` was faster than the baseline, and may be by the margin, but not clearly."""
+        compared = self.compare(name, self.baseline)
+        return compared.median < 0.0 and compared.low < -self._margin <= compared.high
 
 
 class _Ties:
-    """Which of candidates that tie to choose, and by what it stands out."""
+    """Which of candidates that tie to choose, and by what it stands out.
 
-    def __init__(
-        self, incumbent: str | None, simplicity: Mapping[str, int], extra_bytes: Mapping[str, int | None]
-    ) -> None:
-        self._incumbent, self._simplicity, self._extra_bytes = incumbent, simplicity, extra_bytes
+    Plain torch is the simplest, then come the others of the package as they are listed. Third parties' are all equally
+    simple, in whatever order they were registered.
+    """
+
+    def __init__(self, incumbent: str | None, extra_bytes: Mapping[str, int | None]) -> None:
+        self._incumbent, self._extra_bytes = incumbent, extra_bytes
+        in_order = sorted(BUILT_IN, key=lambda name: name != EAGER)
+        self._simplicity = {name: rank for rank, name in enumerate(in_order)}
 
     def preferred(self, names: Sequence[str]) -> str:
         if self._incumbent is not None and self._incumbent in names:
@@ -220,7 +192,7 @@ class _Ties:
         room = (1.0 + MARGIN) * min(map(self._bytes, simplest))
         return min(name for name in simplest if self._bytes(name) <= room)
 
-    def code(self, chosen: str, others: Sequence[str]) -> tuple[Code, str]:
+    def code(self, chosen: str, others: Sequence[str]) -> tuple[str, str]:
         """Why `chosen` is preferred to `others`, in one word and in a few."""
         if chosen == self._incumbent:
             return "TIE_INCUMBENT", "served so far"
@@ -239,24 +211,9 @@ class _Ties:
         return math.inf if size is None else size
 
 
-def _rounds(times: Mapping[str, Sequence[float]], baseline: str) -> int:
-    if baseline not in times:
-        raise InputError(
-            f"got times of {', '.join(times) or 'nothing'} with {baseline!r} as the baseline; "
-            "a candidate that ran in every round is valid. Name one of them, or measure the baseline too."
-        )
-    counts = {name: len(series) for name, series in times.items()}
-    if len(set(counts.values())) > 1:
-        raise InputError(
-            f"got different numbers of rounds ({', '.join(f'{name}: {n}' for name, n in counts.items())}); "
-            "times of the same rounds are valid. Leave out the candidates that failed in one."
-        )
-    return counts[baseline]
-
-
-def _confidence(candidates: int, looks: Sequence[int]) -> float:
-    """Of one interval, so that all of them together keep to `ALPHA`."""
-    return 1.0 - ALPHA / (max(1, candidates - 1) * len(looks))
+def _confidence(candidates: int) -> float:
+    """Of one interval, so that all of them together, at all looks, keep to `ALPHA`."""
+    return 1.0 - ALPHA / (max(1, candidates - 1) * len(LOOKS))
 
 
 @lru_cache(maxsize=1024)
@@ -273,41 +230,39 @@ def _rank(count: int, miss: float) -> int:
     return count // 2
 
 
-def _why(
-    chosen: str,
-    baseline: str,
-    ties: _Ties,
-    tied: list[str],
-    open_: list[str],
-    rounds: int,
-) -> tuple[Code, str]:
-    tied = [name for name in tied if name not in open_]  # of the others nothing is known
-    others = [name for name in tied if name != chosen]
+def _why(chosen: str, bench: _Bench, ties: _Ties, tied: list[str], open_: list[str]) -> tuple[str, str]:
+    """Of `chosen`, in one word and in a sentence."""
+    baseline, unknown = bench.baseline, f"{bench.rounds} rounds do not tell whether"
+    if bench.is_alone:
+        return "ONLY_ONE", f"nothing but {chosen} could be measured"
     if chosen == baseline and open_:
-        return (
-            "AMBIGUOUS_AT_BUDGET",
-            f"{rounds} rounds do not tell whether {', '.join(open_)} is faster than {baseline} by {MARGIN:.0%}",
-        )
+        return "AMBIGUOUS_AT_BUDGET", f"{unknown} {', '.join(open_)} is faster than {baseline} by {MARGIN:.0%}"
     if chosen == baseline:
         return "BASELINE_NO_CLEAR_GAIN", f"nothing is faster than {baseline} by {MARGIN:.0%}"
-    if not others:
+    still = f"; {unknown} {', '.join(open_)} is faster still" if open_ else ""
+    if bench.is_in_doubt(chosen):
+        reason = f"served so far, and {unknown} it is still faster than {baseline} by {MARGIN:.0%}"
+        return "INCUMBENT_IN_DOUBT", reason + still
+    if not tied:
         best = "" if open_ else ", and the fastest of all"
-        return "FASTER_CLEAR", f"clearly faster than {baseline}, by more than {MARGIN:.0%}{best}"
-    code, why = ties.code(chosen, others)
-    return code, f"clearly faster than {baseline}; as fast as {', '.join(others)} within {MARGIN:.0%}, and {why}"
+        return "FASTER_CLEAR", f"clearly faster than {baseline}, by more than {MARGIN:.0%}{best}{still}"
+    code, why = ties.code(chosen, tied)
+    return code, f"clearly faster than {baseline}; as fast as {', '.join(tied)} within {MARGIN:.0%}, and {why}{still}"
 
 
-def _verdict(name: str, chosen: str, baseline: str, bench: _Bench, is_open: bool, reason: str) -> Verdict:
-    speedup = Speedup(1.0, 1.0, 1.0) if name == baseline else _speedup(bench.compare(name, baseline))
+def _verdict(name: str, chosen: str, bench: _Bench, is_open: bool, reason: str) -> Candidate:
+    speedup = Speedup(1.0, 1.0, 1.0) if name == bench.baseline else _speedup(bench.compare(name, bench.baseline))
     if name == chosen:
-        return Verdict("chosen", speedup, reason)
+        return Candidate("chosen", reason, speedup=speedup)
     if bench.is_faster(chosen, than=name):
-        return Verdict("slower", speedup, f"slower than {chosen} by more than {MARGIN:.0%}")
+        return Candidate("slower", f"slower than {chosen} by more than {MARGIN:.0%}", speedup=speedup)
     if is_open:
-        return Verdict("tie", speedup, f"the rounds do not tell it from {chosen}")
-    if bench.may_be_faster(chosen, than=name):
-        return Verdict("tie", speedup, f"not faster than {chosen} by {MARGIN:.0%}")
-    return Verdict("tie", speedup, f"as fast as {chosen}, within {MARGIN:.0%}")
+        reason = f"the rounds do not tell it from {chosen}"
+    elif bench.may_be_faster(chosen, than=name):
+        reason = f"not faster than {chosen} by {MARGIN:.0%}"
+    else:
+        reason = f"as fast as {chosen}, within {MARGIN:.0%}"
+    return Candidate("tie", reason, speedup=speedup)
 
 
 def _speedup(log_ratio: Interval) -> Speedup:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compiled_logprobs.backends import BUILT_IN, EAGER, backends
+from compiled_logprobs.backends import backends
 from compiled_logprobs.decision import (
     PLAIN,
     TIME,
@@ -25,7 +25,7 @@ from compiled_logprobs.decision import (
 from compiled_logprobs.machine.environment import environment_at
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning.process import Event
-from compiled_logprobs.tuning.statistics import fewest_rounds, look, speedup_over
+from compiled_logprobs.tuning.statistics import fewest_rounds, select, speedup_over
 
 RESERVE_S = 1.0
 """Of a budget that must not be exceeded, what is kept for ending."""
@@ -54,18 +54,14 @@ class Tally:
         self._checked_rows: dict[str, int] = {}
         self._short_of_memory: set[str] = set()
         self._measured_rows = self._proven_rows = 0
-        self._circumstances: dict[str, Any] = {
-            "bandwidth": {},
-            "telemetry": None,
-            "telemetry_reason": "the time was over before it was asked for",
-        }
+        reason = "the time was over before it was asked for"
+        self._circumstances: dict[str, Any] = {"bandwidth": {}, "telemetry": None, "telemetry_reason": reason}
         self.begin()
 
     def begin(self) -> None:
         """Forget the rounds: a new worker program starts, and its rounds are compared with no other's."""
         self.candidate: str | None = None
         self.step, self._step_began = "start", time.monotonic()
-        self._loaded: set[str] = set()
         self._seconds.clear()
 
     def hear(self, event: Event) -> None:
@@ -73,7 +69,6 @@ class Tally:
         if kind == "step":
             self.candidate, self.step, self._step_began = name, event["step"], time.monotonic()
         elif kind == "loaded":
-            self._loaded.add(name)
             self._note(name, fingerprint=event["fingerprint"])
         elif kind == "lost":
             self.lose(name, event["outcome"], event["reason"])
@@ -110,19 +105,12 @@ class Tally:
         self._note(name, outcome=outcome, reason=reason)
 
     def lose_program(self, outcome: Outcome, reason: str) -> bool:
-        """Have the loss of the program cost the candidate at work; False if there is none, nor any other to blame.
+        """Have the loss of the program cost the candidate at work; False if there is none.
 
-        Between candidates, and while eager is at work, which is plain torch, it costs the third parties' candidates
-        that are in the program: a thread of theirs may have ended it. Where plain `log_softmax` was at work, its line
-        goes.
+        Where plain `log_softmax` was at work, its line goes.
         """
         if self.step == "time" and self.candidate is None:
             self.with_plain = False
-            return True
-        guests = [name for name in self.alive if name in self._loaded and name not in BUILT_IN]
-        if guests and (self.candidate is None or self.candidate == EAGER):
-            for name in guests:
-                self.lose(name, "failed", f"the worker program was lost with it in there, {self.doing()}: {reason}")
             return True
         if self.candidate in self.alive:
             self.lose(self.candidate, outcome, f"{self.step}: {reason}")
@@ -131,9 +119,6 @@ class Tally:
     def times(self) -> dict[str, list[float]]:
         """Seconds by candidate and round, of those that ran in every round."""
         return {name: self._seconds[name] for name in self.alive if name in self._seconds}
-
-    def passed_check(self) -> list[str]:
-        return [name for name in self.alive if self.candidates[name].checks]
 
     def has_enough_rounds(self) -> bool:
         times = self.times()
@@ -152,11 +137,9 @@ class Tally:
     def decide(self, device: torch.device, *, short: bool, tuning_seconds: float) -> tuple[Decision, Evidence]:
         """Choose by the rounds, of which there are some."""
         times = self.times()
-        selection = look(
+        selection = select(
             times,
-            baseline=next(iter(times)),
             incumbent=self.incumbent,
-            simplicity=simplicity(),
             extra_bytes={name: self.candidates[name].extra_bytes for name in times},
             final=True,
         )
@@ -203,11 +186,3 @@ class Tally:
 
     def _note(self, name: str, **fields: Any) -> None:
         self.candidates[name] = replace(self.candidates[name], **fields)
-
-
-def simplicity() -> dict[str, int]:
-    """Rank plain torch first, then the others that come with the package, as they are listed.
-
-    Third parties' are not named: all of them count as equally simple, in whatever order they were registered.
-    """
-    return {name: rank for rank, name in enumerate(sorted(BUILT_IN, key=lambda name: name != EAGER))}

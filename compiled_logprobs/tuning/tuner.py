@@ -17,7 +17,7 @@ from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.problem import Problem, bucket, problem_to_dict
 from compiled_logprobs.tuning.process import Event, Worker, WorkerLost
-from compiled_logprobs.tuning.tally import RESERVE_S, Tally, simplicity
+from compiled_logprobs.tuning.tally import RESERVE_S, Tally
 
 LIMITS_S = {
     "import": 120.0,
@@ -146,9 +146,8 @@ class Tuner:
                 "candidates": [
                     [name, None if isinstance(target, Backend) else target] for name, target in targets.items()
                 ],
-                "checked": tally.passed_check(),
+                "checked": [name for name in tally.alive if tally.candidates[name].checks],
                 "incumbent": tally.incumbent,
-                "simplicity": simplicity(),
                 "short": self.short,
                 "plain": tally.with_plain,
                 "seconds": max(0.0, min(seconds, tally.ends - RESERVE_S - time.monotonic())),
@@ -195,16 +194,13 @@ def alone_on(device: torch.device, within: float) -> Iterator[bool]:
     """Hold the lock of `device` that all processes of this machine share; False if another holds it for too long."""
     from filelock import FileLock, Timeout
 
-    try:
-        lock = FileLock(Path(tempfile.gettempdir(), f"compiled-logprobs-{name_of(device)}.lock"), mode=0o666)
-        lock.acquire(timeout=within)
-    except Timeout:
-        yield False
-        return
-    except OSError:  # no place for a lock, or one of another user: then there is no order
-        yield True
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    with contextlib.ExitStack() as stack:
+        is_alone = True
+        try:
+            lock = FileLock(Path(tempfile.gettempdir(), f"compiled-logprobs-{name_of(device)}.lock"), mode=0o666)
+            stack.enter_context(lock.acquire(timeout=within))
+        except Timeout:
+            is_alone = False
+        except OSError:  # no place for a lock, or one of another user: then there is no order
+            pass
+        yield is_alone

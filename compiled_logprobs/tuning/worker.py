@@ -22,7 +22,6 @@ import torch
 
 from compiled_logprobs.backends import BUILT_IN, get_backend, register_backend
 from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.check.cases import cases
 from compiled_logprobs.check.report import CheckReport
 from compiled_logprobs.check.run import check_backend
 from compiled_logprobs.check.verdicts import CHECKED_ELEMENTS, SAMPLED_ROWS, YARDSTICK_ELEMENTS
@@ -34,7 +33,7 @@ from compiled_logprobs.machine.environment import environment_of, without_paths
 from compiled_logprobs.machine.nvml import Watch, telemetry
 from compiled_logprobs.problem import Problem, problem_from_dict
 from compiled_logprobs.tuning.rounds import BUFFERS, LONGEST_REASON, SHARE_OF_FREE_MEMORY, Measurement
-from compiled_logprobs.tuning.statistics import LOOKS, Selection, fewest_rounds, look
+from compiled_logprobs.tuning.statistics import LOOKS, Selection, fewest_rounds, select
 
 PILOT_LOGITS = 2**22
 """Size of the first calls, which compile, and tell how long a round would take."""
@@ -82,7 +81,7 @@ class Job:
         candidates: [name, target] of each, the baseline first; the target of one that only its own process knows is
             None.
         checked: names of those that have passed the check already.
-        incumbent, simplicity: for `statistics.look`.
+        incumbent: for `statistics.select`.
         short: whether the check has its fewer inputs.
         plain: whether plain torch is timed beside the candidates.
         seconds: after which no further round begins, once there are enough of them for a choice.
@@ -96,6 +95,7 @@ class Job:
         self._order, self._emit = order, emit
         self._problem = problem_from_dict(order["problem"])
         self._device = measurable(order["device"])
+        self._lost: set[str] = set()
         self._extra_multiple = self._problem.needs_grad + 1.0
         pilot_rows = min(max(2, PILOT_LOGITS // self._problem.vocab), self._rows_in_memory(BUFFERS))
         self._pilot_rows = max(1, min(self._problem.rows, int(pilot_rows)))
@@ -136,10 +136,7 @@ class Job:
             reason = backend.why_not(self._problem)
             plain = Problem(self._problem.device_type, self._problem.rows, self._problem.vocab, torch.float32)
             can_run_others = reason is not None and backend.why_not(plain) is None
-            fingerprint = backend.fingerprint()
-            if not isinstance(fingerprint, str):  # it would be stored, and nobody could read that
-                raise TypeError(f"fingerprint() returned {fingerprint!r:.80}; a string is valid")
-            self._emit("loaded", candidate=name, fingerprint=fingerprint)
+            self._emit("loaded", candidate=name, fingerprint=backend.fingerprint())
         except BackendUnavailable as error:
             self._lose(name, "unavailable", error)
             return None
@@ -182,7 +179,7 @@ class Job:
         self._emit(
             "checked",
             candidate=name,
-            rows=max(case.rows for case in cases(problem, short=self._order["short"], foreign=False)),
+            rows=max((case.rows for case in result.cases), default=0),
             fewer_for_memory=problem.rows < self._rows_to_check(),
             checks=checks,
             repeatable=report.repeatable,
@@ -199,42 +196,34 @@ class Job:
         Raises:
             MemoryError: there is no room for one row. And what else nothing can serve after.
         """
-        self._step(name, "check")
         room = SHARE_OF_FREE_MEMORY * free_memory(self._device)
-        problem = self._problem._replace(rows=self._rows_to_check())
-        # By what is free, too: systems hand out memory that they do not have, and kill for it later.
-        while (needed := bytes_of_check(problem)) > room:
-            if problem.rows == 1:
-                raise MemoryError(
-                    f"not begun, since it takes {needed / MIB:.0f} MiB, "
-                    f"and may take {room / MIB:.0f} MiB of what is free"
-                )
-            problem = problem._replace(rows=_top_within(problem.rows - 1))
+        rows = self._rows_to_check()
         while True:
+            problem = self._problem._replace(rows=rows)
+            self._step(name, "check")
             try:
+                # By what is free, too: systems hand out memory that they do not have, and kill for it later.
+                if (needed := bytes_of_check(problem)) > room:
+                    raise MemoryError(f"it takes {needed / MIB:.0f} MiB, and may take {room / MIB:.0f} of what is free")
                 return problem, check_backend(
                     name, problem, short=self._order["short"], device=str(self._device), seed=self._order["seed"]
                 )
             except Exception as error:
-                if problem.rows == 1 or not is_out_of_memory(error):
+                if rows == 1 or not is_out_of_memory(error):
                     raise
-            problem = problem._replace(rows=_top_within(problem.rows // 2))
-            self._step(name, "check")
+            rows = _top_within(rows // 2)
 
     def _rows_to_check(self) -> int:
         """Where memory is not short."""
         most = CHECKED_LOGITS.get(self._device.type, math.inf) // self._problem.vocab
-        return self._problem.rows if most >= self._problem.rows else _top_within(int(most))
+        return _top_within(int(min(self._problem.rows, most)))
 
     def _rows_that_fit(self, seconds_a_row: float) -> int:
         """The largest N, the problem's or the top of a bucket below, whose rounds fit into memory and time."""
         calls = LOOKS[0] + BUFFERS + 1  # the rounds up to the first look, and the calls before them
         by_time = SHARE_OF_TIME * (self._ends - time.monotonic()) / (calls * seconds_a_row)
-        by_memory = self._rows_in_memory(BUFFERS)
-        rows = self._problem.rows
-        while rows > 1 and (rows > by_memory or (rows > by_time and rows * self._problem.vocab > PILOT_LOGITS)):
-            rows = _top_within(rows - 1)
-        return rows
+        rows = max(by_time, PILOT_LOGITS // self._problem.vocab)
+        return _top_within(int(min(self._problem.rows, rows, self._rows_in_memory(BUFFERS))))
 
     def _rows_in_memory(self, buffers: int) -> float:
         # Inputs, the original of those that are overwritten, and what candidates take, gradient included.
@@ -255,7 +244,6 @@ class Job:
             left = SHARE_WITH_PLAIN * (ends - time.monotonic())
             plain_s = left / fewest_rounds(len(alive)) - rows * seconds_a_row
         measurement = self._measurement(problem, alive, plain_s=plain_s)
-        lost: set[str] = set()
         self._emit("measuring", rows=rows)
         rounds = measurement.rounds(LOOKS[-1])
         try:
@@ -266,7 +254,7 @@ class Job:
             return False
         with Watch(provider) as watch:
             for done in chain([] if first is None else [first], rounds):
-                self._lose_failed(measurement, lost)
+                self._lose_failed(measurement)
                 if done == 1:
                     for name, size in measurement.extra_bytes().items():
                         multiple = measurement.runs[name].extra_multiple
@@ -278,11 +266,11 @@ class Job:
                 enough = done >= fewest_rounds(len(times))  # fewer cannot speak for any candidate
                 if not times or (time.monotonic() > ends and enough) or self._selection(measurement, final=False):
                     break
-        self._lose_failed(measurement, lost)
+        self._lose_failed(measurement)
         rounds.close()  # and with it the inputs
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what plain torch took is in nobody's way
-        self._look_at_winner(measurement, lost, seconds_a_row)
+        self._look_at_winner(measurement, seconds_a_row)
         summary = watch.summary()
         self._emit(
             "circumstances",
@@ -296,7 +284,7 @@ class Job:
         )
         return True
 
-    def _look_at_winner(self, measurement: Measurement, lost: set[str], seconds_a_row: float) -> None:
+    def _look_at_winner(self, measurement: Measurement, seconds_a_row: float) -> None:
         """Call the winner with more rows than were timed, as far as memory and time go, to see that it is right."""
         timed = measurement.problem.rows
         rows = min(self._problem.rows, self._rows_in_memory(1))
@@ -320,30 +308,23 @@ class Job:
                 self._emit("proven", rows=rows)
                 return
             measurement.runs[name] = full.runs[name]
-            self._lose_failed(measurement, lost)
+            self._lose_failed(measurement)
 
     def _selection(self, measurement: Measurement, *, final: bool) -> Selection | None:
-        times = measurement.times()
-        return look(
-            times,
-            baseline=next(iter(times)),
-            incumbent=self._order["incumbent"],
-            simplicity=self._order["simplicity"],
-            extra_bytes=measurement.extra_bytes(),
-            final=final,
-        )
+        incumbent, extra_bytes = self._order["incumbent"], measurement.extra_bytes()
+        return select(measurement.times(), incumbent=incumbent, extra_bytes=extra_bytes, final=final)
 
     def _measurement(self, problem: Problem, candidates: Mapping[str, Backend], **options: Any) -> Measurement:
         seed = self._order["seed"]
         return Measurement(problem, candidates, device=self._device, seed=seed, on_step=self._step, **options)
 
-    def _lose_failed(self, measurement: Measurement, lost: set[str]) -> None:
+    def _lose_failed(self, measurement: Measurement) -> None:
         for name, run in measurement.runs.items():
-            if not run.alive and name not in lost:
-                lost.add(name)
+            if not run.alive and name not in self._lost:
                 self._lose(name, run.outcome, run.reason)
 
     def _lose(self, name: str, outcome: str, reason: object) -> None:
+        self._lost.add(name)
         self._emit("lost", candidate=name, outcome=outcome, reason=_line(reason))
 
     def _step(self, name: str | None, step: str) -> None:

@@ -14,6 +14,7 @@ from tests.helpers.fake_cuda import FakeCuda
 
 PLAIN = Problem("cpu", rows=6, vocab=1024, dtype=torch.float32)
 WITH_GRADIENT = PLAIN._replace(needs_grad=True)
+IN_PLACE = WITH_GRADIENT._replace(inplace_backward=True)
 
 
 class Watched(Eager):
@@ -22,11 +23,12 @@ class Watched(Eager):
     def __init__(self, before_forward=lambda call, logits: None, before_backward=lambda logits: None):
         self.calls, self.backwards = 0, 0
         self.before_forward, self.before_backward = before_forward, before_backward
-        self.addresses, self.arguments = [], []
+        self.addresses, self.arguments, self.layouts = [], [], set()
 
     def forward(self, logits, labels, temperature, *, entropy):
         self.calls += 1
         self.addresses.append(logits.data_ptr())
+        self.layouts.add(layout_of(collapse(logits)))
         self.arguments.append((logits.clone(), labels, temperature, entropy))
         self.before_forward(self.calls, logits)
         return super().forward(logits, labels, temperature, entropy=entropy)
@@ -45,6 +47,15 @@ def fail(error, at=1):
     return before_forward
 
 
+def watched(problem, seed=None) -> Watched:
+    """A candidate that has run in a round."""
+    backend = Watched()
+    measurement = Measurement(problem, {"one": backend}, seed=seed)
+    next(measurement.rounds())
+    assert measurement.runs["one"].alive, measurement.runs["one"].reason
+    return backend
+
+
 @pytest.fixture(autouse=True)
 def small_cache(monkeypatch):
     """So that rounds are quick."""
@@ -55,25 +66,37 @@ def small_cache(monkeypatch):
     scratch.cache_clear()
 
 
-def test_the_order_is_shuffled_and_the_first_calls_are_in_the_given_one():
+# --- the rounds -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", [PLAIN, WITH_GRADIENT._replace(entropy=True, temperature="number"), IN_PLACE])
+def test_the_order_is_shuffled_with_plain_torch_in_every_round(problem):
+    """The first calls are in the given order, and plain torch is no candidate."""
     steps = []
-    candidates = {name: Eager() for name in ("eager", "a", "b")}
-    measurement = Measurement(PLAIN, candidates, seed=1, on_step=lambda *step: steps.append(step))
-    list(measurement.rounds(40))
-    assert steps[:3] == [("eager", "compile"), ("a", "compile"), ("b", "compile")]
-    assert steps[3:6] == [("eager", "memory"), ("a", "memory"), ("b", "memory")]
-    assert {name: len(seconds) for name, seconds in measurement.times().items()} == dict.fromkeys(candidates, 40)
-    rounds = [tuple(name for name, _ in steps[i : i + 3]) for i in range(6, len(steps), 3)]
-    assert len(rounds) == 40 and all(sorted(names) == ["a", "b", "eager"] for names in rounds)
-    assert set(rounds) == set(itertools.permutations(candidates))
+    candidates = {"eager": Eager(), "other": Watched()}
+    measurement = Measurement(problem, candidates, seed=1, on_step=lambda *step: steps.append(step), plain_s=60.0)
+    list(measurement.rounds(30))
+    assert steps[:4] == [(name, step) for step in ("compile", "memory") for name in candidates]
+    timed = [name for name, step in steps if step == "time"][2:]  # the first two calls of plain torch are of no round
+    rounds = [tuple(timed[i : i + 3]) for i in range(0, len(timed), 3)]
+    assert len(rounds) == 30 and set(rounds) == set(itertools.permutations([*candidates, "log_softmax"]))
+    assert {name: len(seconds) for name, seconds in measurement.times().items()} == dict.fromkeys(candidates, 30)
+    assert len(measurement.plain_times()) == 30 and min(measurement.plain_times()) > 0.0
+    assert set(measurement.extra_bytes()) == set(measurement.runs) == set(candidates)
 
 
-def test_inputs_take_turns_and_all_of_a_round_get_the_same():
-    one, other = Watched(), Watched()
-    list(Measurement(PLAIN, {"one": one, "other": other}, seed=1).rounds(4))
-    timed = one.addresses[-4:]
-    assert timed == other.addresses[-4:]
+@pytest.mark.parametrize("problem", [PLAIN, WITH_GRADIENT, IN_PLACE], ids=["forward", "with gradient", "in place"])
+def test_inputs_take_turns_and_all_of_a_round_get_the_same(problem):
+    """In-place candidates get fresh logits, and write over them."""
+    first, second = Watched(), Watched()
+    list(Measurement(problem, {"first": first, "second": second}, seed=1).rounds(4))
+    timed = first.addresses[-4:]
+    assert timed == second.addresses[-4:]
     assert timed[0] == timed[2] != timed[1] == timed[3]
+    assert first.calls > 4 and first.backwards == (first.calls if problem.needs_grad else 0)
+    if problem == IN_PLACE:
+        original = first.arguments[0][0]
+        assert all(torch.equal(original, logits) for logits, *_ in first.arguments + second.arguments)
 
 
 def test_the_cache_is_flushed_right_before_each_timed_call(monkeypatch):
@@ -85,35 +108,16 @@ def test_the_cache_is_flushed_right_before_each_timed_call(monkeypatch):
     assert events.count("flush") == 3
 
 
-@pytest.mark.parametrize("problem", [PLAIN, WITH_GRADIENT], ids=["forward", "forward and backward"])
-def test_backward_runs_where_the_problem_needs_the_gradient(problem):
-    backend = Watched()
-    list(Measurement(problem, {"one": backend}).rounds(2))
-    assert backend.calls > 2
-    assert backend.backwards == (backend.calls if problem.needs_grad else 0)
-
-
-def test_in_place_candidates_get_fresh_logits_and_write_over_them():
-    problem = WITH_GRADIENT._replace(inplace_backward=True)
-    one, other = Watched(), Watched()
-    measurement = Measurement(problem, {"one": one, "other": other})
-    list(measurement.rounds(4))
-    assert all(run.alive for run in measurement.runs.values())
-    first = one.arguments[0][0]
-    assert all(torch.equal(first, logits) for logits, *_ in one.arguments + other.arguments)
-    assert len(set(one.addresses)) == 2
-
-
 def test_fresh_logits_are_made_outside_of_the_clock(monkeypatch):
     inside = []
 
     def time_call(function, device):
-        class Copies(torch.utils._python_dispatch.TorchDispatchMode):
+        class Operations(torch.utils._python_dispatch.TorchDispatchMode):
             def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
                 inside.append(operation._overloadpacket.__name__)
                 return operation(*args, **(kwargs or {}))
 
-        with Copies():
+        with Operations():
             function()
         return 1.0
 
@@ -126,11 +130,34 @@ def test_fresh_logits_are_made_outside_of_the_clock(monkeypatch):
             return saved.logits
 
     monkeypatch.setattr(clock, "time_call", time_call)
-    problem = WITH_GRADIENT._replace(inplace_backward=True)
-    measurement = Measurement(problem, {"one": Nothing()}, look_at_results=False)
+    measurement = Measurement(IN_PLACE, {"one": Nothing()}, look_at_results=False)
     list(measurement.rounds(2))
     assert measurement.runs["one"].outcome == "measured", measurement.runs["one"].reason
     assert inside and "copy_" not in inside
+
+
+@pytest.mark.parametrize("why", ["not asked for", "slow", "no memory", "fails at first", "fails later"])
+def test_where_plain_torch_cannot_be_timed_it_is_left_out_and_nothing_else_changes(monkeypatch, why):
+    calls = []
+
+    def plain(*arguments, entropy):
+        calls.append(arguments)
+        if why == "fails at first" or (why == "fails later" and len(calls) > 3):
+            raise MemoryError
+        return torch.zeros(PLAIN.rows, 1), None
+
+    monkeypatch.setattr(rounds_module, "plain", plain)
+    if why == "no memory":
+        monkeypatch.setattr(clock, "free_memory", lambda device: rounds_module.bytes_of_plain(PLAIN))
+    limit = {"not asked for": 0.0, "slow": 1e-9}.get(why, 60.0)
+    measurement = Measurement(PLAIN, {"eager": Eager()}, plain_s=limit)
+    assert list(measurement.rounds(3)) == [1, 2, 3]
+    assert measurement.plain_times() == [] and len(measurement.times()["eager"]) == 3
+    most = {"not asked for": 0, "no memory": 0, "fails at first": 1, "slow": 2, "fails later": 4}
+    assert len(calls) == most[why]
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,12 +187,24 @@ def test_a_failure_in_backward_leaves_fresh_logits_to_the_others():
         logits.fill_(torch.nan)
         raise RuntimeError("half done")
 
-    problem = WITH_GRADIENT._replace(inplace_backward=True)
     good = Watched()
-    measurement = Measurement(problem, {"bad": Watched(before_backward=spoil), "good": good})
+    measurement = Measurement(IN_PLACE, {"bad": Watched(before_backward=spoil), "good": good})
     list(measurement.rounds(2))
     assert measurement.runs["bad"].outcome == "failed"
     assert not any(logits.isnan().any() for logits, *_ in good.arguments)
+
+
+def test_one_that_leaves_torch_in_another_state_fails_and_the_state_is_as_it_was():
+    before = torch.get_num_threads(), torch.get_default_dtype()
+
+    def change(call, logits):
+        torch.set_num_threads(before[0] + 1)
+        torch.set_default_dtype(torch.float64)
+
+    measurement = Measurement(PLAIN, {"eager": Eager(), "bad": Watched(change)})
+    list(measurement.rounds(1))
+    assert "it left torch with another number of threads, default dtype" in measurement.runs["bad"].reason
+    assert (torch.get_num_threads(), torch.get_default_dtype()) == before and measurement.runs["eager"].alive
 
 
 def test_a_time_that_no_call_can_take_is_a_failure(monkeypatch):
@@ -179,6 +218,9 @@ def test_an_interrupt_is_not_a_failure():
     measurement = Measurement(PLAIN, {"eager": Watched(fail(KeyboardInterrupt()))})
     with pytest.raises(KeyboardInterrupt):
         list(measurement.rounds(1))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -207,44 +249,35 @@ def test_memory_that_cannot_be_measured_is_none(monkeypatch):
     assert measurement.extra_bytes() == {"eager": None}
 
 
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("layout", "aligned", "vocab"),
     [("flat", True, 1024), ("flat", False, 1023), ("rows", True, 1023), ("other", True, 1024), ("other", False, 1023)],
 )
 def test_the_logits_lie_as_the_problem_says(vocab, dtype, layout, aligned):
-    backend = Watched()
-    seen = []
-    backend.before_forward = lambda call, logits: seen.append(layout_of(collapse(logits)))
-    problem = PLAIN._replace(vocab=vocab, dtype=dtype, layout=layout, aligned=aligned, needs_grad=True)
-    measurement = Measurement(problem, {"one": backend})
-    next(measurement.rounds())
-    assert measurement.runs["one"].alive, measurement.runs["one"].reason
-    assert set(seen) == {(layout, aligned)}
+    problem = WITH_GRADIENT._replace(vocab=vocab, dtype=dtype, layout=layout, aligned=aligned)
+    assert watched(problem).layouts == {(layout, aligned)}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"entropy": True, "needs_grad": True},
         {"labels_per_row": 3, "needs_grad": True, "entropy": True},
         {"temperature": "number"},
         {"temperature": "per_token", "needs_grad": True, "layout": "other"},
         {"masked_logits": True, "entropy": True, "needs_grad": True},
         {"out_dtype": torch.bfloat16, "dtype": torch.bfloat16, "needs_grad": True},
         {"rows": 1, "layout": "other"},
-        {"rows": 200},
         {"vocab": 5, "masked_logits": True},
     ],
     ids=str,
 )
 def test_every_option_of_a_problem_reaches_the_candidates(changes):
     problem = PLAIN._replace(**changes)
-    backend = Watched()
-    measurement = Measurement(problem, {"one": backend})
-    next(measurement.rounds())
-    assert measurement.runs["one"].alive, measurement.runs["one"].reason
-    logits, labels, temperature, entropy = backend.arguments[0]
+    logits, labels, temperature, entropy = watched(problem).arguments[0]
     assert logits.numel() == problem.rows * problem.vocab and logits.dtype == problem.dtype
     assert labels.numel() == problem.rows * problem.labels_per_row
     assert entropy == problem.entropy
@@ -255,9 +288,7 @@ def test_every_option_of_a_problem_reaches_the_candidates(changes):
 
 
 def test_logits_look_like_a_models():
-    backend = Watched()
-    problem = PLAIN._replace(rows=256, vocab=32768)
-    next(Measurement(problem, {"one": backend}, seed=3).rounds())
+    backend = watched(PLAIN._replace(rows=256, vocab=32768), seed=3)
     logits, labels, *_ = backend.arguments[0]
     p = torch.softmax(logits, -1)
     assert p.topk(rounds_module.LIKELY).values.sum(-1).median() > 0.5
@@ -265,15 +296,11 @@ def test_logits_look_like_a_models():
     assert of_labels.median() > 0.01  # drawn from them, not at random
     assert 0.5 < of_labels.mean() / (p * p).sum(-1).mean() < 2.0
     assert len({tuple(row[:8].tolist()) for row in logits}) > rounds_module.DISTINCT_ROWS
-    other = backend.arguments[1][0]
-    assert not torch.equal(logits, other)
+    assert not torch.equal(logits, backend.arguments[1][0])
 
 
 def test_a_seed_makes_the_same_inputs():
-    backends = [Watched() for _ in range(3)]
-    for backend, seed in zip(backends, (1, 1, 2), strict=True):
-        next(Measurement(PLAIN, {"one": backend}, seed=seed).rounds())
-    first, again, other = (backend.arguments[0] for backend in backends)
+    first, again, other = (watched(PLAIN, seed).arguments[0] for seed in (1, 1, 2))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])
 
@@ -285,16 +312,14 @@ def test_on_a_gpu_events_time_the_calls_and_the_allocator_tells_the_memory(monke
     monkeypatch.setattr(
         rounds_module, "_Inputs", lambda problem, device, seed: inputs(problem, torch.device("cpu"), seed)
     )
-    scratch = torch.ones(16)
-    monkeypatch.setattr(clock, "_scratch", lambda device: scratch)
+    monkeypatch.setattr(clock, "_scratch", lambda device: torch.ones(16))
 
     def work(call, logits):
         cuda.now_ms += 40.0 if call == 1 else 2.5
         cuda.take(3 * logits.nbytes)
         cuda.give_back(3 * logits.nbytes)
 
-    problem = PLAIN._replace(device_type="cuda")
-    measurement = Measurement(problem, {"one": Watched(before_forward=work)})
+    measurement = Measurement(PLAIN._replace(device_type="cuda"), {"one": Watched(before_forward=work)})
     assert measurement.device == torch.device("cuda", 1)
     list(measurement.rounds(3))
     run = measurement.runs["one"]
@@ -303,50 +328,3 @@ def test_on_a_gpu_events_time_the_calls_and_the_allocator_tells_the_memory(monke
     assert run.seconds == [0.0025] * 3
     assert run.extra_multiple == 3.0 and run.extra_bytes == 3 * 6 * 1024 * 4
     assert cuda.calls.count("wait") == 4
-
-
-# --- plain torch beside the candidates --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"needs_grad": True, "entropy": True, "temperature": "number"},
-        {"needs_grad": True, "inplace_backward": True},
-    ],
-    ids=str,
-)
-def test_plain_torch_is_timed_in_every_round_and_is_no_candidate(changes):
-    steps = []
-    candidates = {"eager": Eager(), "other": Watched()}
-    measurement = Measurement(
-        PLAIN._replace(**changes), candidates, seed=1, on_step=lambda *step: steps.append(step), plain_s=60.0
-    )
-    list(measurement.rounds(30))
-    assert len(measurement.plain_times()) == 30 and min(measurement.plain_times()) > 0.0
-    assert set(measurement.times()) == set(measurement.extra_bytes()) == set(measurement.runs) == set(candidates)
-    timed = [name for name, step in steps if step == "time"][2:]  # the first two calls are of no round
-    rounds = [tuple(timed[i : i + 3]) for i in range(0, len(timed), 3)]
-    assert len(set(rounds)) == 6 and all(sorted(names) == ["eager", "log_softmax", "other"] for names in rounds)
-
-
-@pytest.mark.parametrize("why", ["not asked for", "slow", "no memory", "fails at first", "fails later"])
-def test_where_plain_torch_cannot_be_timed_it_is_left_out_and_nothing_else_changes(monkeypatch, why):
-    calls = []
-
-    def plain(*arguments, entropy):
-        calls.append(arguments)
-        if why == "fails at first" or (why == "fails later" and len(calls) > 3):
-            raise MemoryError
-        return torch.zeros(PLAIN.rows, 1), None
-
-    monkeypatch.setattr(rounds_module, "plain", plain)
-    if why == "no memory":
-        monkeypatch.setattr(clock, "free_memory", lambda device: rounds_module.bytes_of_plain(PLAIN))
-    limit = {"not asked for": 0.0, "slow": 1e-9}.get(why, 60.0)
-    measurement = Measurement(PLAIN, {"eager": Eager()}, plain_s=limit)
-    assert list(measurement.rounds(3)) == [1, 2, 3]
-    assert measurement.plain_times() == [] and len(measurement.times()["eager"]) == 3
-    most = {"not asked for": 0, "no memory": 0, "fails at first": 1, "slow": 2, "fails later": 4}
-    assert len(calls) == most[why]
