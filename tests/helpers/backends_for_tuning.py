@@ -1,14 +1,13 @@
 """Backends for the worker program, named to it as 'tests.helpers.backends_for_tuning:Name': right, wrong, and doing
 harm.
 
-The harm is real: only `Right` and `Wrong` may be called in the process of the tests.
+The harm is real: only those above `Harmful` may be called in the process of the tests.
 """
 
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,19 +41,14 @@ def registered(**targets: str | Backend) -> Iterator[None]:
         yield
 
 
-def is_running(pid: int) -> bool:
-    """Whether it lives; one that has ended stays in the list until its parent has asked for it."""
-    with suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    return False
-
-
 def has_ended(pid: int, within: float = 20.0) -> bool:
+    """Whether it ends by then; one that has ended stays in the list until its parent has asked for it."""
     until = time.monotonic() + within
-    while is_running(pid):
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.05)
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
     return True
 
 
@@ -64,9 +58,7 @@ def pids(folder: Path, name: str) -> list[int]:
 
 
 def leave_pid(name: str, pid: int) -> None:
-    folder = os.environ.get(FOLDER_VARIABLE)
-    if folder is not None:
-        Path(folder, f"{name}-{pid}").touch()
+    Path(os.environ[FOLDER_VARIABLE], f"{name}-{pid}").touch()
 
 
 # --- right and wrong ones ---------------------------------------------------------------------------------------------
@@ -102,19 +94,12 @@ class Wrong(Right):
         return torch.empty_like(saved.logits)
 
 
-class WrongForMany(Right):
-    """Right for as few rows as the short check has; with more, it computes the first of them only."""
-
-    most = 64
+class WrongSign(Right):
+    """EasyR1's mistake, as fast as the right one."""
 
     def forward(self, logits, labels, temperature, *, entropy):
-        few = logits[: self.most]
-        log_probs, entropies, (log_p_NV,) = super().forward(few, labels[: self.most], temperature, entropy=entropy)
-        missing = len(logits) - len(few)
-        if missing:
-            log_probs = torch.cat([log_probs, log_probs.new_full((missing, *labels.shape[1:]), -1.0)])
-            log_p_NV = torch.cat([log_p_NV, torch.empty_like(logits[self.most :])])
-        return log_probs, entropies, (log_p_NV,)
+        log_probs, entropies, residuals = super().forward(logits, labels, temperature, entropy=entropy)
+        return -log_probs, entropies, residuals
 
 
 class Remembers(Eager):
@@ -126,51 +111,20 @@ class Remembers(Eager):
     wrong_from = 1_000_000
 
     def __init__(self):
-        self.known = {}
+        self.results = {}
 
     def forward(self, logits, labels, temperature, *, entropy):
         key = logits.data_ptr(), logits.shape
-        if len(logits) <= 64 or key not in self.known:
-            self.known[key] = super().forward(logits, labels, temperature, entropy=entropy)
-        log_probs, entropies, residuals = self.known[key]
-        if len(logits) >= self.wrong_from:
-            log_probs = log_probs - 1.0
-        return log_probs, entropies, residuals
+        if len(logits) <= 64 or key not in self.results:
+            self.results[key] = super().forward(logits, labels, temperature, entropy=entropy)
+        log_probs, entropies, residuals = self.results[key]
+        return log_probs - float(len(logits) >= self.wrong_from), entropies, residuals
 
 
 class RemembersWrong(Remembers):
     """The same, and wrong with more rows than are timed within a small budget."""
 
     wrong_from = 65536
-
-
-class ChangesThreads(Right):
-    """Leaves torch in another state than it was in."""
-
-    def forward(self, logits, *rest, entropy):
-        torch.set_num_threads(torch.get_num_threads() + 1)
-        torch.set_default_dtype(torch.float64)
-        return super().forward(logits, *rest, entropy=entropy)
-
-
-class WrongSign(Right):
-    """EasyR1's mistake, as fast as the right one."""
-
-    def forward(self, logits, labels, temperature, *, entropy):
-        log_probs, entropies, residuals = super().forward(logits, labels, temperature, entropy=entropy)
-        return -log_probs, entropies, residuals
-
-
-class Same(Eager):
-    """Eager itself by another name."""
-
-
-class SlowByRow(Right):
-    """Takes a tenth of a millisecond a row."""
-
-    def forward(self, logits, labels, temperature, *, entropy):
-        time.sleep(1e-4 * labels.shape[:-1].numel())
-        return super().forward(logits, labels, temperature, entropy=entropy)
 
 
 class NeedsFlatLogits(Right):
@@ -187,42 +141,29 @@ class NotABackend:
     pass
 
 
-class TellsItsProcess(Right):
-    def __init__(self):
-        leave_pid("worker", os.getpid())
-
-
-class TellsANumber(Right):
-    """In the place of its fingerprint."""
-
-    def fingerprint(self):
-        return 7
-
-
-# --- those that raise -------------------------------------------------------------------------------------------------
+# --- those that do harm -----------------------------------------------------------------------------------------------
 
 
 class Harmful(Right):
-    """Does `harm` in each forward."""
+    """Does `harm` in its first forward."""
+
+    done = False
 
     def forward(self, logits, labels, temperature, *, entropy):
-        self.harm()
+        if not self.done:
+            self.done = True
+            self.harm()
         return super().forward(logits, labels, temperature, entropy=entropy)
 
     def harm(self) -> None:
         raise NotImplementedError
 
 
-class RaisesUnencodable(Harmful):
-    """As the name of a file does that is not UTF-8."""
-
-    def harm(self) -> NoReturn:
-        raise RuntimeError("no such file: caf\udce9 \x00 \n  €")
-
-
 class RaisesFromHome(Harmful):
+    """With the name of a file that is not UTF-8."""
+
     def harm(self) -> NoReturn:
-        raise FileNotFoundError(f"no tables in {Path.home() / 'my tables' / 'fast.bin'}, nor in {__file__}")
+        raise FileNotFoundError(f"no caf\udce9 \n in {Path.home() / 'my tables' / 'fast.bin'}, nor in {__file__}")
 
 
 class RaisesMemoryError(Harmful):
@@ -230,99 +171,36 @@ class RaisesMemoryError(Harmful):
         raise MemoryError("the arena is full")
 
 
-class AsksForAPetabyte(Harmful):
-    def harm(self) -> None:
-        torch.empty(2**50, dtype=torch.uint8)
-
-
-class NeedsMemoryInTheCheck(Right):
-    """64 bytes for each logit, while there is a limit on the memory of its process."""
-
-    room = 2**25
-
-    def forward(self, logits, labels, temperature, *, entropy):
-        import resource
-
-        if threading.current_thread() is not threading.main_thread():
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = resource.getrlimit(resource.RLIMIT_AS)
-            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + self.room, limit[1]))
-            try:
-                torch.ones(64 * logits.numel(), dtype=torch.uint8)
-            finally:
-                resource.setrlimit(resource.RLIMIT_AS, limit)
-        return super().forward(logits, labels, temperature, entropy=entropy)
-
-
-# --- those that are a nuisance, but right -----------------------------------------------------------------------------
-
-
-class Floods(Harmful):
-    """Both streams, through Python and beneath it, with and without ends of lines; once."""
-
-    done = False
+class MeddlesWithStreams(Harmful):
+    """Floods both, beneath Python; writes events to where standard output would be; reads what could be jobs."""
 
     def harm(self) -> None:
-        if Floods.done:
-            return
-        Floods.done = True
         for block in (b"x" * 1_000_000, b"flood\n" * 150_000):
             for _ in range(FLOOD_BYTES // len(block) // 4):
                 for fd in (1, 2):
                     left = memoryview(block)
                     while left:
                         left = left[os.write(fd, left) :]
-        print('{"event": "done"}', flush=True)
-        print("x" * 1_000_000, file=sys.stderr, flush=True)
-
-
-class WritesEvents(Harmful):
-    """To where standard output would be."""
-
-    def harm(self) -> None:
-        os.write(1, b'{"event": "done"}\n')
         print('{"event": "lost", "candidate": "eager", "outcome": "wrong", "reason": "me"}', flush=True)
         sys.__stdout__.write("not even JSON\n")
-
-
-class ReadsStandardInput(Harmful):
-    def harm(self) -> None:
         assert sys.stdin.readline() == ""
         assert os.read(0, 100) == b""
 
 
 class LeavesChildren(Harmful):
-    """Programs that nobody waits for, one of them in a session of its own, as daemons are; once."""
-
-    done = False
+    """Programs that nobody waits for, one of them in a session of its own, as daemons are."""
 
     def harm(self) -> None:
-        if not LeavesChildren.done:
-            LeavesChildren.done = True
-            for is_apart in (False, True):
-                command = [sys.executable, "-c", f"import time; time.sleep({LONG_S})"]
-                leave_pid("child", subprocess.Popen(command, start_new_session=is_apart).pid)
-
-
-# --- those that end the worker program, or hold it up -----------------------------------------------------------------
+        leave_pid("worker", os.getpid())
+        for is_apart in (False, True):
+            command = [sys.executable, "-c", f"import time; time.sleep({LONG_S})"]
+            leave_pid("child", subprocess.Popen(command, start_new_session=is_apart).pid)
 
 
 class Exits(Harmful):
     def harm(self) -> NoReturn:
         print("no device", file=sys.stderr, flush=True)
         os._exit(3)
-
-
-class WritesOnThePipes(Harmful):
-    """On every file that is open, until one of them is the one that the events go to."""
-
-    def harm(self) -> None:
-        for fd in range(3, 64):
-            try:
-                os.write(fd, b"gibberish\n" * 1000)
-            except OSError:
-                continue
-        time.sleep(LONG_S)
 
 
 class Loops(Harmful):

@@ -2,9 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -160,27 +157,6 @@ def test_one_lost_gpu_of_several_is_listed_with_the_reason_and_without_figures(n
     assert set(dataclasses.asdict(lost.provider.snapshot()).values()) == {None}
     assert [(gpu.number, gpu.uuid[4:12]) for gpu in others] == [(1, "bbbbbbbb"), (1, "cccccccc")]
     assert [gpu.provider.snapshot().memory_used_bytes for gpu in others] == [200, 300]
-
-
-PROGRAM = """
-import dataclasses, json, torch
-from types import SimpleNamespace
-from compiled_logprobs.machine.nvml import telemetry
-torch.version.hip = None
-torch.cuda.is_available = lambda: True
-uuid = "aaaaaaaa-0000-0000-0000-000000000000"
-gpu = SimpleNamespace(uuid=uuid, pci_domain_id=0, pci_bus_id=10, pci_device_id=0)
-torch.cuda.get_device_properties = lambda device: gpu
-print(json.dumps(dataclasses.asdict(telemetry("cuda:1").snapshot())))
-"""
-
-
-@pytest.mark.slow
-def test_the_library_is_found_by_its_name(library):
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(library.parent)}
-    ran = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["memory_total_bytes"] == 1000
 
 
 # --- a watch ----------------------------------------------------------------------------------------------------------

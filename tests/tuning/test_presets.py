@@ -41,15 +41,6 @@ def test_rows_of_an_odd_vocabulary_are_not_aligned():
 
 
 def test_models_are_known_by_name():
-    assert {name: presets.vocab_of(name) for name in presets.MODELS} == {
-        "qwen3": 151936,
-        "llama3": 128256,
-        "gemma3": 262144,
-        "deepseek-v3": 129280,
-        "gpt-oss": 201088,
-        "gpt2": 50257,
-        "llama2": 32000,
-    }
     assert presets.vocab_of("12345") == 12345 and presets.vocab_of("Qwen3") == 151936
 
 
