@@ -20,7 +20,6 @@ MODELS = {
 }
 """V, the last dimension of the logits, of families of models."""
 
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

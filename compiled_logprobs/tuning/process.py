@@ -35,8 +35,7 @@ class WorkerLost(Exception):
 
     def __init__(self, outcome: Literal["crashed", "timeout"], reason: str) -> None:
         super().__init__(reason)
-        self.outcome = outcome
-        self.reason = reason
+        self.outcome, self.reason = outcome, reason
 
 
 class Worker:
@@ -107,21 +106,18 @@ class Worker:
             with contextlib.suppress(psutil.Error):
                 stray.kill()
         self._process.wait()
-        if self._process.stdin is not None:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
 
     def _how_it_ended(self) -> str:
         code = self._process.returncode
         # Before it is cut, since half a path is not seen to be one; each line has its own end.
         said = without_paths(" ".join("".join(self._tail).split()))[-TAIL_CHARACTERS:]
-        if code >= 0:
-            how = f"ended with exit code {code}"
-        else:
-            names = {s.value: s.name for s in signal.Signals}
-            how = f"killed by {names.get(-code, f'signal {-code}')}"
-            if code == -signal.SIGKILL:
-                how += ", as the system does when memory runs out"
+        names = {-each.value: f"killed by {each.name}" for each in signal.Signals}
+        how = names.get(code, f"ended with exit code {code}")
+        if code == -signal.SIGKILL:
+            how += ", as the system does when memory runs out"
         return f"{how}; it said: {said}" if said else how
 
     def _read_events(self) -> None:

@@ -49,7 +49,6 @@ STATE: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
 }
 """What a candidate must leave as it was: how to get it, and how to set it."""
 
-Step = Literal["compile", "memory", "time", "full size"]
 Forward = Callable[[Tensor, Tensor, float | Tensor], tuple[Tensor, Tensor | None]]
 """Logits, labels, temperature -> log-probabilities, entropy."""
 
@@ -88,7 +87,7 @@ class Measurement:
             after.
         device: by default the current one of the problem's type.
         seed: of the inputs and of the order within rounds; fresh at random by default.
-        on_step: told the candidate and the step before each of its calls, for whoever watches over their duration.
+        on_step: told the candidate and the step (compile, memory, time, full size) before each of its calls.
         look_at_results: whether to hold a few rows of what it returns against float64, which not even candidates that
             passed the check are sure to get right at this size.
         plain_s: how long a call of plain torch may take to be timed in each round, too; by default it is not called.
@@ -101,7 +100,7 @@ class Measurement:
         *,
         device: torch.device | str | None = None,
         seed: int | None = None,
-        on_step: Callable[[str, Step], None] = lambda name, step: None,
+        on_step: Callable[[str, str], None] = lambda name, step: None,
         look_at_results: bool = True,
         plain_s: float = 0.0,
     ) -> None:
@@ -163,7 +162,7 @@ class Measurement:
             self._plain.outcome = "failed"
         self._plain.seconds.clear()
 
-    def _attempt(self, name: str, step: Step, inputs: "_Inputs", index: int = 0) -> None:
+    def _attempt(self, name: str, step: str, inputs: "_Inputs", index: int = 0) -> None:
         run = self._plain if name == PLAIN else self.runs[name]
         if not run.alive:
             return

@@ -11,7 +11,6 @@ import torch
 from torch import cuda
 
 from compiled_logprobs.backends import BUILT_IN, EAGER, backends, target_of
-from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.decision import Decision, Evidence
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.machine.environment import fingerprint_of
@@ -137,15 +136,13 @@ class Tuner:
             self._worker = Worker()
             # That it is ready: to start takes seconds, which its own clock does not see.
             self._on_event(self._next_event(self._worker, tally))
-        targets = {name: target_of(name) for name in tally.alive}
+        targets = ((name, target_of(name)) for name in tally.alive)
         self._worker.send(
             {
                 "problem": problem_to_dict(tally.problem),
                 "device": str(self._device),
                 "threads": torch.get_num_threads(),
-                "candidates": [
-                    [name, None if isinstance(target, Backend) else target] for name, target in targets.items()
-                ],
+                "candidates": [[name, target if isinstance(target, str) else None] for name, target in targets],
                 "checked": [name for name in tally.alive if tally.candidates[name].checks],
                 "incumbent": tally.incumbent,
                 "short": self.short,

@@ -152,8 +152,7 @@ class Job:
         """Compile it on few rows; seconds that a call takes then, None if it fails."""
         pilot = self._problem._replace(rows=self._pilot_rows)
         measurement = self._measurement(pilot, {name: backend}, look_at_results=False)  # the check tells more
-        for _ in measurement.rounds(2):
-            pass
+        list(measurement.rounds(2))
         run = measurement.runs[name]
         if not run.alive:
             self._lose(name, run.outcome, run.reason)
