@@ -108,8 +108,7 @@ class Measurement:
         self.device = clock.measurable(device or problem.device_type)
         self.seed = random.randrange(2**31) if seed is None else seed
         self.runs = {name: Run(name) for name in candidates}
-        self._candidates = dict(candidates)
-        self._plain, self._plain_s = Run(PLAIN), plain_s
+        self._candidates, self._plain, self._plain_s = dict(candidates), Run(PLAIN), plain_s
         self._on_step, self._look_at_results = on_step, look_at_results
 
     def times(self) -> dict[str, list[float]]:

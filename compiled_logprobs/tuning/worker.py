@@ -22,6 +22,7 @@ import torch
 
 from compiled_logprobs.backends import BUILT_IN, get_backend, register_backend
 from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.check.cases import cases
 from compiled_logprobs.check.report import CheckReport
 from compiled_logprobs.check.run import check_backend
 from compiled_logprobs.check.verdicts import CHECKED_ELEMENTS, SAMPLED_ROWS, YARDSTICK_ELEMENTS
@@ -178,7 +179,7 @@ class Job:
         self._emit(
             "checked",
             candidate=name,
-            rows=max((case.rows for case in result.cases), default=0),
+            rows=max(case.rows for case in cases(problem, short=self._order["short"], foreign=False)),
             fewer_for_memory=problem.rows < self._rows_to_check(),
             checks=checks,
             repeatable=report.repeatable,
