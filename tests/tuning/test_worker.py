@@ -26,7 +26,7 @@ from tests.helpers.backends_for_tuning import (
     FLOOD_BYTES,
     FOLDER_VARIABLE,
     Right,
-    Wrong,
+    WrongSign,
     has_ended,
     pids,
     registered,
@@ -40,8 +40,9 @@ PROBLEM = Problem("cpu", rows=256, vocab=4096, dtype=torch.float32, layout="rows
 REASONS = {  # first those that end the program, which the others then begin anew
     "exits": ("crashed", r"compile: ended with exit code 3; it said: .*no device"),
     "hangs_in_import": ("timeout", r"import: no end after 3 s"),
-    "wrong": ("wrong", r"log_prob_error, .*: normal: \S+, limit \S+"),
-    "wrong_sign": ("wrong", r"log_prob_error, .*"),
+    "wrong_sign": ("wrong", r"log_prob_error, .*: normal: \S+, limit \S+"),
+    "meddles_with_streams": ("failed", r"compile: RuntimeError: it is done"),
+    "only_here": ("failed", r"compile: RuntimeError: it is done"),
     "raises_from_home": ("failed", r"compile: FileNotFoundError: no caf\? in my tables/fast.bin, nor in \w+\.py"),
     "raises_memory_error": ("oom", r"compile: MemoryError: the arena is full"),
     "needs_flat_logits": ("unsupported", r"takes flat logits only"),
@@ -58,10 +59,8 @@ TARGETS = {name: "".join(word.capitalize() for word in name.split("_")) for name
     "missing": "no_such_package:Backend",
     "an_instance": Right(),
     "fast": "Remembers",
-    "meddles": "MeddlesWithStreams",
     "only_here": "only_here:Here",
 }
-RIGHT = {"eager", "fast", "meddles", "only_here"}
 
 HERE = "from tests.helpers.backends_for_tuning import LeavesChildren\nclass Here(LeavesChildren): ..."
 
@@ -85,7 +84,7 @@ def mixed(tmp_path_factory):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with registered(**TARGETS), Tuner(CPU, short=True) as tuner:
             decision, evidence = tuner.decide(PROBLEM, 60.0, names=list(TARGETS))
-            again, _ = tuner.decide(PROBLEM._replace(rows=96), 0.0, names=["only_here"])
+            again, _ = tuner.decide(PROBLEM._replace(rows=96), 0.0, names=["fast"])
             loaded_here = [name for name in TARGETS if name != "an_instance" and is_loaded(name)]
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (
             1 if sys.platform == "darwin" else 1024
@@ -103,15 +102,15 @@ def test_the_fastest_right_backend_is_chosen_and_each_failure_has_its_reason(mix
         candidate = decision.candidates[name]
         assert candidate.outcome == outcome and re.fullmatch(reason, candidate.reason), candidate
         assert candidate.seconds is candidate.speedup is candidate.speedup_over_plain is None
-    assert decision.candidates["wrong"].first_call_seconds > 0.0
+    assert decision.candidates["wrong_sign"].first_call_seconds > 0.0
 
 
 @pytest.mark.slow
 def test_only_what_is_right_was_timed_and_the_evidence_is_of_all_that_were_checked(mixed):
     decision, evidence = mixed.decision, mixed.evidence
-    assert set(evidence.seconds) == {*RIGHT, PLAIN} and decision.plain_seconds > 0.0
+    assert set(evidence.seconds) == {"eager", "fast", PLAIN} and decision.plain_seconds > 0.0
     assert {len(series) for series in evidence.seconds.values()} == {decision.rounds} and decision.rounds >= 20
-    timed = [decision.candidates[name] for name in RIGHT]
+    timed = [decision.candidates[name] for name in ("eager", "fast")]
     assert all(candidate.outcome in MEASURED and candidate.speedup_over_plain for candidate in timed)
     assert set(evidence.cases) == {name for name, candidate in decision.candidates.items() if candidate.checks}
     for name, by_case in evidence.cases.items():
@@ -127,7 +126,7 @@ def test_only_what_is_right_was_timed_and_the_evidence_is_of_all_that_were_check
 def test_the_decision_is_of_this_environment_and_of_this_code_and_tells_no_path_and_no_name(mixed):
     decision = mixed.decision
     assert decision.environment["fingerprint"] == fingerprint_of(CPU)
-    assert decision.candidates["wrong"].fingerprint == Wrong().fingerprint()
+    assert decision.candidates["wrong_sign"].fingerprint == WrongSign().fingerprint()
     assert decision.candidates["eager"].fingerprint == get_backend("eager").fingerprint()
     assert decision.bandwidth["read"] > 0.0 and decision.winner.percent_of_bandwidth > 0.0
     assert decision.telemetry is None and "NVIDIA" in decision.telemetry_reason
@@ -142,7 +141,7 @@ def test_the_decision_is_of_this_environment_and_of_this_code_and_tells_no_path_
 
 @pytest.mark.slow
 def test_the_program_serves_the_next_problem_and_nothing_of_it_stays(mixed):
-    assert mixed.again.candidates["only_here"].measured and mixed.again.rounds < 20
+    assert mixed.again.candidates["fast"].measured and mixed.again.rounds < 20
     assert mixed.again.plain_seconds is None  # a budget of nothing has no room for it
     children, workers = pids(mixed.home, "child"), pids(mixed.home, "worker")
     assert len(children) == 2 * len(workers) and all(map(has_ended, [*children, *workers]))
@@ -181,10 +180,10 @@ def of(kind, told):
 @pytest.mark.parametrize("name", ["Remembers", "RemembersWrong"])
 def test_the_winner_is_proven_at_the_full_size_where_fewer_rows_were_timed(name):
     """What fits into the budget is few rows; what is wrong with more of them must not serve more."""
-    problem = Problem("cpu", rows=65536, vocab=256, dtype=torch.float32)
+    problem = Problem("cpu", rows=65536, vocab=1024, dtype=torch.float32)
     target = f"tests.helpers.backends_for_tuning:{name}"
     with registered(fast=target):
-        told = run_here(problem, candidates=[["eager", ""], ["fast", target]], checked=["eager", "fast"], seconds=0.3)
+        told = run_here(problem, candidates=[["eager", ""], ["fast", target]], checked=["eager", "fast"])
     assert of("measuring", told)[0]["rows"] < problem.rows
     if name == "Remembers":
         assert [event["rows"] for event in of("proven", told)] == [problem.rows]
