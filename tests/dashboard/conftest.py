@@ -96,8 +96,6 @@ def server(tmp_path_factory):
         '[server]\naddress = "0.0.0.0"\nallowedHosts = ["*"]\nenableCORS = false\nenableXsrfProtection = false\n'
         "enableStaticServing = true\n"
     )
-    # Its runs are to wait for nobody else who measures.
-    with dashboard(
-        folder, cwd=Path(__file__).parents[2], STREAMLIT_SERVER_ADDRESS="0.0.0.0", TMPDIR=str(folder)
-    ) as running:
+    settings = {"STREAMLIT_SERVER_ADDRESS": "0.0.0.0", "TMPDIR": str(folder)}  # its runs wait for nobody who measures
+    with dashboard(folder, cwd=Path(__file__).parents[2], **settings) as running:
         yield running

@@ -40,6 +40,8 @@ DRAWN = "() => [...document.querySelectorAll('.js-plotly-plot')].every(one => on
 TOO_WIDE = """() => [document.scrollingElement, document.querySelector('[data-testid="stMain"]')]
     .some(element => element.scrollWidth > element.clientWidth + 1)"""
 HEIGHT = """() => document.querySelector('[data-testid="stMain"]').scrollHeight"""
+SQUARES = """[...document.querySelectorAll('.js-plotly-plot')].flatMap(chart => chart._fullData)
+    .filter(trace => (trace.mode || '').includes('text')).flatMap(trace => trace.customdata || [])"""
 CLICK_PLACE = """([rows, vocab]) => {
     for (const chart of document.querySelectorAll('.js-plotly-plot')) {
         for (const trace of chart._fullData) {
@@ -67,7 +69,6 @@ def browser():
 def visit(server, browser):
     """Opens pages of the dashboard; at the end, nothing may have gone wrong in any of them."""
     contexts, complaints = [], []
-
     own = (f"{server.url}/", server.url.replace("http", "ws", 1) + "/", "data:", f"blob:{server.url}/")
     # Streamlit looks for its own place under a page's address first: these 404 tell it that it is not there.
     probe = re.compile(re.escape(server.url) + r"/\w+/_stcore/(health|host-config)")
@@ -133,11 +134,8 @@ def look_at(page, name: str, look: str) -> None:
     assert page.get_by_test_id("stException").count() == 0, name
     assert page.locator("h1").count() == 1, name
     assert not page.evaluate(TOO_WIDE), f"{name} is wider than the screen"
-    background = page.evaluate(
-        "() => getComputedStyle(document.querySelector('[data-testid=\"stApp\"]')).backgroundColor"
-    )
-    light = sum(map(int, re.findall("[0-9]+", background)[:3])) > 3 * 128
-    assert light == (look != "dark"), name
+    background = page.evaluate("getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")
+    assert (sum(map(int, re.findall("[0-9]+", background)[:3])) > 3 * 128) == (look != "dark"), name
 
 
 def test_the_landing_page_answers_at_once_and_the_menu_leads_to_all_pages(visit):
@@ -163,21 +161,17 @@ def test_pages_in_other_looks(server, visit, look, names):
 
 def test_a_click_on_the_winner_map_sets_the_shape_which_the_next_page_keeps(visit):
     page = visit()
-    rows, vocab = number(page, "N, rows"), number(page, "V, vocabulary")
     page.wait_for_function("() => document.querySelector('.js-plotly-plot')?._fullLayout")
-    before = int(rows.input_value()), int(vocab.input_value())
-    squares = page.evaluate(
-        "() => [...document.querySelectorAll('.js-plotly-plot')].flatMap(one => one._fullData)"
-        ".filter(trace => (trace.mode || '').includes('text')).flatMap(trace => trace.customdata || [])"
-    )
+    fields = number(page, "N, rows"), number(page, "V, vocabulary")
+    before = [int(field.input_value()) for field in fields]
+    squares = page.evaluate(SQUARES)
     target = next(square for square in squares if square[0] != before[0] and square[1] != before[1])
     page.mouse.click(*page.evaluate(CLICK_PLACE, target))
-    sync_api.expect(rows).to_have_value(str(target[0]))
-    sync_api.expect(vocab).to_have_value(str(target[1]))
+    for field, value in zip(fields, target, strict=True):
+        sync_api.expect(field).to_have_value(str(value))
     settle(page)
     sync_api.expect(page).to_have_url(re.compile(f"rows={target[0]}.*vocab={target[1]}"))
-    link = page.url
-    page.goto(link)
+    page.goto(page.url)
     has(page, f"--rows {target[0]}")
     page.get_by_test_id("stSidebarNavLink").filter(has_text="Throughput").click()
     settle(page)

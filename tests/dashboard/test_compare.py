@@ -12,12 +12,8 @@ from compiled_logprobs.decision import Speedup
 from tests.helpers import dashboard_stores as stores
 from tests.helpers.dashboard_pages import opened, text_of
 
-
-def profile(environment) -> Profile:
-    return Profile("yours", environment.fingerprint())
-
-
-HERE, EARLIER, OTHER = (profile(one) for one in (stores.here(), stores.an_earlier_torch(), stores.H100))
+ENVIRONMENTS = (stores.here(), stores.an_earlier_torch(), stores.H100)
+HERE, EARLIER, OTHER = (Profile("yours", environment.fingerprint()) for environment in ENVIRONMENTS)
 
 
 def test_what_differs_comes_first_and_what_decides_before_the_rest(load):
@@ -44,11 +40,8 @@ def test_only_what_both_have_is_compared(load):
     )
     back = tables.matched(frames, EARLIER, HERE)
     assert set(back.table["verdict"]) == {"that is faster"} and (back.only_this, back.only_that) == (0, 34)
-    figure = charts.ratios(found.table.assign(problem="x" * 100))
-    (trace,) = figure.data
+    (trace,) = charts.ratios(found.table.assign(problem="x" * 100)).data
     assert trace.name == "▲ this is faster" and len(set(trace.y)) == 2, "each has a line of its own"
-    assert figure.layout.xaxis.type == "log" and figure.layout.yaxis.type == "category"
-    assert len({symbol for _, _, symbol in charts.VERDICTS.values()}) == len(charts.VERDICTS)
 
 
 def test_noise_is_no_difference_and_times_of_fewer_rows_are_scaled(scenario, load):
@@ -87,7 +80,6 @@ def test_the_history_goes_over_versions_of_one_device(load):
     cpp = found[found["backend"] == "cpp"]
     assert cpp["ms"].tolist() == pytest.approx([42.0, 30.0]) and cpp["chosen"].all()
     assert (cpp["low"] < cpp["ms"]).all() and (cpp["ms"] < cpp["high"]).all()
-    assert tables.history(frames, stores.problem(3), device).empty
     figure = charts.history(found)
     labels = ["2026-10-20, torch 2.12.0+cpu", f"2026-11-20, torch {stores.here().torch}"]
     assert list(figure.layout.xaxis.categoryarray) == labels and len(figure.data) == 3

@@ -1,6 +1,5 @@
 """The page Run, and the tables of what a run has told."""
 
-import dataclasses
 import json
 import threading
 
@@ -10,9 +9,7 @@ from compiled_logprobs_dashboard.tables.run import NEARLY, Loss, Seen, decided, 
 
 from tests.helpers.dashboard_pages import metrics_of, opened, table_of, text_of
 from tests.helpers.dashboard_runs import FIRST, PROBLEM, START, TINY, event, wait_until
-from tests.helpers.dashboard_stores import all_failed, good, problem, publish
-
-# --- what a run has told ----------------------------------------------------------------------------------------------
+from tests.helpers.dashboard_stores import all_failed, good, good_candidates, problem, publish, with_changes
 
 
 @pytest.fixture
@@ -84,32 +81,26 @@ def test_the_outlook():
     assert outlook(Seen([what] * 4, decisions=[stored, good()], measured=1), 60, 5.0) == (0.5, 10.0, True)
 
 
-def test_standings_name_how_many_problems_each_was_timed_in():
+def test_standings_and_winners_are_told_as_they_are():
     table = standings([good(), good(problem(64)), all_failed(problem(2048))])
     rows = {row["backend"]: row for row in table.to_dict("records")}
-    assert table["backend"].iloc[0] == "cpp"
-    assert (rows["cpp"]["won"], rows["cpp"]["timed"], rows["cpp"]["did not get through"]) == (2, 2, 1)
+    assert table["backend"].iloc[0] == "cpp" and standings([]).empty
+    counts = ("won", "timed", "did not get through", "cannot run it")
+    assert [rows["cpp"][name] for name in counts] == [2, 2, 1, 0] and [rows["eager"][name] for name in counts][:2] == [
+        1,
+        3,
+    ]
+    assert [rows["flash_attn"][name] for name in counts] == [0, 0, 1, 2]
     assert rows["cpp"]["median speed-up over plain log_softmax"] == pytest.approx(1.2 * 6.67)
-    assert (rows["eager"]["won"], rows["eager"]["timed"]) == (1, 3)
-    assert rows["third"]["timed"] == 0 and rows["third"]["median speed-up over plain log_softmax"] != 0
-    assert rows["flash_attn"]["cannot run it"] == 2 and rows["flash_attn"]["did not get through"] == 1
-    assert standings([]).empty
-
-
-def test_winners_and_losses_are_told_as_they_are():
-    table = decided([good(), all_failed(problem(64))])
+    unchecked = with_changes(good_candidates(), "cpp", checks=())
+    table = decided([good(candidates=unchecked), all_failed(problem(64))])
     assert list(table["winner"]) == ["eager", "cpp"] and list(table["rows"]) == [64, 512]
     assert table["speed-up over plain log_softmax"].iloc[1].startswith("8.00x (")
     assert table["speed-up over the baseline"].iloc[1].startswith("6.67x (")
+    assert list(table["sign check"]) == ["2 of 2", "not stored"] and decided([]).empty
     found = losses([Loss(problem(), "third\u202e", "crashed", "line\nline"), Loss(None, None, "not decided", "no")])
     assert found["backend"].tolist() == ["third", "all"] and found["reason"].tolist() == ["line line", "no"]
-    assert found["problem"].iloc[1] == ""
-    unchecked = {**good().candidates, "cpp": dataclasses.replace(good().winner, checks=())}
-    assert decided([good(candidates=unchecked)])["sign check"].tolist() == ["not stored"]
-    assert decided([]).empty and losses([]).empty
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------
+    assert found["problem"].iloc[1] == "" and losses([]).empty
 
 
 SCRIPT = """
@@ -153,7 +144,6 @@ def test_a_run_from_the_button_to_its_end(page, scenario, program, tmp_path):
     assert "1 of 1 problems decided, 1 of them measured by this run." in text_of(page)
     assert table_of(page, "won").to_dict("records")[0]["backend"] == "cpp"
     assert "a word" in [code.value for code in page.code]
-    assert not page.button(key="run_start").disabled
 
     publish(scenario("no profile"), decision)
     assert "All of this is stored already" in text_of(page.run()) and page.button(key="run_start").disabled

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,7 +18,6 @@ from compiled_logprobs.machine import clock
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.tuner import alone_on
-from tests.helpers import nvml_library
 from tests.helpers.dashboard_runs import LIMIT_S, LONG, TINY, event, wait_until
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -34,10 +32,9 @@ def test_the_command_line_is_the_same_run():
     assert again.arguments() == ["profile", "--device=cuda:1", "--preset=quick", "--budget=60", "--again"]
     assert {problem.device_type for problem in again.problems()} == {"cuda"}
     for wrong in ({"preset": "huge"}, {"dtypes": ("float8",)}, {"modes": ("sideways",)}):
-        with pytest.raises(InputError):
-            Runs().start(dataclasses.replace(TINY, **wrong))
-        with pytest.raises(InputError):
-            preflight(dataclasses.replace(TINY, **wrong))
+        for act in (Runs().start, preflight):
+            with pytest.raises(InputError):
+                act(dataclasses.replace(TINY, **wrong))
 
 
 def test_the_time_and_the_memory_that_it_may_take(monkeypatch):
@@ -56,15 +53,6 @@ def test_the_time_and_the_memory_that_it_may_take(monkeypatch):
     assert "fewer rows will be timed" in warning
     monkeypatch.setattr(clock, "free_memory", lambda device: None)
     assert preflight(request).free_bytes is None
-
-
-def test_memory_that_the_driver_keeps_is_not_free(monkeypatch, nvml):
-    nvml_library.use(nvml, monkeypatch)
-    gpu = SimpleNamespace(uuid="aaaaaaaa-0000-0000-0000-000000000000", pci_domain_id=0, pci_bus_id=10, pci_device_id=0)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    assert runs._free_bytes(torch.device("cuda:0")) == 1000 - 100 - 50
 
 
 def test_a_busy_machine_is_said(monkeypatch):

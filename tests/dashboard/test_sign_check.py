@@ -71,13 +71,11 @@ def test_by_input(found):
 
 
 def test_what_a_stop_left_out_was_not_run(found):
-    """A NaN in front stops nothing, so that this is of a candidate whose case is cut short."""
-    one = found[0]
-    cut = one.evidence.cases["nan"][:3]
-    short = one._replace(evidence=dataclasses.replace(one.evidence, cases={**one.evidence.cases, "nan": cut}))
-    table = tables.by_input([short])
-    assert cell(table, backend="nan", input="wide", check="runs")["verdict"] == "not run"
-    assert cell(table, backend="nan", input="wide", check="runs")["detail"].startswith("not run, since another check")
+    evidence = found[0].evidence
+    cases = {**evidence.cases, "nan": evidence.cases["nan"][:3]}  # a NaN in front stops nothing: so it is cut short
+    table = tables.by_input([found[0]._replace(evidence=dataclasses.replace(evidence, cases=cases))])
+    row = cell(table, backend="nan", input="wide", check="runs")
+    assert row["verdict"] == "not run" and row["detail"].startswith("not run, since another check")
 
 
 def test_the_matrix_has_glyphs_and_words(found):
@@ -150,17 +148,13 @@ def test_the_page_shows_what_failed_first_and_all_on_demand(scenario):
     assert "lost (float32): could not be checked: crashed" in text_of(at)
     overview = table_of(at, "logits", "log_prob_error")
     assert set(overview["backend"]) == {"compiled", "nan", "lost"} and set(overview["logits"]) == {"float32"}
-    verdicts = overview.set_index("backend")["log_prob_error"]
-    assert verdicts["compiled"] == "✗ FAIL" and verdicts["lost"] == "! error"
     assert [chart.alt.split(" of ")[0] for chart in charts_of(at)] == ["Absolute errors", "Share"]
     assert table_of(at, "got").iloc[0]["got"] == "nan" and "row invariant" in table_of(at, "repeatable")
 
     at.toggle(key="only_failures").set_value(False).run()
     matrix = table_of(at, "logits", "wide")
     assert {"eager", "cpp", "flash_attn", "compiled", "nan", "lost"} == set(matrix["backend"])
-    assert set(matrix["logits"]) == {"float32", "bfloat16"}
-    row = matrix[(matrix["backend"] == "cpp") & (matrix["logits"] == "float32") & (matrix["check"] == "runs")]
-    assert row["wide"].item() == "✓ pass"
+    assert set(matrix["logits"]) == {"float32", "bfloat16"} and "✓ pass" in set(matrix["wide"])
 
     for key, value in (("check_backend", "compiled"), ("check_name", "log_prob_error"), ("check_input", "wide")):
         at.selectbox(key=key).set_value(value).run()  # as a click on a cell does

@@ -5,8 +5,10 @@ thousands of decisions.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,24 +23,18 @@ from tests.helpers.stored_decisions import CPU, all_measured, decided, evidence_
 QWEN = MODELS["qwen3"]
 AT = "2026-11-20T12:00:00Z"
 EARLIER = "2026-10-20T12:00:00Z"
-H100 = Environment(
+H100 = dataclasses.replace(
+    environment_at(CPU),
     device_type="cuda",
-    system="Linux x86_64",
-    cpu_model="Some CPU",
-    cpu_capability="AVX512",
-    cpu_threads=26,
     memory_bytes=80 * 2**30,
     gpu_name="NVIDIA H100 80GB HBM3",
     compute_capability="9.0",
     multiprocessors=132,
     l2_bytes=50 * 2**20,
     driver="580.65",
-    python="3.11.9",
     torch="2.12.0+cu130",
     triton="3.6.0",
     cuda="13.0",
-    flash_attn="2.8.3",
-    compiled_logprobs="0.1.0",
 )
 """A device that no test runs on. Its figures below are made up, and no page that people see holds them."""
 HOSTILE = "<b onclick=alert(1)>x</b>"
@@ -104,8 +100,8 @@ def all_failed(what: Problem | None = None) -> Decision:
         "third": Candidate("timeout", "not done within 20 s", "1" * 16),
         "fourth": Candidate("failed", "RuntimeError: no", "2" * 16),
     }
-    reason = "nothing but eager could be measured"
-    return decided(what or problem(), "eager", candidates=candidates, code="ONLY_ONE", reason=reason, measured_at=AT)
+    told = {"code": "ONLY_ONE", "reason": "nothing but eager could be measured", "measured_at": AT}
+    return decided(what or problem(), "eager", candidates=candidates, **told)
 
 
 def publish(where: Store, decision: Decision, environment: Environment | None = None, *, evidence: bool = True) -> None:
@@ -120,28 +116,14 @@ def publish(where: Store, decision: Decision, environment: Environment | None = 
     where.publish(environment, decision, evidence_of(decision, seconds) if evidence else None)
 
 
-def no_profile(where: Store) -> None:
-    """An empty folder."""
-
-
-def single(where: Store) -> None:
-    """A decision alone."""
-    publish(where, good())
-
-
 def many(where: Store) -> None:
     """A grid of this machine with a tie and a loss in it, two decisions by an earlier torch, another machine's."""
-    for rows in (64, 512, 2048):
-        for vocab in (QWEN, MODELS["llama3"], MODELS["gpt2"]):
-            for dtype in (torch.float32, torch.bfloat16):
-                for mode in ("forward", "backward"):
-                    what = problem(rows, vocab, dtype, mode)
-                    decision = good(what, scale=rows * vocab / (512 * QWEN))
-                    if (rows, vocab) == (64, QWEN):
-                        decision = tied(what)
-                    if (rows, vocab) == (64, MODELS["gpt2"]):
-                        decision = baseline_wins(what)
-                    publish(where, decision)
+    special = {(64, QWEN): tied, (64, MODELS["gpt2"]): baseline_wins}
+    vocabs, dtypes, modes = (QWEN, MODELS["llama3"], MODELS["gpt2"]), (torch.float32, torch.bfloat16), list(MODES)[:2]
+    for rows, vocab, dtype, mode in itertools.product((64, 512, 2048), vocabs, dtypes, modes):
+        what = problem(rows, vocab, dtype, mode)
+        make = special.get((rows, vocab), partial(good, scale=rows * vocab / (512 * QWEN)))
+        publish(where, make(what))
     for mode in ("forward", "backward"):
         publish(where, good(problem(mode=mode), scale=1.4, measured_at=EARLIER), an_earlier_torch())
     other_device(where)
@@ -170,13 +152,13 @@ def baseline_wins(what: Problem) -> Decision:
     """Nothing is clearly faster than eager."""
     speeds = {"speedup": Speedup(0.9, 0.95, 1.0), "speedup_over_plain": Speedup(1.0, 1.1, 1.2), "seconds": 0.0021}
     candidates = with_changes(good_candidates(0.01), "cpp", "compiled", **speeds, outcome="slower", reason="slower")
-    reason = "nothing is faster than eager by 3%"
-    return decided(what, "eager", candidates=candidates, code="BASELINE_NO_CLEAR_GAIN", reason=reason, measured_at=AT)
+    told = {"code": "BASELINE_NO_CLEAR_GAIN", "reason": "nothing is faster than eager by 3%", "measured_at": AT}
+    return decided(what, "eager", candidates=candidates, **told)
 
 
 def corrupt(where: Store) -> None:
     """One good decision among files that are broken, each in another way that the dashboard has to list."""
-    single(where)
+    publish(where, good())
     folder = where.path(here().fingerprint(), problem()).parent
     whole = where.path(here().fingerprint(), problem()).read_text()
     broken = {"n1": "", "n3": "[" * 100_000, "n4": whole}  # the last is of another problem
@@ -187,7 +169,7 @@ def corrupt(where: Store) -> None:
     (folder / "README.json.txt").write_text("not one of a store's files")
 
 
-def partial(where: Store) -> None:
+def cut_off(where: Store) -> None:
     """As a run that was cut off leaves it: part of a grid, no evidence, no facts, figures missing."""
     unknown = ("extra_bytes", "extra_multiple", "percent_of_bandwidth", "first_call_seconds", "speedup_over_plain")
     unknown += ("repeatable", "row_invariant")
@@ -237,11 +219,11 @@ def hostile(where: Store) -> None:
 
 
 SCENARIOS: dict[str, Callable[[Store], None]] = {
-    "no profile": no_profile,
-    "one": single,
+    "no profile": lambda where: None,
+    "one": lambda where: publish(where, good()),
     "many": many,
     "corrupt": corrupt,
-    "partial": partial,
+    "partial": cut_off,
     "other device": other_device,
     "all failed": every_failed,
     "hostile": hostile,
