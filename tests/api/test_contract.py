@@ -59,6 +59,7 @@ def calls(
     max_labels=3,
     temperatures=("number", "per token"),
     entropies=(False, True),
+    inplaces=(False, True),
 ):
     torch.manual_seed(draw(st.integers(0, 2**31 - 1)))
     dtype = draw(st.sampled_from(dtypes))
@@ -95,7 +96,7 @@ def calls(
         ignore_index,
         torch.randn(*rows, k) * upstream,
         torch.randn(rows) * draw(st.sampled_from([0.0, 1.0, 10.0])),
-        draw(st.booleans()),
+        draw(st.sampled_from(inplaces)),
     )
 
 
@@ -123,7 +124,7 @@ def assert_close(got: Tensor, true: Tensor, tolerance: Tensor) -> None:
 
 def hold_against_the_reference(backend, call: Call) -> None:
     logits = call.logits.detach().requires_grad_()
-    before = bits(logits)
+    before, labels, version = bits(logits), call.labels.clone(), logits._version
     log_probs, entropy = compute(
         backend,
         logits,
@@ -142,7 +143,8 @@ def hold_against_the_reference(backend, call: Call) -> None:
         gradient = gradient.clone()  # which lies in the memory of the logits
         with torch.no_grad():
             logits.copy_(original)
-    assert torch.equal(bits(logits), before)
+    assert torch.equal(bits(logits), before) and torch.equal(call.labels, labels)
+    assert call.inplace or logits._version == version
     with torch.no_grad():
         again, _ = compute(
             backend, logits, call.labels, call.temperature, ignore_index=call.ignore_index, entropy=call.entropy
@@ -195,6 +197,7 @@ def test_the_contract_is_kept(backend, call):
         temperatures=("per token",),
         entropies=(True,),
         dtypes=(torch.bfloat16,),
+        inplaces=(False,),
     )
 )
 def test_compiled_keeps_the_contract(call):

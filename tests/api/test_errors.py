@@ -39,48 +39,41 @@ class UnprintableError(RuntimeError):
         raise ValueError("no words for it")
 
 
+def going_round() -> Exception:
+    error, other = ValueError("a"), ValueError("b")
+    return caused(error, caused(other, error))
+
+
 OUT_OF_MEMORY = {
-    "of the CPU, for real": raised(lambda: torch.empty(PETABYTE, dtype=torch.uint8)),
-    "of Python": MemoryError(),
-    "of CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    "of Triton": RuntimeError("Triton Error [CUDA]: out of memory"),
-    "as the cause": caused(ValueError("it did not work"), MemoryError()),
-    "in the compiler": compiler_failed(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")),
-    "in the compiler's cause": compiler_failed(caused(ValueError("no"), torch.OutOfMemoryError("no"))),
+    "memory of the CPU, for real": raised(lambda: torch.empty(PETABYTE, dtype=torch.uint8)),
+    "memory of Python": MemoryError(),
+    "memory of CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "memory of Triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "memory as the cause": caused(ValueError("it did not work"), MemoryError()),
+    "memory in the compiler": compiler_failed(
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    ),
+    "memory in the compiler's cause": compiler_failed(caused(ValueError("no"), torch.OutOfMemoryError("no"))),
 }
 FAULTS = {
-    "of torch": torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
-    "of Triton": RuntimeError("Triton Error [CUDA]: misaligned address"),
-    "of ROCm": RuntimeError("HIP error: an illegal memory access was encountered"),
-    "in the compiler": compiler_failed(RuntimeError("CUDA error: device-side assert triggered")),
+    "fault of torch": torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    "fault of Triton": RuntimeError("Triton Error [CUDA]: misaligned address"),
+    "fault of ROCm": RuntimeError("HIP error: an illegal memory access was encountered"),
+    "fault in the compiler": compiler_failed(RuntimeError("CUDA error: device-side assert triggered")),
 }
 OWN = {
     "plain": RuntimeError("it broke"),
     "of another kind": ValueError("out of memory is what this sentence is about, and CUDA error: too"),
     "unprintable": UnprintableError(),
-    "going round": caused(caused(ValueError("a"), KeyError("b")), ValueError("c")),
+    "going round": going_round(),
 }
+ALL = OUT_OF_MEMORY | FAULTS | OWN
 
 
-@pytest.mark.parametrize("name", OUT_OF_MEMORY)
-def test_out_of_memory_is_known_wherever_it_comes_from(name):
-    assert is_out_of_memory(OUT_OF_MEMORY[name]) and nothing_can_serve_after(OUT_OF_MEMORY[name])
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_of_the_device_is_known_and_is_not_out_of_memory(name):
-    assert nothing_can_serve_after(FAULTS[name]) and not is_out_of_memory(FAULTS[name])
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_what_is_left_is_the_backends_own(name):
-    assert not nothing_can_serve_after(OWN[name])
-
-
-def test_causes_that_go_round_end():
-    one, other = ValueError("one"), ValueError("other")
-    one.__cause__, other.__cause__ = other, one
-    assert not nothing_can_serve_after(one)
+@pytest.mark.parametrize("name", ALL)
+def test_out_of_memory_and_faults_of_the_device_are_told_from_a_backends_own(name):
+    assert is_out_of_memory(ALL[name]) == (name in OUT_OF_MEMORY)
+    assert nothing_can_serve_after(ALL[name]) == (name not in OWN)
 
 
 # --- at run time ------------------------------------------------------------------------------------------------------
@@ -103,7 +96,7 @@ def winner(mode, monkeypatch):
     return breaks
 
 
-@pytest.mark.parametrize("error", [*OUT_OF_MEMORY.values(), *FAULTS.values()], ids=[*OUT_OF_MEMORY, *FAULTS])
+@pytest.mark.parametrize("error", [MemoryError(), FAULTS["fault of Triton"]], ids=["memory", "fault"])
 def test_what_is_no_backends_own_is_raised_as_it_is_and_sets_nothing_aside(winner, error):
     winner("forward", error)
     with warnings.catch_warnings():
@@ -130,14 +123,14 @@ def test_where_warnings_are_errors_the_call_is_served_all_the_same(winner, capsy
     winner("forward", RuntimeError("the driver is gone"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        served = clp.log_probs_from_logits(LOGITS, LABELS)
-    assert torch.equal(served, clp.log_probs_from_logits(LOGITS, LABELS, backend="eager"))
+        log_probs = clp.log_probs_from_logits(LOGITS, LABELS)
+    assert torch.equal(log_probs, clp.log_probs_from_logits(LOGITS, LABELS, backend="eager"))
     assert "the driver is gone\neager serves the call" in capsys.readouterr().err
     assert clp.explain(LOGITS, LABELS).backend == "eager"
 
 
 def test_the_warning_is_of_the_line_that_called(winner):
     winner("forward", RuntimeError("the driver is gone"))
-    with pytest.warns(RuntimeWarning, match="the driver is gone") as told:
+    with pytest.warns(RuntimeWarning, match="the driver is gone") as warned:
         clp.log_probs_from_logits(LOGITS, LABELS)
-    assert len(told) == 1
+    assert len(warned) == 1

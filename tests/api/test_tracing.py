@@ -1,4 +1,6 @@
-"""Inside other people's graphs: torch.compile, torch.export, fake tensors, autocast, checkpoints, functional calls."""
+"""Inside other people's graphs: torch.compile, torch.export, fake tensors."""
+
+import math
 
 import pytest
 import torch
@@ -9,7 +11,6 @@ import compiled_logprobs as clp
 from compiled_logprobs.operation.reference import reference
 
 VOCAB = 257
-each_backend = pytest.mark.parametrize("backend", ["eager", "cpp", pytest.param("compiled", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(autouse=True)
@@ -62,13 +63,14 @@ def test_a_new_temperature_compiles_a_users_graph_at_most_once_more():
     assert counter.frame_count <= 2
 
 
-def test_a_bad_temperature_is_nan_in_a_graph():
+def test_an_invalid_label_or_temperature_makes_its_row_nan_in_a_graph():
     logits, labels = inputs(3)
+    labels[1] = VOCAB
     graph = compiled(lambda x, y, t: clp.log_probs_from_logits(x, y, temperature=t))
-    for temperature in (-1.0, 0.0, float("inf"), float("nan")):
+    for temperature, invalid in ((1.5, [False, True, False]), *((bad, [True] * 3) for bad in (-1.0, 0.0, math.nan))):
         out = graph(logits, labels, temperature)
         (gradient,) = torch.autograd.grad(out.sum(), logits)
-        assert out.isnan().all() and gradient.isnan().all()
+        assert out.isnan().tolist() == invalid and gradient.isnan().all(-1).tolist() == invalid
 
 
 def test_in_place_is_a_permission_that_a_graph_does_not_use():
@@ -77,15 +79,6 @@ def test_in_place_is_a_permission_that_a_graph_does_not_use():
     (gradient,) = torch.autograd.grad(out.sum(), logits)
     true = reference(logits.detach() * 2, labels[:, None], grad_log_probs=torch.ones(3, 1))
     torch.testing.assert_close(gradient.double(), 2 * true.gradient, atol=1e-5, rtol=0)
-
-
-def test_an_invalid_label_makes_its_row_nan_in_a_graph():
-    logits, labels = inputs(3)
-    labels[1] = VOCAB
-    out = compiled(clp.log_probs_from_logits)(logits, labels)
-    (gradient,) = torch.autograd.grad(out.sum(), logits)
-    assert out.isnan().tolist() == [False, True, False]
-    assert gradient.isnan().all(-1).tolist() == [False, True, False]
 
 
 def test_export():
@@ -115,34 +108,3 @@ def test_fake_tensors_run_the_plain_formula():
 def test_an_unknown_backend_raises_in_a_graph_too():
     with FakeTensorMode(), pytest.raises(clp.BackendUnavailable):
         clp.log_probs_from_logits(torch.randn(2, 7), torch.zeros(2, dtype=torch.int64), backend="fastest")
-
-
-@each_backend
-def test_autocast_inference_mode_and_no_grad_change_no_bit(backend):
-    logits, labels = inputs(4)
-    plain = clp.log_probs_from_logits(logits, labels, backend=backend)
-    for context in (torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad(), torch.inference_mode()):
-        with context:
-            assert torch.equal(plain, clp.log_probs_from_logits(logits * 1.0, labels, backend=backend))
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@each_backend
-def test_activation_checkpointing(backend, reentrant):
-    logits, labels = inputs(4)
-
-    def loss(logits):
-        return clp.log_probs_from_logits(logits * 2.0, labels, backend=backend).sum()
-
-    expected = torch.autograd.grad(loss(logits), logits)[0]
-    torch.utils.checkpoint.checkpoint(loss, logits, use_reentrant=reentrant).backward()
-    assert torch.equal(logits.grad, expected)
-
-
-def test_functional_call():
-    model = torch.nn.Linear(8, VOCAB)
-    hidden, labels = torch.randn(4, 8), torch.randint(VOCAB, (4,))
-    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    logits = torch.func.functional_call(model, weights, (hidden,))
-    clp.log_probs_from_logits(logits, labels).sum().backward()
-    assert weights["weight"].grad.shape == (VOCAB, 8)
