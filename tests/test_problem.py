@@ -67,7 +67,7 @@ def test_names_show_what_differs_from_a_plain_forward():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reason"),
     [
         ({"rows": -1}, "the problem's rows is -1; valid is an integer from 0"),
         ({"rows": True}, "rows is True"),
@@ -82,10 +82,10 @@ def test_names_show_what_differs_from_a_plain_forward():
     ],
     ids=str,
 )
-def test_a_problem_that_cannot_be_is_refused(change, told):
+def test_a_problem_that_cannot_be_is_refused(change, reason):
     with pytest.raises(ProfileError) as error:
         problem_from_dict({**problem_to_dict(PROBLEM), **change})
-    assert told in str(error.value)
+    assert reason in str(error.value)
     for other in ({"rows": 1}, [], None, "cpu"):
         with pytest.raises(ProfileError, match="a problem is "):
             problem_from_dict(other)

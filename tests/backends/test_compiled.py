@@ -1,9 +1,9 @@
 """What torch.compile is asked for: few compilations, and no copy of the logits."""
 
+import itertools
 import os
 import subprocess
 import sys
-from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from compiled_logprobs.operation.formula import Saved, Upstream
 from compiled_logprobs.problem import Problem
 
 ROWS = [0, 1, 2, 3, 5, 7, 8, 16, 17, 31, 64, 100, 128, 255, 512, 1000, 1024, 2048, 4095, 4096]
-TEMPERATURES = [1.0, 0.7, 2.0]
+COMPILED = get_backend("compiled")
 
 
 def compilations(function) -> int:
@@ -30,49 +30,34 @@ def compilations(function) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [ROWS, ROWS[::-1]], ids=["rising", "falling"])
-def test_any_number_of_rows_and_any_temperature_take_one_compilation_a_direction(rows):
-    """The limit is two; the order in which N comes decides what the compiler takes for constant."""
-    backend = get_backend("compiled")
-    vocab = 61 if rows is ROWS else 59
+@pytest.mark.parametrize(("rows", "vocab"), [(ROWS, 61), (ROWS[::-1], 59)], ids=["rising", "falling"])
+def test_any_number_of_rows_and_any_temperature_take_one_compilation_a_direction(rows, vocab):
+    """The order in which N comes decides what the compiler takes for constant."""
     forward = backward = 0
-    for n in rows:
-        for temperature in TEMPERATURES:
-            logits = torch.randn(n, vocab, requires_grad=True)
-            labels = torch.randint(vocab, (n, 1))
-            forward += compilations(lambda: compute(backend, logits, labels, temperature))  # noqa: B023 - called here
-            log_probs, _ = compute(backend, logits, labels, temperature)
-            backward += compilations(lambda: log_probs.sum().backward())  # noqa: B023 - called at once
+    for n, temperature in itertools.product(rows, [1.0, 0.7, 2.0]):
+        logits, labels = torch.randn(n, vocab, requires_grad=True), torch.randint(vocab, (n, 1))
+        results = []
+        forward += compilations(lambda: results.append(compute(COMPILED, logits, labels, temperature)[0]))  # noqa: B023 - called here
+        backward += compilations(lambda: results[0].sum().backward())  # noqa: B023 - called here
     assert (forward, backward) == (1, 1)
 
 
 @pytest.mark.slow
 def test_the_form_for_gpus_takes_one_compilation_whatever_number_of_rows_comes_first(monkeypatch):
-    """Compiled for a CPU here, with the sizes that Inductor is told of on a GPU: they must not become guards."""
+    """Compiled for a CPU here, with the sizes that Inductor is told of on a GPU: they must not become guards, nor reach
+    backward."""
     monkeypatch.setattr(compiled_module, "reads_blocks", lambda device_type, vocab: True)
-    backend, count = get_backend("compiled"), 0
-    for n in (3000, 1, 2, 7, 342, 4096, 64):
-        logits, labels = torch.randn(n, 2999), torch.randint(2999, (n, 1))
-        count += compilations(lambda: backend.forward(logits, labels, 0.7, entropy=True))  # noqa: B023 - called at once
-        log_probs, entropy, residuals = backend.forward(logits, labels, 0.7, entropy=True)
-        truth = (logits / 0.7).log_softmax(-1)
-        torch.testing.assert_close(log_probs, truth.gather(-1, labels), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(entropy, -(truth.exp() * truth).sum(-1), rtol=1e-5, atol=1e-5)
-        assert len(residuals[0]) == n
-    assert count == 1
-
-
-@pytest.mark.slow
-def test_what_forward_was_told_of_sizes_does_not_reach_backward(monkeypatch):
-    monkeypatch.setattr(compiled_module, "reads_blocks", lambda device_type, vocab: True)
-    for n in (500, 3):
-        leaf, labels = torch.randn(n, 2600, requires_grad=True), torch.randint(2600, (n, 1))
-        temperature = torch.rand(n) + 0.5
-        log_probs, entropy = compute(get_backend("compiled"), leaf, labels, temperature, entropy=True)
-        (mine,) = torch.autograd.grad(log_probs.sum() + entropy.sum(), leaf)
+    count = 0
+    for n in (3000, 1, 2, 7, 342, 64):
+        leaf, labels = torch.randn(n, 2999, requires_grad=True), torch.randint(2999, (n, 1))
+        temperature, results = torch.rand(n) + 0.5, []
+        count += compilations(lambda: results.extend(compute(COMPILED, leaf, labels, temperature, entropy=True)))  # noqa: B023 - called at once
         truth = (leaf / temperature.unsqueeze(-1)).log_softmax(-1)
-        (true,) = torch.autograd.grad(truth.gather(-1, labels).sum() - (truth.exp() * truth).sum(), leaf)
-        torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-5)
+        true = truth.gather(-1, labels), -(truth.exp() * truth).sum(-1)
+        torch.testing.assert_close(results, list(true), rtol=1e-4, atol=1e-5)
+        mine, gradient = (torch.autograd.grad(x.sum() + h.sum(), leaf)[0] for x, h in (results, true))
+        torch.testing.assert_close(mine, gradient, rtol=1e-4, atol=1e-5)
+    assert count == 1
 
 
 @pytest.mark.slow
@@ -92,35 +77,25 @@ def test_any_batch_and_length_take_one_compilation_a_direction():
 
 
 @pytest.mark.slow
-def test_a_vocabulary_is_a_constant_of_its_kernel():
-    """torch.compile takes a size that has changed for dynamic; the vocabulary of another function must not count."""
-    backend = get_backend("compiled")
-    found = []
+def test_each_of_many_vocabularies_is_a_constant_of_its_kernel(monkeypatch):
+    """torch.compile takes a size that has changed for dynamic, and falls back to eager after many compilations."""
+    monkeypatch.setattr(compiled_module, "RECOMPILE_LIMIT", 2)
+    sizes = []
 
     def spy(self, *arguments, **options):
         size = create_symbol(self, *arguments, **options)
-        found.append(str(size))
+        sizes.append(str(size))
         return size
 
     create_symbol = ShapeEnv.create_symbol
-    for vocab in (47, 43):
-        logits, labels = torch.randn(6, vocab, requires_grad=True), torch.randint(vocab, (6, 1))
-        found.clear()
-        with mock.patch.object(ShapeEnv, "create_symbol", spy):
-            log_probs, _ = compute(backend, logits, labels)
-            log_probs.sum().backward()
-        assert str(vocab) in found  # and not a symbol
-        assert any(size.startswith("s") for size in found)  # but N is
-
-
-@pytest.mark.slow
-def test_many_vocabularies_do_not_exhaust_a_recompilation_limit(monkeypatch):
-    monkeypatch.setattr(compiled_module, "RECOMPILE_LIMIT", 2)
-    backend = get_backend("compiled")
+    monkeypatch.setattr(ShapeEnv, "create_symbol", spy)
     for vocab in range(11, 15):
-        logits = torch.randn(4, vocab)
-        log_probs, _ = compute(backend, logits, torch.zeros(4, 1, dtype=torch.int64))
+        logits = torch.randn(6, vocab)
+        sizes.clear()
+        log_probs, _ = compute(COMPILED, logits, torch.zeros(6, 1, dtype=torch.int64))
         torch.testing.assert_close(log_probs[:, 0], logits.log_softmax(-1)[:, 0])
+        assert str(vocab) in sizes  # and not a symbol
+        assert any(size.startswith("s") for size in sizes)  # but N is
 
 
 def test_without_a_compiler_the_backend_says_so(monkeypatch, tmp_path):
@@ -128,8 +103,7 @@ def test_without_a_compiler_the_backend_says_so(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     _why_no_cpp_compiler.cache_clear()
     try:
-        reason = get_backend("compiled").why_not(Problem("cpu", 8, 100, torch.float32))
-        assert reason == (
+        assert COMPILED.why_not(Problem("cpu", 8, 100, torch.float32)) == (
             "torch.compile needs a C++ compiler on CPU, and there is none on the PATH: install one, or name it in CXX"
         )
     finally:
@@ -147,9 +121,8 @@ def rows_of_every_kind(vocab: int, leading: tuple[int, ...]) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("vocab", [5, formula.BLOCK, formula.BLOCK + 1, 3 * formula.BLOCK, 5000])
-@pytest.mark.parametrize("leading", [(7,), (2, 6)], ids=["rows", "batch and length"])
-@pytest.mark.parametrize("per_token", [False, True], ids=["one temperature", "one a token"])
+@pytest.mark.parametrize("vocab", [5, formula.BLOCK, formula.BLOCK + 1, 5000])
+@pytest.mark.parametrize(("leading", "per_token"), [((7,), False), ((2, 6), True)], ids=["rows", "batch and length"])
 def test_the_forms_for_gpus_agree_with_the_others_in_float64(vocab, leading, per_token):
     logits, labels = rows_of_every_kind(vocab, leading), torch.randint(vocab, (*leading, 2))
     temperature = torch.rand(leading) + 0.5 if per_token else 0.7
@@ -176,26 +149,27 @@ def test_the_forms_for_gpus_agree_with_the_others_in_float64(vocab, leading, per
 
 
 @pytest.mark.parametrize(
-    "shape", [(9, 5000), (4, 7, 5000), (3, 400, 5000)], ids=["rows", "batches", "each batch too large"]
+    ("shape", "limit"),
+    [((9, 5000), 6 * 5120), ((4, 7, 5000), 2 * 7 * 5120), ((3, 400, 5000), 110 * 5120)],
+    ids=["rows", "batches", "each batch too large"],
 )
-def test_rows_beyond_32_bit_indices_are_computed_in_parts(shape, monkeypatch):
+def test_rows_beyond_32_bit_indices_are_computed_in_parts(shape, limit, monkeypatch):
     """On a GPU, since the number of blocks that Inductor is told of makes it index with 32 bits."""
-    limit = 6 * 5120 if len(shape) == 2 else 2 * 7 * 5120 if shape[0] == 4 else 110 * 5120
     monkeypatch.setattr(compiled_module, "INT32_MAX", limit)
     monkeypatch.setattr(compiled_module, "reads_blocks", lambda device_type, vocab: True)
-    seen = []
+    parts = []
 
     def run(function, logits, labels, temperature, *, hints):
-        seen.append(logits.shape)
+        parts.append(logits.shape)
         assert compiled_module.rows_within_int32(logits) >= len(logits)
         assert max(hints[0] * 5 * (hints[1] if len(hints) > 1 else 1), 1024) < 64 * 108
         return formula.forward_in_blocks(logits, labels, temperature, entropy=True)
 
     monkeypatch.setattr(compiled_module, "_run", run)
     logits, labels = torch.randn(1, *shape[1:]).expand(shape), torch.randint(5000, (*shape[:-1], 1))
-    got = get_backend("compiled").forward(logits, labels, torch.rand(shape[:-1]) + 0.5, entropy=True)
-    assert len(seen) > 1
-    assert [one.shape for one in (got[0], got[1], *got[2])] == [labels.shape, shape[:-1], *[(*shape[:-1], 1)] * 3]
+    log_probs, entropy, residuals = COMPILED.forward(logits, labels, torch.rand(shape[:-1]) + 0.5, entropy=True)
+    assert len(parts) > 1 and log_probs.shape == labels.shape and entropy.shape == shape[:-1]
+    assert {residual.shape for residual in residuals} == {(*shape[:-1], 1)}
 
 
 BROKEN_COMPILER = """

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import compiled_logprobs as clp
-from compiled_logprobs.backends import cpp, get_backend
+from compiled_logprobs.backends import cpp
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.operation.reference import reference
@@ -31,8 +31,8 @@ def both(logits, labels, **options):
     return (out.log_probs, out.entropy, gradient), (true.log_probs.squeeze(-1), true.entropy, true.gradient)
 
 
-def assert_all_close(found, true, atol=2e-5):
-    for a, b in zip(found, true, strict=True):
+def assert_all_close(computed, true, atol=2e-5):
+    for a, b in zip(computed, true, strict=True):
         torch.testing.assert_close(a.double(), b, atol=atol, rtol=0, equal_nan=True)
 
 
@@ -47,9 +47,9 @@ def test_a_logit_above_what_its_tile_was_sampled_at(peak, height):
     logits = torch.randn(3, VOCAB)
     logits[1, peak] = height
     for temperature in (1.0, 0.1):
-        found, true = both(logits, torch.tensor([peak, peak, 5]), temperature=temperature)
-        assert_all_close(found, true, 2e-5 / temperature)
-    assert found[0].max() <= 0 and found[1].min() >= 0
+        computed, true = both(logits, torch.tensor([peak, peak, 5]), temperature=temperature)
+        assert_all_close(computed, true, 2e-5 / temperature)
+    assert computed[0].max() <= 0 and computed[1].min() >= 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -62,16 +62,15 @@ def test_masked_samples_tiles_and_rows(dtype):
     logits[4] = -torch.inf
     logits[5, ::2] = -torch.inf
     labels = torch.tensor([0, 5000, VOCAB - 1, 0, 3, 1])
-    found, true = both(logits, labels)
-    assert_all_close(found, true, 2e-5 if dtype == torch.float32 else 4e-2)
-    assert (found[2][2, :-1] == 0).all() and found[1][2] == 0  # and not next to nothing
+    computed, true = both(logits, labels)
+    assert_all_close(computed, true, 2e-5 if dtype == torch.float32 else 4e-2)
+    assert (computed[2][2, :-1] == 0).all() and computed[1][2] == 0  # and not next to nothing
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("around", ["ordinary", "masked"])
-@pytest.mark.parametrize("where", [0, 17, SAMPLE, TILE + 3, VOCAB - 1])
-def test_a_nan_or_an_infinity_anywhere_makes_its_row_nan(where, around, dtype):
-    logits = (torch.randn(5, VOCAB) if around == "ordinary" else torch.full((5, VOCAB), -torch.inf)).to(dtype)
+@pytest.mark.parametrize(("where", "masked"), [(0, True), (17, False), (SAMPLE, True), (VOCAB - 1, False)])
+def test_a_nan_or_an_infinity_anywhere_makes_its_row_nan(where, masked, dtype):
+    logits = (torch.full((5, VOCAB), -torch.inf) if masked else torch.randn(5, VOCAB)).to(dtype)
     payload = {torch.float32: 0x7FFFFFFF, torch.bfloat16: 0x7FFF, torch.float16: 0x7FFF}[dtype]
     integers = logits.view(torch.int32 if dtype == torch.float32 else torch.int16)
     logits[1, where] = torch.nan
@@ -79,8 +78,8 @@ def test_a_nan_or_an_infinity_anywhere_makes_its_row_nan(where, around, dtype):
     integers[3, where] = payload - 2 ** (31 if dtype == torch.float32 else 15)  # and one with a sign
     logits[4, where] = torch.inf
     logits[0] = 0.0
-    found, _ = both(logits, torch.full((5,), 100))
-    for values in found:
+    computed, _ = both(logits, torch.full((5,), 100))
+    for values in computed:
         nan = values.isnan().reshape(5, -1)
         assert not nan[0].any() and nan[1:].all()
 
@@ -90,9 +89,8 @@ def test_bits_depend_neither_on_threads_nor_on_other_rows_nor_on_strides():
     padded = torch.randn(5, 9, VOCAB + 3)
     logits, labels = padded[:, 1:, 1 : VOCAB + 1], torch.randint(VOCAB, (5, 8))
     whole, _ = both(logits, labels)
-    torch.manual_seed(0)
     try:
-        for threads in (1, 2, 3, 7):
+        for threads in (1, 2, 7):
             torch.set_num_threads(threads)
             x = logits[3:4, 2].clone()
             out = clp.log_probs_from_logits(x, labels[3:4, 2], return_entropy=True, backend="cpp")
@@ -101,41 +99,29 @@ def test_bits_depend_neither_on_threads_nor_on_other_rows_nor_on_strides():
         torch.set_num_threads(before)
 
 
-def test_more_leading_dimensions_than_two_strides_describe():
-    base = torch.randn(3, 4, 3, 5, 67)
-    logits, labels = base[:, 1:, :2, 1:], torch.randint(67, (3, 3, 2, 4))
-    assert logits.is_contiguous() is False
-    assert_all_close(*both(logits, labels))
-
-
-def test_many_labels_a_row_some_of_them_the_same():
-    logits, labels = torch.randn(4, VOCAB, requires_grad=True), torch.randint(VOCAB, (4, 300))
+@pytest.mark.parametrize("inplace", [False, True])
+def test_many_labels_a_row_some_of_them_the_same(inplace):
+    leaf, labels = torch.randn(4, VOCAB, requires_grad=True), torch.randint(VOCAB, (4, 300))
     labels[:, 150:200] = labels[:, :50]
     labels[1] = 7
-    out = clp.log_probs_from_logits(logits, labels, backend="cpp")
-    g = torch.randn(4, 300)
-    for inplace in (False, True):
-        x = (logits * 1.0) if inplace else logits
-        again = clp.log_probs_from_logits(x, labels, backend="cpp", inplace_backward=inplace)
-        assert torch.equal(again, out)
-        (gradient,) = torch.autograd.grad(again, x, g)
-        true = reference(logits.detach(), labels, grad_log_probs=g).gradient
-        torch.testing.assert_close(gradient.double(), true, atol=1e-4, rtol=0)
+    g, logits = torch.randn(4, 300), leaf * 1.0
+    true = reference(leaf.detach(), labels, grad_log_probs=g).gradient
+    out = clp.log_probs_from_logits(logits, labels, backend="cpp", inplace_backward=inplace)
+    (gradient,) = torch.autograd.grad(out, leaf, g)
+    torch.testing.assert_close(gradient.double(), true, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.0), (torch.float32, 10.0), (torch.bfloat16, 1.0)])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 10.0), (torch.bfloat16, 1.0)])
 def test_at_most_twice_the_error_of_eager(dtype, scale):
     """Root mean square against float64."""
     logits, labels = (torch.randn(64, 32003) * scale).to(dtype), torch.randint(32003, (64, 16))
     true = reference(logits, labels)
-
-    def error(backend):
+    errors = {}
+    for backend in ("cpp", "eager"):
         out = clp.log_probs_from_logits(logits, labels, return_entropy=True, backend=backend)
         pairs = ((out.log_probs, true.log_probs), (out.entropy, true.entropy))
-        return [(a - b).square().mean().sqrt().item() for a, b in pairs]
-
-    for mine, eagers in zip(error("cpp"), error("eager"), strict=True):
-        assert mine <= 2 * eagers
+        errors[backend] = [(a - b).square().mean().sqrt().item() for a, b in pairs]
+    assert all(mine <= 2 * eagers for mine, eagers in zip(errors["cpp"], errors["eager"], strict=True))
 
 
 ANOTHER_WIDTH = """
@@ -165,13 +151,6 @@ def test_narrower_vectors(capability):
     assert ran.stdout.splitlines()[-1] == "passed"
 
 
-def test_what_it_cannot_run():
-    backend = get_backend("cpp")
-    assert backend.why_not(PROBLEM) is None
-    assert backend.why_not(PROBLEM._replace(device_type="cuda")) == "is for CPUs"
-    assert backend.why_not(PROBLEM._replace(dtype=torch.float64)).endswith("float64 logits are for eager")
-
-
 @pytest.mark.parametrize(
     ("missing", "reason"),
     [
@@ -186,6 +165,7 @@ def test_a_machine_without_what_it_needs(missing, reason, monkeypatch, tmp_path)
     cpp._why_not_here.cache_clear()
     try:
         assert cpp.Cpp().why_not(PROBLEM) == reason
+        assert cpp.Cpp().why_not(PROBLEM._replace(device_type="cuda")) == "is for CPUs"
     finally:
         cpp._why_not_here.cache_clear()
 
