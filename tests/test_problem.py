@@ -50,17 +50,15 @@ def test_a_name_that_was_given_to_none_is_none(name):
 @given(PROBLEMS, PROBLEMS, st.sampled_from(Problem._fields))
 def test_two_problems_share_a_name_only_if_they_are_equal(first, second, field):
     assert (problem_name(first) == problem_name(second)) == (first == second)
-    almost = first._replace(
-        **{field: getattr(second, field)}
-    )  # two random ones differ in more than a name might forget
+    # Two random ones differ in more than a name might forget.
+    almost = first._replace(**{field: getattr(second, field)})
     assert (problem_name(first) == problem_name(almost)) == (first == almost)
 
 
 def test_names_show_what_differs_from_a_plain_forward():
     assert problem_name(Problem("cpu", 512, 151936, torch.float32)) == "cpu-n512-v151936-float32"
-    every = Problem(
-        *("cuda", 4, 8, torch.float16, torch.float64, 3, True, True, "per_token", True, True, "rows", False)
-    )  # fmt: skip
+    options = 3, True, True, "per_token", True, True, "rows", False
+    every = Problem("cuda", 4, 8, torch.float16, torch.float64, *options)
     assert problem_name(every) == (
         "cuda-n4-v8-float16-out_float64-k3-grad-entropy-t_per_token-masked-inplace-layout_rows-unaligned"
     )
@@ -70,14 +68,11 @@ def test_names_show_what_differs_from_a_plain_forward():
     ("change", "reason"),
     [
         ({"rows": -1}, "the problem's rows is -1; valid is an integer from 0"),
-        ({"rows": True}, "rows is True"),
         ({"vocab": 5.0}, "vocab is 5.0"),
         ({"dtype": "int8"}, "dtype is 'int8'; valid is one of float32, bfloat16"),
-        ({"dtype": ["float32"]}, "dtype is ['float32']"),
         ({"temperature": "hot"}, "valid is one of none, number, per_token"),
         ({"needs_grad": 1}, "needs_grad is 1; valid is true or false"),
         ({"device_type": "../../elsewhere"}, "device_type is '../../elsewhere'"),
-        ({"device_type": "CUDA"}, "lower-case letters"),
         ({"colour": "red"}, "colour; valid is an object of device_type, rows"),
     ],
     ids=str,

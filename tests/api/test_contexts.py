@@ -98,14 +98,10 @@ def test_under_what_sees_each_operation_auto_is_eager_and_a_named_backend_is_not
         assert torch.equal(out, clp.log_probs_from_logits(logits, labels, backend="eager"))
 
 
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda x, y: torch.func.grad(lambda z: clp.log_probs_from_logits(z, y).sum())(x),
-        lambda x, y: torch.vmap(clp.log_probs_from_logits)(x, y),
-    ],
-    ids=["grad", "vmap"],
-)
-def test_function_transforms_are_refused_in_words(transform):
-    with pytest.raises(clp.InputError, match="got logits inside torch.func.grad, vmap or another of its transforms"):
-        transform(torch.randn(2, 3, 7), torch.zeros(2, 3, dtype=torch.int64))
+def test_function_transforms_are_refused_in_words():
+    labels = torch.zeros(3, dtype=torch.int64)
+    for transform in (torch.vmap, torch.func.grad):
+        with pytest.raises(
+            clp.InputError, match="got logits inside torch.func.grad, vmap or another of its transforms"
+        ):
+            transform(lambda x: clp.log_probs_from_logits(x, labels).sum())(torch.randn(3, 3, 7))

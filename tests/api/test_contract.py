@@ -34,9 +34,8 @@ class Call:
 
 def logits_with_strides(draw, rows: tuple[int, ...], vocab: int, dtype: torch.dtype) -> Tensor:
     """Contiguous, sliced in any dimension, expanded, transposed or offset by one element."""
-    kind = draw(
-        st.sampled_from(["contiguous", "sliced rows", "padded columns", "every second", "transposed", "offset"])
-    )
+    kinds = ["contiguous", "sliced rows", "padded columns", "every second", "transposed", "offset"]
+    kind = draw(st.sampled_from(kinds))
     if kind == "sliced rows" and rows:
         return torch.empty(*rows[:-1], rows[-1] + 2, vocab, dtype=dtype)[..., 1:-1, :]
     if kind == "padded columns":
@@ -189,20 +188,17 @@ def test_compiled_keeps_the_contract(call):
     hold_against_the_reference(get_backend("compiled"), call)
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpp", "auto"])
-@pytest.mark.parametrize("labels_per_row", [None, 3])
-def test_results_can_be_written_into_as_trainers_do(backend, labels_per_row):
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3)])
+def test_results_can_be_written_into_as_trainers_do(shape):
     """As in `log_probs[mask == 0] = 0`: autograd refuses that for a view which a custom function returns."""
-    leaf = torch.randn(4, 5, 50, requires_grad=True)
-    labels = torch.randint(50, (4, 5) if labels_per_row is None else (4, 5, labels_per_row))
-    log_probs, entropy = clp.log_probs_from_logits(leaf * 1, labels, return_entropy=True, backend=backend)
-    log_probs[0] = 0.0
-    entropy[1] = 0.0
-    (log_probs.mul_(2).sum() + entropy.mul_(3).sum()).backward()
-
-    plain = leaf.detach().requires_grad_()
-    log_p = torch.log_softmax(plain, -1)
-    taken = log_p.gather(-1, labels if labels_per_row else labels.unsqueeze(-1))
-    entropies = -(log_p.exp() * log_p).sum(-1)
-    (2 * taken[1:].sum() + 3 * (entropies.sum() - entropies[1].sum())).backward()
-    torch.testing.assert_close(leaf.grad, plain.grad, atol=1e-5, rtol=1e-5)
+    leaf, labels, gradients = torch.randn(4, 5, 50, requires_grad=True), torch.randint(50, shape), []
+    for is_written in (True, False):
+        log_probs, entropy = clp.log_probs_from_logits(leaf * 1, labels, return_entropy=True)
+        if is_written:
+            log_probs[0] = 0.0
+            entropy[1] = 0.0
+            loss = log_probs.mul_(2).sum() + entropy.mul_(3).sum()
+        else:
+            loss = 2 * log_probs[1:].sum() + 3 * (entropy.sum() - entropy[1].sum())
+        gradients += torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(*gradients)

@@ -1,8 +1,6 @@
 """Which errors are no backend's own: out of memory, a real one above all, and faults of the device. They set nothing
 aside."""
 
-import warnings
-
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
@@ -39,9 +37,7 @@ class UnprintableError(RuntimeError):
         raise ValueError("no words for it")
 
 
-def going_round() -> Exception:
-    error, other = ValueError("a"), ValueError("b")
-    return caused(error, caused(other, error))
+ROUND = ValueError("a")
 
 
 OUT_OF_MEMORY = {
@@ -65,7 +61,7 @@ OWN = {
     "plain": RuntimeError("it broke"),
     "of another kind": ValueError("out of memory is what this sentence is about, and CUDA error: too"),
     "unprintable": UnprintableError(),
-    "going round": going_round(),
+    "going round": caused(ROUND, caused(ValueError("b"), ROUND)),
 }
 ALL = OUT_OF_MEMORY | FAULTS | OWN
 
@@ -74,9 +70,6 @@ ALL = OUT_OF_MEMORY | FAULTS | OWN
 def test_out_of_memory_and_faults_of_the_device_are_told_from_a_backends_own(name):
     assert is_out_of_memory(ALL[name]) == (name in OUT_OF_MEMORY)
     assert nothing_can_serve_after(ALL[name]) == (name not in OWN)
-
-
-# --- at run time ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -96,13 +89,12 @@ def winner(mode, monkeypatch):
     return breaks
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("error", [MemoryError(), FAULTS["fault of Triton"]], ids=["memory", "fault"])
 def test_what_is_no_backends_own_is_raised_as_it_is_and_sets_nothing_aside(winner, error):
     winner("forward", error)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(type(error)) as caught:
-            clp.log_probs_from_logits(LOGITS, LABELS)
+    with pytest.raises(type(error)) as caught:
+        clp.log_probs_from_logits(LOGITS, LABELS)
     assert caught.value is error and not memory.MEMORY.failures(LARGE)
     assert clp.explain(LOGITS, LABELS).backend == "cpp"
 
@@ -119,18 +111,16 @@ def test_what_backward_raises_is_raised_as_it_is_and_sets_nothing_aside(winner):
     assert clp.explain(logits, LABELS).backend == "cpp"
 
 
-def test_where_warnings_are_errors_the_call_is_served_all_the_same(winner, capsys):
+def test_a_failure_is_one_warning_and_eager_serves(winner):
     winner("forward", RuntimeError("the driver is gone"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(RuntimeWarning, match="the driver is gone\neager serves the call") as warned:
         log_probs = clp.log_probs_from_logits(LOGITS, LABELS)
-    assert torch.equal(log_probs, clp.log_probs_from_logits(LOGITS, LABELS, backend="eager"))
-    assert "the driver is gone\neager serves the call" in capsys.readouterr().err
+    assert len(warned) == 1 and torch.equal(log_probs, clp.log_probs_from_logits(LOGITS, LABELS, backend="eager"))
     assert clp.explain(LOGITS, LABELS).backend == "eager"
 
 
-def test_the_warning_is_of_the_line_that_called(winner):
+@pytest.mark.filterwarnings("error")
+def test_where_warnings_are_errors_the_call_is_served_all_the_same(winner, capsys):
     winner("forward", RuntimeError("the driver is gone"))
-    with pytest.warns(RuntimeWarning, match="the driver is gone") as warned:
-        clp.log_probs_from_logits(LOGITS, LABELS)
-    assert len(warned) == 1
+    clp.log_probs_from_logits(LOGITS, LABELS)
+    assert "the driver is gone\neager serves the call" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem
 
-TILE, SAMPLE = 4096, 512
+TILE, SAMPLE = (int(re.search(rf"\b{name} = (\d+);", cpp.SOURCE.read_text())[1]) for name in ("TILE", "SAMPLE"))
 VOCAB = 3 * TILE + 77
 PROBLEM = Problem("cpu", 24, VOCAB, torch.float32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -34,11 +35,6 @@ def both(logits, labels, **options):
 def assert_all_close(computed, true, atol=2e-5):
     for a, b in zip(computed, true, strict=True):
         torch.testing.assert_close(a.double(), b, atol=atol, rtol=0, equal_nan=True)
-
-
-def test_the_constants_of_this_file_are_the_kernels():
-    source = cpp.SOURCE.read_text()
-    assert f"TILE = {TILE};" in source and f"SAMPLE = {SAMPLE};" in source
 
 
 @pytest.mark.parametrize("peak", [0, SAMPLE - 1, SAMPLE, TILE - 1, TILE, 2 * TILE + SAMPLE, VOCAB - 1])
@@ -111,28 +107,13 @@ def test_many_labels_a_row_some_of_them_the_same(inplace):
     torch.testing.assert_close(gradient.double(), true, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 10.0), (torch.bfloat16, 1.0)])
-def test_at_most_twice_the_error_of_eager(dtype, scale):
-    """Root mean square against float64."""
-    logits, labels = (torch.randn(64, 32003) * scale).to(dtype), torch.randint(32003, (64, 16))
-    true = reference(logits, labels)
-    errors = {}
-    for backend in ("cpp", "eager"):
-        out = clp.log_probs_from_logits(logits, labels, return_entropy=True, backend=backend)
-        pairs = ((out.log_probs, true.log_probs), (out.entropy, true.entropy))
-        errors[backend] = [(a - b).square().mean().sqrt().item() for a, b in pairs]
-    assert all(mine <= 2 * eagers for mine, eagers in zip(errors["cpp"], errors["eager"], strict=True))
-
-
 ANOTHER_WIDTH = """
 import torch, compiled_logprobs as clp
 from compiled_logprobs.problem import Problem
-print(torch.backends.cpu.get_cpu_capability())
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for options in ({}, {"entropy": True, "needs_grad": True, "labels_per_row": 3, "masked_logits": True}):
         report = clp.check_backend("cpp", Problem("cpu", 24, 1031, dtype, **options))
         assert report.passed, report
-print("passed")
 """
 
 
@@ -140,15 +121,8 @@ print("passed")
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_narrower_vectors(capability):
     """On processors that have them, torch uses the width that this variable names."""
-    ran = subprocess.run(
-        [sys.executable, "-c", ANOTHER_WIDTH],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines()[-1] == "passed"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    subprocess.run([sys.executable, "-c", ANOTHER_WIDTH], timeout=300, env=environment, check=True)
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,12 @@ class FakeCuda:
     def __init__(self, step_ms: float = 0.0) -> None:
         self.now_ms, self.step_ms = 0.0, step_ms
         self.calls: list[str] = []
-        self.allocated = 1000
-        self.peak = 0
-        self.free = 80 * 2**30
-        self.l2 = 50 * 2**20
+        self.allocated, self.peak, self.free = 1000, 0, 80 * 2**30
         self.Event = lambda enable_timing: FakeEvent(self, enable_timing)
 
     def take(self, size: int) -> None:
         self.allocated += size
         self.peak = max(self.peak, self.allocated)
-
-    def give_back(self, size: int) -> None:
-        self.allocated -= size
 
     def current_device(self) -> int:
         return 1
@@ -31,8 +25,7 @@ class FakeCuda:
         return f"stream of {device}"
 
     def get_device_properties(self, device: torch.device) -> SimpleNamespace:
-        assert device.index is not None
-        return SimpleNamespace(L2_cache_size=self.l2)
+        return SimpleNamespace(L2_cache_size=50 * 2**20)
 
     def mem_get_info(self, device: torch.device) -> tuple[int, int]:
         assert device.index is not None
@@ -58,7 +51,6 @@ class FakeEvent:
     """Like torch's: it has a time once it was recorded, and tells it once it was waited for."""
 
     def __init__(self, cuda: FakeCuda, enable_timing: bool) -> None:
-        assert enable_timing
         self.cuda, self.at, self.done = cuda, None, False
 
     def record(self, stream: str) -> None:
@@ -72,6 +64,5 @@ class FakeEvent:
         self.cuda.calls.append("wait")
 
     def elapsed_time(self, end: "FakeEvent") -> float:
-        if not end.done:
-            raise RuntimeError("Both events must be completed before calculating elapsed time.")
+        assert end.done
         return end.at - self.at
