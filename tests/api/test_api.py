@@ -58,11 +58,6 @@ def test_float64_is_computed_in_float64_by_eager():
         clp.log_probs_from_logits(logits, labels, backend="compiled")
 
 
-def test_one_token_without_leading_dimensions():
-    logits = torch.randn(11)
-    torch.testing.assert_close(clp.log_probs_from_logits(logits, torch.tensor(4)), logits.log_softmax(-1)[4])
-
-
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy_is_minus_the_log_probability(reduction, dtype):
@@ -85,7 +80,7 @@ def test_reductions_of_ignored_labels_alone_and_unknown_ones():
         clp.cross_entropy_from_logits(logits, labels, reduction="avg")
 
 
-def test_entropy_alone():
+def test_the_entropy_alone_and_one_token_alone():
     logits, _ = problem(2, 3)
     logits.requires_grad_()
     out = clp.entropy_from_logits(logits, temperature=2.0)
@@ -93,6 +88,8 @@ def test_entropy_alone():
     torch.testing.assert_close(out, p.entropy())
     ours, theirs = (torch.autograd.grad(x.sum(), logits)[0] for x in (out, p.entropy()))
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+    token = clp.log_probs_from_logits(logits[0, 0], torch.tensor(4))  # without leading dimensions
+    torch.testing.assert_close(token, logits[0, 0].log_softmax(-1)[4])
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4)])

@@ -86,7 +86,7 @@ def test_bits_depend_neither_on_threads_nor_on_other_rows_nor_on_strides():
     logits, labels = padded[:, 1:, 1 : VOCAB + 1], torch.randint(VOCAB, (5, 8))
     whole, _ = both(logits, labels)
     try:
-        for threads in (1, 2, 7):
+        for threads in (1, 7):
             torch.set_num_threads(threads)
             x = logits[3:4, 2].clone()
             out = clp.log_probs_from_logits(x, labels[3:4, 2], return_entropy=True, backend="cpp")
