@@ -10,7 +10,7 @@ from compiled_logprobs.backends import get_backend, why_not
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.machine.clock import extra_peak_bytes, why_no_peak
 from compiled_logprobs.problem import Problem
-from tests.helpers.backends_for_tuning import Wrong, registered
+from tests.helpers.backends_for_tuning import WrongSign, registered
 
 VOCAB = 1031  # odd, off every block size
 OPTIONS = {
@@ -71,10 +71,10 @@ def registry():
 
 
 def test_a_registered_backend_runs_by_name_and_is_checked(registry):
-    clp.register_backend("wrong", Wrong())
+    clp.register_backend("wrong", WrongSign())
     assert clp.backends()[-1] == "wrong"
     out = clp.log_probs_from_logits(torch.randn(3, 5), torch.tensor([0, 1, 2]), backend="wrong")
-    assert (out == -1).all()
+    assert (out == 0).all()
     assert "log_prob_error" in clp.check_backend("wrong", Problem("cpu", 8, 257, torch.float32)).reasons
 
 
