@@ -9,8 +9,8 @@ from typing import NamedTuple
 from benchmarks.candidates import AUTO, COMPILE
 from benchmarks.results import Cell, Result
 from compiled_logprobs.backends import EAGER
+from compiled_logprobs.decision import MARGIN
 from compiled_logprobs.problem import short_name
-from compiled_logprobs.tuning.statistics import MARGIN
 
 FORWARD_SHAPE, BACKWARD_SHAPE = (512, 151936), (256, 151936)
 LARGE_VOCAB = 32000

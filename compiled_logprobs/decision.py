@@ -21,6 +21,8 @@ Outcome = Literal[
 ]
 MEASURED = ("chosen", "slower", "tie")
 """The outcomes of candidates that passed the check and were timed."""
+MARGIN = 0.03
+"""How much faster than the baseline a candidate has to be: what is less is not worth another backend."""
 PLAIN = "log_softmax"
 """What plain `log_softmax` and `gather` are called in `Evidence.seconds`; no backend may have that name."""
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -44,6 +46,11 @@ class Speedup:
     median: float
     """Of the ratios within a round."""
     high: float | None
+
+    @property
+    def may_be_faster(self) -> bool:
+        """Whether the rounds leave it possible, by the margin."""
+        return self.high is None or self.high > 1.0 + MARGIN
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
@@ -224,6 +231,11 @@ class Decision:
     def winner(self) -> Candidate:
         return self.candidates[self.chosen]
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether the rounds could tell which is fastest. Else the baseline serves until a longer run decides."""
+        return self.code != "AMBIGUOUS_AT_BUDGET"
+
     def calls_to_pay(self, name: str) -> float | None:
         """After how many calls `name`, first call included, has taken less time than the baseline; None if never."""
         candidate, baseline = self.candidates[name], self.candidates[self.baseline]
@@ -239,7 +251,7 @@ class Decision:
 
     def to_dict(self) -> dict[str, Any]:
         """For programs: the fields as plain values, and what follows from them."""
-        plain = self._plain()
+        plain = {**self._plain(), "is_decided": self.is_decided}
         for name, candidate in plain["candidates"].items():
             candidate["worst_error"] = self.candidates[name].worst_error
             candidate["calls_to_pay"] = self.calls_to_pay(name)
@@ -285,8 +297,27 @@ def short(problem: Problem) -> str:
     return f"{problem}, {mode_name(problem)}"
 
 
+def winner_in_words(decision: Decision) -> str:
+    """The backend that won, or 'undecided'."""
+    return decision.chosen if decision.is_decided else "undecided"
+
+
 def speedup_in_words(decision: Decision) -> str:
-    """Such as 'compiled, 2.10x (2.04 to 2.15) the speed of log_softmax and gather, 1.80x (1.75 to 1.84) of eager'."""
+    """Such as 'compiled, 2.10x (2.04 to 2.15) the speed of log_softmax and gather, 1.80x (1.75 to 1.84) of eager'.
+
+    Where it is undecided, between whom: 'undecided: 12 rounds do not tell whether cpp (4.83x, 0.24 to 31.85) is faster
+    than eager'.
+    """
+    if not decision.is_decided:
+        doubtful = " or ".join(
+            f"{name} ({str(candidate.speedup).replace(' (', ', ').rstrip(')')})"
+            for name, candidate in decision.candidates.items()
+            if candidate.outcome == "tie" and candidate.speedup is not None and candidate.speedup.may_be_faster
+        )
+        return (
+            f"undecided: {decision.rounds} rounds do not tell whether {doubtful or 'another'} is faster than "
+            f"{decision.baseline}"
+        )
     over_plain = decision.winner.speedup_over_plain
     parts = [] if over_plain is None else [f"{over_plain} the speed of {PLAIN} and gather"]
     if decision.chosen != decision.baseline:

@@ -11,12 +11,11 @@ import torch
 from compiled_logprobs.backends import backends
 from compiled_logprobs.choose.rule import holds, why_not_holds
 from compiled_logprobs.choose.tune import WAIT_S
-from compiled_logprobs.decision import Decision, Speedup
+from compiled_logprobs.decision import MARGIN, Decision, Speedup
 from compiled_logprobs.machine.environment import fingerprint_of, without_paths
 from compiled_logprobs.problem import Problem, bucket, mode_name, problem_to_dict
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.process import Event
-from compiled_logprobs.tuning.statistics import MARGIN
 from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on
 
 Standing = Literal["holds", "wrong", "failed", "regressed", "unverifiable"]

@@ -13,16 +13,13 @@ from statistics import median
 from typing import NamedTuple
 
 from compiled_logprobs.backends import BUILT_IN, EAGER
-from compiled_logprobs.decision import Candidate, Speedup
+from compiled_logprobs.decision import MARGIN, Candidate, Speedup
 
 ALPHA = 0.01
 """The chance that any interval of one tuning, of a candidate against the baseline at any of the looks, misses its true
 median."""
 LOOKS = (20, 40, 80, 160, 320, 640, 1280)
 """After how many rounds the times are looked at; each look costs a share of `ALPHA`."""
-MARGIN = 0.03
-"""How much faster than the baseline a candidate has to be: what is less is not worth another backend. And how much less
-memory one of two has to take, for it to be the one that takes less."""
 
 
 class Interval(NamedTuple):

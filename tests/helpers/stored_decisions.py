@@ -79,6 +79,13 @@ def decided(problem: Problem = LARGE, chosen: str = "eager", **changes: Any) -> 
     return decision
 
 
+def undecided(problem: Problem = LARGE, **changes: Any) -> Decision:
+    """One that a machine full of noise left open between eager and cpp."""
+    doubtful = measured("cpp", "tie", speedup=Speedup(0.24, 4.83, 31.85))
+    fields = {"code": "AMBIGUOUS_AT_BUDGET", "settled": False, "rounds": 12}
+    return decided(problem, candidates=all_measured() | {"cpp": doubtful}, **fields, **changes)
+
+
 def evidence_of(decision: Decision, seconds: dict[str, list[float]] | None = None, **cases: Any) -> Evidence:
     """Evidence that belongs to `decision`."""
     return Evidence(decision.seed, decision.measured_at, seconds or {}, cases)

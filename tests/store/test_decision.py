@@ -5,9 +5,21 @@ import json
 
 import pytest
 
-from compiled_logprobs.decision import QUANTILES, Candidate, CaseEvidence, Check, Decision, Evidence, Spread, Token
+from compiled_logprobs.decision import (
+    QUANTILES,
+    Candidate,
+    CaseEvidence,
+    Check,
+    Decision,
+    Evidence,
+    Speedup,
+    Spread,
+    Token,
+    speedup_in_words,
+    winner_in_words,
+)
 from compiled_logprobs.errors import ProfileError
-from tests.helpers.stored_decisions import LARGE, decided, measured
+from tests.helpers.stored_decisions import LARGE, decided, measured, undecided
 
 
 def test_json_gives_back_the_decision_whatever_else_it_tells():
@@ -67,3 +79,16 @@ def test_the_worst_error_is_the_largest_share_of_a_limit():
     assert measured("eager", checks=checks).worst_error == 0.3
     assert Candidate("failed", "it raised").worst_error is None
     assert measured("eager", checks=checks).checks_passed == 4
+
+
+def test_undecided_is_called_undecided_and_says_between_whom():
+    decision = undecided()
+    assert not decision.is_decided and decision.to_dict()["is_decided"] is False and decided().to_dict()["is_decided"]
+    assert "is_decided" not in json.loads(decision.to_json())  # it follows from the code
+    assert (winner_in_words(decision), winner_in_words(decided(LARGE, "cpp"))) == ("undecided", "cpp")
+    words = "undecided: 12 rounds do not tell whether cpp (4.83x, 0.24 to 31.85) is faster than eager"
+    assert speedup_in_words(decision) == words
+    few = measured("compiled", "tie", speedup=Speedup(None, 1.5, None))
+    both = dataclasses.replace(decision, candidates=decision.candidates | {"compiled": few})
+    assert "whether cpp (4.83x, 0.24 to 31.85) or compiled (1.50x) is" in speedup_in_words(both)
+    assert "undecided" not in speedup_in_words(decided())
