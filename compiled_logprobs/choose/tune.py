@@ -22,6 +22,10 @@ from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on
 
 WAIT_S = 600.0
 """How long measuring on demand waits for another process that measures on the same device."""
+LONGER = 3.0
+"""Times as long as it took before, a problem that was left undecided may take when it is measured again."""
+LONGEST_S = 600.0
+"""What that comes to at most, unless more is asked for."""
 
 
 # On demand
@@ -46,9 +50,10 @@ def tune_all(
         store: where to; by default the user's.
         names: of the backends to measure beside eager.
         budget_s: seconds for each problem; by default what the policy says. Fewer rows are timed where the rounds
-            would take longer.
-        again: measure what that store holds already, too. Else a decision there is kept, unless it had a short check,
-            lacks one of `names`, or something has changed since.
+            would take longer. One that was left undecided gets three times what it took then, up to 600 s, if that is
+            more.
+        again: measure what that store holds already, too. Else a decision there is kept, unless it is undecided, had a
+            short check, lacks one of `names`, or something has changed since.
         must_store: whether to measure nothing where it cannot be stored; else a warning says that it was not.
         on_event: told what happens.
 
@@ -68,13 +73,19 @@ def tune_all(
     with Tuner(device, on_event=on_event) as tuner:
         for problem in dict.fromkeys(map(bucket, problems)):
             result: Decision | TuningFailed | None = look_up()
-            on_event({"event": "problem", "problem": problem, "known": result is not None})
+            standing = store.read(fingerprint_of(device), problem)
+            limit = seconds if standing is None else limit_again(standing, seconds)
+            undecided = standing is not None and not standing.is_decided
+            known = result is not None
+            on_event(
+                {"event": "problem", "problem": problem, "known": known, "budget_s": limit, "undecided": undecided}
+            )
             if result is None:
                 if must_store:
                     store.require_writable()
                 with alone_on(device, WAIT_S) as is_alone:
                     if is_alone:  # while this waited, another process may have decided it
-                        result = look_up() or _decide_and_store(tuner, problem, asked, seconds, store, device, again)
+                        result = look_up() or _decide_and_store(tuner, problem, asked, limit, store, device, again)
                     else:
                         reason = f"another process has been measuring on {device} for {WAIT_S:g} s; wait for its end"
                         result = TuningFailed(reason)
@@ -95,11 +106,22 @@ def tune(
 
 
 def current(store: Store, problem: Problem, device: torch.device, asked: Collection[str]) -> Decision | None:
-    """What `store` holds of `problem`, unless it is less than what is asked for, or something has changed since."""
+    """What `store` holds of `problem`, unless it is undecided or less than what is asked for, or something has changed
+    since."""
     decision = store.read(fingerprint_of(device), problem)
-    if decision is None or decision.short_check or not decision.candidates.keys() >= set(asked):
+    if (
+        decision is None
+        or not decision.is_decided
+        or decision.short_check
+        or not decision.candidates.keys() >= set(asked)
+    ):
         return None
     return decision if holds(decision, decision.chosen) and not changed(decision) else None
+
+
+def limit_again(standing: Decision, seconds: float) -> float:
+    """Seconds to measure again for, where `seconds` are asked for: more if they could not decide it before."""
+    return seconds if standing.is_decided else max(seconds, min(LONGER * standing.tuning_seconds, LONGEST_S))
 
 
 def _decide_and_store(

@@ -103,6 +103,9 @@ class Bar(Progress):
     def event(self, event: Event) -> None:
         if event["event"] == "problem":
             self._problem = short(event["problem"])
+            if event.get("undecided"):
+                text = f"{self._problem}: undecided before; measured again for up to {event['budget_s']:.0f} s"
+                self._console.print(Text(text), soft_wrap=True)
             self._draw(self._problem)
         elif event["event"] == "step" and event["step"] != "time":
             doing = f"{event['step']} {event['candidate'] or ''}".strip()

@@ -27,6 +27,7 @@ from tests.helpers.stored_decisions import (
     measured,
     publish,
     raising,
+    undecided,
 )
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -162,11 +163,12 @@ def test_tune_measures_each_bucket_once(fake):
     [
         (decided(), False, False),
         (decided(), True, True),
+        (undecided(), False, True),
         (decided(short_check=True), False, True),  # on demand that is not enough
         (decided(candidates=all_measured() | {"eager": measured("eager", fingerprint=NEW)}), False, True),
         (decided(candidates={"eager": measured("eager")}), False, True),
     ],
-    ids=["known", "again", "short check", "changed", "fewer candidates"],
+    ids=["known", "again", "undecided", "short check", "changed", "fewer candidates"],
 )
 def test_tune_measures_again_where_what_is_stored_is_not_enough(stored, again, measures, fake):
     publish(stored)
@@ -175,6 +177,18 @@ def test_tune_measures_again_where_what_is_stored_is_not_enough(stored, again, m
     fake.asked.clear()
     clp.tune(LARGE)
     assert not fake.asked
+
+
+@pytest.mark.parametrize(("took", "asked", "gets"), [(5.0, 20.0, 20.0), (30.0, 20.0, 90.0), (500.0, 20.0, 600.0)])
+def test_what_was_left_undecided_is_measured_for_longer(fake, took, asked, gets):
+    """Three times as long as it took, but at most 600 s; what was decided as long as is asked for."""
+    told = []
+    publish(undecided(tuning_seconds=took))
+    publish(decided(LARGE._replace(rows=64), tuning_seconds=took))
+    problems = [LARGE, LARGE._replace(rows=64)]
+    list(tune.tune_all(problems, CPU, budget_s=asked, again=True, on_event=told.append))
+    assert [options["seconds"] for options in fake.options] == [gets, asked]
+    assert [(event["undecided"], event["budget_s"]) for event in told] == [(True, gets), (False, asked)]
 
 
 def test_after_tune_this_process_takes_what_it_returned(fake, checks, mode):

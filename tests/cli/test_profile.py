@@ -15,7 +15,7 @@ from compiled_logprobs.problem import Problem
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.tuner import TuningFailed
-from tests.helpers.stored_decisions import FakeTuner, all_measured, decided, measured, publish
+from tests.helpers.stored_decisions import FakeTuner, all_measured, decided, measured, publish, undecided
 
 ASKED = ("--device", "cpu", "--dtype", "float32", "--mode", "forward", "--vocab", "4096")
 EAGER_ONLY = (*ASKED, "--backend", "eager")
@@ -54,6 +54,14 @@ def test_what_is_stored_is_measured_again_only_on_demand(run, tuner):
     (told,) = json.loads(result.stdout, parse_constant=pytest.fail)["decisions"]
     ((_, stored),) = user_store().decisions()
     assert len(tuner.asked) == 2 and told["seed"] == stored.seed == 2
+
+
+def test_what_was_left_undecided_is_measured_again_for_longer_and_said(run, tuner):
+    publish(undecided(Problem("cpu", 128, 4096, torch.float32), tuning_seconds=50.0))
+    result = run("profile", *ASKED, "--rows", "128")
+    said = "128 x 4096 float32 on cpu, forward: undecided before; measured again for up to 150 s"
+    assert said in result.stderr and tuner.options[-1]["seconds"] == 150.0
+    assert "undecided before" not in run("profile", *ASKED, "--rows", "128").stderr
 
 
 def test_fewer_backends_never_replace_a_decision_of_more_and_more_are_measured(run, tuner):
