@@ -11,7 +11,7 @@ from torch import Tensor
 from compiled_logprobs.errors import ProfileError
 
 Temperature = Literal["none", "number", "per_token"]
-Layout = Literal["flat", "rows", "other"]
+Layout = Literal["flat", "rows", "slice"]
 
 SMALL = 2**20
 """Logits; below it the default rule says eager."""
@@ -44,7 +44,8 @@ class Problem(NamedTuple):
     """Whether whole regions of the vocabulary are -inf."""
     inplace_backward: bool = False
     layout: Layout = "flat"
-    """'flat': the rows follow one another; 'rows': one stride from row to row; 'other': more than one stride."""
+    """'flat': the rows follow one another; 'rows': one stride from row to row; 'slice': more than one, as in
+    logits[:, :-1]."""
     aligned: bool = True
     """Whether every row starts at a multiple of 16 bytes."""
 
@@ -104,7 +105,7 @@ def layout_of(logits: Tensor) -> tuple[Layout, bool]:
     row_strides = logits.stride()[:-1]
     aligned = logits.data_ptr() % 16 == 0 and all(s * logits.element_size() % 16 == 0 for s in row_strides)
     if logits.ndim > 2:
-        return "other", aligned
+        return "slice", aligned
     if logits.shape[0] == 1 or row_strides[0] == logits.shape[1]:
         return "flat", aligned
     return "rows", aligned

@@ -117,7 +117,7 @@ class Arena:
         stride += PADDING if problem.layout == "rows" or case.strided else 0
         self._case, self._offset = case, PADDING + (not problem.aligned or case.strided)
         self._shape, self._strides = (rows, problem.vocab), (stride, 1)
-        if problem.layout == "other" and not case.strided and rows >= 4:
+        if problem.layout == "slice" and not case.strided and rows >= 4:
             # Two sequences, the last position of each left out, as in logits[:, :-1].
             self._shape, self._strides = (2, rows // 2, problem.vocab), ((rows // 2 + 1) * stride, stride, 1)
         size = self._offset + (rows + 2) * stride + PADDING

@@ -63,7 +63,7 @@ class Function:
             inplace_backward=problem.inplace_backward and "inplace_backward" in has,
             out_dtype=problem.out_dtype if "out_dtype" in has else torch.float32,
             labels_per_row=1,
-            layout="rows" if problem.layout == "other" else problem.layout,
+            layout="rows" if problem.layout == "slice" else problem.layout,
         )
 
     def default_problems(self, plain: Problem) -> list[Problem]:

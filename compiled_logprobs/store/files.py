@@ -146,6 +146,8 @@ def parse_decision(data: bytes, name: str) -> Decision:
 
     Raises ProfileError if it cannot be read, or is of another problem than its name says.
     """
+    if name.endswith(("-layout_other", "-layout_other-unaligned")):  # it is called a slice since
+        raise EarlierForm("an earlier release wrote it, in another form")
     decision = Decision.from_json(data)
     if problem_name(decision.problem) != name:
         raise ProfileError(f"it is of another problem, {problem_name(decision.problem)}")

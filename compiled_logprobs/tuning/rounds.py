@@ -263,7 +263,7 @@ def _empty_logits(problem: Problem, device: torch.device) -> Tensor:
         row_stride += -row_stride % ALIGNED
     shape: tuple[int, ...] = (rows, vocab)
     strides: tuple[int, ...] = (row_stride, 1)
-    if problem.layout == "other" and rows >= 4 and rows % 2 == 0:  # as all tops of buckets from 4 on are
+    if problem.layout == "slice" and rows >= 4 and rows % 2 == 0:  # as all tops of buckets from 4 on are
         outer = 2  # sequences whose last position is left out, as in logits[:, :-1]
         shape = (outer, rows // outer, vocab)
         strides = ((rows // outer + 1) * row_stride, row_stride, 1)

@@ -337,7 +337,7 @@ class Job:
 def bytes_of_check(problem: Problem) -> int:
     """What a check takes at most, whatever the backend, for inputs of up to as many rows as `problem` has."""
     logits = problem.rows * problem.vocab
-    a_logit = OF_A_COPIED_LOGIT if problem.layout == "other" else BYTES_OF_A_LOGIT
+    a_logit = OF_A_COPIED_LOGIT if problem.layout == "slice" else BYTES_OF_A_LOGIT
     yardstick = min(SAMPLED_ROWS, max(8, YARDSTICK_ELEMENTS // problem.vocab)) * problem.vocab
     compared = max(yardstick, min(logits, CHECKED_ELEMENTS))
     return a_logit * max(1, problem.dtype.itemsize // 4) * logits + OF_A_COMPARED_LOGIT * compared

@@ -24,7 +24,7 @@ OPTIONS = {
     },
     "in place, masked": {"needs_grad": True, "inplace_backward": True, "masked_logits": True, "temperature": "number"},
     "strided rows, entropy": {"needs_grad": True, "entropy": True, "layout": "rows", "aligned": False},
-    "two strides, in place": {"needs_grad": True, "layout": "other", "inplace_backward": True},
+    "two strides, in place": {"needs_grad": True, "layout": "slice", "inplace_backward": True},
     "result in the dtype of the logits": {"needs_grad": True, "out_dtype": None},
 }
 

@@ -16,7 +16,7 @@ PROBLEMS = {
     "backward": GRADIENT,
     "entropy": WITH_ENTROPY._replace(temperature="per_token"),
     "many labels": GRADIENT._replace(inplace_backward=True, masked_logits=True, labels_per_row=3, temperature="number"),
-    "three dimensions": WITH_ENTROPY._replace(layout="other"),
+    "three dimensions": WITH_ENTROPY._replace(layout="slice"),
     "results as the logits": WITH_ENTROPY._replace(out_dtype=torch.bfloat16),
 }
 

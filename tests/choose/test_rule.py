@@ -332,7 +332,7 @@ def test_only_backends_that_declare_it_and_pass_are_admitted_in_the_order_of_the
         with monkeypatch.context() as patch:
             patch.setattr(auto, "why_not", lambda name, problem: "is tired")
             with pytest.raises(clp.BackendUnavailable, match="'compiled', which serves such problems .* is tired"):
-                chosen(LARGE._replace(rows=4096, layout="other"))
+                chosen(LARGE._replace(rows=4096, layout="slice"))
         checks["cpp"] = False
         monkeypatch.setattr(Compiled, "row_invariant", False)
         with pytest.raises(clp.BackendUnavailable, match="no backend that can run such calls declares rows whose bits"):

@@ -51,8 +51,8 @@ def check_that_the_gate_lets_it_pass() -> None:
     for problem in (
         plain._replace(vocab=7),
         plain._replace(needs_grad=True, temperature="number"),
-        plain._replace(needs_grad=True, inplace_backward=True, layout="other"),
-        plain._replace(needs_grad=True, inplace_backward=True, layout="other", dtype=torch.bfloat16),
+        plain._replace(needs_grad=True, inplace_backward=True, layout="slice"),
+        plain._replace(needs_grad=True, inplace_backward=True, layout="slice", dtype=torch.bfloat16),
         plain._replace(needs_grad=True, layout="rows", aligned=False, dtype=torch.float16),
     ):
         report = check_backend("interpreted_flash_attn", problem)

@@ -92,7 +92,7 @@ if __name__ == "__main__":
     ):
         for problem in (
             plain._replace(labels_per_row=3, temperature="number", masked_logits=True),
-            plain._replace(entropy=True, dtype=torch.bfloat16, layout="other"),
+            plain._replace(entropy=True, dtype=torch.bfloat16, layout="slice"),
             plain._replace(inplace_backward=True, temperature="per_token", dtype=torch.float16),
         ):
             report = check_backend("interpreted", problem)

@@ -130,6 +130,7 @@ def test_files_of_an_earlier_release_are_a_miss_with_one_warning_and_are_replace
         path = store.publish(HERE, decided(PROBLEM._replace(rows=rows)))
         for file in (path, path.parents[1] / "environment.json"):
             file.write_text(json.dumps({"schema": 1, "sha256": "0" * 64, "record": {"chosen": "cpp"}}))
+    path.with_name(f"{path.stem}-layout_other.json").write_text("{}")
     with pytest.warns(RuntimeWarning, match="(?s)an earlier release.*`compiled-logprobs profile`") as caught:
         assert list(store.decisions()) == [] and store.environments() == {}
     assert len({str(warning.message) for warning in caught}) == 1

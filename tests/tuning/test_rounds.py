@@ -245,7 +245,7 @@ def test_memory_is_measured_in_bytes_and_in_multiples_of_the_logits():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("layout", "aligned", "vocab"),
-    [("flat", True, 1024), ("flat", False, 1023), ("rows", True, 1023), ("other", True, 1024), ("other", False, 1023)],
+    [("flat", True, 1024), ("flat", False, 1023), ("rows", True, 1023), ("slice", True, 1024), ("slice", False, 1023)],
 )
 def test_the_logits_lie_as_the_problem_says(vocab, dtype, layout, aligned):
     problem = WITH_GRADIENT._replace(vocab=vocab, dtype=dtype, layout=layout, aligned=aligned)
@@ -257,10 +257,10 @@ def test_the_logits_lie_as_the_problem_says(vocab, dtype, layout, aligned):
     [
         {"labels_per_row": 3, "needs_grad": True, "entropy": True},
         {"temperature": "number"},
-        {"temperature": "per_token", "needs_grad": True, "layout": "other"},
+        {"temperature": "per_token", "needs_grad": True, "layout": "slice"},
         {"masked_logits": True, "entropy": True, "needs_grad": True},
         {"out_dtype": torch.bfloat16, "dtype": torch.bfloat16, "needs_grad": True},
-        {"rows": 1, "layout": "other"},
+        {"rows": 1, "layout": "slice"},
         {"vocab": 5, "masked_logits": True},
     ],
     ids=str,

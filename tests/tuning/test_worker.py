@@ -212,7 +212,7 @@ def test_n_shrinks_where_time_is_short(monkeypatch):
     "problem",
     [
         Problem("cpu", 1024, 2048, torch.bfloat16, needs_grad=True, entropy=True, temperature="per_token"),
-        Problem("cpu", 1024, 2048, torch.float32, needs_grad=True, layout="other", masked_logits=True),
+        Problem("cpu", 1024, 2048, torch.float32, needs_grad=True, layout="slice", masked_logits=True),
     ],
     ids=lambda problem: problem.details(),
 )
