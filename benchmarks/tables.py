@@ -10,7 +10,7 @@ from rich.text import Text
 from benchmarks.candidates import READ
 from benchmarks.results import COLUMNS, Cell, Result
 from benchmarks.targets import Target
-from compiled_logprobs.cli.output import console, new_table, print_line
+from compiled_logprobs.cli.output import Column, print_line, print_table
 from compiled_logprobs.problem import short_name
 from compiled_logprobs.tuning.statistics import Interval
 
@@ -41,44 +41,43 @@ def print_legend() -> None:
 
 
 def print_targets(rows: Sequence[Target]) -> None:
-    table = new_table("Targets", "target", "wanted", "reached", "met", "worst at, or with")
+    cells = []
     for one in rows:
         met = {True: Text("yes", "green"), False: Text("no", "bold red"), None: Text("not measured")}[one.met]
         wanted = f"{'at least' if one.at_least else 'at most'} {one.limit:g}"
         reached = "" if one.reached is None else f"{one.reached:.3g}"
-        table.add_row(Text(one.what), wanted, reached, met, Text(one.where))
-    console().print(table)
+        cells.append((one.what, wanted, reached, met, one.where))
+    print_table("Targets", ["target", "wanted", "reached", "met", Column("worst at, or with", folds=True)], cells)
 
 
 def _print_figures(title: str, cells: list[Cell]) -> None:
-    table = new_table(title, "dtype", "mode", "candidate", *TITLES.values())
-    for column in table.columns[3:]:
-        column.justify = "right"
+    rows: list[tuple[str | Text, ...]] = []
     for cell in cells:
         where = short_name(cell.problem.dtype), cell.mode
         read = median(cell.read_seconds)
-        table.add_row(*where, f"{READ}, the bare read", f"{read * 1e3:.3g}", f"{cell.billions_per_s(read):.3g}", "100")
+        bare = (f"{read * 1e3:.3g}", f"{cell.billions_per_s(read):.3g}", "100")
+        rows.append((*where, f"{READ}, the bare read", *bare, *[""] * (len(TITLES) - len(bare))))
         done = [*cell.measured(ours=True), *cell.measured(ours=False)]
-        for one in sorted(done, key=lambda one: median(one.seconds)):
-            table.add_row(*where, _label(one), *_figures(cell, one))
-        for one in cell.results.values():
-            if not one.sound:
-                table.add_row(*where, _label(one), Text(one.outcome, "bold red"))
-        table.add_section()
-    console().print(table)
+        done.sort(key=lambda one: median(one.seconds))
+        rows += [(*where, _label(one), *_figures(cell, one)) for one in done]
+        lost = [one for one in cell.results.values() if not one.sound]
+        rows += [(*where, _label(one), Text(one.outcome, "bold red"), *[""] * (len(TITLES) - 1)) for one in lost]
+        rows.append(())
+    figures = [Column(name, drop, right=True) for drop, name in enumerate(TITLES.values())]
+    print_table(title, ["dtype", "mode", "candidate", *figures], rows)
 
 
 def _print_ratios(title: str, cells: list[Cell]) -> None:
     peers = list(dict.fromkeys(one.name for cell in cells for one in cell.measured(ours=False)))
     if not peers:
         return
-    table = new_table(title, "dtype", "mode", "candidate", *peers)
+    rows: list[tuple[str | Text, ...]] = []
     for cell in cells:
         for one in cell.measured(ours=True):
             ratios = [_ratio(cell.times_as_fast(one.name, peer)) if cell.has(peer) else "" for peer in peers]
-            table.add_row(short_name(cell.problem.dtype), cell.mode, _label(one), *ratios)
-        table.add_section()
-    console().print(table)
+            rows.append((short_name(cell.problem.dtype), cell.mode, _label(one), *ratios))
+        rows.append(())
+    print_table(title, ["dtype", "mode", "candidate", *peers], rows)
 
 
 def _in_words(one: Result) -> str:

@@ -1,35 +1,155 @@
 """How the command line shows what the library returns: tables and lines on standard output."""
 
+import csv
 import json
-from typing import Any
+import os
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from compiled_logprobs.check.report import MEANING, CheckReport
 from compiled_logprobs.choose.verify import Verification
-from compiled_logprobs.decision import PLAIN, Decision, short
+from compiled_logprobs.cli.calls import mode_of, options_of
+from compiled_logprobs.decision import PLAIN, Decision, Speedup, short
 from compiled_logprobs.machine.environment import Environment
-from compiled_logprobs.problem import Problem, mode_name, short_name
+from compiled_logprobs.problem import Problem, problem_to_dict, short_name
 from compiled_logprobs.store.transfer import Imported
 
-WIDTH_ELSEWHERE = 180
+GAP = "  "
+ENDS = ("low", "median", "high")
+NARROW = 24
+"""What a column that folds takes at least."""
+
+
+class Column(NamedTuple):
+    """Of a table."""
+
+    name: str
+    drop: int = 0
+    """Where the terminal is too narrow, whole columns go, that of the largest number first; 0 always stays."""
+    right: bool = False
+    """Whether it holds numbers, which end below one another."""
+    folds: bool = False
+    """Whether a cell may go on in the next line: for sentences, in the last column."""
+
+
+SHAPE = (Column("rows", right=True), Column("vocab", right=True), Column("dtype"), Column("mode"), Column("options"))
+
+
+def print_table(title: str, columns: Sequence[Column | str], rows: Iterable[Sequence[str | Text]]) -> None:
+    """Aligned text without boxes, the same in a terminal and in a pipe. No number and no name is ever cut.
+
+    Where the terminal is too narrow, whole columns go, and a last line names them. A column without content is not
+    shown. A row without cells is an empty line.
+    """
+    wanted = [Column(column) if isinstance(column, str) else column for column in columns]
+    table = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    shown = [index for index in range(len(wanted)) if any(row and row[index] for row in table)]
+    table.insert(0, [Text(column.name, "bold") for column in wanted])
+    sizes = [max(row[index].cell_len for row in table if row) for index in range(len(wanted))]
+    least = [min(size, NARROW) if column.folds else size for size, column in zip(sizes, wanted, strict=True)]
+    room, dropped = _width(), []
+    while sum(least[index] + len(GAP) for index in shown) > room + len(GAP) and any(wanted[i].drop for i in shown):
+        dropped.append(max(shown, key=lambda index: wanted[index].drop))
+        shown.remove(dropped[-1])
+    lines = [Text(f"\n{title}", "bold")]
+    for row in table:
+        line = Text()
+        for index in shown if row else ():
+            line.append(GAP if line else "")
+            padding = Text(" " * (sizes[index] - row[index].cell_len))
+            if wanted[index].folds:
+                under, size = " " * line.cell_len, max(NARROW, room - line.cell_len)
+                pieces = textwrap.wrap(row[index].plain, size, break_long_words=False, break_on_hyphens=False)
+                line.append(f"\n{under}".join(pieces), row[index].style)
+            else:
+                line.append(padding + row[index] if wanted[index].right else row[index] + padding)
+        line.rstrip()
+        lines.append(line)
+    if dropped:
+        names = ", ".join(wanted[index].name for index in sorted(dropped))
+        lines.append(Text(_folded(f"A wider terminal also shows: {names}."), "dim"))
+    print_line(Text("\n").join(lines))
+
+
+def print_csv(decisions: Iterable[tuple[str, Decision, str]]) -> None:
+    """A line for each decision, with its environment and where it comes from; speed-ups with their intervals."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    speedups = [f"{name}_{end}" for name in ("speedup_over_plain", "speedup") for end in ENDS]
+    fields = ("seconds", "extra_bytes", "extra_multiple", "percent_of_bandwidth", "checks_passed", "worst_error")
+    writer.writerow(
+        [
+            "environment",
+            "from",
+            *Problem._fields,
+            "chosen",
+            "baseline",
+            *speedups,
+            *fields,
+            "rounds",
+            "code",
+            "measured_at",
+        ]
+    )
+    for environment, decision, source in decisions:
+        winner = decision.winner
+        writer.writerow(
+            [environment, source, *problem_to_dict(decision.problem).values(), decision.chosen, decision.baseline]
+            + [getattr(over, end, None) for over in (winner.speedup_over_plain, winner.speedup) for end in ENDS]
+            + [getattr(winner, field) for field in fields]
+            + [decision.rounds, decision.code, decision.measured_at]
+        )
+
+
+def print_line(text: str | Text) -> None:
+    """Without markup, since messages hold brackets. A string is folded where the terminal ends, between words."""
+    if isinstance(text, str):
+        text = Text("\n".join(map(_folded, text.split("\n"))))
+    console = Console(color_system=None if os.environ.get("NO_COLOR") else "auto")  # of rich's it keeps bold
+    console.print(text, soft_wrap=True)
+
+
+def _folded(line: str) -> str:
+    under = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.fill(line, _width(), subsequent_indent=under, break_long_words=False, break_on_hyphens=False)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result, indent=2, allow_nan=False))
+
+
+def _width() -> int:
+    """Of the terminal, or as the variable COLUMNS says; unlimited elsewhere, where a row has to be one line."""
+    usual = Console()
+    return usual.width if usual.is_terminal or os.environ.get("COLUMNS") else sys.maxsize
 
 
 def print_report(report: CheckReport) -> None:
     """A table for each problem that was checked, and a last line with the verdict."""
     for result in report.results:
         details = result.problem.details()
-        table = new_table(
+        print_table(
             f"{report.subject}: {result.problem}{f' ({details})' if details else ''}",
-            *("check", "verdict", "worst", "limit", "what it demands"),
+            [
+                "check",
+                "verdict",
+                Column("worst", right=True),
+                Column("limit", right=True),
+                Column("what it demands", 1),
+            ],
+            [
+                (
+                    check.name,
+                    Text("passed", "green") if check.passed else Text("wrong", "bold red"),
+                    *(_figure(check.figure), _figure(check.limit), MEANING[check.name]),
+                )
+                for check in result.checks
+            ],
         )
-        for check in result.checks:
-            verdict = Text("passed", "green") if check.passed else Text("wrong", "bold red")
-            table.add_row(check.name, verdict, _figure(check.figure), _figure(check.limit), MEANING[check.name])
-        console().print(table)
     print_line(f"Seed {report.seed}")
     for result in report.results:
         for check in result.checks:
@@ -44,40 +164,54 @@ def print_report(report: CheckReport) -> None:
 
 def print_environment(environment: Environment) -> None:
     """Its facts, and which of them have to be the same elsewhere for measurements to count there."""
-    table = new_table(f"{environment.device_type}, environment {environment.fingerprint()}", "fact", "found", "matched")
     matched = environment.matched()
-    for name, value in environment.to_dict().items():
-        if name != "fingerprint" and value is not None:
-            shown = f"{value / 2**30:.1f} GiB" if name == "memory_bytes" else str(value)
-            table.add_row(name.removesuffix("_bytes").replace("_", " "), Text(shown), "yes" if name in matched else "")
-    console().print(table)
-
-
-def print_decisions(title: str, decisions: list[tuple[Decision, str]]) -> None:
-    """A row for each decision, with a last cell for where it comes from unless all of these are empty."""
-    with_source = any(source for _, source in decisions)
-    table = new_table(
-        title,
-        *("rows", "vocabulary", "dtype", "mode", "winner", f"over {PLAIN}", "over eager", "a call"),
-        *("extra memory", "sign check", "bandwidth", *(["from"] if with_source else [])),
-    )
-    for column in (0, 1, 7, 10):
-        table.columns[column].justify = "right"
-    for decision, source in decisions:
-        problem, winner = decision.problem, decision.winner
-        table.add_row(
-            *_cells(problem),
-            Text(decision.chosen),
-            str(winner.speedup_over_plain or "not timed"),
-            _speedup(decision, interval=False),
-            "" if winner.seconds is None else f"{winner.seconds * 1e3:.3g} ms",
-            _memory(winner.extra_bytes, winner.extra_multiple),
-            f"{winner.checks_passed} of {len(winner.checks)}",
-            "" if winner.percent_of_bandwidth is None else f"{winner.percent_of_bandwidth:.0f} %",
-            *([Text(source)] if with_source else []),
+    rows = [
+        (
+            name.removesuffix("_bytes").replace("_", " "),
+            "yes" if name in matched else "",
+            f"{value / 2**30:.1f} GiB" if name == "memory_bytes" else str(value),
         )
-    console().print(table)
-    print_line(f"Speed-ups are over {PLAIN} and gather, which people use today, and over eager, both timed beside it.")
+        for name, value in environment.to_dict().items()
+        if name != "fingerprint" and value is not None
+    ]
+    print_table(
+        f"{environment.device_type}, environment {environment.fingerprint()}",
+        ["fact", "matched", Column("found", folds=True)],
+        rows,
+    )
+
+
+def print_decisions(title: str, decisions: Sequence[tuple[Decision, str]]) -> None:
+    """A row for each decision, with a last cell for where it comes from."""
+    print_table(
+        title,
+        [
+            *(
+                *SHAPE,
+                "winner",
+                Column("speed-up", right=True),
+                Column("interval", 1),
+                Column("over eager", 2, right=True),
+            ),
+            *(Column("a call", 4, right=True), Column("sign check", 3), Column("extra memory", 6, right=True)),
+            *(Column("bandwidth", 7, right=True), Column("from", 5)),
+        ],
+        [
+            (
+                *_shape(decision.problem),
+                decision.chosen,
+                *_times(decision.winner.speedup_over_plain),
+                _speedup(decision, interval=False),
+                "" if decision.winner.seconds is None else f"{decision.winner.seconds * 1e3:.3g} ms",
+                f"{decision.winner.checks_passed} of {len(decision.winner.checks)}",
+                _memory(decision.winner.extra_bytes, decision.winner.extra_multiple),
+                "" if (share := decision.winner.percent_of_bandwidth) is None else f"{share:.0f} %",
+                source,
+            )
+            for decision, source in decisions
+        ],
+    )
+    print_line(f"Speed-ups are over {PLAIN} and gather; all were timed side by side.")
     lost = [
         (name, candidate, decision.problem)
         for decision, _ in decisions
@@ -97,20 +231,23 @@ def print_imported(imported: list[Imported]) -> None:
         print_line(printable(f"{item.fate}: {what:.200}: {item.why:.400}"))
 
 
-def print_verifications(title: str, verifications: list[Verification]) -> None:
+def print_verifications(title: str, verifications: Sequence[Verification]) -> None:
     """A row for each decision, and a line for each that does not hold."""
-    table = new_table(title, "rows", "vocabulary", "dtype", "mode", "winner", "then", "now", "decision", "from")
-    for verification in verifications:
-        decision = verification.decision
-        table.add_row(
-            *_cells(decision.problem),
-            Text(printable(decision.chosen)),
-            _speedup(decision),
-            "" if verification.speedup is None else str(verification.speedup),
-            Text(verification.outcome, "bold red" if verification.is_failure else ""),
-            Text(verification.source),
-        )
-    console().print(table)
+    print_table(
+        title,
+        [*SHAPE, "winner", Column("then", 2), Column("now", 1), "decision", Column("from", 3)],
+        [
+            (
+                *_shape(verification.decision.problem),
+                printable(verification.decision.chosen),
+                _speedup(verification.decision),
+                "" if verification.speedup is None else str(verification.speedup),
+                Text(verification.outcome, "bold red" if verification.is_failure else ""),
+                verification.source,
+            )
+            for verification in verifications
+        ],
+    )
     for verification in verifications:
         if verification.outcome != "holds":
             print_line(f"{verification.outcome}: {verified_in_words(verification)}")
@@ -121,27 +258,16 @@ def verified_in_words(verification: Verification) -> str:
     return printable(f"{short(verification.decision.problem)}: {verification.decision.chosen}: {verification.why}")
 
 
-def print_line(text: str) -> None:
-    """Unwrapped, so that programs can find it, and without markup, since messages hold brackets."""
-    console().print(Text(text), soft_wrap=True)
+def _shape(problem: Problem) -> tuple[str, ...]:
+    """The cells below `SHAPE`."""
+    return str(problem.rows), str(problem.vocab), short_name(problem.dtype), mode_of(problem), options_of(problem)
 
 
-def print_json(result: dict[str, Any]) -> None:
-    print(json.dumps(result, indent=2, allow_nan=False))
-
-
-def console() -> Console:
-    """As wide as the terminal; where there is none, so wide that tables keep one line a row."""
-    usual = Console()
-    return usual if usual.is_terminal else Console(width=WIDTH_ELSEWHERE)
-
-
-def new_table(title: str, *columns: str) -> Table:
-    return Table(*columns, title=Text(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-
-
-def _cells(problem: Problem) -> tuple[str, ...]:
-    return str(problem.rows), str(problem.vocab), short_name(problem.dtype), mode_name(problem)
+def _times(speedup: Speedup | None) -> tuple[str, str]:
+    """A speed-up, and its interval."""
+    if speedup is None:
+        return "not timed", ""
+    return f"{speedup.median:.2f}x", "" if speedup.low is None else f"{speedup.low:.2f} to {speedup.high:.2f}"
 
 
 def _speedup(decision: Decision, *, interval: bool = True) -> str:

@@ -4,12 +4,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.text import Text
 
 from compiled_logprobs.backends import backends, why_not
 from compiled_logprobs.choose.explain import explain_problem
 from compiled_logprobs.cli.options import AsJson, Folder, Where, device_of, reported_errors
-from compiled_logprobs.cli.output import console, new_table, print_decisions, print_environment, print_json, print_line
+from compiled_logprobs.cli.output import Column, print_decisions, print_environment, print_json, print_line, print_table
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.machine.environment import cpp_compiler_version, environments, without_paths
 from compiled_logprobs.policy import policy
@@ -116,7 +115,5 @@ def doctor(as_json: AsJson = False) -> None:
     for environment in here:
         print_environment(environment)
     print_line(f"C++ compiler, for torch.compile on the CPU: {compiler or 'none found'}")
-    table = new_table("Backends", "backend", "problem", "can run")
-    for name, problem, reason in answers:
-        table.add_row(name, Text(str(problem)), "yes" if reason is None else Text(f"no: {reason}"))
-    console().print(table)
+    rows = [(name, str(problem), "yes" if reason is None else f"no: {reason}") for name, problem, reason in answers]
+    print_table("Backends", ["backend", "problem", Column("can run", folds=True)], rows)

@@ -1,0 +1,65 @@
+"""Problems in the words of people: the calls in their code, and the values of the options."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+
+from compiled_logprobs.problem import Problem, short_name
+
+LOGITS = {"flat": "logits", "rows": "logits[..., :V]", "slice": "logits[:, :-1]"}
+TEMPERATURES = {"none": "", "number": "temperature=0.7", "per_token": "temperature=one_a_token"}
+GRADIENTS = {(False,): "", (True,): ", with gradient", (False, True): ", with and without gradient"}
+
+
+def calls_of(problems: Iterable[Problem]) -> list[str]:
+    """Lines that say which calls `problems` stand for, those of the same sizes together."""
+    measured: dict[str, dict[bool, set[tuple[int, str, int]]]] = defaultdict(lambda: defaultdict(set))
+    for problem in problems:
+        size = problem.vocab, short_name(problem.dtype), problem.rows
+        measured[call_of(problem)][problem.needs_grad].add(size)
+    groups: dict[str, list[str]] = defaultdict(list)
+    for call, by_gradient in measured.items():
+        same = len(set(map(frozenset, by_gradient.values()))) == 1
+        for gradients in [tuple(sorted(by_gradient))] if same else [(False,), (True,)]:
+            vocabs, dtypes, rows = map(_listed, zip(*by_gradient[gradients[0]], strict=True))
+            groups[f"Decided for V of {vocabs}, {dtypes}, N near {rows}{GRADIENTS[gradients]}:"].append(f"  {call}")
+    return [line for heading, calls in groups.items() for line in (heading, *calls)]
+
+
+def call_of(problem: Problem) -> str:
+    """A call that poses `problem`, but for its sizes and whether the logits require a gradient."""
+    options = [
+        TEMPERATURES[problem.temperature],
+        "return_entropy=True" if problem.entropy else "",
+        "masked_logits=True" if problem.masked_logits else "",
+        "inplace_backward=True" if problem.inplace_backward else "",
+        "" if problem.out_dtype == torch.float32 else "out_dtype=None",
+    ]
+    labels = "labels" if problem.labels_per_row == 1 else f"labels[..., :{problem.labels_per_row}]"
+    arguments = [LOGITS[problem.layout], labels, *(option for option in options if option)]
+    return f"log_probs_from_logits({', '.join(arguments)})"
+
+
+def mode_of(problem: Problem) -> str:
+    """Which of `MODES` it is."""
+    return "inplace" if problem.inplace_backward else "backward" if problem.needs_grad else "forward"
+
+
+def options_of(problem: Problem) -> str:
+    """All else that sets it apart from a plain call, in few words."""
+    words = [
+        "" if problem.layout == "flat" else problem.layout,
+        {"none": "", "number": "temperature", "per_token": "temperature a token"}[problem.temperature],
+        "entropy" if problem.entropy else "",
+        "" if problem.labels_per_row == 1 else f"{problem.labels_per_row} labels",
+        "masked" if problem.masked_logits else "",
+        "unaligned" if problem.layout != "flat" and not problem.aligned else "",
+        "" if problem.out_dtype == torch.float32 else f"result {short_name(problem.out_dtype)}",
+    ]
+    return ", ".join(word for word in words if word)
+
+
+def _listed(values: Iterable[int | str]) -> str:
+    *others, last = map(str, sorted(set(values)))
+    return f"{', '.join(others)} and {last}" if others else last
