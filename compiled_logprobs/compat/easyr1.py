@@ -9,7 +9,9 @@ positive: before June 2025 EasyR1 without flash-attn returned the loss.
 
 from torch import Tensor
 
-from compiled_logprobs.compat import conventions
+from compiled_logprobs.compat import conventions, missing
+
+missing.advise(globals())
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_logprobs.compat import conventions
+from compiled_logprobs.compat import conventions, missing
+
+missing.advise(globals())
 
 
 def get_next_token_logprobs_from_logits(

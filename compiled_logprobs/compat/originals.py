@@ -31,7 +31,7 @@ FRAMEWORKS = {
         {
             "verl.utils.torch_functional": "logprobs_from_logits logprobs_from_logits_v2 logprobs_from_logits_naive "
             "entropy_from_logits entropy_from_logits_with_chunking calculate_sum_pi_squared_from_logits "
-            "log_probs_from_logits_response"
+            "log_probs_from_logits_response log_probs_from_logits_response_rmpad log_probs_from_logits_all_rmpad"
         },
         older_arguments={"logprobs_from_logits": "(logits, labels)"},
     ),

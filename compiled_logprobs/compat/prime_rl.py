@@ -8,7 +8,9 @@ this library's `log_probs_from_logits(..., temperature=temperatures)` divides in
 
 from torch import Tensor
 
-from compiled_logprobs.compat import conventions
+from compiled_logprobs.compat import conventions, missing
+
+missing.advise(globals())
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from compiled_logprobs.compat import conventions
+from compiled_logprobs.compat import conventions, missing
 from compiled_logprobs.errors import InputError
 
 OpType = Literal["torch", "flash_attn", "liger_kernel"]
+
+missing.advise(globals())
 
 
 def compute_logprobs_from_logits(logits: Tensor, target: Tensor, op_type: OpType = "torch") -> Tensor:

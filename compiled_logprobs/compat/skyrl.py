@@ -9,8 +9,10 @@ Not kept: if something else needs the logits after an in-place gradient, autogra
 
 from torch import Tensor
 
-from compiled_logprobs.compat import conventions
+from compiled_logprobs.compat import conventions, missing
 from compiled_logprobs.errors import InputError
+
+missing.advise(globals())
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:

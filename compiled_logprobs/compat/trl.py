@@ -12,7 +12,9 @@ gradient 0 even where its logits are NaN. An empty batch gives an empty result, 
 import torch
 from torch import Tensor
 
-from compiled_logprobs.compat import conventions
+from compiled_logprobs.compat import conventions, missing
+
+missing.advise(globals())
 
 
 def selective_log_softmax(

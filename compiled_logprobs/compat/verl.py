@@ -11,7 +11,9 @@ does not tell autograd that it wrote. VERL_DISABLE_FLASH_ATTN_CE is not read: `c
 import torch
 from torch import Tensor
 
-from compiled_logprobs.compat import conventions
+from compiled_logprobs.compat import conventions, missing
+
+missing.advise(globals())
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
@@ -74,3 +76,30 @@ def log_probs_from_logits_response(input_ids: Tensor, logits: Tensor, response_l
     return logprobs_from_logits(
         logits[:, -response_length - 1 : -1], input_ids[:, -response_length:], inplace_backward=False
     )
+
+
+def log_probs_from_logits_response_rmpad(
+    input_ids: Tensor, attention_mask: Tensor, logits_rmpad: Tensor, response_length: int
+) -> Tensor:
+    """As `log_probs_from_logits_response`, from the logits of the tokens that are no padding; 0 at padding.
+
+    The last token of a sequence counts as followed by the first of the next, as in the original: mask that position.
+
+    Args:
+        input_ids, attention_mask: [B, S]; T tokens have a mask other than 0.
+        logits_rmpad: [T, V]. Not modified; the original with flash-attn overwrites them.
+    """
+    indices = attention_mask.flatten().nonzero().squeeze(-1)
+    tokens = input_ids.flatten()[indices]
+    return log_probs_from_logits_all_rmpad(
+        tokens.unsqueeze(0), logits_rmpad, indices, *input_ids.shape, response_length
+    )
+
+
+def log_probs_from_logits_all_rmpad(
+    input_ids_rmpad: Tensor, logits_rmpad: Tensor, indices: Tensor, batch_size: int, seqlen: int, response_length: int
+) -> Tensor:
+    """As `log_probs_from_logits_response_rmpad`, from T tokens [1, T] and their `indices` [T] in [B * S]."""
+    log_probs = logprobs_from_logits(logits_rmpad, input_ids_rmpad.squeeze(0).roll(-1), inplace_backward=False)
+    padded = log_probs.new_zeros(batch_size * seqlen).index_put((indices,), log_probs)
+    return padded.view(batch_size, seqlen)[:, -response_length - 1 : -1]

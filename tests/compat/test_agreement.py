@@ -67,6 +67,12 @@ class Draw:
     def mask(self, shape: Sequence[int]) -> Tensor | None:
         return self.pick(None, self.random(torch.rand, *shape) < 0.5)
 
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Two rows of 5 tokens, and a mask that has as many as there are logits."""
+        mask = torch.zeros(10, dtype=torch.int64)
+        mask[torch.randperm(10, generator=self.torch_rng)[: self.rows[0]]] = 1
+        return torch.randint(self.vocab, (2, 5), generator=self.torch_rng), mask.view(2, 5)
+
     def sampling(self) -> SimpleNamespace:
         top_k = self.pick(None, -1, 1, min(3, self.vocab))
         return SimpleNamespace(top_k=top_k, top_p=self.pick(1.0, 0.9, 0.4, 0.0))
@@ -94,6 +100,11 @@ def find_ours(name: str) -> Callable[..., Any]:
     return reduce(getattr, names, import_module(f"compiled_logprobs.compat.{module}"))
 
 
+def call_without_padding(f: Callable[..., Tensor], x: Tensor, d: Draw) -> Tensor:
+    tokens, mask = d.padded()
+    return f(tokens[mask > 0].unsqueeze(0), x, mask.flatten().nonzero().squeeze(-1), 2, 5, 3)
+
+
 PAIRS = [
     Pair("easyr1.log_probs_from_logits", lambda f, x, d: f(x, d.labels(-100).flatten())),
     Pair("verl.logprobs_from_logits", lambda f, x, d: f(x, d.labels(-100).flatten(), inplace_backward=d.flag())),
@@ -103,6 +114,8 @@ PAIRS = [
     Pair("verl.entropy_from_logits", lambda f, x, d: f(x)),
     Pair("verl.entropy_from_logits_with_chunking", lambda f, x, d: f(x, chunk_size=2), 1),
     Pair("verl.log_probs_from_logits_response", lambda f, x, d: f(d.labels(), x, d.pick(*range(1, d.rows[1]))), 2),
+    Pair("verl.log_probs_from_logits_response_rmpad", lambda f, x, d: f(*d.padded(), x, 3), 1),
+    Pair("verl.log_probs_from_logits_all_rmpad", call_without_padding, 1),
     Pair("verl.calculate_sum_pi_squared_from_logits", lambda f, x, d: f(x)),
     Pair("skyrl.chunked_entropy_from_logits", lambda f, x, d: f(x, d.flag(), d.mask(d.rows), 2), 2),
     Pair("skyrl.logprobs_from_logits", lambda f, x, d: f(x, d.labels(-100).flatten(), inplace_backward=d.flag())),

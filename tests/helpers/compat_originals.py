@@ -47,6 +47,21 @@ def verl_response(input_ids, logits, response_length):
     return log_probs_or_zero(up(logits[:, start - 1 : -1]), input_ids[:, start:])
 
 
+def verl_response_rmpad(input_ids, attention_mask, logits_rmpad, response_length):
+    """Row by row, without flash-attn's pad_input, by whose zeros the result is padded."""
+    counts = attention_mask.bool()
+    log_probs = log_probs_or_zero(up(logits_rmpad), input_ids[counts].roll(-1))
+    rows = torch.zeros_like(input_ids, dtype=log_probs.dtype).masked_scatter(counts, log_probs)
+    return rows[:, -response_length - 1 : -1]
+
+
+def verl_all_rmpad(input_ids_rmpad, logits_rmpad, indices, batch_size, seqlen, response_length):
+    mask, tokens = torch.zeros(2, batch_size * seqlen, dtype=torch.int64)
+    mask[indices], tokens[indices] = 1, input_ids_rmpad[0]
+    rows = (batch_size, seqlen)
+    return verl_response_rmpad(tokens.view(rows), mask.view(rows), logits_rmpad, response_length)
+
+
 def skyrl_entropy(logits, requires_grad=False, attention_mask=None, chunk_size=1024):
     entropy = entropy_by_log_softmax(logits if requires_grad else logits.detach())
     return entropy if attention_mask is None else (entropy * attention_mask).to(logits.dtype)
@@ -172,6 +187,8 @@ ORIGINALS = {
         torch.logsumexp(2 * logits, -1) - 2 * torch.logsumexp(logits, -1)
     ),
     "verl.log_probs_from_logits_response": verl_response,
+    "verl.log_probs_from_logits_response_rmpad": verl_response_rmpad,
+    "verl.log_probs_from_logits_all_rmpad": verl_all_rmpad,
     "skyrl.logprobs_from_logits": lambda logits, labels, inplace_backward=True: log_probs_or_zero(up(logits), labels),
     "skyrl.chunked_entropy_from_logits": skyrl_entropy,
     "trl.selective_log_softmax": trl_log_probs,
