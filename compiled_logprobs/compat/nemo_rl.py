@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.compat import conventions, missing
+from compiled_logprobs.errors import InputError
 
 missing.advise(globals())
 
@@ -139,6 +140,11 @@ def _keep_mask(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor
     if not top_k and top_p == 1.0:
         return None
     vocab = logits.shape[-1]
+    if top_k > vocab:
+        raise InputError(
+            f"got top_k={top_k} for logits with {vocab} columns; 1 to {vocab} are valid, and None or -1 for all. "
+            "Pass the whole vocabulary, or a smaller top_k."
+        )
     keep = torch.empty(logits.shape, dtype=torch.bool, device=logits.device)
     rows = max(1, 2**22 // vocab)  # so many logits are sorted at once
     chunks = (torch.split(matrix, rows) for matrix in (logits.reshape(-1, vocab), keep.view(-1, vocab)))

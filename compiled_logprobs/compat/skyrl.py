@@ -33,7 +33,7 @@ def chunked_entropy_from_logits(
     """
     if attention_mask is not None and attention_mask.shape != logits.shape[:-1]:
         raise InputError(
-            f"got an attention_mask of shape {list(attention_mask.shape)} for logits of shape {list(logits.shape)}; "
+            f"attention_mask shape {list(attention_mask.shape)} does not match logits shape {list(logits.shape)}; "
             f"{list(logits.shape[:-1])} is valid. Slice one of them so that they agree."
         )
     logits = logits if requires_grad else logits.detach()

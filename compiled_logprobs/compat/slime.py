@@ -3,14 +3,15 @@
 Kept: log-probabilities [T, 1] beside entropies [T], both float32; for T = 0 both are [0], in the dtype of the logits.
 The entropy is that of all logits, whatever `log_prob_keep_mask` leaves out. The mask cannot leave out the label itself.
 
-Not kept: a `tp_group` of None means one rank, where the original takes all ranks of an initialised torch.distributed. A
-token of -100 is an error. The graph can be kept for a second backward, and no float32 softmax of all logits is stored.
+Not kept: logits that are split over ranks are refused; a `tp_group` of None means all ranks of torch.distributed, as in
+the original. A token of -100 is an error. The graph can be kept for a second backward, and no float32 softmax of all
+logits is stored.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from compiled_logprobs.arguments import check_labels, check_logits
 from compiled_logprobs.compat import conventions
@@ -31,13 +32,17 @@ def calculate_log_probs_and_entropy(
     Args:
         logits: [T, V], already divided by the temperature. Not modified.
         tokens: [T].
-        tp_group: None or a process group of one rank, else InputError.
+        tp_group: a process group of one rank, or None where torch.distributed has no more, else InputError.
         with_entropy: whether to return the entropy.
         chunk_size: changes nothing.
         log_prob_keep_mask: [T, V] bool, what each token was sampled from (top-p); costs a copy of the logits.
         with_entropy_grad: whether the entropy carries a gradient.
     """
-    conventions.require_one_rank(tp_group=tp_group)
+    if tp_group is not None:
+        conventions.require_one_rank(tp_group=tp_group)
+    elif distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        what = f"a tp_group of None, which stands for all {distributed.get_world_size()} ranks"
+        raise conventions.split_error(what, "a group of one rank is valid")
     entropy = None
     if log_prob_keep_mask is not None:
         check_logits(logits)

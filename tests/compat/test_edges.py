@@ -134,7 +134,7 @@ def test_where_the_original_gathers_minus_100_is_an_error(function):
 
 
 def test_errors_of_the_originals_stay_value_errors():
-    with pytest.raises(ValueError, match="attention_mask of shape"):
+    with pytest.raises(ValueError, match=r"attention_mask shape \[3, 2\] does not match logits shape \[2, 3, 5\]"):
         skyrl.chunked_entropy_from_logits(X, attention_mask=torch.ones(3, 2))
     with pytest.raises(ValueError, match="Do not shift"):
         torchtune.get_batch_log_probs(X, LABELS[:, 1:])
@@ -166,10 +166,19 @@ GROUPED = {
 
 @pytest.mark.parametrize("call", GROUPED.values(), ids=GROUPED)
 def test_more_than_one_rank_is_refused_and_one_is_served(call, world):
-    call(None)
     call(distributed.new_group([0]))
     with pytest.raises(InputError, match=r"of 2 ranks; None or a group of one rank is valid.*unpatch"):
         call(world)
+
+
+def test_none_is_one_rank_but_all_ranks_for_slime(request):
+    calls = [call for name, call in GROUPED.items() if name != "slime"]
+    GROUPED["slime"](None)
+    request.getfixturevalue("world")
+    for call in calls:
+        call(None)
+    with pytest.raises(InputError, match="a tp_group of None, which stands for all 2 ranks; a group of one rank is"):
+        GROUPED["slime"](None)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +187,12 @@ def test_more_than_one_rank_is_refused_and_one_is_served(call, world):
 def test_a_part_of_the_vocabulary_is_refused(function):
     with pytest.raises(InputError, match="from 5 to 10 for logits with 5 columns; 0 to 5 is valid"):
         function(X, LABELS, 5, 10, None)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_nemo_rl_refuses_more_than_all_tokens(top_p):
+    with pytest.raises(InputError, match="top_k=6 for logits with 5 columns; 1 to 5 are valid"):
+        nemo_rl.get_next_token_logprobs_from_logits(LABELS, X, sampling_params=SimpleNamespace(top_k=6, top_p=top_p))
 
 
 def test_roll_asks_megatron_for_its_ranks(monkeypatch, world):
