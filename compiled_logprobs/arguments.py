@@ -21,6 +21,9 @@ from compiled_logprobs.problem import (
     short_name,
 )
 
+NO_LABEL = -(2**63)
+"""An `ignore_index` that no label has, for functions that ignore none."""
+
 _FLOAT32 = torch.finfo(torch.float32)
 
 
@@ -89,10 +92,15 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
         vocab = logits.shape[-1]
         bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
         if bad.any():
+            got, valid = _first("labels", labels, bad), f"0 to {vocab - 1} (the vocabulary has {vocab})"
+            if ignore_index == NO_LABEL:
+                raise InputError(
+                    f"got {got}; {valid} are valid. Correct it, or put any token where a position does not count, and "
+                    "mask the result."
+                )
             raise InputError(
-                f"got {_first('labels', labels, bad)}; 0 to {vocab - 1} (the vocabulary has {vocab}) and "
-                f"ignore_index={ignore_index} are valid. Correct it, or mark positions that do not count with "
-                "ignore_index."
+                f"got {got}; {valid} and ignore_index={ignore_index} are valid. Correct it, or mark positions that do "
+                "not count with ignore_index."
             )
 
 

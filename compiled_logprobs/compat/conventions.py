@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs import LogProbs, entropy_from_logits, log_probs_from_logits
-from compiled_logprobs.arguments import check_not_leaf
+from compiled_logprobs.arguments import NO_LABEL, check_not_leaf
 from compiled_logprobs.errors import InputError
-
-NO_LABEL = -(2**63)
-"""An `ignore_index` that no label has."""
 
 
 def log_probs(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
@@ -33,7 +30,7 @@ def overwriting_log_probs(logits: Tensor, labels: Tensor, inplace_backward: bool
     """Stand for originals that call flash-attn: labels of any shape, the gradient over the logits where it can be."""
     return log_probs(
         logits,
-        labels.reshape(logits.shape[:-1]),
+        as_rows(labels, logits),
         inplace_backward=inplace_backward and _may_overwrite(logits),
         out_dtype=at_least_float32(logits),
     )
@@ -41,6 +38,12 @@ def overwriting_log_probs(logits: Tensor, labels: Tensor, inplace_backward: bool
 
 entropy = entropy_from_logits
 """By a name that no original has."""
+
+
+def as_rows(labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels of any shape in that of the rows, as flash-attn takes them. Too many or too few are refused later."""
+    rows = logits.shape[:-1]
+    return labels.reshape(rows) if isinstance(labels, Tensor) and labels.numel() == rows.numel() else labels
 
 
 def at_least_float32(logits: Tensor) -> torch.dtype:

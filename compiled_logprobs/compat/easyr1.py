@@ -16,4 +16,4 @@ missing.advise(globals())
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of each label, [...] float32; `logits` [..., V], divided by the temperature, are not modified."""
-    return conventions.log_probs(logits, labels.reshape(logits.shape[:-1]))
+    return conventions.log_probs(logits, conventions.as_rows(labels, logits))

@@ -95,7 +95,7 @@ def unpatch(framework: str) -> list[str]:
 
 
 def _find(framework: str) -> Framework:
-    if framework not in FRAMEWORKS:
+    if not isinstance(framework, str) or framework not in FRAMEWORKS:
         raise InputError(
             f"got the framework {framework!r}; {', '.join(FRAMEWORKS)} are valid. "
             "For another one call the public functions."

@@ -29,7 +29,7 @@ def compute_logprobs_from_logits(logits: Tensor, target: Tensor, op_type: OpType
     if op_type not in get_args(OpType):
         valid = ", ".join(map(repr, get_args(OpType)))
         raise InputError(f"got op_type={op_type!r}; {valid} are valid. All of them give the same here.")
-    return conventions.log_probs(logits, target.reshape(logits.shape[:-1]))
+    return conventions.log_probs(logits, conventions.as_rows(target, logits))
 
 
 def compute_entropy_from_logits(logits: Tensor, dim: int = -1) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from compiled_logprobs.arguments import check_labels, check_logits
+from compiled_logprobs.arguments import NO_LABEL, check_labels, check_logits
 from compiled_logprobs.compat import conventions
 from compiled_logprobs.errors import InputError
 
@@ -46,7 +46,7 @@ def calculate_log_probs_and_entropy(
     entropy = None
     if log_prob_keep_mask is not None:
         check_logits(logits)
-        check_labels(logits, tokens, conventions.NO_LABEL)
+        check_labels(logits, tokens, NO_LABEL)
         if log_prob_keep_mask.shape != logits.shape or log_prob_keep_mask.dtype != torch.bool:
             raise InputError(
                 f"got a log_prob_keep_mask of shape {list(log_prob_keep_mask.shape)} and {log_prob_keep_mask.dtype} "

@@ -12,7 +12,9 @@ gradient 0 even where its logits are NaN. An empty batch gives an empty result, 
 import torch
 from torch import Tensor
 
+from compiled_logprobs.arguments import NO_LABEL
 from compiled_logprobs.compat import conventions, missing
+from compiled_logprobs.errors import InputError
 
 missing.advise(globals())
 
@@ -62,7 +64,16 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
 
 def _masked(index: Tensor, row_mask: Tensor | None) -> Tensor:
     """The labels, of which those with a `row_mask` of 0 are ignored."""
-    return index if row_mask is None else index.long().masked_fill(row_mask == 0, conventions.NO_LABEL)
+    if row_mask is None:
+        return index
+    if row_mask.ndim > index.ndim or any(
+        m not in (1, n) for m, n in zip(reversed(row_mask.shape), reversed(index.shape), strict=False)
+    ):
+        raise InputError(
+            f"got a row_mask of shape {list(row_mask.shape)} for an index of shape {list(index.shape)}; the same shape "
+            "is valid. Slice one of them so that they agree."
+        )
+    return index.long().masked_fill(row_mask == 0, NO_LABEL)
 
 
 def _result_dtype(logits: Tensor, index: Tensor | None = None, row_mask: Tensor | None = None) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.compat import conventions, missing
+from compiled_logprobs.errors import InputError
 
 missing.advise(globals())
 
@@ -73,6 +74,12 @@ def log_probs_from_logits_response(input_ids: Tensor, logits: Tensor, response_l
         input_ids: [B, S]; the logits one position before predict each token.
         logits: [B, S, V]. Not modified; the original with flash-attn overwrites them where B is 1.
     """
+    length = logits.shape[1]
+    if not 0 < response_length < length:
+        raise InputError(
+            f"got response_length={response_length} for logits of shape {list(logits.shape)}; 1 to {length - 1} are "
+            "valid: nothing predicts the first token. Pass the prompt's last token with its logits as well."
+        )
     return logprobs_from_logits(
         logits[:, -response_length - 1 : -1], input_ids[:, -response_length:], inplace_backward=False
     )
@@ -89,11 +96,15 @@ def log_probs_from_logits_response_rmpad(
         input_ids, attention_mask: [B, S]; T tokens have a mask other than 0.
         logits_rmpad: [T, V]. Not modified; the original with flash-attn overwrites them.
     """
+    if attention_mask.shape != input_ids.shape:
+        raise InputError(
+            f"got an attention_mask of shape {list(attention_mask.shape)} for input_ids of shape "
+            f"{list(input_ids.shape)}; the same shape is valid. Slice one of them so that they agree."
+        )
+    batch_size, seqlen = input_ids.shape
     indices = attention_mask.flatten().nonzero().squeeze(-1)
-    tokens = input_ids.flatten()[indices]
-    return log_probs_from_logits_all_rmpad(
-        tokens.unsqueeze(0), logits_rmpad, indices, *input_ids.shape, response_length
-    )
+    tokens = input_ids.flatten()[indices].unsqueeze(0)
+    return log_probs_from_logits_all_rmpad(tokens, logits_rmpad, indices, batch_size, seqlen, response_length)
 
 
 def log_probs_from_logits_all_rmpad(

@@ -17,6 +17,7 @@ from compiled_logprobs.compat import (
     FRAMEWORKS,
     areal,
     conventions,
+    easyr1,
     nemo_rl,
     prime_rl,
     rlinf,
@@ -129,8 +130,40 @@ def test_trl_returns_float32_where_trl_has_a_kernel(monkeypatch, device, rows, i
     ],
 )
 def test_where_the_original_gathers_minus_100_is_an_error(function):
-    with pytest.raises(InputError, match=r"labels\[1, 2\] = -100"):
+    with pytest.raises(InputError, match=r"labels\[1, 2\] = -100; 0 to 4 .* are valid. Correct it, or put any"):
         function(X, torch.tensor([[0, 1, 2], [3, 4, -100]]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: easyr1.log_probs_from_logits(X[:, :-1], LABELS),
+            r"labels of shape \[2, 3\] for logits of shape \[2, 2, 5\]",
+        ),
+        (
+            lambda: verl.logprobs_from_logits(X, LABELS[:, 1:]),
+            r"labels of shape \[2, 2\] for logits of shape \[2, 3, 5\]",
+        ),
+        (lambda: rlinf.compute_logprobs_from_logits(X, LABELS[:1]), r"labels of shape \[1, 3\] for logits of shape"),
+        (lambda: verl.log_probs_from_logits_response(LABELS, X, 3), "response_length=3 for .*; 1 to 2 are valid"),
+        (
+            lambda: verl.log_probs_from_logits_response_rmpad(LABELS, LABELS[:, 1:], X[0], 1),
+            "attention_mask of shape .*2, 2",
+        ),
+        (
+            lambda: verl.log_probs_from_logits_response_rmpad(LABELS, LABELS, X[0], 1),
+            r"labels of shape \[4\] for logits",
+        ),
+        (
+            lambda: trl.selective_log_softmax(X, LABELS, row_mask=LABELS[:, 1:]),
+            r"row_mask of shape \[2, 2\] for an index",
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
 
 
 def test_errors_of_the_originals_stay_value_errors():
