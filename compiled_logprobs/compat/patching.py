@@ -119,7 +119,9 @@ def _swaps(framework: str, original: Framework) -> Iterator[tuple[Any, Any]]:
         if theirs is None:
             if number > 0:
                 continue
-            remedy = f"Is this {framework}? It may be a newer version of it."
+            namesakes = [name for name, other in FRAMEWORKS.items() if other.package == original.package]
+            others = [f"a newer version of {framework}", *(name for name in namesakes if name != framework)]
+            remedy = f"Is this {framework}? It may be {' or '.join(others)}."
             raise _refusal(version, f"{module} has no {name}", remedy)
         ours = getattr(compat, name)
         arguments, valid = _arguments(theirs), [_arguments(ours)]

@@ -178,6 +178,12 @@ def test_what_does_not_fit_is_named_before_anything_is_replaced(package, source,
     assert len(patch("trl").places) == 1  # the refusal left nothing behind
 
 
+def test_easyr1_is_told_from_verl_whose_name_it_has(package):
+    package("verl.utils.torch_functional", source_of({"log_probs_from_logits": "(logits, labels)"}))
+    with pytest.raises(LogProbsError, match="no logprobs_from_logits.*It may be a newer version of verl or easyr1"):
+        patch("verl")
+
+
 def test_a_framework_that_is_missing_or_unknown_is_named():
     failed = r"ppo_utils failed \(ModuleNotFoundError: No module named 'slime'\).*Is slime installed. See that `import"
     with pytest.raises(LogProbsError, match=failed):
