@@ -3,21 +3,25 @@
 Shapes: N rows, V vocabulary.
 """
 
+import itertools
 import math
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from compiled_logprobs.check.cases import IGNORE_INDEX
-from compiled_logprobs.check.function import Function
+from compiled_logprobs.check.function import CALL, Function
 from compiled_logprobs.check.readings import CLOSE, COARSELY, LOSS, TOLERANCES, imprecision, log_probs_of, read, same
 from compiled_logprobs.errors import nothing_can_serve_after
 from compiled_logprobs.problem import Problem, short_name
 
 ROWS = 12
+TORCH = Path(torch.__file__).parent
 TEMPERATURE = 1.7
 """Its square, its inverse and 1 are far from it and from one another."""
 ALWAYS = {
@@ -60,7 +64,7 @@ def likely_causes(
         causes += _about_ignored(probe, failed)
         failed -= {"stale_result", "grad_mode_bits"} if overwrites else set()  # which are consequences
     except _Raised as raised:
-        if "outside_write" not in failed:  # which is where a write that goes nowhere here has been seen
+        if not causes and "outside_write" not in failed:  # where a write that goes nowhere here has been seen
             causes.append(f"raises for an ordinary input: {raised}")
     causes += [words for name, words in ALWAYS.items() if name in failed]
     return list(dict.fromkeys(causes))
@@ -133,8 +137,7 @@ class _Probe:
         except (Exception, SystemExit) as error:  # whatever a function raises is what is looked into here
             if nothing_can_serve_after(error):
                 raise
-            said = str(error).strip().splitlines()
-            raise _Raised(f"{type(error).__name__}: {said[0] if said else ''}") from error
+            raise _Raised(_in_words(error)) from error
 
     def raises(self, logits: Tensor, labels: Tensor) -> str | None:
         """What it raises for these, if it does."""
@@ -145,13 +148,27 @@ class _Probe:
         return None
 
 
+def _in_words(error: BaseException) -> str:
+    """What was raised and, where that can be told from its traceback, by which line."""
+    said = str(error).strip().splitlines()[:1]
+    frames = itertools.dropwhile(lambda frame: frame.filename != CALL, traceback.extract_tb(error.__traceback__))
+    own = [frame for frame in frames if frame.filename != CALL and not Path(frame.filename).is_relative_to(TORCH)]
+    where = f" (line {own[-1].lineno} of {Path(own[-1].filename).name}: {own[-1].line})" if own else ""
+    return ": ".join([type(error).__name__, *said]) + where
+
+
 def _about_calling(probe: _Probe, failed: frozenset[str], ignore_index: bool) -> Iterator[str]:
     if "runs" not in failed:
         return
     if probe.raises(probe.logits, probe.labels) is not None:
-        swapped = replace(probe, function=probe.function.swapped())
-        if swapped.raises(swapped.logits, swapped.labels) is None:
-            yield f'takes logits and labels the other way round: say --call "{swapped.function.call}"'
+        for what, *arguments in (
+            ("logits and labels the other way round", "labels", "logits"),
+            ("a batch of sequences", "logits[None]", "labels[None]"),
+        ):
+            other = replace(probe, function=probe.function.called_with(*arguments))
+            if other.raises(other.logits, other.labels) is None:
+                yield f'takes {what}: say --call "{other.function.call}"'
+                return
         return
     raised = probe.raises(probe.logits, probe.some_ignored) if ignore_index else None
     if raised is not None:
@@ -169,7 +186,8 @@ def _about_kind(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     got = probe.run()
     first = got.first()
     if first is None:
-        yield f"returns a {type(got.result).__name__}, and no tensor"
+        kind = "None" if got.result is None else f"a {type(got.result).__name__}"
+        yield f"returns {kind}, and no tensor: return the log-probability of each label, [N] in float32"
         return
     if isinstance(got.result, (tuple, list)):
         kinds = [str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in got.result]

@@ -22,6 +22,8 @@ Returns = Literal["log_prob", "loss"]
 OPTIONS = ("temperature", "ignore_index", "return_entropy", "masked_logits", "inplace_backward", "out_dtype")
 """What a call may name beside f, logits and labels."""
 
+CALL = "--call"
+"""Stands for a file in the traceback of what a call raises."""
 _GIVEN = ("f", "logits", "labels")
 _EXAMPLE = "e.g. --call \"f(labels, logits, temp=temperature, reduction='none')\""
 
@@ -39,6 +41,8 @@ class Function:
     def __init__(self, function: Callable[..., Any], call: str | None = None, returns: Returns = "log_prob") -> None:
         if returns not in ("log_prob", "loss"):
             raise InputError(f"got returns={returns!r}; 'log_prob' or 'loss' is valid.")
+        if isinstance(function, type):
+            raise InputError(f"got the class {function.__qualname__}; a function is valid, or an instance that is one.")
         self.name = getattr(function, "__qualname__", type(function).__name__)
         self.returns = returns
         self._function = function
@@ -50,7 +54,7 @@ class Function:
         tree = _parsed(self.call)
         if signature is not None:
             _check_fits(signature, tree, self.call)
-        self._code = compile(tree, "--call", "eval")
+        self._code = compile(tree, CALL, "eval")
         self._options = _names(tree) & set(OPTIONS)
 
     def within(self, problem: Problem) -> Problem:
@@ -96,25 +100,29 @@ class Function:
             return result
         return tuple(map(_without_batch, result)) if isinstance(result, tuple) else _without_batch(result)
 
-    def swapped(self) -> "Function":
-        """The same function, called with logits and labels in each other's place."""
-        return Function(self._function, ast.unparse(_Swap().visit(_parsed(self.call))), self.returns)
+    def called_with(self, logits: str, labels: str) -> "Function":
+        """The same function, called with these expressions in the places of logits and labels."""
+        call = _Instead({"logits": logits, "labels": labels}).visit(_parsed(self.call))
+        return Function(self._function, ast.unparse(call), self.returns)
 
 
 def _without_batch(part: Any) -> Any:
     return part[0] if isinstance(part, Tensor) and part.ndim == 2 and len(part) == 1 else part
 
 
-class _Swap(ast.NodeTransformer):
-    def visit_Name(self, node: ast.Name) -> ast.Name:
-        return ast.Name({"logits": "labels", "labels": "logits"}.get(node.id, node.id), node.ctx)
+class _Instead(ast.NodeTransformer):
+    def __init__(self, expressions: dict[str, str]) -> None:
+        self.expressions = expressions
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.parse(self.expressions.get(node.id, node.id), mode="eval").body
 
 
 def _parsed(call: str) -> ast.Expression:
     """The expression. Raises InputError for any that is not a call of the function with logits and labels."""
     try:
-        tree = ast.parse(call.strip(), "--call", "eval")
-        compile(tree, "--call", "eval")  # refuses more, such as the same keyword twice
+        tree = ast.parse(call.strip(), CALL, "eval")
+        compile(tree, CALL, "eval")  # refuses more, such as the same keyword twice
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         what = f"which is no expression of Python: {error}"
     else:
@@ -146,7 +154,8 @@ def _check_fits(signature: inspect.Signature, tree: ast.Expression, call: str) -
             signature.bind(*node.args, **dict.fromkeys(names))
         except TypeError as error:
             raise InputError(
-                f"got call {call!r} of a function of {signature}: {error}. Say how it is called, {_EXAMPLE}."
+                f"got call {call!r} of a function of {signature}: {error}. Say how it is called, {_EXAMPLE}, or wrap "
+                "it in a function of (logits, labels)."
             ) from error
 
 

@@ -1,5 +1,7 @@
 """The likely cause of what is wrong with anyone's function."""
 
+import re
+
 import pytest
 import torch
 
@@ -44,6 +46,26 @@ def test_a_call_with_logits_and_labels_in_each_others_place_is_said_to_be(call, 
     report = clp.check_backend(batched, PROBLEM, call=call)
     assert report.causes[0] == f'takes logits and labels the other way round: say --call "{swapped}"'
     assert clp.check_backend(batched, PROBLEM, call=swapped).passed
+
+
+def test_a_function_of_batches_is_said_to_be_one():
+    def batched(logits, labels):
+        batch, _, _ = logits.shape
+        return torch.stack([good(logits[i], labels[i]) for i in range(batch)])
+
+    report = clp.check_backend(batched, PROBLEM)
+    assert report.causes == ('takes a batch of sequences: say --call "f(logits[None], labels[None])"',)
+
+
+def test_what_raises_is_named_with_its_line():
+    def asserts(logits, labels):
+        assert logits.shape[-1] == 7
+
+    report = clp.check_backend(asserts, PROBLEM)
+    assert re.fullmatch(
+        r"raises for an ordinary input: AssertionError.* \(line \d+ of test_causes.py: assert logits.shape\[-1\] == 7\)",
+        report.causes[0],
+    )
 
 
 def test_several_things_wrong_at_once_are_all_named():

@@ -380,7 +380,7 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
         ("has no ignored labels, and raises RuntimeError for those of -100", without_ignored),
         ('takes logits and labels the other way round: say --call "f(labels, logits)"', labels_first),
         ("raises for an ordinary input: SystemExit: 0", leaves_the_program),
-        ("raises for an empty batch (ValueError: need at least one row)", needs_a_row),
+        ("raises for an empty batch (ValueError: need at least one row", needs_a_row),
     ],
     # flash-attn's cross_entropy_loss returns (losses, z_losses).
     "result_type": [("returns 2 results", lambda x, y: (good(x, y), None))],
