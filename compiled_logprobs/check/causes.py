@@ -20,6 +20,7 @@ from compiled_logprobs.check.readings import CLOSE, COARSELY, LOSS, TOLERANCES, 
 from compiled_logprobs.errors import nothing_can_serve_after
 from compiled_logprobs.problem import Problem, short_name
 
+NUMBER_A_TOKEN = "a number a token is expected, as torch's losses give with reduction='none'"
 ROWS = 12
 TORCH = Path(torch.__file__).parent
 TEMPERATURE = 1.7
@@ -92,6 +93,11 @@ class _Got(NamedTuple):
         """[N] float64, if there is a number a row."""
         first = self.first()
         return first.detach().double().reshape(-1) if first is not None and first.numel() == len(self.model) else None
+
+    def entropy(self) -> Tensor | None:
+        """What is returned beside the log-probabilities, if it is a number a row."""
+        pair = self.result if isinstance(self.result, tuple) and len(self.result) == 2 else (None, None)
+        return pair[1] if isinstance(pair[1], Tensor) and pair[1].shape == (len(self.model),) else None
 
 
 @dataclass
@@ -199,9 +205,9 @@ def _about_kind(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
         for what, total in (("mean", truth.mean()), ("sum", truth.sum())):
             for of, sign in (("losses", -1), ("log-probabilities", 1)):
                 if same(first.detach().double(), sign * total, COARSELY / 2):
-                    yield f"returns the {what} of the {of} over the batch, where a number a token is expected"
+                    yield f"returns the {what} of the {of} over the batch, where {NUMBER_A_TOKEN}"
                     return
-        yield "returns one number for the whole batch, where a number a token is expected"
+        yield f"returns one number for the whole batch, where {NUMBER_A_TOKEN}"
     elif shape == [ROWS, 1]:
         yield "keeps a trailing dimension of 1: squeeze it"
     elif shape == [ROWS - 1]:
@@ -299,9 +305,9 @@ def _about_entropy(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     if not probe.problem.entropy or not failed & (ENTROPY | {"gradient_flows"}):
         return
     got = probe.run(entropy=True)
-    if not (isinstance(got.result, tuple) and len(got.result) == 2 and isinstance(got.result[1], Tensor)):
+    entropy, x = got.entropy(), got.model.detach().double()
+    if entropy is None:
         return
-    entropy, x = got.result[1], got.model.detach().double()
     if "gradient_flows" in failed and not entropy.requires_grad:
         yield "the entropy is detached from the logits: no gradient flows through it"
     true, untempered = (torch.special.entr((x / s).softmax(-1)).sum(-1) for s in (probe.temperature, 1.0))
@@ -316,17 +322,21 @@ def _about_ignored(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     if "ignored_rows" not in failed:
         return
     rows, ignored = probe.run(labels=probe.some_ignored).rows(), probe.some_ignored == IGNORE_INDEX
+    remedy = "Mask them, or check with --no-ignore-index"
+    if probe.problem.entropy:
+        entropy = probe.run(labels=probe.some_ignored, entropy=True).entropy()
+        if entropy is not None and bool((entropy[ignored] != 0).any()):
+            yield f"does not give an entropy of 0 for labels of {IGNORE_INDEX}. {remedy}"
     if rows is None:
         return
     got, logits = rows[ignored], probe.logits[ignored]
     for words, token in (("token 0", 0), (f"token V - {-IGNORE_INDEX}", probe.problem.vocab + IGNORE_INDEX)):
         expected = log_probs_of(logits, torch.full((len(logits),), token, device=logits.device), probe.temperature)
         if same(got.abs(), expected.abs(), 4 * COARSELY):
-            remedy = "Mask them, or check with --no-ignore-index"
             yield f"does not know ignored labels: {IGNORE_INDEX} counts as {words}. {remedy}"
             return
     if probe.formula_is_right and not bool((got == 0).all()):
-        yield f"does not give 0 for labels of {IGNORE_INDEX}; mask them, or check with --no-ignore-index"
+        yield f"does not give 0 for labels of {IGNORE_INDEX}. {remedy}"
 
 
 def _about_nan(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
@@ -336,7 +346,12 @@ def _about_nan(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     logits[0, 5] = math.nan
     logits[1] = -math.inf
     logits[2, probe.labels[2]] = -math.inf
-    rows = None if probe.raises(logits, probe.labels) else probe.run(logits).rows()
+    if probe.raises(logits, probe.labels):
+        return
+    entropy = probe.run(logits, entropy=True).entropy() if probe.problem.entropy else None
+    if entropy is not None and bool(entropy[2].isnan()):
+        yield "gives NaN as the entropy where a logit is -inf: 0 times infinity, which has to count 0"
+    rows = probe.run(logits).rows()
     if rows is None:
         return
     if bool(rows[0].isfinite()):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compiled_logprobs.backends import EAGER, get_backend
 from compiled_logprobs.check.cases import IGNORE_INDEX, Arena, Case, labels_for
-from compiled_logprobs.check.function import Subject
+from compiled_logprobs.check.function import Function, Subject
 from compiled_logprobs.check.report import Errors, Notes, Stop
 from compiled_logprobs.errors import nothing_can_serve_after
 from compiled_logprobs.operation.autograd import compute
@@ -122,7 +122,7 @@ def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradie
     version = logits._version
     try:
         with torch.set_grad_enabled(with_gradient):
-            results = _typed(subject(logits, labels, t, problem), inputs, notes)
+            results = _typed(subject, subject(logits, labels, t, problem), inputs, notes)
         if with_gradient:
             for what, tensor in (("log-probabilities do", results.log_probs), ("entropy does", results.entropy)):
                 flows = tensor is None or tensor.requires_grad
@@ -155,14 +155,16 @@ def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradie
     return results.each(Tensor.detach)._replace(gradient=gradient)
 
 
-def _typed(result: Any, inputs: CaseInputs, notes: Notes) -> Results:
+def _typed(subject: Subject, result: Any, inputs: CaseInputs, notes: Notes) -> Results:
     problem = inputs.problem
     parts = tuple(result) if isinstance(result, tuple) else (result,)
     kinds = all(isinstance(part, Tensor) for part in parts) and len(parts) == (2 if problem.entropy else 1)
     notes.require("result_type", kinds, f"got {', '.join(type(part).__name__ for part in parts)}")
     expected, dtype = (inputs.labels.shape, inputs.labels.shape[:-1]), problem.out_dtype
     for part, shape in zip(parts, expected, strict=False):
-        notes.require("shape", part.shape == shape, f"got {list(part.shape)}, expected {list(shape)}")
+        own = -1 if isinstance(subject, Function) and part is parts[0] else None  # which has no K labels a row
+        sizes = f"got {list(part.shape[:own])}, expected {list(shape[:own])}"
+        notes.require("shape", part.shape == shape, sizes)
         notes.add("dtype", part.dtype == dtype, f"got {short_name(part.dtype)}, expected {short_name(dtype)}")
     return Results(parts[0], parts[1] if problem.entropy else None)
 

@@ -63,7 +63,7 @@ def test_what_raises_is_named_with_its_line():
 
     report = clp.check_backend(asserts, PROBLEM)
     assert re.fullmatch(
-        r"raises for an ordinary input: AssertionError.* \(line \d+ of test_causes.py: assert logits.shape\[-1\] == 7\)",
+        r"raises for an ordinary input: AssertionError.* \(line \d+ of test_causes.py: assert .* == 7\)",
         report.causes[0],
     )
 

@@ -182,6 +182,18 @@ def with_entropy(entropy: Callable[[Tensor, float], Tensor]) -> Callable[..., An
     return function
 
 
+def entropy_that_multiplies_0_and_infinity(x: Tensor, temperature: float) -> Tensor:
+    log_p = torch.log_softmax(x / temperature, -1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def entropy_of_ignored_rows(
+    logits: Tensor, labels: Tensor, temperature: float = 1.0, return_entropy: bool = False
+) -> Any:
+    x = logits.float() / temperature
+    return (good(x, labels), entropy_of(x)) if return_entropy else good(x, labels)
+
+
 def smooths_the_labels(logits: Tensor, labels: Tensor) -> Tensor:
     return -functional.cross_entropy(logits, labels, reduction="none", label_smoothing=1e-3)
 
@@ -342,8 +354,12 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
         (GRADIENT + "takes the upstream gradient for 1", upstream_gradient_taken_as_one),
     ],
     "gradient_row_sum": [(GRADIENT + "leaves out the softmax", gradient_at_the_label_alone)],
-    "ignored_rows": [("does not know ignored labels: -100 counts as token 0", lambda x, y: good(x, y.clamp(min=0)))],
+    "ignored_rows": [
+        ("does not know ignored labels: -100 counts as token 0", lambda x, y: good(x, y.clamp(min=0))),
+        ("does not give an entropy of 0 for labels of -100", entropy_of_ignored_rows),
+    ],
     "nan_pattern": [
+        ("gives NaN as the entropy where a logit is -inf", with_entropy(entropy_that_multiplies_0_and_infinity)),
         ("makes a number of a row that holds NaN", lambda x, y: good(x, y).nan_to_num(nan=0.0)),
         ("makes a number of a label at -inf", lambda x, y: good(x.clamp(min=-1e4), y)),
         # Reads rows as if they were contiguous.
