@@ -57,9 +57,9 @@ class ProblemReport:
     """The same checks for each kind of input, and how the errors spread."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CheckReport:
-    """Whether a backend, or a function, keeps the contract."""
+    """Whether a backend, or a function, keeps the contract; as a string, the verdict and the likely causes."""
 
     subject: str
     results: tuple[ProblemReport, ...]
@@ -85,6 +85,11 @@ class CheckReport:
     def reasons(self) -> list[str]:
         """The names of the checks that failed, each once."""
         return list(dict.fromkeys(check.name for check in self.checks if not check.passed))
+
+    def __repr__(self) -> str:
+        count = len(self.checks)
+        verdict = f"passed {count} of {count} checks" if self.passed else f"wrong: {', '.join(self.reasons)}"
+        return "\n".join([f"{self.subject}: {verdict}", *(f"likely cause: {cause}" for cause in self.causes)])
 
     def to_dict(self) -> dict[str, Any]:
         """For programs: plain values only, and None where a figure is not finite."""

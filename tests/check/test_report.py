@@ -12,7 +12,7 @@ from compiled_logprobs.check.report import SAMPLED_ERRORS, WORST, Errors
 from compiled_logprobs.decision import QUANTILES, CaseEvidence, Token
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem
-from tests.helpers.functions_to_check import good, nan_in_front
+from tests.helpers.functions_to_check import good, nan_in_front, positive
 
 PROBLEM = Problem("cpu", 12, 3001, torch.float32, needs_grad=True, entropy=True)
 PLAIN = Problem("cpu", 12, 3001, torch.float32)
@@ -96,6 +96,13 @@ def test_what_stops_a_case_leaves_the_others_out():
     assert last.case == "shifted up by 1e4" and not last.checks[0].passed and last.checks[0].name == "runs"
     assert "too large" in last.checks[0].detail
     assert all(check.passed for case in before for check in case.checks)
+
+
+def test_the_report_in_words(eager):
+    assert str(eager) == f"eager: passed {len(eager.checks)} of {len(eager.checks)} checks"
+    report = clp.check_backend(positive, PLAIN._replace(needs_grad=False), seed=1)
+    assert repr(report).startswith("positive: wrong: log_prob_sign, ")
+    assert "\nlikely cause: returns the loss: " in repr(report)
 
 
 def test_the_report_as_json(eager):
