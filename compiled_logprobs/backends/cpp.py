@@ -4,7 +4,6 @@ Shapes: N rows, V vocabulary, K labels a row.
 """
 
 import ctypes
-import inspect
 import sys
 from functools import cache, lru_cache
 from pathlib import Path
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.backends.cpp_build import TORCH_HEADERS, shared_library
+from compiled_logprobs.backends.cpp_build import shared_library, why_not_compile
 from compiled_logprobs.backends.fingerprint import digest_of
 from compiled_logprobs.errors import BackendUnavailable
-from compiled_logprobs.machine.environment import cpp_compiler
 from compiled_logprobs.operation.formula import Computed, Saved, Upstream
 from compiled_logprobs.problem import Problem
 
 SOURCE = Path(__file__).with_name("cpp_kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARTIAL_FLOATS = 4
 ALONE = 32768
@@ -79,7 +78,7 @@ class Cpp(Backend):
         return gradient
 
     def fingerprint(self) -> str:
-        return digest_of(Path(__file__), SOURCE, Path(inspect.getfile(shared_library)))
+        return digest_of(Path(__file__), SOURCE)
 
     def _loaded(self) -> ctypes.CDLL:
         if self._broken is not None:
@@ -158,7 +157,9 @@ def _offsets(logits: Tensor) -> Tensor:
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = shared_library(SOURCE)
+    capability = torch.backends.cpu.get_cpu_capability()
+    vectors = "DEFAULT" if capability == "NO AVX" else capability
+    library = shared_library(SOURCE, (*FLAGS, f"-DCPU_CAPABILITY={vectors}", f"-DCPU_CAPABILITY_{vectors}"))
     pointer = ctypes.c_void_p
     rows, upstream = ctypes.POINTER(_Rows), ctypes.POINTER(_Upstream)
     library.log_probs_forward.argtypes = (ctypes.c_int32, pointer, rows, *[pointer] * 5)
@@ -171,8 +172,10 @@ def _library() -> ctypes.CDLL:
 def _why_not_here() -> str | None:
     if sys.platform != "linux":
         return f"is tested on Linux only, and this is {sys.platform}"
-    if cpp_compiler() is None:
-        return "needs a C++ compiler, and there is none on the PATH: install one, or name it in CXX"
-    if not (TORCH_HEADERS / "ATen" / "cpu" / "vec" / "vec.h").exists():
-        return "needs torch's C++ headers, and this torch came without them"
+    if why_not_compile() is None:
+        return None  # it is compiled by the first call
+    try:
+        _library()
+    except BackendUnavailable as error:
+        return str(error)
     return None

@@ -1,40 +1,46 @@
-"""A C++ file as a shared library: compiled for this machine on first use, and kept for later processes."""
+"""A C++ file as a shared library: compiled for this machine on first use, and kept for later processes.
 
-import contextlib
+A library that is kept needs no compiler, so that it can be made where one is and brought along, as into the image of a
+container, whose cache nobody may write to.
+"""
+
 import ctypes
 import hashlib
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from compiled_logprobs.errors import BackendUnavailable
-from compiled_logprobs.machine.environment import cpp_compiler, cpp_compiler_version, without_paths
+from compiled_logprobs.machine.environment import cpp_compiler, without_paths
 
 TORCH_HEADERS = Path(torch.__file__).parent / "include"
 COMPILING_S = 300
 """A compiler that takes longer is taken for hung."""
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp")
 
 
-def shared_library(source: Path) -> ctypes.CDLL:
-    """The library made of `source`, which may use torch's vector headers and OpenMP.
+def shared_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
+    """The library that a compiler with `flags` makes of `source`, which may use torch's headers.
 
     Raises:
-        BackendUnavailable: it cannot be compiled or loaded; the message has the compiler's first complaint.
+        BackendUnavailable: it is not kept, and cannot be compiled; or it cannot be loaded. The message has the
+            compiler's first complaint.
     """
-    command = _command(source)
+    name = f"{source.stem}-{_digest(source, flags)}.so"
+    kept = _cache() / name
+    library = _load(kept)
+    if not isinstance(library, str):
+        return library
+    lack = why_not_compile()
+    if lack is not None:
+        raise BackendUnavailable(f"its library {library}, and {lack}")
     try:
-        name = f"{source.stem}-{_digest(source, command)}.so"
-        kept = _cache() / name
-        if _is_own(kept):
-            with contextlib.suppress(OSError):  # cut short by whatever befell the disk: it is built anew
-                return ctypes.CDLL(str(kept))
         file = (kept.parent if _is_writable(kept.parent) else Path(_own_folder().name)) / name
-        _build(command, file)
+        _build([str(cpp_compiler()), "-fPIC", "-shared", *flags, f"-I{TORCH_HEADERS}", str(source)], file)
         return ctypes.CDLL(str(file))
     except OSError as error:
         raise BackendUnavailable(
@@ -43,21 +49,37 @@ def shared_library(source: Path) -> ctypes.CDLL:
         ) from error
 
 
-def _command(source: Path) -> list[str]:
-    compiler = cpp_compiler()
-    if compiler is None:
-        raise BackendUnavailable(
-            f"{source.name} needs a C++ compiler, and there is none on the PATH. Install one, or name it in CXX."
-        )
-    capability = torch.backends.cpu.get_cpu_capability()
-    vectors = "DEFAULT" if capability == "NO AVX" else capability
-    defines = (f"-DCPU_CAPABILITY={vectors}", f"-DCPU_CAPABILITY_{vectors}")
-    return [compiler, *FLAGS, *defines, f"-I{TORCH_HEADERS}", str(source)]
+def why_not_compile() -> str | None:
+    """Why nothing can be compiled here, as far as that shows before it is tried."""
+    if cpp_compiler() is None:
+        return "there is no C++ compiler on the PATH: install one, such as the package g++, or name it in CXX"
+    if not (TORCH_HEADERS / "ATen" / "cpu" / "vec" / "vec.h").exists():
+        return "this torch came without its C++ headers: install one that has them, such as that of PyPI"
+    return None
 
 
-def _digest(source: Path, command: list[str]) -> str:
-    """Of everything that decides what comes out; `-march=native` also asks the processor."""
-    facts = (*command[1:-2], cpp_compiler_version(), torch.__version__, _processor())
+def _load(file: Path) -> ctypes.CDLL | str:
+    """The library in `file`, or what is wrong with it."""
+    try:
+        statuses = (file.stat(), file.parent.stat())
+    except OSError:
+        return "is not in the cache"
+    # What it holds is going to run.
+    if any(status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022 for status in statuses):
+        return "in the cache can be written by somebody else"
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError as error:  # cut short by whatever befell the disk, or made for another C library
+        return f"in the cache cannot be loaded ({without_paths(str(error))})"
+
+
+def _digest(source: Path, flags: Sequence[str]) -> str:
+    """Of everything that decides what comes out; `-march=native` also asks the processor.
+
+    But for the compiler: what another version made of the same is as good, and where the library is brought along there
+    is none to ask.
+    """
+    facts = (*flags, torch.__version__, _processor())
     return hashlib.sha256(repr(facts).encode() + source.read_bytes()).hexdigest()[:16]
 
 
@@ -67,7 +89,7 @@ def _processor() -> list[str]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except OSError:
         return []
-    names = ("model", "model name", "cpu family", "stepping", "flags", "Features", "CPU part", "CPU variant")
+    names = ("model", "model name", "cpu family", "flags", "Features", "CPU part", "CPU variant")
     return [line for line in lines if line.partition(":")[0].strip() in names]
 
 
@@ -81,19 +103,10 @@ def _cache() -> Path:
         return Path(_own_folder().name)
 
 
-def _is_own(file: Path) -> bool:
-    """Whether there is such a file, and nobody but this user can have put it there: what it holds is going to run."""
-    try:
-        statuses = (file.stat(), file.parent.stat())
-    except OSError:
-        return False
-    return all(one.st_uid in (os.geteuid(), 0) and not one.st_mode & 0o022 for one in statuses)
-
-
 def _is_writable(folder: Path) -> bool:
     """Whether this user, and nobody else, can write there."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return not folder.stat().st_mode & 0o022
     except OSError:
@@ -128,5 +141,5 @@ def _build(command: list[str], file: Path) -> None:
         if not built.exists():
             raise OSError(f"the compiler, {Path(command[0]).name}, wrote nothing")
         ctypes.CDLL(str(built))  # before others may find it
-        built.chmod(0o700)
+        built.chmod(0o755)
         os.replace(built, file)

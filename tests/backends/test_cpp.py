@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import compiled_logprobs as clp
-from compiled_logprobs.backends import cpp
+from compiled_logprobs.backends import cpp, cpp_build
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.operation.reference import reference
@@ -126,22 +128,56 @@ def test_narrower_vectors(capability):
 
 
 @pytest.mark.parametrize(
-    ("missing", "reason"),
+    ("module", "name", "value", "reason"),
     [
-        ("cpp_compiler", "needs a C++ compiler, and there is none on the PATH: install one, or name it in CXX"),
-        ("TORCH_HEADERS", "needs torch's C++ headers, and this torch came without them"),
-        ("sys", "is tested on Linux only, and this is darwin"),
+        (
+            cpp_build,
+            "cpp_compiler",
+            lambda: None,
+            "there is no C++ compiler on the PATH: install one, such as the package",
+        ),
+        (cpp_build, "TORCH_HEADERS", Path("nowhere"), "this torch came without its C++ headers: install one that has"),
+        (cpp, "sys", SimpleNamespace(platform="darwin"), "is tested on Linux only, and this is darwin"),
     ],
+    ids=["compiler", "headers", "Linux"],
 )
-def test_a_machine_without_what_it_needs(missing, reason, monkeypatch, tmp_path):
-    stand_in = {"cpp_compiler": lambda: None, "TORCH_HEADERS": tmp_path, "sys": type("sys", (), {"platform": "darwin"})}
-    monkeypatch.setattr(cpp, missing, stand_in[missing])
-    cpp._why_not_here.cache_clear()
-    try:
-        assert cpp.Cpp().why_not(PROBLEM) == reason
-        assert cpp.Cpp().why_not(PROBLEM._replace(device_type="cuda")) == "is for CPUs"
-    finally:
-        cpp._why_not_here.cache_clear()
+def test_a_machine_without_what_it_needs(module, name, value, reason, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpp, "_library", cpp._library.__wrapped__)  # without what this process has loaded
+    why_not = cpp._why_not_here.__wrapped__()
+    assert why_not.removeprefix("its library is not in the cache, and ").startswith(reason)
+    assert cpp.Cpp().why_not(PROBLEM._replace(device_type="cuda")) == "is for CPUs"
+
+
+WITHOUT_A_COMPILER = """
+import torch, compiled_logprobs as clp
+logits, labels = torch.randn(1024, 1031), torch.randint(1031, (1024,))
+clp.log_probs_from_logits(logits, labels)
+print(clp.explain(logits, labels).backend)
+try:
+    clp.log_probs_from_logits(logits, labels, backend="cpp")
+except clp.BackendUnavailable as error:
+    print(error)
+"""
+
+
+COLD = (
+    "eager\nbackend 'cpp' cannot run .*: its library is not in the cache, and there is no C.. compiler on the PATH: "
+    "install one, such as the package g.., or name it in CXX.\nBackends that can: eager. Name one of them"
+)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_a_warm_cache_serves_and_a_cold_one_is_a_reason(tmp_path):
+    """As in the image of a container, where no compiler is."""
+    cpp._library()  # in the cache of this user, too
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    environment.pop("CXX", None)
+    for cache, expected in (({}, "^cpp\n$"), ({"XDG_CACHE_HOME": str(tmp_path)}, COLD)):
+        command = [sys.executable, "-c", WITHOUT_A_COMPILER]
+        printed = subprocess.check_output(command, text=True, env=environment | cache, timeout=300)
+        assert re.match(expected, printed), printed
 
 
 def test_a_compiler_that_failed_is_not_asked_again(monkeypatch):
