@@ -6,14 +6,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from typing import get_args
 
 import pandas as pd
 
 from compiled_logprobs.errors import LogProbsError
-from compiled_logprobs.problem import Problem
+from compiled_logprobs.problem import Layout, Problem
 from compiled_logprobs.tuning.presets import dtype_of, rows_of, vocab_of
 from tests.gpu_code.data_sheets import GPUS, data_sheet
-from tests.gpu_code.inspection import LAYOUTS, NOT_MEASURED, Inspection, inspect
+from tests.gpu_code.inspection import NOT_MEASURED, Inspection, inspect
 
 PASSED, COULD_NOT_RUN = 0, 2
 
@@ -30,9 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             needs_grad=options.grad or options.inplace,
             entropy=options.entropy,
             inplace_backward=options.inplace,
+            layout=options.layout,
         )
         with redirect_stdout(sys.stderr):  # whatever compilers say
-            inspection = inspect(problem, data_sheet(options.arch, options.gpu), options.layout)
+            inspection = inspect(problem, data_sheet(options.arch, options.gpu))
     except LogProbsError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return COULD_NOT_RUN
@@ -50,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", default="8192", help="N: how many positions")
     parser.add_argument("--vocab", default="151936", help="V: a number or a model's name")
     parser.add_argument("--dtype", default="bfloat16", help="of the logits: float32, bfloat16 or float16")
-    parser.add_argument("--layout", default="flat", choices=LAYOUTS, help="slice: logits[:, :-1] of [B, T, V]")
+    parser.add_argument("--layout", default="flat", choices=get_args(Layout), help="slice: logits[:, :-1] of [B, T, V]")
     parser.add_argument("--grad", action="store_true", help="backward as well")
     parser.add_argument("--inplace", action="store_true", help="backward as well, over the logits")
     parser.add_argument("--entropy", action="store_true", help="with the entropy")

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from compiled_logprobs.backends import compiled, get_backend
 from compiled_logprobs.errors import BackendUnavailable, InputError
 from compiled_logprobs.machine.bandwidth import backward_bytes, forward_bytes
 from compiled_logprobs.operation.formula import Saved, Upstream
-from compiled_logprobs.problem import Problem, layout_of, problem_to_dict
+from compiled_logprobs.problem import Layout, Problem, layout_of, problem_to_dict
 from tests.gpu_code.data_sheets import WARP, DataSheet
 from tests.gpu_code.generated_code import Assembled, Kernel, Launch, Program, generate, record, record_launches
 from tests.gpu_code.machine_code import Work, read, trips
@@ -41,9 +41,6 @@ RESIDENT_PROGRAMS = 32  # on a multiprocessor, at most
 INDEXES_WITH_64_BITS = re.compile(r"(program_id\(0\)|row|row_stride)\.to\(tl\.int64\)")
 SEQUENCES = 8  # B of a slice, at most
 
-Lying = Literal["flat", "rows", "slice"]
-"""How the logits lie: one row after another; with a gap after each; or as `logits[:, :-1]` of [B, T + 1, V]."""
-LAYOUTS: tuple[Lying, ...] = get_args(Lying)
 Function = Callable[..., Any]
 
 
@@ -97,7 +94,6 @@ class Inspection:
 
     gpu: DataSheet
     problem: Problem
-    layout: Lying
     forward: Direction
     backward: Direction | None
     flash_attn: dict[str, Direction | None] | str  # the same problem, or the reason why its kernels are not here
@@ -111,31 +107,30 @@ class Inspection:
             "gpu": {**plain["gpu"], "bandwidth_from": "data sheet"},
             "arch": self.gpu.arch,
             "torch": torch.__version__,
-            "problem": {**problem_to_dict(self.problem), "layout": self.layout},
+            "problem": problem_to_dict(self.problem),
+            "layout": self.problem.layout,
             "flash_attn": {"why_not": self.flash_attn} if isinstance(self.flash_attn, str) else plain["flash_attn"],
         }
 
 
-def inspect(problem: Problem, gpu: DataSheet, layout: Lying = "flat") -> Inspection:
+def inspect(problem: Problem, gpu: DataSheet) -> Inspection:
     """Generate, assemble and count the kernels of the `compiled` backend, and of flash-attn beside it.
 
     Args:
-        problem: on cuda, with one label a row. Its layout and alignment become those of `layout`.
+        problem: on cuda, with one label a row. Its alignment becomes that of its layout.
         gpu: what to compile for.
-        layout: how the logits lie.
 
     Raises:
         BackendUnavailable: the generated code cannot be followed.
         InputError: these rows cannot be a slice.
     """
-    logits = logits_of(problem.rows, problem.vocab, problem.dtype, layout)
-    lies, aligned = layout_of(logits)
-    problem = problem._replace(layout=lies, aligned=aligned)
+    logits = logits_of(problem.rows, problem.vocab, problem.dtype, problem.layout)
+    problem = problem._replace(aligned=layout_of(logits)[1])
     backward = _backward(problem, logits, gpu) if problem.needs_grad else None
-    return Inspection(gpu, problem, layout, _forward(problem, logits, gpu), backward, _flash_attn(problem, logits, gpu))
+    return Inspection(gpu, problem, _forward(problem, logits, gpu), backward, _flash_attn(problem, logits, gpu))
 
 
-def logits_of(rows: int, vocab: int, dtype: torch.dtype, layout: Lying = "flat") -> Tensor:
+def logits_of(rows: int, vocab: int, dtype: torch.dtype, layout: Layout = "flat") -> Tensor:
     """Logits without memory: [N, V], or for a slice [B, T, V] with B as large as it can be, up to `SEQUENCES`."""
     if layout == "flat":
         return _empty(rows, vocab, dtype=dtype)
