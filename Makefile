@@ -46,7 +46,8 @@ test-integrations: $(INTEGRATIONS)/.installed
 	$(call within,$(INTEGRATIONS_LIMIT_1.13),$(INTEGRATIONS)/bin/python -m pytest -v tests/integrations/test_trl.py)
 
 profile: .venv/.installed-flash-attn
-	$(BIN)/compiled-logprobs profile
+	$(BIN)/compiled-logprobs profile --budget 20
+	$(BIN)/compiled-logprobs profile --preset rl --budget 20
 
 dashboard: .venv/.installed-flash-attn
 	$(BIN)/compiled-logprobs dashboard

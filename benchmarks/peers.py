@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -22,20 +22,20 @@ from benchmarks.candidates import AUTO, Contender, candidates
 from benchmarks.measure import measure
 from benchmarks.results import COLUMNS, Cell
 from benchmarks.targets import targets
-from compiled_logprobs import autotune, problem, tune
+from compiled_logprobs import autotune, tune
 from compiled_logprobs.choose.explain import explain_problem
 from compiled_logprobs.cli.output import print_environment, print_json
 from compiled_logprobs.errors import InputError, LogProbsError
 from compiled_logprobs.machine import clock
 from compiled_logprobs.machine.environment import environment_of
 from compiled_logprobs.policy import policy
-from compiled_logprobs.problem import Problem, as_it_lies
+from compiled_logprobs.problem import MODES, Problem, as_it_lies
 from compiled_logprobs.tuning import presets
 
 DONE, WRONG, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 SHAPES = ("2048x32000", "512x151936", "256x151936", "256x262144", "4096x32", "1x151936")
 DTYPES = ("float32", "bfloat16")
-MODES = ("forward", "entropy", "backward", "inplace")
+KINDS: dict[str, dict[str, Any]] = {**MODES, "entropy": {"entropy": True}}
 STDOUT = "-"
 PROFILE_BUDGET_S = 60.0
 """As `compiled-logprobs profile` has it."""
@@ -90,9 +90,9 @@ def peers(
     with _reported_errors():
         where = _device(device)
         problems = [
-            (as_it_lies(Problem(where.type, *_shape(text), presets.dtype_of(name), **problem.MODES[kind])), kind)
+            (as_it_lies(Problem(where.type, *_shape(text), presets.dtype_of(name), **KINDS[kind])), kind)
             for text, name, kind in itertools.product(
-                _split(shape) or SHAPES, _split(dtype) or DTYPES, map(presets.mode_of, _split(mode) or MODES)
+                _split(shape) or SHAPES, _split(dtype) or DTYPES, map(_kind_of, _split(mode) or KINDS)
             )
         ]
         chosen = _chosen(_split(only))
@@ -196,6 +196,12 @@ def _require_writable(file: Path) -> None:
         file.open("a").close()
     except OSError as error:
         raise InputError(f"got the file {file}, which cannot be written: {error}. Name another one.") from error
+
+
+def _kind_of(text: str) -> str:
+    if text not in KINDS:
+        raise InputError(f"got mode {text!r}; {', '.join(KINDS)} are valid. Name one of them.")
+    return text
 
 
 def _split(texts: Several) -> list[str]:

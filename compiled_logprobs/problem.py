@@ -52,6 +52,11 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         return f"{self.rows} x {self.vocab} {short_name(self.dtype)} on {self.device_type}"
 
+    @property
+    def mode(self) -> str:
+        """One of `MODES`."""
+        return "forward" if not self.needs_grad else "inplace" if self.inplace_backward else "backward"
+
     def details(self) -> str:
         """The options that differ from a plain forward, in words; empty where none does."""
         words = [
@@ -69,9 +74,9 @@ class Problem(NamedTuple):
 
 
 def as_it_lies(problem: Problem) -> Problem:
-    """`problem`, not aligned where rows that follow one another cannot be: V elements have to be multiples of 16
+    """`problem`, not aligned where flat rows, or slices of such, are not: V elements have to be multiples of 16
     bytes."""
-    possible = problem.layout != "flat" or problem.vocab * problem.dtype.itemsize % 16 == 0
+    possible = problem.layout == "rows" or problem.vocab * problem.dtype.itemsize % 16 == 0
     return problem if possible else problem._replace(aligned=False)
 
 
@@ -126,17 +131,15 @@ MODES: dict[str, dict[str, Any]] = {
     "forward": {},
     "backward": {"needs_grad": True},
     "inplace": {"needs_grad": True, "inplace_backward": True},
-    "entropy": {"entropy": True},
 }
-"""What is asked for: forward alone; with the gradient; with the gradient written over the logits; with the entropy."""
+"""What is asked for: forward alone; with the gradient; with the gradient written over the logits."""
 
 
 def mode_name(problem: Problem) -> str:
-    """The mode that `problem` has, or its options in words if it has others."""
-    for name, options in MODES.items():
-        if problem == as_it_lies(Problem(*problem[:4], **options)):
-            return name
-    return problem.details()
+    """The mode and what else is asked for, in words, such as 'backward, entropy, temperature (number)'."""
+    is_usual = problem == as_it_lies(problem._replace(aligned=True))
+    others = problem._replace(needs_grad=False, inplace_backward=False, aligned=problem.aligned or is_usual)
+    return ", ".join(filter(None, (problem.mode, others.details())))
 
 
 def bucket(problem: Problem) -> Problem:

@@ -15,7 +15,7 @@ from compiled_logprobs import backends
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.machine import clock
 from compiled_logprobs.operation.reference import reference
-from compiled_logprobs.problem import MODES, Problem, as_it_lies
+from compiled_logprobs.problem import Problem, as_it_lies
 
 PLAIN = {
     "log_softmax": idioms.log_softmax_gather,
@@ -36,7 +36,7 @@ def quick(monkeypatch):
 
 
 def problem_of(mode, dtype=torch.float32, rows=33, vocab=257):
-    return as_it_lies(Problem("cpu", rows, vocab, dtype, **MODES[mode]))
+    return as_it_lies(Problem("cpu", rows, vocab, dtype, **peers.KINDS[mode]))
 
 
 def run(*arguments):
@@ -79,7 +79,7 @@ def test_every_mode_gives_all_figures_as_json_and_html(tmp_path):
     report = json.loads(files[0].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert report["columns"] == COLUMNS and not report["interrupted"]
     cells = {(row["dtype"], row["mode"]) for row in report["rows"]}
-    assert cells == {(dtype, mode) for dtype in ("float32", "bfloat16") for mode in MODES}
+    assert cells == {(dtype, mode) for dtype in ("float32", "bfloat16") for mode in peers.KINDS}
     assert len(report["rows"]) == len(cells) * (1 + len(only))
     for row in report["rows"]:
         if row["candidate"] == "liger":

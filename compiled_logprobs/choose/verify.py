@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,10 +11,11 @@ import torch
 from compiled_logprobs.backends import backends
 from compiled_logprobs.choose.rule import holds, why_not_holds
 from compiled_logprobs.choose.tune import WAIT_S
-from compiled_logprobs.decision import MARGIN, Decision, Speedup
+from compiled_logprobs.decision import MARGIN, Decision, Speedup, speedup_in_words
 from compiled_logprobs.machine.environment import fingerprint_of, without_paths
-from compiled_logprobs.problem import Problem, bucket, mode_name, problem_to_dict
+from compiled_logprobs.problem import Problem, problem_to_dict
 from compiled_logprobs.store.files import Store
+from compiled_logprobs.tuning.presets import is_among
 from compiled_logprobs.tuning.process import Event
 from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on
 
@@ -60,27 +61,14 @@ class Verification:
 
 
 def stored_decisions(
-    stores: dict[str, Store],
-    device: torch.device,
-    *,
-    vocabs: Collection[int] = (),
-    rows: Collection[int] = (),
-    dtypes: Collection[torch.dtype] = (),
-    modes: Collection[str] = (),
+    stores: dict[str, Store], device: torch.device, **values: Sequence[Any]
 ) -> list[tuple[Decision, str]]:
-    """The decisions for `device` and their stores, the first for each problem; of the values that are named."""
-    tops = {bucket(Problem(device.type, n, 1, torch.float32)).rows for n in rows}
+    """The decisions for `device` and their stores, the first for each problem; of `values` as for `is_among`."""
     chosen: dict[Problem, tuple[Decision, str]] = {}
     for label, store in stores.items():
         for _, decision in store.decisions(fingerprint_of(device)):
-            problem = decision.problem
-            if (
-                (not vocabs or problem.vocab in vocabs)
-                and (not tops or problem.rows in tops)
-                and (not dtypes or problem.dtype in dtypes)
-                and (not modes or mode_name(problem) in modes)
-            ):
-                chosen.setdefault(problem, (decision, label))
+            if is_among(decision.problem, **values):
+                chosen.setdefault(decision.problem, (decision, label))
     # Those that share compiled code follow one another.
     order = sorted(chosen, key=lambda problem: (problem.vocab, *map(str, problem[3:]), problem.rows))
     return [chosen[problem] for problem in order]
@@ -111,7 +99,10 @@ def verify(
     with Tuner(device, on_event=on_event) as tuner:
         for decision, source in decisions:
             on_event({"event": "problem", "problem": decision.problem, "known": False})
-            if (reason := why_not_holds(decision, decision.chosen)) is not None:
+            reason = why_not_holds(decision, decision.chosen)
+            if not decision.is_decided:
+                reason = f"{speedup_in_words(decision)}; `compiled-logprobs profile` measures it again, for longer"
+            if reason is not None:
                 yield Verification(decision, source, "unverifiable", without_paths(reason))
                 continue
             with alone_on(device, WAIT_S) as is_alone:

@@ -41,7 +41,7 @@ Mode = Annotated[
     list[str] | None,
     typer.Option(
         show_default=False,
-        help="forward; backward (with forward); inplace (the gradient over the logits); entropy (forward with it).",
+        help="forward; backward (with forward); inplace (the gradient over the logits).",
     ),
 ]
 Where = Annotated[

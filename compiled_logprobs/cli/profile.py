@@ -61,8 +61,15 @@ def profile(
     ] = None,
     device: Where = None,
     budget: Annotated[
-        float, typer.Option(min=1.0, help="Seconds for each problem; fewer rows are timed where it would take longer.")
-    ] = BUDGET_S,
+        float | None,
+        typer.Option(
+            min=1.0,
+            show_default=False,
+            help="Seconds for each problem; fewer rows are timed where it would take longer. By default 60, with the "
+            "preset rl 25. What was left undecided before gets three times what it took then, up to 600, if that is "
+            "more.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(show_default=False, help="Folder to store in; by default the user's profiles.")
     ] = None,
@@ -72,7 +79,8 @@ def profile(
 ) -> None:
     """Measure which backend is fastest for a grid of problems, store it, and show the winners.
 
-    What is finished is stored, also if you interrupt it; what is stored already is not measured again.
+    What is finished is stored, also if you interrupt it; what is stored already is not measured again, unless it was
+    left undecided.
     """
     with reported_errors():
         where = device_of(device)
@@ -81,7 +89,8 @@ def profile(
         names = [backend_name_of(text) for text in split(backend)] or None
         store = user_store() if out is None else Store(out)
         shown = progress_of(progress, as_json)
-        tuned = tune_all(problems, where, store=store, names=names, budget_s=budget, again=again, on_event=shown.event)
+        seconds = presets.PRESETS[preset].budget_s if budget is None else budget
+        tuned = tune_all(problems, where, store=store, names=names, budget_s=seconds, again=again, on_event=shown.event)
         results, interrupted = _follow(tuned, problems, where, shown)
     decided = [result for result in results if isinstance(result, Decision)]
     fingerprint = fingerprint_of(where)

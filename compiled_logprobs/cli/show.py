@@ -60,7 +60,7 @@ def explain(
     vocab: Annotated[str, typer.Option(help="V: a number or a model's name.")] = "qwen3",
     rows: Annotated[str, typer.Option(help="N: how many positions.")] = "512",
     dtype: Annotated[str, typer.Option(help="Of the logits: float32, bfloat16 or float16.")] = "bfloat16",
-    mode: Annotated[str, typer.Option(help="forward, backward, inplace or entropy.")] = "backward",
+    mode: Annotated[str, typer.Option(help="forward, backward or inplace.")] = "backward",
     labels_per_row: Annotated[int, typer.Option(min=1, help="K.")] = 1,
     temperature: Annotated[Temperature, typer.Option()] = "none",
     masked: Annotated[bool, typer.Option("--masked", help="Whole regions of the vocabulary are -inf.")] = False,

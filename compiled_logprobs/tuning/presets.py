@@ -1,13 +1,15 @@
-"""What a profile run measures: vocabularies by the name of a model, modes by a word, and the presets made of them."""
+"""What a profile run measures: vocabularies by the name of a model, kinds of calls, and the presets made of them."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from compiled_logprobs.errors import InputError
-from compiled_logprobs.problem import MODES, Problem, as_it_lies, short_name
+from compiled_logprobs.problem import MODES, Layout, Problem, Temperature, as_it_lies, bucket, short_name
 
 MODELS = {
     "qwen3": 151936,
@@ -19,8 +21,37 @@ MODELS = {
     "llama2": 32000,
 }
 """V, the last dimension of the logits, of families of models."""
+HUGGING_FACE = {
+    r"Qwen/Qwen3-(\d+|0\.6|1\.7)B(-.*)?": 151936,
+    r"Qwen/Qwen2\.5-((Coder|Math)-)?(0\.5|1\.5|3)B(-Instruct)?": 151936,
+    r"Qwen/Qwen2\.5-((Coder|Math)-)?(7|14|32|72)B(-Instruct)?": 152064,
+    r"meta-llama/(Meta-)?Llama-3(\.[123])?-\d+B(-Instruct)?": 128256,
+    r"meta-llama/Llama-2-\d+b(-chat)?(-hf)?": 32000,
+    r"google/gemma-3-(270m|1b)(-it|-pt)?": 262144,
+    r"google/gemma-3-(4|12|27)b-(it|pt)": 262208,
+    r"deepseek-ai/DeepSeek-(V3(\.1)?|R1)(-Base|-0324|-0528|-Zero|-Terminus)?": 129280,
+    r"openai/gpt-oss-(20|120)b": 201088,
+    r"(openai-community/)?gpt2(-medium|-large|-xl)?": 50257,
+}
+"""V of the logits by the id of a model: the `vocab_size` of its config, padding included. Whole ids, in any case."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OTHER_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+"""Of dtypes, as people write them."""
+FEWEST_ROWS = {"flat": 1, "rows": 2, "slice": 4}
+"""With fewer, logits do not lie like that: one row lies flat, and a slice takes two sequences of two positions."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Every combination of these."""
+
+    modes: Sequence[str] = ("forward", "backward")
+    layouts: Sequence[Layout] = ("flat",)
+    temperatures: Sequence[Temperature] = ("none",)
+    labels: Sequence[int] = (1,)
+    entropy: Sequence[bool] = (False,)
+    masked: Sequence[bool] = (False,)
 
 
 @dataclass(frozen=True)
@@ -32,7 +63,9 @@ class Preset:
     rows_cpu: tuple[int, ...]
     rows_accelerator: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-    modes: tuple[str, ...] = ("forward", "backward")
+    calls: tuple[Calls, ...] = (Calls(),)
+    budget_s: float = 60.0
+    """For each problem, where none is named."""
 
     def rows(self, device_type: str) -> tuple[int, ...]:
         return self.rows_cpu if device_type == "cpu" else self.rows_accelerator
@@ -42,40 +75,99 @@ PRESETS = {
     "quick": Preset((MODELS["qwen3"],), (256,), (4096,)),
     "standard": Preset((MODELS["qwen3"], MODELS["llama3"]), (64, 512), (64, 1024, 8192)),
     "full": Preset(
-        tuple(MODELS.values()), (1, 8, 64, 512, 2048), (1, 16, 128, 1024, 4096, 16384), DTYPES, tuple(MODES)
+        tuple(MODELS.values()),
+        (1, 8, 64, 512, 2048),
+        (1, 16, 128, 1024, 4096, 16384),
+        DTYPES,
+        (Calls(tuple(MODES)), Calls(("forward",), entropy=(True,))),
+    ),
+    "rl": Preset(
+        (MODELS["qwen3"],),
+        (512,),
+        (4096,),
+        (torch.bfloat16,),
+        (
+            Calls(layouts=("flat", "slice"), temperatures=("none", "number")),
+            Calls(("inplace",), temperatures=("none", "number")),
+            Calls(temperatures=("number",), entropy=(True,)),
+        ),
+        budget_s=25.0,
     ),
 }
+"""`rl` is what a trainer of reinforcement learning calls: with and without gradient, on whole logits and on
+`logits[:, :-1]`, with and without a temperature; in place; and with the entropy."""
 
 
-def grid(
-    device_type: str,
-    preset: str = "standard",
-    *,
-    vocabs: Sequence[int] = (),
-    rows: Sequence[int] = (),
-    dtypes: Sequence[torch.dtype] = (),
-    modes: Sequence[str] = (),
-) -> list[Problem]:
+FIELDS = {
+    "vocabs": "vocab",
+    "dtypes": "dtype",
+    "modes": "mode",
+    "layouts": "layout",
+    "temperatures": "temperature",
+    "labels": "labels_per_row",
+    "entropy": "entropy",
+    "masked": "masked_logits",
+    "rows": "rows",
+}
+"""Of a problem, by what several values of it are called; the rows last, since they share compiled code."""
+
+
+def grid(device_type: str, preset: str = "standard", **named: Sequence[Any]) -> list[Problem]:
     """The problems of `preset`, with what is named in place of its own values.
 
-    Those that share compiled code follow one another.
+    Args:
+        device_type: such as 'cpu'.
+        preset: one of `PRESETS`.
+        named: values by the names in `FIELDS`. What is empty is left to the preset.
+
+    Raises:
+        InputError: there is no such preset, or too few rows for a layout: see `FEWEST_ROWS`. Where only some
+            combinations have too few, these are left out.
     """
     if preset not in PRESETS:
         raise InputError(f"got preset {preset!r}; {', '.join(PRESETS)} are valid. Name one of them.")
+    assert named.keys() <= FIELDS.keys()
     base = PRESETS[preset]
-    return [
-        as_it_lies(Problem(device_type, n, vocab, dtype, **MODES[mode]))
-        for vocab, dtype, mode, n in itertools.product(
-            vocabs or base.vocabs, dtypes or base.dtypes, modes or base.modes, rows or base.rows(device_type)
+    usual = {"vocabs": base.vocabs, "dtypes": base.dtypes, "rows": base.rows(device_type)}
+    asked = {name: values for name, values in named.items() if values}
+    posed: dict[Problem, None] = {}
+    for calls in base.calls:
+        values = {**usual, **vars(calls), **asked}
+        for combination in itertools.product(*(values[name] for name in FIELDS)):
+            fields: dict[str, Any] = dict(zip(FIELDS.values(), combination, strict=True))
+            problem = Problem(device_type, **MODES[fields.pop("mode")], **fields)
+            if problem.rows >= FEWEST_ROWS[problem.layout]:
+                posed[as_it_lies(problem)] = None
+    if not posed:
+        fewest = ", ".join(f"{layout} {least}" for layout, least in FEWEST_ROWS.items())
+        raise InputError(
+            f"got rows {', '.join(map(str, asked['rows']))} for a layout that needs more; at least {fewest} are valid. "
+            "Ask for more rows, or for another layout."
         )
-    ]
+    return list(posed)
+
+
+def is_among(problem: Problem, **named: Sequence[Any]) -> bool:
+    """Whether `problem` has values that are named, as for `grid`; N by its bucket. What is empty leaves all in."""
+    tops = [bucket(problem._replace(rows=n)).rows for n in named.get("rows", ())]
+    asked = {**named, "rows": tops}
+    bucketed = bucket(problem)
+    return all(getattr(bucketed, FIELDS[name]) in values for name, values in asked.items() if values)
 
 
 def vocab_of(text: str) -> int:
-    """The vocabulary that a model's name or a number means."""
+    """The vocabulary that a number, the name of a family or the id of a model on Hugging Face means."""
     if text.lower() in MODELS:
         return MODELS[text.lower()]
-    return _positive(text, "vocabulary", f"a number or one of {', '.join(MODELS)}")
+    for pattern, vocab in HUGGING_FACE.items():
+        if re.fullmatch(pattern, text, re.IGNORECASE):
+            return vocab
+    if "/" in text:
+        raise InputError(
+            f"got model {text!r}, whose vocabulary is not known here; a number is valid. Name it as the model's config "
+            "has it, as in --vocab 151936."
+        )
+    return _positive(text, "vocabulary", f"a number, one of {', '.join(MODELS)} or an id such as Qwen/Qwen3-8B")
 
 
 def rows_of(text: str) -> int:
@@ -83,18 +175,36 @@ def rows_of(text: str) -> int:
     return _positive(text, "number of rows", "a whole number from 1 on")
 
 
+def labels_of(text: str) -> int:
+    """The number of labels a row that `text` says."""
+    return _positive(text, "number of labels", "a whole number from 1 on")
+
+
 def dtype_of(text: str) -> torch.dtype:
-    """The dtype of that name."""
-    for dtype in DTYPES:
-        if short_name(dtype) == text:
-            return dtype
-    raise InputError(f"got dtype {text!r}; {', '.join(map(short_name, DTYPES))} are valid. Name one of them.")
+    """The dtype of that name, such as bfloat16 or bf16."""
+    names = {short_name(dtype): dtype for dtype in DTYPES}
+    return names[_one_of(names, OTHER_NAMES.get(text, text), "dtype")]
 
 
 def mode_of(text: str) -> str:
     """`text`, if it is a mode."""
-    if text not in MODES:
-        raise InputError(f"got mode {text!r}; {', '.join(MODES)} are valid. Name one of them.")
+    return _one_of(MODES, text, "mode")
+
+
+def layout_of(text: str) -> Layout:
+    """`text`, if it is a layout."""
+    return _one_of(FEWEST_ROWS, text, "layout")  # type: ignore[return-value]  # its keys are the layouts
+
+
+def temperature_of(text: str) -> Temperature:
+    """The kind of temperature: none, number or per-token."""
+    kinds: dict[str, Temperature] = {"none": "none", "number": "number", "per-token": "per_token"}
+    return kinds[_one_of(kinds, text.replace("_", "-"), "temperature")]
+
+
+def _one_of(valid: Sequence[str] | dict[str, Any], text: str, what: str) -> str:
+    if text not in valid:
+        raise InputError(f"got {what} {text!r}; {', '.join(valid)} are valid. Name one of them.")
     return text
 
 

@@ -29,6 +29,8 @@ SOURCES = {"user store": "yours", "project profiles": "project", "bundled profil
 """What the dashboard calls a store, by the label of `stores`."""
 MOST_FILES = 100_000
 """Whose rows are remembered."""
+ASKED: dict[str, dict[str, Any]] = {**MODES, "forward, entropy": {"entropy": True}}
+"""What can be asked for where nothing like it is stored."""
 DECISIONS = {
     **dict.fromkeys(("key",), "int64"),
     **dict.fromkeys(("source", "environment", "file"), "str"),
@@ -64,7 +66,7 @@ class Shape(NamedTuple):
     """What is asked for: a problem, but for the device."""
 
     mode: str
-    """One of `MODES`, or the options in words."""
+    """The mode, and what else is asked for, in words."""
     dtype: str
     """Of the logits."""
     rows: int
@@ -349,8 +351,8 @@ def problem_of(frames: Frames, profile: Profile, shape: Shape) -> Problem:
     """The problem that `shape` is on the device of a profile."""
     device = frames.facts(profile).get("device_type") or "cpu"
     asked = {"device_type": device, "rows": shape.rows, "vocab": shape.vocab, "dtype": getattr(torch, shape.dtype)}
-    if shape.mode in MODES:
-        return as_it_lies(Problem(**asked, **MODES[shape.mode]))
+    if shape.mode in ASKED:
+        return as_it_lies(Problem(**asked, **ASKED[shape.mode]))
     like = frames.decisions[frames.decisions["mode"] == shape.mode]
     same = like[like["environment"] == profile.environment]
     problem: Problem = (like if same.empty else same)["problem"].iloc[0]

@@ -12,12 +12,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from compiled_logprobs.problem import MODES
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.presets import MODELS
 from compiled_logprobs_dashboard import frames as of_stores
 from compiled_logprobs_dashboard.charts import drawn
-from compiled_logprobs_dashboard.frames import Frames, Profile, Shape, dtypes
+from compiled_logprobs_dashboard.frames import ASKED, Frames, Profile, Shape, dtypes
 from compiled_logprobs_dashboard.looks import plain
 
 PROFILE, MODE, DTYPE, ROWS, VOCAB, MODEL = "profile", "mode", "dtype", "rows", "vocab", "model"
@@ -85,7 +84,7 @@ def choose_profile(
 def choose_shape(frames: Frames, profile: Profile, *, dtype: bool = True) -> Shape:
     """The shape that is selected in the sidebar; without a widget for the dtype where a page shows all of them."""
     first = first_shape(frames, profile)
-    modes = list(dict.fromkeys([*MODES, *sorted(frames.decisions["mode"].unique())]))
+    modes = list(dict.fromkeys([*ASKED, *sorted(frames.decisions["mode"].unique())]))
     bar = st.sidebar
     mode = bar.selectbox(
         "Mode",
@@ -93,7 +92,7 @@ def choose_shape(frames: Frames, profile: Profile, *, dtype: bool = True) -> Sha
         index=modes.index(first.mode),
         key=MODE,
         bind="query-params",
-        help="forward alone; backward: with gradient; inplace: the gradient over the logits; entropy: with entropy.",
+        help="forward alone; backward: with gradient; inplace: it overwrites the logits; and what else is asked for.",
     )
     name = st.session_state.get(DTYPE)
     if dtype:

@@ -29,6 +29,7 @@ from tests.helpers.stored_decisions import (
     measured,
     publish,
     raising,
+    undecided,
 )
 
 PROBLEM = Problem("cpu", rows=256, vocab=4096, dtype=torch.float32, needs_grad=True)
@@ -122,6 +123,12 @@ def again(monkeypatch):
 def test_what_each_outcome_says_of_the_winner(again, outcome, becomes):
     result = again(won_by(), Candidate(outcome, "so it is"))
     assert result.outcome == becomes and "so it is" in result.why
+
+
+def test_an_undecided_one_is_passed_over(again):
+    result = again(undecided(PROBLEM))
+    assert (result.outcome, result.is_failure) == ("unverifiable", False)
+    assert result.why.startswith("undecided: 12 rounds do not tell whether cpp (4.83x, 0.24 to 31.85) is faster than ")
 
 
 SLOW, FAST = (measured("compiled", speedup=Speedup(low, low + 0.01, low + 0.02)) for low in (0.9, 2.0))

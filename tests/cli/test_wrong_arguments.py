@@ -14,7 +14,7 @@ CASES = [
     (f"check {FUNCTIONS}:not_a_function", "which is of type int; a function is valid"),
     ("check exits_when_imported:function", "cannot be imported: SystemExit"),
     ("check flash_attn --device cpu", "BackendUnavailable: backend 'flash_attn' cannot run"),
-    ("profile --preset huge", "got preset 'huge'; quick, standard, full are valid"),
+    ("profile --preset huge", "got preset 'huge'; quick, standard, full, rl are valid"),
     ("profile --vocab qwen9", "got vocabulary 'qwen9'"),
     ("profile --vocab ,", "got ',', in which a value is empty"),
     ("profile --rows 64,x", "got number of rows 'x'"),

@@ -12,7 +12,7 @@ from compiled_logprobs_dashboard.frames import CANDIDATES, DECISIONS, Profile, S
 from compiled_logprobs_dashboard.tables.decide import winners
 
 from compiled_logprobs.errors import ProfileError
-from compiled_logprobs.problem import MODES, bucket
+from compiled_logprobs.problem import MODES, bucket, mode_name
 from compiled_logprobs.store.files import Store
 from tests.helpers import dashboard_stores as stores
 from tests.helpers.stored_decisions import decided
@@ -157,7 +157,7 @@ def test_the_decision_behind_a_row_is_read_when_it_is_asked_for(load, scenario):
 )
 def test_what_serves_a_shape(load, rows, kind, found):
     frames, profile = load("many")
-    for other in ({"mode": "entropy"}, {"dtype": "float16"}, {"vocab": stores.QWEN + 8}):
+    for other in ({"mode": "forward, entropy"}, {"dtype": "float16"}, {"vocab": stores.QWEN + 8}):
         assert look_up(frames, profile, SHAPE._replace(**other)).kind == "none", "was never measured"
     answer = look_up(frames, profile, SHAPE._replace(rows=rows))
     assert answer.kind == kind and answer.problem == bucket(stores.problem(rows))
@@ -168,8 +168,8 @@ def test_modes_without_a_name_can_be_asked_for(load, scenario):
     special = stores.problem()._replace(labels_per_row=4, temperature="per_token", masked_logits=True)
     stores.publish(scenario("one"), stores.good(special))
     frames, profile = load()
-    assert special.details() not in MODES
-    answer = look_up(frames, profile, SHAPE._replace(mode=special.details(), rows=500))
+    assert mode_name(special) not in MODES
+    answer = look_up(frames, profile, SHAPE._replace(mode=mode_name(special), rows=500))
     assert answer.kind == "exact" and frames.decision(answer.key).problem == special
 
 

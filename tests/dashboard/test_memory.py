@@ -17,7 +17,7 @@ LOGITS = 512 * QWEN * 2
 
 
 @pytest.mark.parametrize(
-    ("mode", "least"), [("forward", 2048), ("backward", LOGITS + 2048), ("inplace", 2048), ("entropy", 4096)]
+    ("mode", "least"), [("forward", 2048), ("backward", LOGITS + 2048), ("inplace", 2048), ("forward, entropy", 4096)]
 )
 def test_the_least_is_the_gradient_and_the_results(mode, least):
     assert tables.least_bytes(problem(512, mode=mode)) == least

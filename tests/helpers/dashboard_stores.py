@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from compiled_logprobs_dashboard.frames import ASKED
 
 from compiled_logprobs.decision import Candidate, Check, Decision, Speedup
 from compiled_logprobs.machine.environment import Environment, environment_at
-from compiled_logprobs.problem import MODES, Problem, as_it_lies
+from compiled_logprobs.problem import Problem, as_it_lies
 from compiled_logprobs.store.files import FACTS, Store
 from compiled_logprobs.tuning.presets import MODELS
 from tests.helpers.stored_decisions import CPU, all_measured, decided, evidence_of, measured
@@ -49,7 +50,7 @@ def problem(
     rows: int = 512, vocab: int = QWEN, dtype: torch.dtype = torch.bfloat16, mode: str = "backward", device: str = "cpu"
 ) -> Problem:
     """A problem as a profile run poses it."""
-    return as_it_lies(Problem(device, rows, vocab, dtype, **MODES[mode]))
+    return as_it_lies(Problem(device, rows, vocab, dtype, **ASKED[mode]))
 
 
 def about(speedup: float) -> Speedup:
