@@ -6,9 +6,10 @@ same input.
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from threading import Thread
 from typing import Any
 
 import torch
@@ -94,10 +95,20 @@ def check_backend(
             wanted = problem is None or isinstance(subject, Function)
             return notes, result, _causes(subject, result, place, seed, ignore_index) if wanted else []
 
+    outcomes: Future[list[tuple[Notes, ProblemReport, list[str]]]] = Future()
+
+    def examine_all() -> None:
+        try:
+            outcomes.set_result([examine(checked) for checked in problems])
+        except BaseException as error:  # noqa: BLE001 - raised again where they are waited for
+            outcomes.set_exception(error)
+
     # As if nothing surrounded it: inference mode, hooks on saved tensors, autocast and a default device belong to a
-    # thread. Anomaly mode does not, and would take the NaN that is among the inputs for a mistake.
-    with torch.autograd.set_detect_anomaly(False), ThreadPoolExecutor(1) as thread:
-        all_notes, results, causes = zip(*thread.map(examine, problems), strict=True)
+    # thread. Anomaly mode does not, and would take the NaN that is among the inputs for a mistake. An interrupt does
+    # not wait for the thread, whose function may hang.
+    with torch.autograd.set_detect_anomaly(False):
+        Thread(target=examine_all, daemon=True).start()
+        all_notes, results, causes = zip(*outcomes.result(), strict=True)
     return CheckReport(
         subject.name,
         results,

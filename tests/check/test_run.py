@@ -1,6 +1,8 @@
 """The check stops no right backend, and every wrong one: the wrong ones are in test_causes.py."""
 
 import re
+import signal
+import threading
 
 import pytest
 import torch
@@ -51,6 +53,20 @@ def test_the_compiled_idiom_of_a_user_passes():
     compiled = torch.compile(log_softmax_and_gather, dynamic=True)
     for seed in range(3):
         assert failures(lambda logits, labels: compiled(logits, labels), PROBLEM, seed) == []
+
+
+def test_an_interrupt_does_not_wait_for_a_function_that_hangs():
+    released = threading.Event()
+
+    def hangs(logits, labels):
+        if not released.is_set():
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            released.wait(120)
+        return good(logits, labels)
+
+    with pytest.raises(KeyboardInterrupt):
+        clp.check_backend(hangs, PROBLEM, short=True)
+    released.set()
 
 
 @pytest.fixture
