@@ -1,8 +1,6 @@
 """What is to be computed: everything that may decide which backend is fastest, and nothing else."""
 
-import math
 import re
-from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
@@ -153,13 +151,6 @@ def bucket(problem: Problem) -> Problem:
 def is_small(problem: Problem) -> bool:
     """Whether `problem` is for eager unless a profile says otherwise."""
     return problem.rows * problem.vocab < SMALL
-
-
-def nearest_first(top: Problem, others: Iterable[Problem]) -> list[Problem]:
-    """Those of `others` that differ from `top` in N only: first that of the smallest ratio of both N, of two the
-    smaller."""
-    found = [other for other in others if other != top and other._replace(rows=top.rows) == top]
-    return sorted(found, key=lambda other: (abs(math.log(max(1, other.rows) / top.rows)), other.rows))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,10 +7,10 @@ from torch._C import _len_torch_dispatch_stack
 from compiled_logprobs.backends import EAGER, get_backend, why_not
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.choose import memory, rule
-from compiled_logprobs.choose.explain import nearest_stored
+from compiled_logprobs.choose.explain import refusal
 from compiled_logprobs.choose.memory import Choice
 from compiled_logprobs.choose.tune import tune_in_call
-from compiled_logprobs.errors import BackendUnavailable, LogProbsError, ProfileError, nothing_can_serve_after, warn
+from compiled_logprobs.errors import BackendUnavailable, nothing_can_serve_after, warn
 from compiled_logprobs.operation.formula import Computed, Saved, Upstream
 from compiled_logprobs.policy import Policy, policy
 from compiled_logprobs.problem import Problem
@@ -66,7 +66,7 @@ def choose(problem: Problem, device: torch.device, under: Policy) -> tuple[str, 
         context = rule.context_of(problem, device, under, tune_in_call)
         *_, (step, choice) = rule.walk(context)
         if not isinstance(choice, Choice):
-            raise _refusal(context)
+            raise refusal(context)
         if step != "remembered":
             process.remember(problem, under, choice)
     name = choice.backend
@@ -100,15 +100,6 @@ def _warm_choice(problem: Problem, under: Policy) -> tuple[str, Backend]:
             "a CUDA graph is captured. Call the function once before the capture, or set row_invariant=False."
         )
     return (name, backend) if is_warm else (EAGER, get_backend(EAGER))
-
-
-def _refusal(context: rule.Context) -> LogProbsError:
-    """With the decisions that are stored for problems like it."""
-    error = rule.refusal(context)
-    if isinstance(error, ProfileError) and context.policy.mode != "off":
-        nearest = [f"\nNearest in the profiles: {neighbour}" for neighbour in nearest_stored(context, most=1)]
-        return ProfileError("".join([str(error), *nearest]))
-    return error
 
 
 def _is_observed(logits: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import distributed
 from compiled_logprobs.backends import EAGER
 from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.memory import Choice
-from compiled_logprobs.choose.rule import holds
+from compiled_logprobs.choose.staleness import holds
 from compiled_logprobs.choose.tune import tune
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import InputError, LogProbsError, warn

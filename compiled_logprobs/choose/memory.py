@@ -69,11 +69,11 @@ class Memory:
         self.forget(problem)
 
     def forget(self, problem: Problem) -> None:
-        """Choose anew at the next call, for the bucket of `problem` and for all N of it that were served by a guess."""
+        """Choose anew at the next call, for the bucket of `problem` and all of its family that a guess has served."""
         top = bucket(problem)
         for key, choice in list(self.choices.items()):  # a list, since other threads may add to it
             asked, _, is_invariant = key
-            is_guess = choice.source in GUESSES and asked._replace(rows=top.rows) == top
+            is_guess = choice.source in GUESSES and family_of(asked) == family_of(top)
             if not is_invariant and (asked == top or is_guess):
                 self.choices.pop(key, None)
         self.hot.clear()
@@ -105,6 +105,11 @@ MEMORY = Memory()
 def key_of(problem: Problem, policy: Policy) -> tuple[Problem, str, bool]:
     """What shares a choice: a bucket of N; or, where rows have to be invariant, a kind of calls."""
     return kind_of(problem) if policy.row_invariant else bucket(problem), policy.mode, policy.row_invariant
+
+
+def family_of(problem: Problem) -> Problem:
+    """What a decision for one says something of all of: any N, entropy, layout, temperature and alignment."""
+    return problem._replace(rows=0, entropy=False, layout="flat", temperature="none", aligned=True)
 
 
 def kind_of(problem: Problem) -> Problem:

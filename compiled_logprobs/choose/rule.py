@@ -5,42 +5,44 @@
 3. small       fewer than 2^20 logits, where a launch costs more than the work: eager
 4. near        a decision for the same problem at an N within 4x
 5. measure     time the backends, where that is allowed
-6. related     a decision for the same problem at any N, where nothing may be measured
+6. related     the decision for the nearest kind of problem, where nothing could be measured
 7. default     the first backend of the list that can run the problem and passes a short check
 
-Each step returns a `Choice`, or the reason why it has none. A decision counts only while the backend that it chose is
-registered, can run the problem, and has the code that was measured. Where rows have to be invariant, `invariant` stands
-for steps 2 to 7.
+Each step returns a `Choice`, or the reason why it has none. A decision counts only if the rounds told which backend is
+the fastest, and while that one is registered, can run the problem, and has the code that was measured. Where rows have
+to be invariant, `invariant` stands for steps 2 to 7.
+
+Nearest, for `near` and `related`, is the decision that comes first by `distance`, of those whose backend can run the
+problem: one for an N within 4x before one for an N beyond that; then of the same entropy, asked for or not; then of the
+same layout, else of the next one to it (flat, rows, slices); then of the same kind of temperature, else of the next one
+to it (none, a number, one a token); then of the same alignment; then of the smallest ratio of both N. All else has to
+be the same: device, vocabulary, dtypes, labels a row, gradient, in place or not, masked or not. A backend that was
+checked for another kind of problem passes the short check for that of the call, too, before it serves it.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime, timedelta, timezone
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple, get_args
 
 import torch
 
-from compiled_logprobs.backends import BUILT_IN, EAGER, backends, code_of, get_backend, is_loaded, target_of, why_not
-from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.backends import BUILT_IN, EAGER, backends, get_backend, why_not
 from compiled_logprobs.check.run import INVARIANCE_ELEMENTS, check_backend
 from compiled_logprobs.choose import memory
-from compiled_logprobs.choose.memory import GUESSES, Choice, Memory, key_of, kind_of
-from compiled_logprobs.decision import TIME, Decision
-from compiled_logprobs.errors import BackendUnavailable, LogProbsError, ProfileError, is_out_of_memory, warn
+from compiled_logprobs.choose.memory import GUESSES, Choice, Memory, family_of, key_of, kind_of
+from compiled_logprobs.choose.staleness import changed, holds, why_not_holds
+from compiled_logprobs.decision import Decision
+from compiled_logprobs.errors import is_out_of_memory, warn
 from compiled_logprobs.machine.clock import MIB, free_memory
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.policy import PROBLEMS_A_PROCESS, Policy, is_rank
-from compiled_logprobs.problem import Problem, bucket, is_small, nearest_first
+from compiled_logprobs.problem import Layout, Problem, Temperature, bucket, is_small
 from compiled_logprobs.store import stores
 from compiled_logprobs.store.files import Store
 
 NEAR = 4
 """The ratio of two N up to which a decision for one says enough of the other."""
-TRANSIENT = ("failed", "oom", "timeout", "crashed")
-"""Outcomes that may have had a cause outside of the candidate, such as a full disk."""
-TRANSIENT_FOR = timedelta(days=1)
-"""How long they count."""
 NO_ROOM_S = 60.0
 """How long eager serves where memory was too short for a check, until the check is tried again."""
 LEAST_FREE = 2048 * MIB
@@ -135,7 +137,13 @@ def small(context: Context) -> Choice | str:
 
 def near(context: Context) -> Choice | str:
     """A decision for an N within `NEAR`."""
-    return _at_other_rows(context, NEAR, "near") or f"no profile decides an N within {NEAR}x of it"
+    top = bucket(context.problem)
+    others = [other for other in nearest(context) if other._replace(rows=top.rows) == top and not _is_far(top, other)]
+    for choice in _choices_for(context, others):
+        # What is stale is measured rather than guessed from.
+        if choice.stale is None or why_not_measure(context) is not None:
+            return choice._replace(source="near")
+    return f"no profile decides an N within {NEAR}x of it"
 
 
 def measure(context: Context) -> Choice | Pending | str:
@@ -152,11 +160,12 @@ def measure(context: Context) -> Choice | Pending | str:
 
 
 def related(context: Context) -> Choice | str:
-    """A decision for any N, the nearest first; a stale one of this very N before."""
+    """The decision for the nearest kind of problem; a stale one of this very kind before."""
     exact = _exact(context)
     if not isinstance(exact, str):
         return exact
-    return _at_other_rows(context, math.inf, "related") or "no profile decides another N of it"
+    choices = (choice._replace(source="related") for choice in _choices_for(context, nearest(context)))
+    return _first_that_passes(context, choices) or "no profile decides a problem like it"
 
 
 def default(context: Context) -> Choice | Pending | str:
@@ -165,18 +174,10 @@ def default(context: Context) -> Choice | Pending | str:
         return Pending(
             f"the next call takes the first of {', '.join(BUILT_IN)} that can run it and passes a short check"
         )
-    top = bucket(context.problem)
-    for name in BUILT_IN:
-        if name == EAGER or (name, top) in context.memory.set_aside or why_not(name, context.problem) is not None:
-            continue
-        try:
-            if _passes(context, name, context.problem):
-                return Choice(name, "default rule")
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return Choice(EAGER, "default rule", until=time.monotonic() + NO_ROOM_S)
-    return Choice(EAGER, "default rule")
+    failed = {name for name, top in list(context.memory.set_aside) if top == bucket(context.problem)}
+    able = (name for name in BUILT_IN if name not in failed and why_not(name, context.problem) is None)
+    choice = _first_that_passes(context, (Choice(name, "default rule") for name in able))
+    return choice or Choice(EAGER, "default rule")
 
 
 def invariant(context: Context) -> Choice | Pending | str:
@@ -207,23 +208,45 @@ HITS = ("remembered", "stored", "small")
 """The steps that `require_hit` allows."""
 
 
-def refusal(context: Context) -> LogProbsError:
-    """What the call raises where no step has a choice."""
-    problem, policy = context.problem, context.policy
-    if policy.row_invariant:
-        return BackendUnavailable(
-            f"got {describe(problem)} with row_invariant=True, and no backend that can run such calls declares rows "
-            "whose bits do not depend on N and passes the check of them. Set row_invariant=False, or keep N the same."
-        )
-    if policy.mode == "off":
-        return ProfileError(
-            "the mode is 'off', in which no profile is looked at, and require_hit=True asks for one. "
-            "Set the mode to 'lookup' or 'tune', or set require_hit=False."
-        )
-    return ProfileError(
-        f"no profile decides {describe(bucket(problem))}, and require_hit=True forbids to measure or guess. "
-        "Run `compiled-logprobs profile` or tune(...) for it on this machine, or set require_hit=False."
+def nearest(context: Context) -> list[Problem]:
+    """The others with a decision that says something of the problem, by `distance`; no file is opened."""
+    if context.policy.mode == "off":
+        return []
+    top = bucket(context.problem)
+    others = {other for store in context.stores.values() for other in store.alike(context.environment, top)}
+    alike = [other for other in others | set(context.memory.decided) if family_of(other) == family_of(top)]
+    return sorted((other for other in alike if other != top), key=lambda other: distance(top, other))
+
+
+def distance(problem: Problem, other: Problem) -> tuple[float, ...]:
+    """How far a decision for `other`, of the same family, is from `problem`: the order of this module's docstring.
+
+    Of two that are as far, the smaller N is the nearer, and what is simpler to read.
+    """
+    layouts, temperatures = get_args(Layout), get_args(Temperature)
+    layout, temperature = layouts.index(other.layout), temperatures.index(other.temperature)
+    return (
+        _is_far(problem, other),
+        problem.entropy != other.entropy,
+        abs(layout - layouts.index(problem.layout)),
+        abs(temperature - temperatures.index(problem.temperature)),
+        problem.aligned != other.aligned,
+        abs(math.log(max(1, other.rows) / max(1, problem.rows))),
+        *(other.rows, layout, temperature),
     )
+
+
+def is_checked(context: Context, choice: Choice) -> bool | None:
+    """Whether the backend of `choice` has passed the check for this kind of problem, at any N; None: it was not asked.
+
+    Eager is not asked, and neither is another machine's.
+    """
+    decision, problem = choice.decision, context.problem
+    if choice.backend == EAGER or not context.is_here:
+        return True
+    if decision is not None and decision.problem._replace(rows=problem.rows) == problem:
+        return True
+    return context.memory.checks.get((choice.backend, problem._replace(rows=0), False))
 
 
 def describe(problem: Problem) -> str:
@@ -257,7 +280,7 @@ def why_not_measure(context: Context) -> str | None:
     if budget_left(context) <= 0:
         return f"the process has used up its {PROBLEMS_A_PROCESS * policy.budget_s:g} s for measuring"
     if is_settled(context):
-        return "it has been measured already, and what was chosen may not serve now"
+        return "it has been measured already, without a choice that may serve now"
     return None
 
 
@@ -268,32 +291,11 @@ def budget_left(context: Context) -> float:
 
 def is_settled(context: Context) -> bool:
     """Whether a decision for the bucket still holds, though its choice may not serve at present."""
-    decisions = (choice.decision for choice in _decisions(context, bucket(context.problem)))
+    decisions = (choice.decision for choice in choices_of(context, bucket(context.problem)))
     return any(decision and holds(decision, decision.chosen) and not changed(decision) for decision in decisions)
 
 
-def holds(decision: Decision, backend: str) -> bool:
-    """Whether `backend` is what was measured, and can run here."""
-    return why_not_holds(decision, backend) is None
-
-
-def why_not_holds(decision: Decision, name: str) -> str | None:
-    """Why `backend` is not what was measured, or cannot run here; None if it is and can."""
-    if name not in backends():
-        return f"it chose backend {name!r:.80}, which is not registered here"
-    if code_of(name) != decision.candidates[name].fingerprint:
-        return f"backend {name!r} has changed since it was measured"
-    reason = why_not(name, decision.problem)
-    return None if reason is None else f"backend {name!r} cannot run here: {reason}"
-
-
-def changed(decision: Decision) -> dict[str, str]:
-    """How today's candidates differ from those that were measured, by name. None is imported to find out."""
-    reasons = {name: _how_it_changed(decision, name) for name in backends() if name not in decision.left_out}
-    return {name: f"backend {name!r} {reason}" for name, reason in reasons.items() if reason is not None}
-
-
-def _decisions(context: Context, top: Problem) -> Iterator[Choice]:
+def choices_of(context: Context, top: Problem) -> Iterator[Choice]:
     """The choices for exactly `top`, whether or not they can be used; those of ranks may have no decision."""
     if context.policy.mode == "off":
         return
@@ -309,7 +311,7 @@ def _exact(context: Context) -> Choice | str:
     if context.policy.mode == "off":
         return "the mode is 'off'"
     reasons = []
-    for choice in _decisions(context, bucket(context.problem)):
+    for choice in choices_of(context, bucket(context.problem)):
         outcome = _usable(context, choice)
         if isinstance(outcome, Choice):
             return outcome
@@ -317,27 +319,25 @@ def _exact(context: Context) -> Choice | str:
     return "; ".join(reasons) or "no profile decides it"
 
 
-def _at_other_rows(context: Context, within: float, source: str) -> Choice | None:
-    """The decision for the nearest N, of a ratio of `within` at most."""
-    top = bucket(context.problem)
-    if context.policy.mode == "off":
-        return None
-    others = {other for store in context.stores.values() for other in store.near(context.environment, top)}
-    for other in nearest_first(top, others | set(context.memory.decided)):
-        if max(other.rows, top.rows) > within * min(other.rows, top.rows):
-            break
-        for choice in _decisions(context, other):
+def _choices_for(context: Context, others: Iterable[Problem]) -> Iterator[Choice]:
+    """What the decisions for `others` choose, as far as they decide and can be used for this problem."""
+    for other in others:
+        for choice in choices_of(context, other):
             outcome = _usable(context, choice)
-            # What is stale is measured rather than guessed from.
-            if isinstance(outcome, Choice) and (outcome.stale is None or why_not_measure(context) is not None):
-                return outcome._replace(source=source)
-    return None
+            if isinstance(outcome, str) or outcome.decision is None or not outcome.decision.is_decided:
+                continue
+            if not context.is_here or why_not(outcome.backend, context.problem) is None:
+                yield outcome
 
 
 def _usable(context: Context, choice: Choice) -> Choice | str:
     """`choice`, which has a decision, as it holds now; else why it does not."""
     decision, name = choice.decision, choice.backend
-    if decision is None or not context.is_here:
+    if decision is None:
+        return choice
+    if not decision.is_decided and choice.source != "ranks":  # which hold what they have agreed upon
+        return f"{choice.source}: undecided: {decision.reason}"
+    if not context.is_here:
         return choice
     if {(name, decision.problem), (name, bucket(context.problem))} & context.memory.set_aside.keys():
         reason: str | None = f"backend {name!r}, which it chose, failed in this process and is set aside"
@@ -356,26 +356,26 @@ def _usable(context: Context, choice: Choice) -> Choice | str:
     return f"{choice.source}: {reason}"
 
 
-def _how_it_changed(decision: Decision, name: str) -> str | None:
-    if name not in decision.candidates:
-        return "was registered after this was measured"
-    candidate = decision.candidates[name]
-    a_day_ago = (datetime.now(timezone.utc) - TRANSIENT_FOR).strftime(TIME)
-    if candidate.outcome in TRANSIENT and (candidate.measured_at or decision.measured_at) < a_day_ago:
-        return f"{candidate.outcome} when this was measured, which may have had a cause that is gone"
-    if name not in BUILT_IN and not is_loaded(name):
-        return None
-    if candidate.outcome in ("unavailable", "unsupported"):
-        target = target_of(name)
-        is_local = isinstance(target, Backend) or target.startswith("__main__:")  # so that no worker can import it
-        can_now = not is_local and why_not(name, decision.problem) is None
-        return "could not run this when it was measured, and can now" if can_now else None
-    return "has changed since this was measured" if code_of(name) != candidate.fingerprint else None
-
-
 def _others_can_run(problem: Problem) -> bool:
     """Whether another backend than eager may; those of third parties are not imported to find out."""
     return any(name not in BUILT_IN or why_not(name, problem) is None for name in backends() if name != EAGER)
+
+
+def _first_that_passes(context: Context, choices: Iterable[Choice]) -> Choice | None:
+    """The first whose backend passes the short check, which a walk that only looks leaves open; eager for a while where
+    memory is too short for the check."""
+    for choice in choices:
+        passes = is_checked(context, choice)
+        if passes is None and context.tune is not None:
+            try:
+                passes = _passes(context, choice.backend, context.problem)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                return Choice(EAGER, "default rule", until=time.monotonic() + NO_ROOM_S)
+        if passes is not False:
+            return choice
+    return None
 
 
 def _passes(context: Context, name: str, problem: Problem) -> bool:
@@ -388,3 +388,7 @@ def _passes(context: Context, name: str, problem: Problem) -> bool:
         report = check_backend(name, problem, short=True, device=str(context.device))
         context.memory.checks[key] = report.passed
     return context.memory.checks[key]
+
+
+def _is_far(problem: Problem, other: Problem) -> bool:
+    return max(other.rows, problem.rows) > NEAR * min(other.rows, problem.rows)

@@ -9,7 +9,8 @@ import torch
 from compiled_logprobs.backends import EAGER, backends
 from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.memory import Choice
-from compiled_logprobs.choose.rule import Context, budget_left, changed, describe, holds, is_settled, stored
+from compiled_logprobs.choose.rule import Context, budget_left, describe, is_settled, stored
+from compiled_logprobs.choose.staleness import changed, holds
 from compiled_logprobs.decision import Decision, Evidence
 from compiled_logprobs.errors import ProfileError, nothing_can_serve_after, say, warn
 from compiled_logprobs.machine.environment import environment_at, fingerprint_of
@@ -191,6 +192,9 @@ def tune_in_call(context: Context, standing: Decision | None) -> Choice | str:
         return f"measuring came to no decision: {error}"
     finally:
         context.memory.spent_s += time.monotonic() - began
+    if not decision.is_decided:
+        say(f"undecided: {decision.reason}; `compiled-logprobs profile` gives it more time")
+        return f"measuring came to no decision: {decision.reason}"
     say(f"{decision.chosen} serves it: {decision.reason}")
     return _as_stored(context)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from compiled_logprobs.backends import backends
-from compiled_logprobs.choose.rule import holds, why_not_holds
+from compiled_logprobs.choose.staleness import holds, why_not_holds
 from compiled_logprobs.choose.tune import WAIT_S
 from compiled_logprobs.decision import MARGIN, Decision, Speedup, speedup_in_words
 from compiled_logprobs.machine.environment import fingerprint_of, without_paths

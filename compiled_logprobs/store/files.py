@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from compiled_logprobs.decision import Decision, Evidence, from_plain, parse_json
 from compiled_logprobs.errors import ProfileError, warn
 from compiled_logprobs.machine.environment import Environment
-from compiled_logprobs.problem import Problem, nearest_first, problem_from_name, problem_name
+from compiled_logprobs.problem import Problem, problem_from_name, problem_name, short_name
 
 VERSION = "v1"
 """The folder of all environments in a store."""
@@ -72,11 +72,12 @@ class Store:
         facts = {folder.name: _or_warn(read_facts, folder / FACTS) for folder in self.folders()}
         return {name: stored for name, stored in facts.items() if stored is not None}
 
-    def near(self, environment: str, problem: Problem) -> list[Problem]:
-        """The problems stored that differ from `problem` in N only, the nearest first, by the names of the files."""
-        folder = self.path(environment, problem).parents[1]
-        stored = (problem_from_name(path.stem) for path in decision_files(folder))
-        return nearest_first(problem, [other for other in stored if other is not None])
+    def alike(self, environment: str, problem: Problem) -> list[Problem]:
+        """The problems stored of the device, vocabulary and dtype of `problem`, by the names of the files."""
+        files = decision_files(self.path(environment, problem).parents[1])
+        name = re.compile(f"{problem.device_type}-n[0-9]+-v{problem.vocab}-{short_name(problem.dtype)}(-.*)?")
+        stored = (problem_from_name(path.stem) for path in files if name.fullmatch(path.stem))
+        return [other for other in stored if other is not None]
 
     def publish(self, environment: Environment, decision: Decision, evidence: Evidence | None = None) -> Path:
         """Store `decision` in place of an older one; its path. Raises ProfileError if that fails."""

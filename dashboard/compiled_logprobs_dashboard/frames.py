@@ -19,7 +19,7 @@ from compiled_logprobs.decision import PLAIN, Candidate, Decision, Evidence, Spe
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import MATCHED, VERSIONS_MATCHED, Environment, environments
 from compiled_logprobs.policy import Policy
-from compiled_logprobs.problem import MODES, Problem, as_it_lies, bucket, mode_name, nearest_first, short_name
+from compiled_logprobs.problem import MODES, Problem, as_it_lies, bucket, mode_name, short_name
 from compiled_logprobs.store import stores
 from compiled_logprobs.store.files import FACTS, Store, decision_files, read_decision, read_facts
 from compiled_logprobs.tuning.presets import DTYPES
@@ -377,8 +377,8 @@ class _Listed(Store):
 
     listed: tuple[Problem, ...]
 
-    def near(self, environment: str, problem: Problem) -> list[Problem]:
-        return nearest_first(problem, self.listed)
+    def alike(self, environment: str, problem: Problem) -> list[Problem]:
+        return list(self.listed)
 
 
 def same_but_rows(decisions: pd.DataFrame, problem: Problem) -> pd.DataFrame:

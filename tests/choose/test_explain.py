@@ -35,9 +35,9 @@ def explained(logits=LOGITS, labels=LABELS, **options) -> clp.Explanation:
     explanation = clp.explain(logits, labels, **options)
     assert before == (memory.MEMORY.choices, memory.MEMORY.decided)
     plain = json.loads(json.dumps(explanation.to_dict(), allow_nan=False))
-    assert set(plain) == {field.name for field in dataclasses.fields(explanation)} | {"bucket_rows"}
+    assert set(plain) == {field.name for field in dataclasses.fields(explanation)} | {"bucket_rows", "headline"}
     first, second = str(explanation).splitlines()[:2]
-    assert first.endswith(f": {explanation.backend or 'not decided yet'}") and second == f"  {explanation.why}"
+    assert first.endswith(f": {explanation.headline}") and second == f"  {explanation.why}"
     return explanation
 
 
@@ -151,24 +151,47 @@ def test_where_a_decision_comes_from(source, why, elsewhere):
 
 
 @pytest.mark.parametrize(
-    ("rows", "source", "why"),
+    ("other", "source", "measured_for"),
     [
-        (2048, "near", "stored for another number of rows, within 4x of it"),
-        (
-            *(8192, "related"),
-            "stored for another number of rows, the nearest that was measured; nothing is measured now, because the "
-            "mode is 'lookup'",
-        ),
+        ({"rows": 2048}, "near", "N = 2048"),
+        ({"rows": 8192}, "related", "N = 8192"),
+        ({"temperature": "number", "layout": "rows"}, "related", "layout rows, temperature number at N = 1024"),
+        ({"entropy": True, "aligned": True}, "related", "entropy, aligned to 16 bytes at N = 1024"),
     ],
 )
-def test_a_decision_for_another_number_of_rows(rows, source, why, mode):
+def test_the_decision_for_the_nearest_kind_of_problem(other, source, measured_for, mode, checks):
     mode("lookup")
-    publish(decided(LARGE._replace(rows=rows), measured_rows=512))
-    for _ in range(2):
+    fast = measured("cpp", speedup_over_plain=Speedup(2.0, 2.1, 2.2))
+    publish(decided(LARGE._replace(**other), "cpp", candidates=all_measured() | {"cpp": fast}, measured_rows=512))
+    why = {
+        "near": "stored for another number of rows, within 4x of it",
+        "related": "stored for the nearest kind of problem that was measured",
+    }[source]
+    for is_checked in (set(other) == {"rows"}, True):  # before and after a call
         explanation = explained()
-        assert (explanation.backend, explanation.source, explanation.why) == ("eager", source, why)
-        assert f"at N = {rows}, timed with 512 rows" in str(explanation)
+        assert (explanation.backend, explanation.source) == ("cpp", source)
+        assert explanation.headline == (
+            f"cpp, by the decision for {measured_for}: 2.10x (2.00 to 2.20) the speed of log_softmax and gather"
+        )
+        assert explanation.why.startswith(why) and set(explanation.problem_differs) == set(other)
+        assert ("once it has passed a short check" in explanation.why) == (not is_checked)
+        assert (source == "near") != explanation.why.endswith("nothing is measured now, because the mode is 'lookup'")
+        assert "timed with 512 rows" in str(explanation)
         call()
+
+
+def test_an_undecided_measurement_is_shown_beside_what_serves(mode, checks):
+    mode("lookup")
+    publish(decided(code="AMBIGUOUS_AT_BUDGET", reason="12 rounds do not tell"))
+    for _ in range(2):  # before and after a call
+        explanation = explained()
+        assert explanation.source in (None, "default rule") and explanation.decision.reason == "12 rounds do not tell"
+        assert "  AMBIGUOUS_AT_BUDGET: 12 rounds do not tell" in str(explanation).splitlines()
+        call()
+    mode("tune")
+    steps = explained().steps
+    assert steps["stored"] == "user store: undecided: 12 rounds do not tell"
+    assert steps["measure"] == "it has been measured already, without a choice that may serve now"
 
 
 def test_a_stale_decision(mode):
@@ -222,7 +245,7 @@ def test_what_was_decided_but_failed_is_not_measured_again():
     explanation = explained()
     assert explanation.set_aside == {"compiled": "RuntimeError: it broke"}
     assert "which it chose, failed in this process and is set aside" in explanation.steps["stored"]
-    assert explanation.why.endswith("it has been measured already, and what was chosen may not serve now")
+    assert explanation.why.endswith("it has been measured already, without a choice that may serve now")
 
 
 def test_no_backend_of_others_is_imported(own_registry):
@@ -244,7 +267,7 @@ def test_a_measurement_without_figures_can_be_shown():
 # What is stored near it
 
 
-def test_the_fewest_fields_come_first_and_of_these_the_nearest_n():
+def test_what_could_serve_comes_first_and_then_what_differs_in_the_fewest_fields():
     others = [
         LARGE._replace(rows=8192),
         LARGE._replace(rows=2048),
@@ -255,12 +278,12 @@ def test_the_fewest_fields_come_first_and_of_these_the_nearest_n():
     for other in others:
         publish(decided(other))
     neighbours = nearest_stored(rule.context_of(LARGE, CPU, policy()), most=5)
-    assert [neighbour.problem for neighbour in neighbours] == [others[3], others[1], others[0], others[2], others[4]]
-    assert neighbours[3].differs == {"rows": (2048, 1024), "entropy": (True, False)}
-    assert str(neighbours[0]) == "1024 x 1031 float32 on cpu (user store): temperature is number there, and none here"
+    assert [neighbour.problem for neighbour in neighbours] == [others[1], others[3], others[2], others[0], others[4]]
+    assert neighbours[2].differs == {"rows": (2048, 1024), "entropy": (True, False)}
+    assert str(neighbours[1]) == "1024 x 1031 float32 on cpu (user store): temperature is number there, and none here"
     explanation = explained()
     assert len(explanation.nearest) == 3 and f"  nearest: {neighbours[0]}" in str(explanation).splitlines()
-    assert explanation.to_dict()["nearest"][1]["differs"] == {"rows": (2048, 1024)}
+    assert explanation.to_dict()["nearest"][0]["differs"] == {"rows": (2048, 1024)}
     publish(decided())
     assert explained().nearest == ()
 

@@ -1,6 +1,9 @@
 """Which backend serves: where the rule looks, in which order, and what no longer holds."""
 
+import dataclasses
+import random
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -13,17 +16,18 @@ from compiled_logprobs.backends.cpp import Cpp
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.choose import auto, memory, rule
 from compiled_logprobs.choose.memory import Choice, Memory
-from compiled_logprobs.decision import Candidate
+from compiled_logprobs.decision import Candidate, Decision
 from compiled_logprobs.machine.clock import MIB
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.policy import Policy, policy
-from compiled_logprobs.problem import Problem, bucket
+from compiled_logprobs.problem import Layout, Problem, Temperature, bucket
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
 from tests.helpers.stored_decisions import CPU, LARGE, NEW, all_measured, chosen, decided, measured, publish, raising
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 SMALL = LARGE._replace(rows=8)
+UNDECIDED = "AMBIGUOUS_AT_BUDGET"
 
 
 def start_anew(monkeypatch) -> None:
@@ -76,14 +80,23 @@ def test_a_decision_for_a_near_number_of_rows_serves_before_anything_is_measured
     assert chosen(LARGE._replace(rows=8192)) == ("compiled", "user store")
 
 
-def test_what_is_further_away_serves_only_where_nothing_may_be_measured(mode, fake, checks):
-    publish(decided(LARGE._replace(rows=8192), "compiled"))
+KINDS = [{"rows": 8192}, {"temperature": "number"}, {"layout": "rows"}, {"aligned": True}, {"entropy": True}]
+
+
+@pytest.mark.parametrize("other", KINDS, ids=str)
+def test_the_nearest_kind_serves_only_where_nothing_may_be_measured_and_if_it_passes(other, mode, fake, checks):
+    publish(decided(LARGE._replace(**other), "compiled"))
     assert chosen() == ("eager", "tuned here") and fake.asked == [LARGE]
     memory.MEMORY.decided.clear()
-    memory.MEMORY.forget(LARGE)
     user_store().path(fingerprint_of(CPU), LARGE).unlink()
-    mode("lookup")
+    memory.MEMORY.spent_s = 60.0  # all that there is
+    memory.MEMORY.forget(LARGE)
     assert chosen() == ("compiled", "related")
+    assert set(memory.MEMORY.checks) == (set() if "rows" in other else {("compiled", LARGE._replace(rows=0), False)})
+    checks["compiled"] = False
+    memory.MEMORY.checks.clear()
+    mode("lookup")
+    assert chosen() == (("compiled", "related") if "rows" in other else ("cpp", "default rule"))
 
 
 @pytest.mark.parametrize("other", [{"vocab": 1032}, {"needs_grad": True}, {"dtype": torch.float16}], ids=str)
@@ -114,8 +127,12 @@ def test_a_backend_with_the_wrong_sign_serves_nothing(monkeypatch):
     assert chosen(LARGE._replace(vocab=1101)) == ("eager", "default rule")
 
 
-def test_a_check_without_memory_speaks_against_nobody_and_is_not_repeated_on_every_call(monkeypatch):
+@pytest.mark.parametrize("other", [None, {"temperature": "number"}], ids=["default rule", "related"])
+def test_a_check_without_memory_speaks_against_nobody_and_is_not_repeated_on_every_call(other, mode, monkeypatch):
+    mode("lookup")
     clock, checked = [0.0], []
+    if other is not None:
+        publish(decided(LARGE._replace(**other), "cpp"))
 
     def no_room(*_, **__):
         checked.append(1)
@@ -127,7 +144,7 @@ def test_a_check_without_memory_speaks_against_nobody_and_is_not_repeated_on_eve
         assert [chosen(), chosen(), chosen()] == [("eager", "default rule")] * 3 and len(checked) == 1
     clock[0] = rule.NO_ROOM_S + 1
     monkeypatch.setattr(rule, "_passes", lambda *_: True)
-    assert chosen() == ("cpp", "default rule")
+    assert chosen() == ("cpp", "related" if other else "default rule")
 
 
 def test_small_problems_are_for_eager_unless_a_profile_decides_them(mode, nothing_measures):
@@ -150,28 +167,128 @@ def test_each_mode_remembers_for_itself_and_off_looks_at_nothing_that_is_stored(
 
 def test_what_is_decided_later_replaces_a_guess(mode, checks):
     mode("lookup")
-    other = LARGE._replace(rows=2048)
-    assert chosen(other) == ("cpp", "default rule")
+    others = LARGE._replace(rows=2048), LARGE._replace(temperature="number")
+    assert [chosen(other) for other in others] == [("cpp", "default rule")] * 2
     memory.MEMORY.hold(LARGE, Choice("eager", "tuned here", decided()))
-    assert chosen(other) == ("eager", "near")
+    assert [chosen(other) for other in others] == [("eager", "near"), ("eager", "related")]
 
 
-def test_a_walk_over_another_machines_store_takes_its_decisions_as_they_are(tmp_path):
-    """As the dashboard does."""
-    publish(
-        decided(chosen="theirs", candidates={"theirs": measured("eager", fingerprint=NEW), "eager": measured("eager")})
+class Kept:
+    """A store that notes what is read of it."""
+
+    def __init__(self, decisions):
+        self.decisions, self.read_so_far = decisions, []
+
+    def alike(self, environment, problem):
+        return list(self.decisions)
+
+    def read(self, environment, problem):
+        self.read_so_far.append(problem)
+        return self.decisions.get(problem)
+
+
+LAYOUTS, TEMPERATURES = get_args(Layout), get_args(Temperature)
+
+
+def documented_order(asked: Problem, other: Problem) -> tuple:
+    """That of the docstring of `rule`."""
+    ratio = max(asked.rows, other.rows) / min(asked.rows, other.rows)
+    layouts, temperatures = LAYOUTS.index(other.layout), TEMPERATURES.index(other.temperature)
+    return (
+        ratio > 4,
+        asked.entropy != other.entropy,
+        abs(layouts - LAYOUTS.index(asked.layout)),
+        abs(temperatures - TEMPERATURES.index(asked.temperature)),
+        asked.aligned != other.aligned,
+        ratio,
+        other.rows,
+        layouts,
+        temperatures,
     )
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_what_serves_is_the_nearest_by_the_documented_order_that_can(seed, checks, monkeypatch):
+    pick = random.Random(seed)
+
+    def any_problem() -> Problem:
+        return LARGE._replace(
+            rows=2 ** pick.randrange(10, 17),
+            needs_grad=pick.random() < 0.1,
+            entropy=pick.random() < 0.5,
+            temperature=pick.choice(TEMPERATURES),
+            layout=pick.choice(LAYOUTS),
+            aligned=pick.random() < 0.5,
+        )
+
+    asked, unable = any_problem(), pick.choice(["cpp", "compiled", ""])
+    templates = [decided(chosen="eager"), decided(chosen="cpp"), decided(chosen="compiled"), decided(code=UNDECIDED)]
+    problems = {any_problem() for _ in range(pick.randrange(12))} - {asked}
+    kept = Kept({problem: dataclasses.replace(pick.choice(templates), problem=problem) for problem in problems})
+    monkeypatch.setattr(rule, "why_not", lambda name, problem: "it is tired" if name == unable else None)
+    context = rule.Context(asked, Policy("lookup"), CPU, "", {"a": kept}, Memory(), lambda *_: "no")
+    in_order = sorted(
+        (other for other in problems if other.needs_grad == asked.needs_grad),
+        key=lambda other: documented_order(asked, other),
+    )
+    able = [other for other in in_order if kept.decisions[other].is_decided and kept.decisions[other].chosen != unable]
+    choice = rule.related(context)
+    if able:
+        assert choice == Choice(kept.decisions[able[0]].chosen, "related", kept.decisions[able[0]])
+        in_order = in_order[: in_order.index(able[0]) + 1]
+    else:
+        assert choice == "no profile decides a problem like it"
+    assert kept.read_so_far == [asked, *in_order]  # and no more
+
+
+def test_a_walk_over_another_machines_store_takes_its_decisions_as_they_are():
+    """As the dashboard does."""
+    candidates = {"theirs": measured("eager", fingerprint=NEW), "eager": measured("eager")}
+    publish(decided(chosen="theirs", candidates=candidates))
+    asked = LARGE._replace(rows=2048)
     context = rule.Context(
-        *(LARGE._replace(rows=2048), Policy("lookup"), CPU, fingerprint_of(CPU), {"a": user_store()}, Memory()),
-        is_here=False,
+        asked, Policy("lookup"), CPU, fingerprint_of(CPU), {"a": user_store()}, Memory(), is_here=False
     )
     steps = dict(rule.walk(context))
     assert list(steps) == ["remembered", "stored", "small", "near"] and steps["near"].backend == "theirs"
-    far = dict(rule.walk(context._replace(problem=LARGE._replace(rows=2**20))))
-    assert far["related"].source == "related"
-    assert isinstance(
-        list(rule.walk(context._replace(problem=LARGE._replace(vocab=7, rows=2**20))))[-1][1], rule.Pending
-    )
+    other = dict(rule.walk(context._replace(problem=asked._replace(temperature="number"))))
+    assert (other["related"].backend, other["related"].source) == ("theirs", "related")
+    *_, (_, last) = rule.walk(context._replace(problem=asked._replace(vocab=7, rows=2**20)))
+    assert isinstance(last, rule.Pending)
+
+
+# What decides nothing
+
+
+def undecided(problem: Problem = LARGE) -> Decision:
+    return decided(problem, code=UNDECIDED, reason="12 rounds do not tell")
+
+
+def test_an_undecided_measurement_neither_serves_nor_is_repeated_by_a_call(mode, fake, checks):
+    publish(undecided())
+    publish(undecided(LARGE._replace(rows=2048)))
+    mode("tune")
+    assert chosen() == ("cpp", "default rule") and not fake.asked
+    publish(decided(LARGE._replace(rows=4096), "compiled"))
+    memory.MEMORY.forget(LARGE)
+    assert chosen() == ("compiled", "near") and not fake.asked
+    with clp.autotune("lookup", require_hit=True), pytest.raises(clp.ProfileError):
+        chosen(LARGE._replace(rows=2048))
+
+
+def test_after_measuring_without_a_result_the_nearest_kind_serves(fake, checks, capsys):
+    fake.answer = undecided
+    publish(decided(LARGE._replace(temperature="number"), "compiled"))
+    assert [chosen(), chosen()] == [("compiled", "related")] * 2 and len(fake.asked) == 1
+    assert "undecided: 12 rounds do not tell; `compiled-logprobs profile` gives it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("choice", [Choice("eager", "ranks", undecided()), Choice("eager", "ranks")])
+def test_ranks_hold_what_they_agreed_upon_and_for_nothing_else(choice, mode, checks):
+    mode("lookup")
+    memory.MEMORY.hold(LARGE, choice)
+    assert chosen() == ("eager", "ranks")
+    assert chosen(LARGE._replace(rows=2048)) == ("cpp", "default rule")
 
 
 # What no longer holds
@@ -370,7 +487,7 @@ def test_why_nothing_is_measured(own_registry, monkeypatch):
     assert why_not_measure(LARGE) == "this process is a forked child of another"
     monkeypatch.setattr(memory, "MEMORY", Memory())
     publish(decided(candidates=all_measured() | {"doubling": measured("eager")}))
-    assert why_not_measure(LARGE) == "it has been measured already, and what was chosen may not serve now"
+    assert why_not_measure(LARGE) == "it has been measured already, without a choice that may serve now"
 
 
 RANKS = "this process is one of several ranks; call tune(..., group=...) on all of them"

@@ -1,0 +1,50 @@
+"""Whether a decision still holds: what it chose, and what else was measured."""
+
+from datetime import datetime, timedelta, timezone
+
+from compiled_logprobs.backends import BUILT_IN, backends, code_of, is_loaded, target_of, why_not
+from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.decision import TIME, Decision
+
+TRANSIENT = ("failed", "oom", "timeout", "crashed")
+"""Outcomes that may have had a cause outside of the candidate, such as a full disk."""
+TRANSIENT_FOR = timedelta(days=1)
+"""How long they count."""
+
+
+def holds(decision: Decision, backend: str) -> bool:
+    """Whether `backend` is what was measured, and can run here."""
+    return why_not_holds(decision, backend) is None
+
+
+def why_not_holds(decision: Decision, name: str) -> str | None:
+    """Why the backend called `name` is not what was measured, or cannot run here; None if it is and can."""
+    if name not in backends():
+        return f"it chose backend {name!r:.80}, which is not registered here"
+    if code_of(name) != decision.candidates[name].fingerprint:
+        return f"backend {name!r} has changed since it was measured"
+    reason = why_not(name, decision.problem)
+    return None if reason is None else f"backend {name!r} cannot run here: {reason}"
+
+
+def changed(decision: Decision) -> dict[str, str]:
+    """How today's candidates differ from those that were measured, by name. None is imported to find out."""
+    reasons = {name: _how_it_changed(decision, name) for name in backends() if name not in decision.left_out}
+    return {name: f"backend {name!r} {reason}" for name, reason in reasons.items() if reason is not None}
+
+
+def _how_it_changed(decision: Decision, name: str) -> str | None:
+    if name not in decision.candidates:
+        return "was registered after this was measured"
+    candidate = decision.candidates[name]
+    a_day_ago = (datetime.now(timezone.utc) - TRANSIENT_FOR).strftime(TIME)
+    if candidate.outcome in TRANSIENT and (candidate.measured_at or decision.measured_at) < a_day_ago:
+        return f"{candidate.outcome} when this was measured, which may have had a cause that is gone"
+    if name not in BUILT_IN and not is_loaded(name):
+        return None
+    if candidate.outcome in ("unavailable", "unsupported"):
+        target = target_of(name)
+        is_local = isinstance(target, Backend) or target.startswith("__main__:")  # so that no worker can import it
+        can_now = not is_local and why_not(name, decision.problem) is None
+        return "could not run this when it was measured, and can now" if can_now else None
+    return "has changed since this was measured" if code_of(name) != candidate.fingerprint else None
