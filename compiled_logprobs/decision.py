@@ -228,11 +228,6 @@ class Decision:
     tuning_seconds: float
 
     @property
-    def is_decided(self) -> bool:
-        """Whether the rounds told which backend is the fastest; else the baseline is only what was left."""
-        return self.code != "AMBIGUOUS_AT_BUDGET"
-
-    @property
     def winner(self) -> Candidate:
         return self.candidates[self.chosen]
 

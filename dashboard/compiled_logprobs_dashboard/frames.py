@@ -14,7 +14,7 @@ import torch
 
 from compiled_logprobs.backends import BUILT_IN, backends, code_of, is_loaded
 from compiled_logprobs.choose.memory import Choice, Memory
-from compiled_logprobs.choose.rule import Context, walk
+from compiled_logprobs.choose.rule import Context, choices_of, walk
 from compiled_logprobs.decision import PLAIN, Candidate, Decision, Evidence, Speedup, short
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import MATCHED, VERSIONS_MATCHED, Environment, environments
@@ -75,9 +75,9 @@ class Shape(NamedTuple):
     """V."""
 
 
-Kind = Literal["exact", "nearest", "rule", "none"]
+Kind = Literal["exact", "nearest", "undecided", "rule", "none"]
 KINDS: dict[str, Kind] = {"stored": "exact", "near": "nearest", "related": "nearest", "small": "rule"}
-"""By the step of the library's rule that chose. Any other: not measured."""
+"""By the step of the library's rule that chose. Any other: not measured, or without telling which is the fastest."""
 
 
 class Answer(NamedTuple):
@@ -367,8 +367,11 @@ def look_up(frames: Frames, profile: Profile, shape: Shape) -> Answer:
     context = Context(asked, Policy("lookup"), device, profile.environment, store, Memory(), is_here=False)
     *_, (step, choice) = walk(context)
     decision = choice.decision if isinstance(choice, Choice) else None
+    kind = KINDS.get(step, "none")
+    if decision is None and (measured := next(choices_of(context, bucket(asked)), None)) is not None:
+        kind, decision = "undecided", measured.decision
     key = None if decision is None else frames.keys.get((*profile, decision.problem))
-    return Answer("none" if decision is not None and key is None else KINDS.get(step, "none"), bucket(asked), key)
+    return Answer("none" if decision is not None and key is None else kind, bucket(asked), key)
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def test_a_link_leads_to_a_shape_which_the_next_page_keeps(scenario):
     at = opened(rows=100, vocab=50257, mode="forward", dtype="float32")
     assert (at.number_input(key="rows").value, at.number_input(key="vocab").value) == (100, 50257)
     assert (at.selectbox(key="mode").value, at.selectbox(key="dtype").value) == ("forward", "float32")
-    assert "nearest: N 64" in text_of(at) and at.selectbox(key="model").value == "gpt2"
+    assert "nearest: N = 64" in text_of(at) and at.selectbox(key="model").value == "gpt2"
     at.selectbox(key="model").select("llama3").run()
     assert at.number_input(key="vocab").value == 128256 and not at.exception
     at.number_input(key="vocab").set_value(1234).run()
@@ -233,9 +233,11 @@ def test_badges_and_what_to_do(scenario):
     at.number_input(key="rows").set_value(1).run()
     assert "Use eager, by rule" in text_of(at) and not at.metric
     at.number_input(key="rows").set_value(100).run()
-    assert "nearest: N 64" in text_of(at)
+    assert "nearest: N = 64" in text_of(at)
     at.selectbox(key="mode").select("forward, entropy").run()
-    assert "Not measured" in text_of(at) and "Nothing was measured in this profile for entropy" in text_of(at)
+    assert "nearest: no entropy at N = 64" in text_of(at)
+    at.selectbox(key="mode").select("inplace").run()
+    assert "Not measured" in text_of(at) and "Nothing was measured in this profile for inplace" in text_of(at)
     other = next(name for name in at.selectbox(key="profile").options if "H100" in name)
     at.selectbox(key="profile").select(other).run()
     at.selectbox(key="mode").select("backward").run()

@@ -157,11 +157,20 @@ def test_the_decision_behind_a_row_is_read_when_it_is_asked_for(load, scenario):
 )
 def test_what_serves_a_shape(load, rows, kind, found):
     frames, profile = load("many")
-    for other in ({"mode": "forward, entropy"}, {"dtype": "float16"}, {"vocab": stores.QWEN + 8}):
+    for other in ({"dtype": "float16"}, {"vocab": stores.QWEN + 8}):
         assert look_up(frames, profile, SHAPE._replace(**other)).kind == "none", "was never measured"
     answer = look_up(frames, profile, SHAPE._replace(rows=rows))
     assert answer.kind == kind and answer.problem == bucket(stores.problem(rows))
     assert (None if answer.key is None else frames.decision(answer.key).problem.rows) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "kind"), [("many", "forward, entropy", "nearest"), ("partial", "backward", "undecided")]
+)
+def test_the_nearest_kind_of_problem_serves_and_what_is_undecided_does_not(load, name, mode, kind):
+    frames, profile = load(name)
+    answer = look_up(frames, profile, SHAPE._replace(mode=mode))
+    assert answer.kind == kind and (frames.decision(answer.key).problem == answer.problem) == (kind == "undecided")
 
 
 def test_modes_without_a_name_can_be_asked_for(load, scenario):

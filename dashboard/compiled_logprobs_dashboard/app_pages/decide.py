@@ -10,6 +10,7 @@ from compiled_logprobs_dashboard.frames import Answer, Frames, Profile, Shape, a
 from compiled_logprobs_dashboard.looks import plain, plain_line
 from compiled_logprobs_dashboard.tables import decide as tables
 
+from compiled_logprobs.choose.explain import what_was_measured
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import ProfileError
 
@@ -81,10 +82,14 @@ def _badges(frames: Frames, profile: Profile, answer: Answer, decision: Decision
     row, facts = frames.decisions.iloc[answer.key or 0], frames.facts(profile)
     rows, is_stale = decision.problem.rows, isinstance(row["stale"], str)
     when = tables.age(decision.measured_at, datetime.now(timezone.utc))
-    exact = "exact", "check", "green", f"Decided for N up to {rows}, the bucket of this one."
-    nearest = f"nearest: N {rows}", "near_me", "orange", "No decision for this N is stored."
+    there = plain(what_was_measured(decision.problem, answer.problem))
+    kinds = {
+        "exact": ("exact", "check", "green", f"Decided for N up to {rows}, the bucket of this one."),
+        "nearest": (f"nearest: {there}", "near_me", "orange", "No decision for exactly this problem is stored."),
+        "undecided": ("undecided", "question_mark", "orange", "Measured again, it gets more time."),
+    }
     badges: list[tuple[str, str, Any, str]] = [
-        exact if answer.kind == "exact" else nearest,
+        kinds[answer.kind],
         ("stale" if is_stale else "", "history", "red", plain(row["stale"])),
         ("" if facts.get("here") else "another device", "devices_other", "violet", "Not used on this machine."),
         (when, "schedule", "gray", f"Measured {plain(decision.measured_at)}."),

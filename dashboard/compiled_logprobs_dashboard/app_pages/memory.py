@@ -73,7 +73,7 @@ def _one_decision(frames: Frames, profile: Profile, shape: Shape, points: pd.Dat
     st.caption(
         f"For N up to {rows}, V {shape.vocab}, {plain(shape.dtype)}, {plain(shape.mode)}"
         + ("" if timed == rows else f"; measured with {timed} rows")
-        + ("" if answer.kind == "exact" else f". For N {shape.rows} itself nothing is stored; this is the nearest")
+        + ("" if answer.kind != "nearest" else ". For exactly this problem nothing is stored; this is the nearest")
         + ". The least possible is what no backend can do without: the results, and the gradient unless it is written "
         "over the logits."
     )

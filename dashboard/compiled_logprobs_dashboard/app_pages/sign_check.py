@@ -48,7 +48,7 @@ def show() -> None:
     for checked in found:
         if not checked.exact:
             st.caption(
-                f"{plain(checked.dtype)}: for this N nothing is stored; shown is the nearest, N "
+                f"{plain(checked.dtype)}: for exactly this problem nothing is stored; shown is the nearest, N "
                 f"{checked.decision.problem.rows}."
             )
     whole = tables.overview(found)

@@ -42,7 +42,8 @@ def sentence(decision: Decision) -> str:
     ]
     if winner.percent_of_bandwidth is not None:
         parts.append(f"{winner.percent_of_bandwidth:.0f} % of measured bandwidth")
-    return f"Use {plain_line(decision.chosen, 40)}: {', '.join(parts)}"
+    head = f"Use {plain_line(decision.chosen, 40)}" if decision.is_decided else "Undecided"
+    return f"{head}: {', '.join(parts)}"
 
 
 def _speed(decision: Decision) -> str:

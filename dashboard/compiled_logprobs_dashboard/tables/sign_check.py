@@ -57,7 +57,7 @@ def gather(frames: Frames, profile: Profile, shape: Shape) -> tuple[list[Checked
             evidence, missing = Evidence(0, ""), "nothing that can be read is stored beside the decision"
         elif not evidence.cases:
             missing = "what is stored beside the decision tells only times"
-        checked.append(Checked(dtype, decision, evidence, says.kind == "exact", missing))
+        checked.append(Checked(dtype, decision, evidence, decision.problem == says.problem, missing))
     return checked, broken
 
 
