@@ -200,7 +200,7 @@ def _why(context: Context, trace: dict[str, Choice | Pending | str]) -> str:
         error = refusal(context)
         return f"the next call raises {type(error).__name__}: {str(error).splitlines()[0]}"
     why = outcome.reason if isinstance(outcome, Pending) else _SOURCES[outcome.source]
-    if isinstance(outcome, Choice) and rule.is_checked(context, outcome) is None:
+    if isinstance(outcome, Choice) and outcome.source == "related" and rule.is_checked(context, outcome) is None:
         why += ", once it has passed a short check"
     return f"{why}; nothing is measured now, because {outcome.unmeasured}" if outcome.unmeasured else why
 

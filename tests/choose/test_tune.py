@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -59,18 +60,9 @@ def test_threads_that_come_at_once_measure_once(fake):
         return decided(problem)
 
     fake.answer = slowly
-    names, start = [], threading.Barrier(8)
-
-    def work():
-        start.wait(10)
-        names.append(chosen()[0])
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert names == ["eager"] * 8 and len(fake.asked) == 1
+    with ThreadPoolExecutor(8) as threads:
+        choices = [threads.submit(chosen) for _ in range(8)]
+    assert {choice.result()[0] for choice in choices} == {"eager"} and len(fake.asked) == 1
 
 
 @pytest.mark.parametrize("error", [TuningFailed("the budget ended"), OSError("busy"), RuntimeError("no thread")])

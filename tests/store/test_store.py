@@ -68,6 +68,14 @@ def test_a_later_decision_replaces_an_earlier_one_and_its_evidence(store):
     assert store.read(KEY, PROBLEM) == FIRST and not list(store.root.rglob("*.evidence.json"))
 
 
+def test_problems_of_the_same_device_vocabulary_and_dtype_are_listed_without_reading_them(store):
+    alike = [PROBLEM._replace(rows=64, temperature="number"), PROBLEM._replace(out_dtype=torch.bfloat16)]
+    for other in (*alike, PROBLEM._replace(vocab=15193), PROBLEM._replace(vocab=1519361, rows=2)):
+        store.publish(HERE, decided(other))
+        store.path(KEY, other).write_bytes(b"{")
+    assert set(store.alike(KEY, PROBLEM)) == set(alike) and store.alike("0" * 16, PROBLEM) == []
+
+
 def test_a_key_that_leads_out_of_the_store_is_refused(store):
     with pytest.raises(ProfileError, match="is no environment; valid is a fingerprint"):
         store.read("../../etc", PROBLEM)
