@@ -32,7 +32,7 @@ from compiled_logprobs.check.run import INVARIANCE_ELEMENTS, check_backend
 from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.memory import GUESSES, Choice, Memory, family_of, key_of, kind_of
 from compiled_logprobs.choose.staleness import changed, holds, why_not_holds
-from compiled_logprobs.decision import Decision
+from compiled_logprobs.decision import Decision, speedup_in_words
 from compiled_logprobs.errors import is_out_of_memory, warn
 from compiled_logprobs.machine.clock import MIB, free_memory
 from compiled_logprobs.machine.environment import fingerprint_of
@@ -336,7 +336,7 @@ def _usable(context: Context, choice: Choice) -> Choice | str:
     if decision is None:
         return choice
     if not decision.is_decided and choice.source != "ranks":  # which hold what they have agreed upon
-        return f"{choice.source}: undecided: {decision.reason}"
+        return f"{choice.source}: {speedup_in_words(decision)}"
     if not context.is_here:
         return choice
     if {(name, decision.problem), (name, bucket(context.problem))} & context.memory.set_aside.keys():

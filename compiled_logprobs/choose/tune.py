@@ -11,7 +11,7 @@ from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.memory import Choice
 from compiled_logprobs.choose.rule import Context, budget_left, describe, is_settled, stored
 from compiled_logprobs.choose.staleness import changed, holds
-from compiled_logprobs.decision import Decision, Evidence
+from compiled_logprobs.decision import Decision, Evidence, speedup_in_words
 from compiled_logprobs.errors import ProfileError, nothing_can_serve_after, say, warn
 from compiled_logprobs.machine.environment import environment_at, fingerprint_of
 from compiled_logprobs.policy import BUDGET_VARIABLE, checked_budget, policy
@@ -193,8 +193,8 @@ def tune_in_call(context: Context, standing: Decision | None) -> Choice | str:
     finally:
         context.memory.spent_s += time.monotonic() - began
     if not decision.is_decided:
-        say(f"undecided: {decision.reason}; `compiled-logprobs profile` gives it more time")
-        return f"measuring came to no decision: {decision.reason}"
+        say(f"{speedup_in_words(decision)}; `compiled-logprobs profile` gives it more time")
+        return f"it is {speedup_in_words(decision)}"
     say(f"{decision.chosen} serves it: {decision.reason}")
     return _as_stored(context)
 

@@ -12,13 +12,13 @@ from compiled_logprobs.backends.compiled import Compiled
 from compiled_logprobs.choose import auto, memory, rule
 from compiled_logprobs.choose.explain import nearest_stored
 from compiled_logprobs.choose.memory import Choice
-from compiled_logprobs.decision import Candidate, Speedup
+from compiled_logprobs.decision import Candidate, Speedup, speedup_in_words
 from compiled_logprobs.machine.environment import environment_at
 from compiled_logprobs.policy import policy
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.tuner import TuningFailed
-from tests.helpers.stored_decisions import CPU, LARGE, NEW, all_measured, decided, measured, publish, raising
+from tests.helpers.stored_decisions import CPU, LARGE, NEW, all_measured, decided, measured, publish, raising, undecided
 
 LOGITS, LABELS = torch.randn(1024, 1031), torch.randint(1031, (1024,))
 NAMED = "1024 x 1031 float32 on cpu (not 16-byte aligned)"
@@ -182,7 +182,7 @@ def test_the_decision_for_the_nearest_kind_of_problem(other, source, measured_fo
 
 def test_an_undecided_measurement_is_shown_beside_what_serves(mode, checks):
     mode("lookup")
-    publish(decided(code="AMBIGUOUS_AT_BUDGET", reason="12 rounds do not tell"))
+    publish(undecided(reason="12 rounds do not tell"))
     for _ in range(2):  # before and after a call
         explanation = explained()
         assert explanation.source in (None, "default rule") and explanation.decision.reason == "12 rounds do not tell"
@@ -190,7 +190,7 @@ def test_an_undecided_measurement_is_shown_beside_what_serves(mode, checks):
         call()
     mode("tune")
     steps = explained().steps
-    assert steps["stored"] == "user store: undecided: 12 rounds do not tell"
+    assert steps["stored"] == f"user store: {speedup_in_words(undecided())}"
     assert steps["measure"] == "it has been measured already, without a choice that may serve now"
 
 
