@@ -79,8 +79,11 @@ class Explanation:
         speed of log_softmax and gather'."""
         if self.decision is None or self.source not in ("near", "related"):
             return self.backend or "not decided yet"
-        over = self.decision.winner.speedup_over_plain
-        speed = "" if over is None else f": {over} the speed of {PLAIN} and gather"
+        winner, speed = self.decision.winner, ""
+        if winner.speedup_over_plain is not None:
+            speed = f": {winner.speedup_over_plain} the speed of {PLAIN} and gather"
+        elif winner.speedup is not None and self.backend != self.decision.baseline:
+            speed = f": {winner.speedup} the speed of {self.decision.baseline}"
         return f"{self.backend}, by the decision for {what_was_measured(self.decision.problem, self.problem)}{speed}"
 
     def to_dict(self) -> dict[str, Any]:
