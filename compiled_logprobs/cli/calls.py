@@ -1,4 +1,4 @@
-"""Problems in the words of people: the calls in their code, and the values of the options."""
+"""Problems in the words of people: the calls in their code, and what sets them apart."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -39,11 +39,6 @@ def call_of(problem: Problem) -> str:
     labels = "labels" if problem.labels_per_row == 1 else f"labels[..., :{problem.labels_per_row}]"
     arguments = [LOGITS[problem.layout], labels, *(option for option in options if option)]
     return f"log_probs_from_logits({', '.join(arguments)})"
-
-
-def mode_of(problem: Problem) -> str:
-    """Which of `MODES` it is."""
-    return "inplace" if problem.inplace_backward else "backward" if problem.needs_grad else "forward"
 
 
 def options_of(problem: Problem) -> str:

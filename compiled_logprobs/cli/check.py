@@ -10,6 +10,7 @@ from compiled_logprobs.check.report import CheckReport
 from compiled_logprobs.check.run import check_backend
 from compiled_logprobs.cli.options import COULD_NOT_RUN, PASSED, WRONG, AsJson, Where, busy, reported_errors, subject_of
 from compiled_logprobs.cli.output import print_json, print_line, print_report
+from compiled_logprobs.cli.problems import completed_by
 from compiled_logprobs.errors import BackendUnavailable
 
 
@@ -18,6 +19,7 @@ def check(
         str | None,
         typer.Argument(
             show_default=False,
+            autocompletion=completed_by(backends),
             help="A backend's name, or package.module:function for anyone's function of logits [N, V] and labels [N], "
             "which may lie in the current directory. Without it, every backend is checked.",
         ),
@@ -51,9 +53,9 @@ def check(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check sign, values and gradient of backends, or of anyone's function, against float64 on this machine.
+    """Check backends, or anyone's function, against float64.
 
-    What is wrong is told with its likely cause.
+    Sign, values and gradient are checked on this machine. What is wrong is told with its likely cause.
     """
     reports: list[CheckReport] = []
     unavailable: dict[str, str] = {}

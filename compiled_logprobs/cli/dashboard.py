@@ -23,10 +23,10 @@ def dashboard(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0 takes any that is free.")] = PORT,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Open no browser.")] = False,
 ) -> None:
-    """Show the stored profiles in a browser, and start profile runs from there. Reachable from this machine only.
+    """Show the profiles in a browser, and measure from there.
 
-    Needs the extra "dashboard"; where that is missing, it says what to install. Ctrl-C ends it, and a profile run that
-    it started.
+    Reachable from this machine only. Needs the extra "dashboard"; where that is missing, it says what to install.
+    Ctrl-C ends it, and a profile run that it started.
     """
     with reported_errors():
         require_packages()

@@ -16,7 +16,7 @@ from compiled_logprobs.cli.transfer import export, import_, prune
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # whose boxes break in narrow terminals and in pipes
 )

@@ -20,37 +20,23 @@ from compiled_logprobs.cli.progress import Bar, JsonLines, Progress
 from compiled_logprobs.errors import InputError, LogProbsError, is_out_of_memory
 from compiled_logprobs.store import bundled_store, user_store
 from compiled_logprobs.store.files import Store
-from compiled_logprobs.tuning import presets
 
 PASSED, WRONG, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
-Vocab = Annotated[
-    list[str] | None,
-    typer.Option(
-        show_default=False,
-        help=f"V: a number or a model ({', '.join(presets.MODELS)}). Options like this one take several, as often as "
-        "you name them or with commas.",
-    ),
-]
-Rows = Annotated[list[str] | None, typer.Option(show_default=False, help="N: how many positions.")]
-Dtype = Annotated[
-    list[str] | None, typer.Option(show_default=False, help="Of the logits: float32, bfloat16 or float16.")
-]
-Mode = Annotated[
-    list[str] | None,
-    typer.Option(
-        show_default=False,
-        help="forward; backward (with forward); inplace (the gradient over the logits).",
-    ),
-]
 Where = Annotated[
     str | None,
     typer.Option("--device", show_default=False, help="cpu, cuda, cuda:1, ...; by default the GPU if there is one."),
 ]
 Folder = Annotated[
     Path | None,
-    typer.Option("--store", show_default=False, help="Folder of profiles; by default all that are used, each once."),
+    typer.Option(
+        "--store",
+        show_default=False,
+        exists=True,
+        file_okay=False,
+        help="Folder of profiles; by default all that are used, each once.",
+    ),
 ]
 Shown = Annotated[
     Literal["bar", "jsonl", "none"],
@@ -119,28 +105,6 @@ def progress_of(kind: str, as_json: bool) -> Progress:
             "got --progress jsonl and --json, which both write to standard output; one is valid. Leave one out."
         )
     return {"bar": Bar, "jsonl": JsonLines, "none": Progress}[kind]()
-
-
-def split(texts: list[str] | None) -> list[str]:
-    """The values of an option that takes several, with commas or one at a time."""
-    parts = [part.strip() for text in texts or [] for part in text.split(",")]
-    if not all(parts):
-        raise InputError(
-            f"got {', '.join(map(repr, texts or []))}, in which a value is empty; e.g. 64,512 is valid. Fill it in."
-        )
-    return parts
-
-
-def values_of(
-    vocab: list[str] | None, rows: list[str] | None, dtype: list[str] | None, mode: list[str] | None
-) -> dict[str, list[Any]]:
-    """What the options of a grid mean."""
-    return {
-        "vocabs": [presets.vocab_of(text) for text in split(vocab)],
-        "rows": [presets.rows_of(text) for text in split(rows)],
-        "dtypes": [presets.dtype_of(text) for text in split(dtype)],
-        "modes": [presets.mode_of(text) for text in split(mode)],
-    }
 
 
 def backend_name_of(text: str) -> str:

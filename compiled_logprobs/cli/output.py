@@ -13,14 +13,13 @@ from rich.text import Text
 
 from compiled_logprobs.check.report import MEANING, CheckReport
 from compiled_logprobs.choose.verify import Verification
-from compiled_logprobs.cli.calls import mode_of, options_of
-from compiled_logprobs.decision import PLAIN, Decision, Speedup, short
+from compiled_logprobs.cli.calls import options_of
+from compiled_logprobs.decision import PLAIN, Decision, Speedup, short, speedup_in_words
 from compiled_logprobs.machine.environment import Environment
 from compiled_logprobs.problem import Problem, problem_to_dict, short_name
 from compiled_logprobs.store.transfer import Imported
 
 GAP = "  "
-ENDS = ("low", "median", "high")
 NARROW = 24
 """What a column that folds takes at least."""
 
@@ -77,32 +76,21 @@ def print_table(title: str, columns: Sequence[Column | str], rows: Iterable[Sequ
 
 
 def print_csv(decisions: Iterable[tuple[str, Decision, str]]) -> None:
-    """A line for each decision, with its environment and where it comes from; speed-ups with their intervals."""
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    speedups = [f"{name}_{end}" for name in ("speedup_over_plain", "speedup") for end in ENDS]
-    fields = ("seconds", "extra_bytes", "extra_multiple", "percent_of_bandwidth", "checks_passed", "worst_error")
-    writer.writerow(
-        [
-            "environment",
-            "from",
-            *Problem._fields,
-            "chosen",
-            "baseline",
-            *speedups,
-            *fields,
-            "rounds",
-            "code",
-            "measured_at",
-        ]
-    )
+    """A line for each decision, with its environment and where it comes from; nothing where there is none."""
+    of_decision = ("chosen", "is_decided", "baseline", "rounds", "code", "measured_at")
+    of_winner = ("seconds", "extra_bytes", "extra_multiple", "percent_of_bandwidth", "checks_passed", "worst_error")
+    writer = None
     for environment, decision, source in decisions:
-        winner = decision.winner
-        writer.writerow(
-            [environment, source, *problem_to_dict(decision.problem).values(), decision.chosen, decision.baseline]
-            + [getattr(over, end, None) for over in (winner.speedup_over_plain, winner.speedup) for end in ENDS]
-            + [getattr(winner, field) for field in fields]
-            + [decision.rounds, decision.code, decision.measured_at]
-        )
+        row = {"environment": environment, "from": source, **problem_to_dict(decision.problem)}
+        row |= {name: getattr(decision, name) for name in of_decision}
+        for name in ("speedup_over_plain", "speedup"):
+            speedup = getattr(decision.winner, name)
+            row |= {f"{name}_{end}": getattr(speedup, end, None) for end in ("low", "median", "high")}
+        row |= {name: getattr(decision.winner, name) for name in of_winner}
+        if writer is None:
+            writer = csv.DictWriter(sys.stdout, [*row], lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def print_line(text: str | Text) -> None:
@@ -196,20 +184,7 @@ def print_decisions(title: str, decisions: Sequence[tuple[Decision, str]]) -> No
             *(Column("a call", 4, right=True), Column("sign check", 3), Column("extra memory", 6, right=True)),
             *(Column("bandwidth", 7, right=True), Column("from", 5)),
         ],
-        [
-            (
-                *_shape(decision.problem),
-                decision.chosen,
-                *_times(decision.winner.speedup_over_plain),
-                _speedup(decision, interval=False),
-                "" if decision.winner.seconds is None else f"{decision.winner.seconds * 1e3:.3g} ms",
-                f"{decision.winner.checks_passed} of {len(decision.winner.checks)}",
-                _memory(decision.winner.extra_bytes, decision.winner.extra_multiple),
-                "" if (share := decision.winner.percent_of_bandwidth) is None else f"{share:.0f} %",
-                source,
-            )
-            for decision, source in decisions
-        ],
+        [_cells(decision, source) for decision, source in decisions],
     )
     print_line(f"Speed-ups are over {PLAIN} and gather; all were timed side by side.")
     lost = [
@@ -218,6 +193,9 @@ def print_decisions(title: str, decisions: Sequence[tuple[Decision, str]]) -> No
         for name, candidate in decision.candidates.items()
         if candidate.outcome in ("wrong", "failed", "oom", "timeout", "crashed")
     ]
+    for decision, _ in decisions:
+        if not decision.is_decided:
+            print_line(f"{short(decision.problem)}: {speedup_in_words(decision)}")
     for name, candidate, problem in lost:
         print_line(f"{name}: {candidate.outcome} on {short(problem)}: {candidate.reason}")
     if any(decision.measured_rows < decision.problem.rows for decision, _ in decisions):
@@ -258,9 +236,25 @@ def verified_in_words(verification: Verification) -> str:
     return printable(f"{short(verification.decision.problem)}: {verification.decision.chosen}: {verification.why}")
 
 
+def _cells(decision: Decision, source: str) -> tuple[str | Text, ...]:
+    """The row of a decision; of one that is undecided no figures, since they would be those of nobody."""
+    shape = _shape(decision.problem)
+    if not decision.is_decided:
+        return *shape, Text("undecided", "yellow"), *[""] * 7, source
+    winner = decision.winner
+    return (
+        *(*shape, decision.chosen, *_times(winner.speedup_over_plain), _speedup(decision, interval=False)),
+        "" if winner.seconds is None else f"{winner.seconds * 1e3:.3g} ms",
+        f"{winner.checks_passed} of {len(winner.checks)}",
+        _memory(winner.extra_bytes, winner.extra_multiple),
+        "" if winner.percent_of_bandwidth is None else f"{winner.percent_of_bandwidth:.0f} %",
+        source,
+    )
+
+
 def _shape(problem: Problem) -> tuple[str, ...]:
     """The cells below `SHAPE`."""
-    return str(problem.rows), str(problem.vocab), short_name(problem.dtype), mode_of(problem), options_of(problem)
+    return str(problem.rows), str(problem.vocab), short_name(problem.dtype), problem.mode, options_of(problem)
 
 
 def _times(speedup: Speedup | None) -> tuple[str, str]:

@@ -7,30 +7,28 @@ from typing import Annotated, TypeVar
 
 import torch
 import typer
+from rich.text import Text
 
+from compiled_logprobs.backends import backends
 from compiled_logprobs.choose import verify as verification
 from compiled_logprobs.choose.tune import tune_all
+from compiled_logprobs.cli.calls import calls_of
 from compiled_logprobs.cli.options import (
     COULD_NOT_RUN,
     INTERRUPTED,
     PASSED,
     WRONG,
     AsJson,
-    Dtype,
     Folder,
-    Mode,
-    Rows,
     Shown,
-    Vocab,
     Where,
     backend_name_of,
     device_of,
     progress_of,
     reported_errors,
-    split,
-    values_of,
 )
 from compiled_logprobs.cli.output import print_decisions, print_json, print_line, print_verifications
+from compiled_logprobs.cli.problems import Asked, completed_by, split, takes_problems
 from compiled_logprobs.cli.progress import Progress
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import LogProbsError, ProfileError
@@ -44,18 +42,22 @@ BUDGET_S = 60.0
 Result = TypeVar("Result", bound=Decision | verification.Verification | LogProbsError)
 
 
+@takes_problems
 def profile(
+    asked: Asked,
     preset: Annotated[
-        str, typer.Option(help=f"{', '.join(presets.PRESETS)}: the grid, of which the next options replace parts.")
+        str,
+        typer.Option(
+            metavar="|".join(presets.PRESETS),
+            autocompletion=completed_by(lambda: presets.PRESETS),
+            help="The grid, of which the options above replace parts.",
+        ),
     ] = "standard",
-    vocab: Vocab = None,
-    rows: Rows = None,
-    dtype: Dtype = None,
-    mode: Mode = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(
             show_default=False,
+            autocompletion=completed_by(backends),
             help="Measure only these, beside eager: names, or package.module:Class of your own. By default all.",
         ),
     ] = None,
@@ -77,35 +79,41 @@ def profile(
     progress: Shown = "bar",
     as_json: AsJson = False,
 ) -> None:
-    """Measure which backend is fastest for a grid of problems, store it, and show the winners.
+    """Measure which backend is fastest, and store it.
 
     What is finished is stored, also if you interrupt it; what is stored already is not measured again, unless it was
     left undecided.
     """
     with reported_errors():
         where = device_of(device)
-        grid = presets.grid(where.type, preset, **values_of(vocab, rows, dtype, mode))
-        problems = list(dict.fromkeys(map(bucket, grid)))
+        problems = list(dict.fromkeys(map(bucket, presets.grid(where.type, preset, **asked))))
         names = [backend_name_of(text) for text in split(backend)] or None
         store = user_store() if out is None else Store(out)
         shown = progress_of(progress, as_json)
         seconds = presets.PRESETS[preset].budget_s if budget is None else budget
         tuned = tune_all(problems, where, store=store, names=names, budget_s=seconds, again=again, on_event=shown.event)
         results, interrupted = _follow(tuned, problems, where, shown)
-    decided = [result for result in results if isinstance(result, Decision)]
+    decisions = [result for result in results if isinstance(result, Decision)]
+    decided = [decision for decision in decisions if decision.is_decided]
     fingerprint = fingerprint_of(where)
-    stored = sum(store.read(fingerprint, decision.problem) == decision for decision in decided)
+    stored = sum(store.read(fingerprint, decision.problem) == decision for decision in decisions)
     failed = [str(result) for result in results if not isinstance(result, Decision)]
     if as_json:
-        decisions = [decision.to_dict() for decision in decided]
-        print_json({"decisions": decisions, "stored": stored, "failed": failed, "interrupted": interrupted})
+        listed = [decision.to_dict() for decision in decisions]
+        print_json({"decisions": listed, "stored": stored, "failed": failed, "interrupted": interrupted})
     elif progress != "jsonl":
-        if decided:
-            print_decisions(f"Winners on {where}, environment {fingerprint}", [(d, "") for d in decided])
+        if decisions:
+            print_decisions(f"Winners on {where}, environment {fingerprint}", [(d, "") for d in decisions])
         for reason in failed:
             print_line(f"not decided: {reason}")
-        print_line(f"{len(decided)} of {len(problems)} problems decided, {stored} of them stored in {store.root}")
-    wrong = any(candidate.outcome == "wrong" for decision in decided for candidate in decision.candidates.values())
+        open_ = len(decisions) - len(decided)
+        doubt = f", {open_} undecided (run profile again: they get more time)" if open_ else ""
+        print_line(
+            f"{len(decided)} of {len(problems)} problems decided{doubt}, {stored} of them stored in {store.root}"
+        )
+        for line in calls_of(decision.problem for decision in decided):
+            print_line(Text(line) if line.startswith(" ") else line)  # code is not folded
+    wrong = any(candidate.outcome == "wrong" for decision in decisions for candidate in decision.candidates.values())
     if interrupted or stored < len(problems):
         raise typer.Exit(INTERRUPTED if interrupted else COULD_NOT_RUN)
     raise typer.Exit(WRONG if wrong else PASSED)
@@ -130,11 +138,9 @@ def _follow(
     return results, interrupted
 
 
+@takes_problems
 def verify(
-    vocab: Vocab = None,
-    rows: Rows = None,
-    dtype: Dtype = None,
-    mode: Mode = None,
+    asked: Asked,
     device: Where = None,
     budget: Annotated[float, typer.Option(min=1.0, help="Seconds for each measurement.")] = BUDGET_S,
     folder: Folder = None,
@@ -147,10 +153,13 @@ def verify(
     progress: Shown = "bar",
     as_json: AsJson = False,
 ) -> None:
-    """Check the winners of the stored decisions again, and time them again beside the baseline. Nothing stored changes.
+    """Check and time the stored winners again.
 
-    Exit code 1 if a winner is wrong, does not get through, or has lost its advantage: the interval of its speed-up lies
-    below 1.03, or by more than 3 % below the one that is stored, twice. Exit code 2 if nothing could be verified.
+    They are timed beside the baseline, as when they were chosen. Nothing stored changes.
+
+    Exit code 1 if a winner is wrong, does not get through, or has lost its advantage: the interval of its speed-up
+    lies below 1.03, or by more than 3 % below the one that is stored, twice. Exit code 2 if nothing could be
+    verified.
     """
     with reported_errors():
         for text in split(backend):
@@ -158,7 +167,7 @@ def verify(
         where = device_of(device)
         shown = progress_of(progress, as_json)
         searched = stores() if folder is None else {str(folder): Store(folder)}
-        stored = verification.stored_decisions(searched, where, **values_of(vocab, rows, dtype, mode))
+        stored = verification.stored_decisions(searched, where, **asked)
         if not stored:
             raise ProfileError(
                 f"no decision is stored for {where} in environment {fingerprint_of(where)} that was asked for, and "

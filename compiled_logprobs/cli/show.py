@@ -1,6 +1,8 @@
 """`show`, `explain` and `doctor`: what is stored, what serves a problem and why, and what this machine can run."""
 
-from typing import Annotated, Any
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -8,89 +10,121 @@ import typer
 from compiled_logprobs.backends import backends, why_not
 from compiled_logprobs.choose.explain import explain_problem
 from compiled_logprobs.cli.options import AsJson, Folder, Where, device_of, reported_errors
-from compiled_logprobs.cli.output import Column, print_decisions, print_environment, print_json, print_line, print_table
-from compiled_logprobs.decision import Decision
+from compiled_logprobs.cli.output import (
+    Column,
+    print_csv,
+    print_decisions,
+    print_environment,
+    print_json,
+    print_line,
+    print_table,
+)
+from compiled_logprobs.cli.problems import Asked, takes_problems
+from compiled_logprobs.decision import Decision, winner_in_words
+from compiled_logprobs.errors import InputError
 from compiled_logprobs.machine.environment import cpp_compiler_version, environments, without_paths
 from compiled_logprobs.policy import policy
-from compiled_logprobs.problem import MODES, Layout, Problem, Temperature, as_it_lies, short_name
+from compiled_logprobs.problem import Problem, short_name
 from compiled_logprobs.store import stores
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning import presets
 
+USUAL: Asked = {"rows": [512], "dtypes": [torch.bfloat16], "modes": ["backward"]}
+"""What `explain` is about where nothing is named, with the vocabulary of the preset quick."""
 SAMPLE_ROWS, SAMPLE_VOCAB = 4096, 151936
 """What `doctor` asks the backends about: a batch of an RL post-training step with Qwen's vocabulary."""
 
 
+@takes_problems
 def show(
+    asked: Asked,
+    sort: Annotated[
+        Literal["problem", "rows", "winner", "speed-up", "time", "age"],
+        typer.Option(help="By the problem, its rows or its winner; largest speed-up, shortest time or oldest first."),
+    ] = "problem",
     folder: Folder = None,
     every: Annotated[
         bool, typer.Option("--all", help="Also those of other environments, which are not used on this machine.")
     ] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, one line a decision, for spreadsheets.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the stored decisions: winner, speed-up, memory, sign check and share of bandwidth of each problem."""
+    """Show the stored decisions.
+
+    Of each its winner, speed-up, memory, sign check and share of bandwidth.
+    """
     with reported_errors():
+        if as_csv and as_json:
+            raise InputError("got --csv and --json; one of them is valid. Leave one out.")
         where = stores() if folder is None else {str(folder): Store(folder)}
         here = {environment.fingerprint() for environment in environments()}
-        decisions: dict[tuple[str, Problem], tuple[Decision, str]] = {}
-        for label, asked in where.items():
-            for environment, decision in asked.decisions():
-                if (every or environment in here) and decision.chosen in backends():
-                    decisions.setdefault((environment, decision.problem), (decision, label))
+        first: dict[tuple[str, Problem], tuple[Decision, str]] = {}
+        for label, store in where.items():
+            for environment, decision in store.decisions():
+                is_used = (every or environment in here) and decision.chosen in backends()
+                if is_used and presets.is_among(decision.problem, **asked):
+                    first.setdefault((environment, decision.problem), (decision, label))
+        stored = [(environment, *value) for (environment, _), value in first.items()]
+        stored.sort(key=lambda row: ORDERS[sort](row[1]))
     if as_json:
-        listed = [
-            {"environment_fingerprint": environment, "from": label, **decision.to_dict()}
-            for (environment, _), (decision, label) in decisions.items()
-        ]
+        listed = [{"environment_fingerprint": where, "from": label, **one.to_dict()} for where, one, label in stored]
         print_json({"decisions": listed})
-        return
-    for environment in dict.fromkeys(environment for environment, _ in decisions):
-        rows = [value for key, value in decisions.items() if key[0] == environment]
-        rows.sort(key=lambda row: _order(row[0].problem))
-        print_decisions(f"Environment {environment}{'' if environment in here else ', not this machine'}", rows)
-    if not decisions:
-        print_line("No decisions are stored for this machine. `compiled-logprobs profile` measures some.")
+    elif as_csv:
+        print_csv(stored)
+    else:
+        for environment in dict.fromkeys(environment for environment, _, _ in stored):
+            rows_there = [(decision, label) for where, decision, label in stored if where == environment]
+            print_decisions(
+                f"Environment {environment}{'' if environment in here else ', not this machine'}", rows_there
+            )
+        if not stored:
+            print_line("No such decision is stored for this machine. `compiled-logprobs profile` measures some.")
 
 
-def _order(problem: Problem) -> tuple[Any, ...]:
-    return problem.vocab, short_name(problem.dtype), *problem[6:], problem.rows
+def _by_problem(decision: Decision) -> tuple[Any, ...]:
+    problem = decision.problem
+    return problem.vocab, short_name(problem.dtype), *map(str, problem[4:]), problem.rows
 
 
+ORDERS: dict[str, Callable[[Decision], Any]] = {
+    "problem": _by_problem,
+    "rows": lambda decision: (decision.problem.rows, _by_problem(decision)),
+    "winner": lambda decision: (winner_in_words(decision), _by_problem(decision)),
+    "speed-up": lambda decision: -(over.median if (over := decision.winner.speedup_over_plain) else 0.0),
+    "time": lambda decision: decision.winner.seconds or math.inf,
+    "age": lambda decision: decision.measured_at,
+}
+"""What `show` sorts by."""
+
+
+@takes_problems
 def explain(
-    vocab: Annotated[str, typer.Option(help="V: a number or a model's name.")] = "qwen3",
-    rows: Annotated[str, typer.Option(help="N: how many positions.")] = "512",
-    dtype: Annotated[str, typer.Option(help="Of the logits: float32, bfloat16 or float16.")] = "bfloat16",
-    mode: Annotated[str, typer.Option(help="forward, backward or inplace.")] = "backward",
-    labels_per_row: Annotated[int, typer.Option(min=1, help="K.")] = 1,
-    temperature: Annotated[Temperature, typer.Option()] = "none",
-    masked: Annotated[bool, typer.Option("--masked", help="Whole regions of the vocabulary are -inf.")] = False,
-    layout: Annotated[Layout, typer.Option(help="How the logits lie.")] = "flat",
+    asked: Asked,
     device: Where = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which backend serves a problem here, why, and what became of the others. Nothing is measured."""
+    """Say which backend serves a call here, and why.
+
+    Nothing is measured. What is not named is taken as: --vocab qwen3 --rows 512 --dtype bf16 --mode backward, and
+    none of the rest.
+    """
     with reported_errors():
         where = device_of(device)
-        asked = Problem(
-            where.type,
-            presets.rows_of(rows),
-            presets.vocab_of(vocab),
-            presets.dtype_of(dtype),
-            labels_per_row=labels_per_row,
-            temperature=temperature,
-            masked_logits=masked,
-            layout=layout,
-            **MODES[presets.mode_of(mode)],
-        )
-        explanation = explain_problem(as_it_lies(asked), where, policy())
+        named = {name: values for name, values in asked.items() if values}
+        problems = presets.grid(where.type, "quick", **{**USUAL, **named})
+        explanations = [explain_problem(problem, where, policy()) for problem in problems]
     if as_json:
-        print_json(explanation.to_dict())
+        first, *others = [explanation.to_dict() for explanation in explanations]
+        print_json({"explanations": [first, *others]} if others else first)
     else:
-        print_line(str(explanation))
+        print_line("\n\n".join(map(str, explanations)))
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Show this machine, the versions on it, and which backends can run here, or why not."""
+    """Show this machine and which backends can run here.
+
+    With the versions on it, and why a backend cannot.
+    """
     here = environments()
     compiler = cpp_compiler_version()
     problems = [

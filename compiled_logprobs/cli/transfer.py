@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from compiled_logprobs.cli.options import PASSED, WRONG, AsJson, reported_errors, split, store_of
+from compiled_logprobs.cli.options import PASSED, WRONG, AsJson, reported_errors, store_of
 from compiled_logprobs.cli.output import print_imported, print_json, print_line, printable
+from compiled_logprobs.cli.problems import split
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.machine.environment import environments
 from compiled_logprobs.store import transfer, user_store
@@ -34,7 +35,7 @@ def export(
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Write stored decisions into one file, for `compiled-logprobs import` on another machine."""
+    """Write stored decisions into one file, for `import` elsewhere."""
     with reported_errors():
         if environment and every:
             raise InputError("got --environment and --all; one of them is valid. Leave one out.")
@@ -66,9 +67,10 @@ def import_(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Store the decisions of an archive, and say what became of each: what is stored and as new, or newer, is kept.
+    """Store the decisions of a file that `export` wrote.
 
-    What is broken is passed over, and the exit code is 1. Of what is no archive, or was cut, nothing is stored.
+    What became of each is said; what is stored and as new, or newer, is kept. What is broken is passed over, and
+    the exit code is 1. Of what is no archive, or was cut, nothing is stored.
     """
     with reported_errors():
         store = user_store() if out is None else Store(out)
@@ -105,13 +107,21 @@ def prune(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     folder: Annotated[
-        Path | None, typer.Option("--store", show_default=False, help="Folder of profiles; by default the user's.")
+        Path | None,
+        typer.Option(
+            "--store",
+            show_default=False,
+            exists=True,
+            file_okay=False,
+            help="Folder of profiles; by default the user's.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove from the profiles files that are broken, and what else is asked for; say what, and how many bytes.
+    """Remove files that are broken, and what else is asked for.
 
-    Broken are files that cannot be used, and what killed writers left. What cannot be read at present always stays.
+    What goes is said, and how many bytes. Broken are files that cannot be used, and what killed writers left. What
+    cannot be read at present always stays.
     """
     with reported_errors():
         store = user_store() if folder is None else Store(folder)

@@ -8,7 +8,9 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
+from compiled_logprobs.choose import tune
 from compiled_logprobs.cli.main import app
+from tests.helpers.stored_decisions import FakeTuner, decided
 
 
 @pytest.fixture
@@ -21,3 +23,13 @@ def run(monkeypatch) -> Callable[..., Result]:
     torch.set_num_threads(1)  # two that wait for each other on a busy machine take ten times as long
     yield lambda *arguments, **options: CliRunner().invoke(app, arguments, **options)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tuner(monkeypatch, tmp_path) -> FakeTuner:
+    """Nothing is measured; the lock is this test's own."""
+    made = FakeTuner()
+    made.answer = lambda problem: decided(problem, seed=len(made.asked))
+    monkeypatch.setattr(tune, "Tuner", made)
+    monkeypatch.setattr("compiled_logprobs.tuning.tuner.tempfile.gettempdir", lambda: str(tmp_path))
+    return made

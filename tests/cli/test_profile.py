@@ -8,27 +8,16 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from compiled_logprobs.choose import tune
 from compiled_logprobs.decision import Speedup
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.tuner import TuningFailed
-from tests.helpers.stored_decisions import FakeTuner, all_measured, decided, measured, publish, undecided
+from tests.helpers.stored_decisions import all_measured, decided, measured, publish, undecided
 
 ASKED = ("--device", "cpu", "--dtype", "float32", "--mode", "forward", "--vocab", "4096")
 EAGER_ONLY = (*ASKED, "--backend", "eager")
-
-
-@pytest.fixture
-def tuner(monkeypatch, tmp_path) -> FakeTuner:
-    """Nothing is measured; the lock is this test's own."""
-    made = FakeTuner()
-    made.answer = lambda problem: decided(problem, seed=len(made.asked))
-    monkeypatch.setattr(tune, "Tuner", made)
-    monkeypatch.setattr("compiled_logprobs.tuning.tuner.tempfile.gettempdir", lambda: str(tmp_path))
-    return made
 
 
 def test_a_run_ends_with_a_table_and_is_stored(run, tuner):
@@ -41,9 +30,21 @@ def test_a_run_ends_with_a_table_and_is_stored(run, tuner):
     assert "Speed-ups are over log_softmax" in result.stdout and "over eager" in result.stdout
     told = "cpp, 2.50x (2.40 to 2.60) the speed of log_softmax and gather, 1.80x (1.70 to 1.90) of eager"
     assert told in result.stderr
-    assert result.stdout.endswith(f"\n1 of 1 problems decided, 1 of them stored in {user_store().root}\n")
+    counts, *calls = result.stdout.splitlines()[-3:]
+    assert counts == f"1 of 1 problems decided, 1 of them stored in {user_store().root}"
+    assert calls == ["Decided for V of 4096, float32, N near 128:", "  log_probs_from_logits(logits, labels)"]
     ((_, stored),) = user_store().decisions()
     assert stored.problem.rows == 128 and result.exit_code == 0
+
+
+def test_undecided_is_no_winner(run, tuner):
+    tuner.answer = lambda problem: undecided(problem) if problem.rows == 128 else decided(problem, "cpp")
+    result = run("profile", *ASKED, "--rows", "64,128", "--progress", "none")
+    decided_row, undecided_row = (line.split() for line in result.stdout.splitlines() if "  4096  " in line)
+    assert decided_row[4] == "cpp" and undecided_row == ["128", "4096", "float32", "forward", "undecided"]
+    assert "forward: undecided: 12 rounds do not tell whether cpp (4.83x, 0.24 to 31.85) is faster" in result.stdout
+    counts = "1 of 2 problems decided, 1 undecided (run profile again: they get more time), 2 of them stored in "
+    assert counts in result.stdout and "N near 64:" in result.stdout and result.exit_code == 0
 
 
 def test_what_is_stored_is_measured_again_only_on_demand(run, tuner):
@@ -85,7 +86,7 @@ def test_what_could_not_be_decided_or_stored_is_exit_2(run, tuner, tmp_path, mon
     with pytest.warns(RuntimeWarning, match="the disk is full\nWhat was measured holds in this process only"):
         result = run(*arguments)
     assert result.exit_code == 2
-    assert result.stdout.endswith(f"\n1 of 1 problems decided, 0 of them stored in {tmp_path}\n")
+    assert f"\n1 of 1 problems decided, 0 of them stored in {tmp_path}\n" in result.stdout
 
 
 def test_a_wrong_candidate_is_exit_1(run, tuner):

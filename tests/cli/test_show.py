@@ -1,5 +1,6 @@
 """`show`, `explain` and `doctor` on the command line, and `--version`."""
 
+import csv
 import json
 import os
 import socket
@@ -7,15 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 
 import compiled_logprobs
 from compiled_logprobs.backends import backends
+from compiled_logprobs.cli.main import app
 from compiled_logprobs.cli.options import device_of
+from compiled_logprobs.decision import Speedup
 from compiled_logprobs.machine.environment import environment_of
 from compiled_logprobs.problem import Problem
-from tests.helpers.stored_decisions import decided, publish
+from tests.helpers.stored_decisions import all_measured, decided, measured, publish
 
 PROBLEM = Problem("cpu", 384, 4096, torch.float32)
+SLICE = Problem("cpu", 16384, 151936, torch.bfloat16, needs_grad=True, temperature="number", layout="slice")
 EXPLAIN = ("explain", "--device", "cpu", "--rows", "300", "--vocab", "4096", "--dtype", "float32", "--mode", "forward")
 
 
@@ -31,6 +36,29 @@ def test_show_lists_what_is_stored_and_where_it_comes_from(run):
     assert decision["problem"]["vocab"] == 4096 and decision["chosen"] == "eager"
     assert str(Path(compiled_logprobs.__file__).parent) not in text
     assert os.environ.get("HOME", "/root") not in text
+
+
+def test_show_sorts_and_writes_csv(run):
+    for rows, chosen, median in ((64, "cpp", 2.0), (128, "eager", 4.0), (256, "compiled", 3.0)):
+        winner = measured(chosen, speedup_over_plain=Speedup(1.5, median, 5.0), seconds=1 / median)
+        publish(decided(PROBLEM._replace(rows=rows), chosen, candidates={**all_measured(), chosen: winner}))
+    for order, rows in (("problem", [64, 128, 256]), ("winner", [256, 64, 128]), ("speed-up", [128, 256, 64])):
+        lines = [*csv.DictReader(run("show", "--csv", "--vocab", "4096", "--sort", order).stdout.splitlines())]
+        assert [int(line["rows"]) for line in lines] == rows
+    assert lines[0].items() >= {"chosen": "eager", "speedup_over_plain_high": "5.0", "from": "user store"}.items()
+
+
+@pytest.mark.parametrize("command", ["show", "profile --progress none", "explain --device cpu", "doctor"])
+def test_in_80_columns_lines_fit_and_numbers_are_whole(run, tuner, monkeypatch, command):
+    cpp = measured("cpp", speedup_over_plain=Speedup(10.25, 12.5, 13.75), speedup=Speedup(1.5, 1.75, 2.0))
+    tuner.answer = lambda problem: decided(problem, "cpp", candidates={**all_measured(), "cpp": cpp})
+    publish(tuner.answer(SLICE))
+    monkeypatch.setenv("COLUMNS", "80")
+    asked = "--vocab qwen3 --rows 16384 --dtype bf16 --mode backward --temperature number --layout slice"
+    lines = run(*command.split(), *([] if command == "doctor" else asked.split())).stdout.splitlines()
+    assert max(map(len, lines)) <= 80 and "".join(lines).isascii()
+    row = "16384  151936  bfloat16  backward  slice, temperature  cpp       12.50x"
+    assert row in lines or command.startswith(("doctor", "explain"))
 
 
 def test_show_says_so_where_nothing_is_stored(run, tmp_path):
@@ -66,6 +94,15 @@ def test_doctor_tells_machine_versions_and_backends_and_neither_host_nor_home(ru
     assert str(Path.home()) not in result.stdout and "secret" not in result.stdout
     if len(socket.gethostname()) > 3:
         assert socket.gethostname() not in result.stdout
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in get_command(app).commands)], ids=str)
+def test_h_is_help_in_lines_that_fit(run, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run(*command, "-h")
+    assert result.exit_code == 0 and result.stdout == run(*command, "--help").stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80 and result.stdout.isascii()
+    assert "..." not in result.stdout.partition("Commands:")[2]
 
 
 def test_the_version_is_shown(run):

@@ -3,9 +3,6 @@
 import pytest
 import torch
 
-from compiled_logprobs.choose import tune
-from tests.helpers.stored_decisions import FakeTuner
-
 FUNCTIONS = "tests.helpers.functions_to_check"
 CASES = [
     ("check no_such_backend", "InputError: got target 'no_such_backend'; a backend's name (cpp, "),
@@ -24,7 +21,13 @@ CASES = [
     (f"profile --backend {FUNCTIONS}:good", "which is a function; a Backend is valid"),
     ("profile --progress jsonl --json", "which both write to standard output"),
     ("profile --out exits_when_imported.py", "ProfileError: the profile exits_when_imported.py/v1/"),
-    ("explain --temperature hot", "'hot' is not one of 'none'"),
+    ("explain --temperature hot", "got temperature 'hot'; none, number, per-token are valid"),
+    ("explain --layout other", "got layout 'other'; flat, rows, slice are valid"),
+    ("profile --labels 0", "got number of labels '0'"),
+    ("show --store nowhere", "'nowhere' does not exist"),
+    ("verify --store nowhere", "'nowhere' does not exist"),
+    ("prune --store nowhere", "'nowhere' does not exist"),
+    ("show --csv --json", "got --csv and --json; one of them is valid"),
     ("export /dev/null --from store", "store holds no decision for "),
     ("export --all --environment 0", "got --environment and --all; one of them is valid"),
     ("import nowhere", "file 'nowhere' does not exist"),
@@ -33,9 +36,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("arguments", "said"), CASES, ids=[arguments for arguments, _ in CASES])
-def test_it_is_said_and_nothing_is_done(run, tmp_path, monkeypatch, arguments, said):
+def test_it_is_said_and_nothing_is_done(run, tuner, tmp_path, monkeypatch, arguments, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(tune, "Tuner", tuner := FakeTuner())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "exits_when_imported.py").write_text("raise SystemExit(0)\n")
     result = run(*arguments.split())
