@@ -1,17 +1,29 @@
 """`check`: whether backends, or anyone's function, give the right numbers on this machine."""
 
-from collections.abc import Callable
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.text import Text
 
 from compiled_logprobs.backends import backends
-from compiled_logprobs.check.report import CheckReport
+from compiled_logprobs.check.report import MEANING, CheckReport
 from compiled_logprobs.check.run import check_backend
 from compiled_logprobs.cli.options import COULD_NOT_RUN, PASSED, WRONG, AsJson, Where, busy, reported_errors, subject_of
-from compiled_logprobs.cli.output import print_json, print_line, print_report
+from compiled_logprobs.cli.output import Column, print_json, print_line, print_table, printable
 from compiled_logprobs.cli.problems import completed_by
+from compiled_logprobs.decision import Check
 from compiled_logprobs.errors import BackendUnavailable
+from compiled_logprobs.problem import Problem, short_name
+from compiled_logprobs.tuning.presets import vocab_of
+
+FIRST_LINES = 10
+"""Of what a function prints; it is called some hundred times."""
+
+COLUMNS: list[Column | str] = ["check", "verdict", Column("worst", right=True), Column("limit", right=True)]
 
 
 def check(
@@ -39,7 +51,8 @@ def check(
         typer.Option(help="What the function's numbers are: log-probabilities, or losses."),
     ] = "log_prob",
     vocab: Annotated[
-        int | None, typer.Option(show_default=False, min=2, help="Size of the vocabulary; by default 32771.")
+        str | None,
+        typer.Option(show_default=False, help="Size of the vocabulary, or a model such as qwen3; by default 32771."),
     ] = None,
     device: Where = None,
     ignore_index: Annotated[
@@ -51,6 +64,9 @@ def check(
     seed: Annotated[
         int | None, typer.Option(show_default=False, min=0, help="Of the inputs; by default fresh at random.")
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show each check for each kind of logits, and what it demands.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check backends, or anyone's function, against float64.
@@ -63,13 +79,13 @@ def check(
         subjects: list[str | Callable[..., Any]] = [*backends()] if target is None else [subject_of(target)]
         for subject in subjects:
             try:
-                with busy(f"checking {target or subject}"):
+                with busy(f"checking {target or subject}"), first_lines():
                     report = check_backend(
                         subject,
                         ignore_index=ignore_index,
                         device=device,
                         seed=seed,
-                        vocab=vocab,
+                        vocab=None if vocab is None else vocab_of(vocab),
                         call=call,
                         returns=returns,
                     )
@@ -82,9 +98,83 @@ def check(
             else:
                 reports.append(report)
                 if not as_json:
-                    print_report(report)
+                    print_report(report, verbose=verbose, brief=target is None)
     if as_json:
         print_json({"reports": [report.to_dict() for report in reports], "unavailable": unavailable})
+    elif not verbose:
+        print_line("-v shows each check for each kind of logits, and what it demands.")
     if not reports:
         raise typer.Exit(COULD_NOT_RUN)
     raise typer.Exit(PASSED if all(report.passed for report in reports) else WRONG)
+
+
+@contextlib.contextmanager
+def first_lines() -> Iterator[None]:
+    """Let foreign code print a few lines, on standard error."""
+    lines = 0
+
+    class FirstLines(io.TextIOBase):
+        def write(self, text: str) -> int:
+            nonlocal lines
+            if lines < FIRST_LINES:
+                sys.stderr.write(text)
+            lines += text.count("\n")
+            return len(text)
+
+    with contextlib.redirect_stdout(FirstLines()):
+        yield
+    if lines > FIRST_LINES:
+        sys.stderr.write(f"... and {lines - FIRST_LINES} lines more that it prints\n")
+
+
+def print_report(report: CheckReport, *, verbose: bool, brief: bool) -> None:
+    """The verdict first, with cause and reasons where something is wrong; then a table, or one for each problem.
+
+    Args:
+        report: what to print.
+        verbose: whether every check is shown, for every problem.
+        brief: whether the verdict is enough where all has passed.
+    """
+    print_line("\n".join(map(printable, str(report).splitlines())))
+    by_name: dict[str, list[tuple[Problem, Check]]] = {}
+    for result in report.results:
+        for check in result.checks:
+            by_name.setdefault(check.name, []).append((result.problem, check))
+    worst = {name: max(by_name[name], key=lambda pair: _badness(pair[1])) for name in MEANING if name in by_name}
+    problems = [result.problem for result in report.results]
+    for name in report.reasons:
+        wrong = dict.fromkeys(short_name(problem.dtype) for problem, check in by_name[name] if not check.passed)
+        only = f" ({', '.join(wrong)})" if len(wrong) < len({problem.dtype for problem in problems}) else ""
+        print_line(f"  {name}{only}: {printable(' '.join(worst[name][1].detail.split()))}")
+    if verbose:
+        for result in report.results:
+            details = result.problem.details()
+            rows = [(*_cells(check), MEANING[check.name]) for check in result.checks]
+            title = f"{report.subject}: {result.problem}{f' ({details})' if details else ''}"
+            print_table(title, [*COLUMNS, Column("what it demands", folds=True)], rows)
+        print_line(f"--seed {report.seed} repeats these inputs.")
+    elif not (brief and report.passed):
+        shown = [(problem, check) for problem, check in worst.values() if check.limit is not None or not check.passed]
+        rows = [(*_cells(check, "" if report.passed else None), _kind(problem, problems)) for problem, check in shown]
+        print_table("The worst of each check", [*COLUMNS, Column("logits", folds=True)], rows)
+        others = len(worst) - len(shown)
+        print_line(f"and {others} checks without a limit passed; --seed {report.seed} repeats these inputs.")
+
+
+def _badness(check: Check) -> tuple[bool, float]:
+    return not check.passed, check.figure / check.limit if check.figure is not None and check.limit else 0.0
+
+
+def _cells(check: Check, verdict: str | Text | None = None) -> tuple[str | Text, ...]:
+    """Those below `COLUMNS`; of its own verdict unless another is given."""
+    if verdict is None:
+        verdict = Text("passed", "green") if check.passed else Text("wrong", "bold red")
+    figures = ("" if value is None else f"{value + 0.0:.3g}" for value in (check.figure, check.limit))  # 0, not -0
+    return check.name, verdict, *figures
+
+
+def _kind(problem: Problem, problems: list[Problem]) -> str:
+    """Its dtype, and the options that not all of the problems with that dtype have."""
+    same = [other.details().split(", ") for other in problems if other.dtype == problem.dtype]
+    own = [word for word in problem.details().split(", ") if not all(word in words for words in same)]
+    return ", ".join([short_name(problem.dtype), *own])

@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,20 +51,26 @@ def subject_of(target: str) -> str | Callable[..., Any]:
     if target in backends():
         return target
     module_name, colon, attribute = target.partition(":")
+    respelled = re.sub(r"^\./|\.py\b", "", target).replace("/", ".")
+    respelled = respelled if colon else ":".join(respelled.rsplit(".", 1))
     if not (module_name and colon and attribute):
         raise InputError(
             f"got target {target!r}; a backend's name ({', '.join(backends())}) or package.module:function is valid."
+            + _nearest(target, [*backends(), respelled])
         )
     sys.path.insert(0, "")
+    names = [respelled]
     try:
         with busy(f"importing {module_name}"):
             subject: Any = import_module(module_name)
+        names += [f"{module_name}:{name}" for name in vars(subject)]
         for name in attribute.split("."):
             subject = getattr(subject, name)
     except (Exception, SystemExit) as error:  # a foreign module may do anything when it is imported
         raise InputError(
             f"got target {target!r}, which cannot be imported: {type(error).__name__}: {error}. Valid is a module that "
             "Python finds from the current directory, a colon and the function's name; install what the module needs."
+            + _nearest(target, names)
         ) from error
     if isinstance(subject, Backend) or (isinstance(subject, type) and issubclass(subject, Backend)):
         register_backend(subject.name, target)
@@ -70,6 +78,11 @@ def subject_of(target: str) -> str | Callable[..., Any]:
     if not callable(subject):
         raise InputError(f"got target {target!r}, which is of type {type(subject).__name__}; a function is valid.")
     return subject  # type: ignore[no-any-return]  # narrowed to a callable from Any
+
+
+def _nearest(text: str, names: Iterable[str]) -> str:
+    close = get_close_matches(text, [name for name in names if name != text], 1, 0.7)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 @contextlib.contextmanager

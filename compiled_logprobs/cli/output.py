@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from compiled_logprobs.check.report import MEANING, CheckReport
 from compiled_logprobs.choose.verify import Verification
 from compiled_logprobs.cli.calls import options_of
 from compiled_logprobs.decision import PLAIN, Decision, Speedup, short, speedup_in_words
@@ -114,40 +113,6 @@ def _width() -> int:
     """Of the terminal, or as the variable COLUMNS says; unlimited elsewhere, where a row has to be one line."""
     usual = Console()
     return usual.width if usual.is_terminal or os.environ.get("COLUMNS") else sys.maxsize
-
-
-def print_report(report: CheckReport) -> None:
-    """A table for each problem that was checked, and a last line with the verdict."""
-    for result in report.results:
-        details = result.problem.details()
-        print_table(
-            f"{report.subject}: {result.problem}{f' ({details})' if details else ''}",
-            [
-                "check",
-                "verdict",
-                Column("worst", right=True),
-                Column("limit", right=True),
-                Column("what it demands", 1),
-            ],
-            [
-                (
-                    check.name,
-                    Text("passed", "green") if check.passed else Text("wrong", "bold red"),
-                    *(_figure(check.figure), _figure(check.limit), MEANING[check.name]),
-                )
-                for check in result.checks
-            ],
-        )
-    print_line(f"Seed {report.seed}")
-    for result in report.results:
-        for check in result.checks:
-            if not check.passed:
-                print_line(f"  {check.name} ({short_name(result.problem.dtype)}): {check.detail}")
-    for cause in report.causes:
-        print_line(f"likely cause: {cause}")
-    count = len(report.checks)
-    outcome = f"passed {count} of {count} checks" if report.passed else f"wrong: {', '.join(report.reasons)}"
-    print_line(f"{report.subject}: {outcome}")
 
 
 def print_environment(environment: Environment) -> None:
@@ -281,7 +246,3 @@ def _memory(size: int | None, multiple: float | None) -> str:
     if size is None:
         return "not measured"
     return f"{size / 2**20:.0f} MiB" + ("" if multiple is None else f", {multiple:.2f} x logits")
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value + 0.0:.3g}"  # the sum makes 0 of -0

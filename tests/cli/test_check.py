@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,20 +48,28 @@ def judged(monkeypatch):
     return asked
 
 
-def test_a_table_a_problem_and_a_line_with_the_verdict(run, judged):
-    result = run("check", "eager")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.endswith("\neager: passed 6 of 6 checks\n") and "Seed 0\n" in result.stdout
-    assert result.stdout.count("no log-probability is positive") == 2
+def test_what_passes_takes_a_screen_and_v_shows_the_rest(run, judged):
+    result = run("check", "eager", env={"COLUMNS": "80"})
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0 and lines[0] == "eager: passed 6 of 6 checks"
+    assert len(lines) < 24 and all(len(line) <= 80 for line in lines)
+    assert result.stdout.count("log_prob_error") == 1 and "--seed 0 repeats these inputs" in result.stdout
+    assert lines[-1].startswith("-v shows each check")
+    result = run("check", "eager", "-v")
+    assert result.stdout.startswith("eager: passed 6 of 6 checks\n")
+    assert result.stdout.count("no log-probability is positive") == 2 and "-v shows" not in result.stdout
 
 
-def test_what_is_wrong_is_told_with_its_cause(run, judged):
+def test_what_is_wrong_comes_first_with_its_cause_and_reasons(run, judged):
     judged["wrong"] = ("log_prob_sign",)
     result = run("check", f"{FUNCTIONS}:positive")
-    assert result.exit_code == 1 and result.stdout.endswith("\npositive: wrong: log_prob_sign\n")
-    for dtype in ("float32", "bfloat16"):
-        assert f"log_prob_sign ({dtype}): it was [/red] off" in result.stdout
-    assert "likely cause: the sign is the other way round" in result.stdout
+    assert result.exit_code == 1
+    assert result.stdout.startswith(
+        "positive: wrong: log_prob_sign\n"
+        "likely cause: the sign is the other way round\n"
+        "  log_prob_sign: it was [/red] off\n"
+    )
+    assert re.search("^log_prob_sign +wrong ", result.stdout, re.M) and "\x1b" not in result.stdout
 
 
 @pytest.mark.parametrize("wrong", [(), ("runs", "log_prob_error")])
@@ -74,15 +83,26 @@ def test_json_is_one_object_even_if_the_function_prints(run, judged, wrong):
     assert "checking" in result.stderr
 
 
+def test_of_what_a_function_prints_a_few_lines_are_shown(run, monkeypatch):
+    def check(subject, **options):
+        for _ in range(30):
+            subject(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+        return report_of(subject)
+
+    monkeypatch.setattr("compiled_logprobs.cli.check.check_backend", check)
+    result = run("check", f"{FUNCTIONS}:talkative")
+    assert result.stderr == 10 * "checking [/red] me\n" + "... and 20 lines more that it prints\n"
+
+
 def test_the_options_reach_the_check(run, judged):
     call = "f(labels, logits)"
-    run("check", f"{FUNCTIONS}:good", "--call", call, "--returns", "loss", "--vocab", "99", "--no-ignore-index")
-    asked = {"call": call, "returns": "loss", "vocab": 99, "ignore_index": False, "device": None}
+    run("check", f"{FUNCTIONS}:good", "--call", call, "--returns", "loss", "--vocab", "gpt2", "--no-ignore-index")
+    asked = {"call": call, "returns": "loss", "vocab": 50257, "ignore_index": False, "device": None}
     assert asked.items() <= judged.items()
 
 
 def test_a_backend_of_ones_own_is_checked_as_one(run, judged):
-    assert run("check", f"{FUNCTIONS}:Borrowed").stdout.endswith("\nborrowed: passed 6 of 6 checks\n")
+    assert run("check", f"{FUNCTIONS}:Borrowed").stdout.startswith("borrowed: passed 6 of 6 checks\n")
 
 
 def test_a_mistake_of_our_own_does_not_look_like_a_wrong_backend(run, monkeypatch):
@@ -98,8 +118,9 @@ def test_without_a_target_every_backend_is_checked_or_listed_with_its_reason(run
     )
     monkeypatch.setattr("compiled_logprobs.cli.check.backends", lambda: ["flash_attn", "eager"])
     result = run("check", "--device", "cpu")
-    assert result.exit_code == 0 and "\neager: passed 6 of 6 checks\n" in result.stdout, result.output
-    assert result.stdout.startswith("backend 'flash_attn' cannot run")
+    unavailable, *passed, _ = result.stdout.splitlines()
+    assert result.exit_code == 0 and passed == ["eager: passed 6 of 6 checks"], result.output
+    assert unavailable.startswith("backend 'flash_attn' cannot run")
     result = run("check", "--device", "cpu", "--json")
     assert json.loads(result.stdout)["unavailable"].keys() == {"flash_attn"}
 
@@ -116,4 +137,4 @@ def test_python_m_is_the_same_program_and_finds_functions_in_the_current_directo
         timeout=120,
     )
     assert process.returncode == 1, process.stderr
-    assert process.stdout.endswith("\nwithout_ignored: wrong: runs\n")
+    assert process.stdout.startswith("without_ignored: wrong: runs\nlikely cause: has no ignored labels")
