@@ -167,6 +167,7 @@ def what_was_measured(there: Problem, here: Problem) -> str:
     """In what the problem of a decision, `there`, is another one than `here`, such as 'temperature none at N = 512'."""
     words = {
         "entropy": "entropy" if there.entropy else "no entropy",
+        "labels_per_row": f"{there.labels_per_row} label{'s' if there.labels_per_row != 1 else ''} a row",
         "layout": f"layout {there.layout}",
         "temperature": f"temperature {there.temperature.replace('_', ' ')}",
         "aligned": "aligned to 16 bytes" if there.aligned else "not aligned to 16 bytes",

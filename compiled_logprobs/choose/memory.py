@@ -108,8 +108,8 @@ def key_of(problem: Problem, policy: Policy) -> tuple[Problem, str, bool]:
 
 
 def family_of(problem: Problem) -> Problem:
-    """What a decision for one says something of all of: any N, entropy, layout, temperature and alignment."""
-    return problem._replace(rows=0, entropy=False, layout="flat", temperature="none", aligned=True)
+    """What a decision for one says something of all of: any N, entropy, labels, layout, temperature and alignment."""
+    return problem._replace(rows=0, entropy=False, labels_per_row=1, layout="flat", temperature="none", aligned=True)
 
 
 def kind_of(problem: Problem) -> Problem:

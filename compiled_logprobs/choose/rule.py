@@ -13,11 +13,12 @@ the fastest, and while that one is registered, can run the problem, and has the 
 to be invariant, `invariant` stands for steps 2 to 7.
 
 Nearest, for `near` and `related`, is the decision that comes first by `distance`, of those whose backend can run the
-problem: one for an N within 4x before one for an N beyond that; then of the same entropy, asked for or not; then of the
-same layout, else of the next one to it (flat, rows, slices); then of the same kind of temperature, else of the next one
-to it (none, a number, one a token); then of the same alignment; then of the smallest ratio of both N. All else has to
-be the same: device, vocabulary, dtypes, labels a row, gradient, in place or not, masked or not. A backend that was
-checked for another kind of problem passes the short check for that of the call, too, before it serves it.
+problem: one for an N within 4x before one for an N beyond that; then of the same entropy, asked for or not; then of as
+many labels a row, else of the smallest ratio; then of the same layout, else of the next one to it (flat, rows, slice);
+then of the same kind of temperature, else of the next one to it (none, a number, one a token); then of the same
+alignment; then of the smallest ratio of both N. All else has to be the same: device, vocabulary, dtypes, gradient, in
+place or not, masked or not. A backend that was checked for another kind of problem passes the short check for that of
+the call, too, before it serves it.
 """
 
 import math
@@ -221,18 +222,19 @@ def nearest(context: Context) -> list[Problem]:
 def distance(problem: Problem, other: Problem) -> tuple[float, ...]:
     """How far a decision for `other`, of the same family, is from `problem`: the order of this module's docstring.
 
-    Of two that are as far, the smaller N is the nearer, and what is simpler to read.
+    Of two that are as far, the one of the smaller N is the nearer, then of fewer labels, then of the simpler layout.
     """
     layouts, temperatures = get_args(Layout), get_args(Temperature)
     layout, temperature = layouts.index(other.layout), temperatures.index(other.temperature)
     return (
         _is_far(problem, other),
         problem.entropy != other.entropy,
+        abs(math.log(max(1, other.labels_per_row) / max(1, problem.labels_per_row))),
         abs(layout - layouts.index(problem.layout)),
         abs(temperature - temperatures.index(problem.temperature)),
         problem.aligned != other.aligned,
         abs(math.log(max(1, other.rows) / max(1, problem.rows))),
-        *(other.rows, layout, temperature),
+        *(other.rows, other.labels_per_row, layout, temperature),
     )
 
 

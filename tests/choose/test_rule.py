@@ -1,6 +1,7 @@
 """Which backend serves: where the rule looks, in which order, and what no longer holds."""
 
 import dataclasses
+import itertools
 import random
 import sys
 from typing import get_args
@@ -20,9 +21,10 @@ from compiled_logprobs.decision import Candidate
 from compiled_logprobs.machine.clock import MIB
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.policy import Policy, policy
-from compiled_logprobs.problem import Layout, Problem, Temperature, bucket
+from compiled_logprobs.problem import MODES, Layout, Problem, Temperature, bucket
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
+from compiled_logprobs.tuning.presets import grid
 from tests.helpers.stored_decisions import (
     CPU,
     LARGE,
@@ -90,7 +92,10 @@ def test_a_decision_for_a_near_number_of_rows_serves_before_anything_is_measured
     assert chosen(LARGE._replace(rows=8192)) == ("compiled", "user store")
 
 
-KINDS = [{"rows": 8192}, {"temperature": "number"}, {"layout": "rows"}, {"aligned": True}, {"entropy": True}]
+KINDS = [
+    *({"rows": 8192}, {"temperature": "number"}, {"layout": "rows"}),
+    *({"aligned": True}, {"entropy": True}, {"labels_per_row": 4}),
+]
 
 
 @pytest.mark.parametrize("other", KINDS, ids=str)
@@ -207,11 +212,13 @@ def documented_order(asked: Problem, other: Problem) -> tuple:
     return (
         ratio > 4,
         asked.entropy != other.entropy,
+        max(asked.labels_per_row, other.labels_per_row) / min(asked.labels_per_row, other.labels_per_row),
         abs(layouts - LAYOUTS.index(asked.layout)),
         abs(temperatures - TEMPERATURES.index(asked.temperature)),
         asked.aligned != other.aligned,
         ratio,
         other.rows,
+        other.labels_per_row,
         layouts,
         temperatures,
     )
@@ -226,6 +233,7 @@ def test_what_serves_is_the_nearest_by_the_documented_order_that_can(seed, check
             rows=2 ** pick.randrange(10, 17),
             needs_grad=pick.random() < 0.1,
             entropy=pick.random() < 0.5,
+            labels_per_row=pick.choice([1, 2, 4]),
             temperature=pick.choice(TEMPERATURES),
             layout=pick.choice(LAYOUTS),
             aligned=pick.random() < 0.5,
@@ -249,6 +257,22 @@ def test_what_serves_is_the_nearest_by_the_documented_order_that_can(seed, check
     else:
         assert choice == "no profile decides a problem like it"
     assert kept.read_so_far == [asked, *in_order]  # and no more
+
+
+def test_after_a_run_of_the_preset_rl_a_decision_serves_every_call_of_a_trainer():
+    kept = Kept({problem: decided(problem, "cpp") for problem in grid("cpu", "rl")})
+    fields = (MODES.values(), LAYOUTS, TEMPERATURES, (False, True), (1, 4), (64, 512, 16384))
+    for mode, layout, temperature, entropy, labels, rows in itertools.product(*fields):
+        asked = Problem(
+            *("cpu", rows, 151936, torch.bfloat16),
+            **mode,
+            layout=layout,
+            temperature=temperature,
+            entropy=entropy,
+            labels_per_row=labels,
+        )
+        *_, (step, choice) = rule.walk(rule.Context(asked, Policy("lookup"), CPU, "", {"a": kept}, Memory()))
+        assert step in ("stored", "near", "related") and choice.backend == "cpp", asked
 
 
 def test_a_walk_over_another_machines_store_takes_its_decisions_as_they_are():
