@@ -28,7 +28,13 @@ PASSED, WRONG, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 Where = Annotated[
     str | None,
-    typer.Option("--device", show_default=False, help="cpu, cuda, cuda:1, ...; by default the GPU if there is one."),
+    typer.Option(
+        "--device",
+        show_default=False,
+        metavar="cpu|cuda|cuda:1",
+        autocompletion=lambda: ["cpu", "cuda"],
+        help="By default the GPU if there is one.",
+    ),
 ]
 Folder = Annotated[
     Path | None,

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from compiled_logprobs.choose.verify import Verification
 from compiled_logprobs.cli.calls import options_of
-from compiled_logprobs.decision import PLAIN, Decision, Speedup, short, speedup_in_words
+from compiled_logprobs.decision import PLAIN, Decision, Speedup, short, speedup_in_words, winner_in_words
 from compiled_logprobs.machine.environment import Environment
 from compiled_logprobs.problem import Problem, problem_to_dict, short_name
 from compiled_logprobs.store.transfer import Imported
@@ -36,6 +36,11 @@ class Column(NamedTuple):
 
 
 SHAPE = (Column("rows", right=True), Column("vocab", right=True), Column("dtype"), Column("mode"), Column("options"))
+FIGURES = (
+    *(Column("winner"), Column("speed-up", right=True), Column("interval", 1), Column("over eager", 2, right=True)),
+    *(Column("a call", 4, right=True), Column("sign check", 3), Column("extra memory", 6, right=True)),
+    *(Column("bandwidth", 7, right=True), Column("from", 5)),
+)
 
 
 def print_table(title: str, columns: Sequence[Column | str], rows: Iterable[Sequence[str | Text]]) -> None:
@@ -136,21 +141,7 @@ def print_environment(environment: Environment) -> None:
 
 def print_decisions(title: str, decisions: Sequence[tuple[Decision, str]]) -> None:
     """A row for each decision, with a last cell for where it comes from."""
-    print_table(
-        title,
-        [
-            *(
-                *SHAPE,
-                "winner",
-                Column("speed-up", right=True),
-                Column("interval", 1),
-                Column("over eager", 2, right=True),
-            ),
-            *(Column("a call", 4, right=True), Column("sign check", 3), Column("extra memory", 6, right=True)),
-            *(Column("bandwidth", 7, right=True), Column("from", 5)),
-        ],
-        [_cells(decision, source) for decision, source in decisions],
-    )
+    print_table(title, [*SHAPE, *FIGURES], [_cells(decision, source) for decision, source in decisions])
     print_line(f"Speed-ups are over {PLAIN} and gather; all were timed side by side.")
     lost = [
         (name, candidate, decision.problem)
@@ -182,8 +173,8 @@ def print_verifications(title: str, verifications: Sequence[Verification]) -> No
         [
             (
                 *_shape(verification.decision.problem),
-                printable(verification.decision.chosen),
-                _speedup(verification.decision),
+                printable(winner_in_words(verification.decision)),
+                _speedup(verification.decision) if verification.decision.is_decided else "",
                 "" if verification.speedup is None else str(verification.speedup),
                 Text(verification.outcome, "bold red" if verification.is_failure else ""),
                 verification.source,
@@ -197,8 +188,10 @@ def print_verifications(title: str, verifications: Sequence[Verification]) -> No
 
 
 def verified_in_words(verification: Verification) -> str:
-    """The problem, its winner, and what was found out about it."""
-    return printable(f"{short(verification.decision.problem)}: {verification.decision.chosen}: {verification.why}")
+    """The problem, its winner if it has one, and what came out about it."""
+    decision = verification.decision
+    words = [short(decision.problem), *([decision.chosen] if decision.is_decided else []), verification.why]
+    return printable(": ".join(words))
 
 
 def _cells(decision: Decision, source: str) -> tuple[str | Text, ...]:

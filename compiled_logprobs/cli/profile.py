@@ -57,6 +57,7 @@ def profile(
         list[str] | None,
         typer.Option(
             show_default=False,
+            metavar="NAME",
             autocompletion=completed_by(backends),
             help="Measure only these, beside eager: names, or package.module:Class of your own. By default all.",
         ),
@@ -147,7 +148,9 @@ def verify(
     backend: Annotated[
         list[str] | None,
         typer.Option(
-            show_default=False, help="package.module:Class of a backend of your own that decisions may have chosen."
+            show_default=False,
+            metavar="NAME",
+            help="package.module:Class of a backend of your own that decisions may have chosen.",
         ),
     ] = None,
     progress: Shown = "bar",

@@ -25,7 +25,9 @@ def export(
     ] = None,
     environment: Annotated[
         list[str] | None,
-        typer.Option(show_default=False, help="Fingerprint of an environment; by default those of this machine."),
+        typer.Option(
+            show_default=False, metavar="FINGERPRINT", help="Of an environment; by default those of this machine."
+        ),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="The decisions of all environments.")] = False,
     source: Annotated[str, typer.Option("--from", help="Which profiles: user, bundled, or a folder of them.")] = "user",
