@@ -341,7 +341,8 @@ def _usable(context: Context, choice: Choice) -> Choice | str:
         return f"{choice.source}: {speedup_in_words(decision)}"
     if not context.is_here:
         return choice
-    if {(name, decision.problem), (name, bucket(context.problem))} & context.memory.set_aside.keys():
+    is_set_aside = any((name, top) in context.memory.set_aside for top in (decision.problem, bucket(context.problem)))
+    if is_set_aside:
         reason: str | None = f"backend {name!r}, which it chose, failed in this process and is set aside"
     else:
         reason = why_not_holds(decision, name)
@@ -349,10 +350,13 @@ def _usable(context: Context, choice: Choice) -> Choice | str:
         return choice._replace(stale=next(iter(changed(decision).values()), None))
     if choice.source == "ranks":  # what each rank would find beside it may differ
         return choice._replace(backend=EAGER)
-    if name not in backends() and name not in context.memory.warned:
+    is_registered = name in backends()
+    cannot_run = not is_registered or why_not(name, decision.problem) is not None
+    if cannot_run and not is_set_aside and name not in context.memory.warned:
         context.memory.warned.add(name)
+        remedy = "Mend that" if is_registered else "Register it with register_backend"
         warn(
-            f"a decision of the {choice.source} is passed over: {reason}. Register it with register_backend, or delete "
+            f"a decision of the {choice.source} is passed over: {reason}. Another backend serves. {remedy}, or delete "
             f"the decision for {decision.problem}."
         )
     return f"{choice.source}: {reason}"

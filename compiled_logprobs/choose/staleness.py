@@ -21,10 +21,11 @@ def why_not_holds(decision: Decision, name: str) -> str | None:
     """Why the backend called `name` is not what was measured, or cannot run here; None if it is and can."""
     if name not in backends():
         return f"it chose backend {name!r:.80}, which is not registered here"
-    if code_of(name) != decision.candidates[name].fingerprint:
-        return f"backend {name!r} has changed since it was measured"
     reason = why_not(name, decision.problem)
-    return None if reason is None else f"backend {name!r} cannot run here: {reason}"
+    if reason is not None:
+        return f"backend {name!r} cannot run here: {reason}"
+    is_same = code_of(name) == decision.candidates[name].fingerprint
+    return None if is_same else f"backend {name!r} has changed since it was measured"
 
 
 def changed(decision: Decision) -> dict[str, str]:
