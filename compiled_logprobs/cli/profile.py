@@ -69,7 +69,7 @@ def profile(
             min=1.0,
             show_default=False,
             help="Seconds for each problem; fewer rows are timed where it would take longer. By default 60, with the "
-            "preset rl 25. What was left undecided before gets three times what it took then, up to 600, if that is "
+            "preset rl 35. What was left undecided before gets three times what it took then, up to 600, if that is "
             "more.",
         ),
     ] = None,

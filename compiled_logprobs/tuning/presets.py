@@ -83,7 +83,7 @@ PRESETS = {
     ),
     "rl": Preset(
         (MODELS["qwen3"],),
-        (512,),
+        (128,),
         (4096,),
         (torch.bfloat16,),
         (
@@ -91,7 +91,7 @@ PRESETS = {
             Calls(("inplace",), temperatures=("none", "number")),
             Calls(temperatures=("number",), entropy=(True,)),
         ),
-        budget_s=25.0,
+        budget_s=35.0,
     ),
 }
 """`rl` is what a trainer of reinforcement learning calls: with and without gradient, on whole logits and on
