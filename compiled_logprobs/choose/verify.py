@@ -98,7 +98,8 @@ def verify(
     """
     with Tuner(device, on_event=on_event) as tuner:
         for decision, source in decisions:
-            on_event({"event": "problem", "problem": decision.problem, "known": False})
+            event = {"event": "problem", "problem": decision.problem, "known": False, "undecided": False}
+            on_event({**event, "budget_s": budget_s})
             reason = why_not_holds(decision, decision.chosen)
             if not decision.is_decided:
                 reason = f"{speedup_in_words(decision)}; `compiled-logprobs profile` measures it again, for longer"

@@ -56,7 +56,7 @@ class JsonLines(Progress):
         if event["event"] == "problem":
             self._index += 1
             event = {**event, "problem": problem_to_dict(event["problem"]), "index": self._index, "total": self._total}
-        elif event["event"] in ("started", "done"):  # of the worker program, which runs for each problem
+        elif event["event"] in ("ready", "started", "done"):  # of the worker program, which runs for each problem
             return
         self._write(event)
 
