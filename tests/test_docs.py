@@ -10,11 +10,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from typer.main import get_command
 
 from benchmarks import picture
+from compiled_logprobs.api import functions
+from compiled_logprobs.choose.explain import explain_problem
 from compiled_logprobs.cli.main import app
 from compiled_logprobs.compat import FRAMEWORKS
+from compiled_logprobs.policy import policy
+from compiled_logprobs.problem import Problem, bucket
+from compiled_logprobs.tuning.presets import grid
+from tests.helpers.stored_decisions import CPU, decided, publish
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -125,12 +132,49 @@ def test_the_migration_tables_name_functions_that_exist():
     rows = re.findall(
         r"^\| .*? \| `compiled_logprobs\.compat\.(\w+)` \| (.*?) \|", (ROOT / "docs/frameworks.md").read_text(), re.M
     )
-    for name, functions in rows:
+    for name, listed in rows:
         module = import_module(f"compiled_logprobs.compat.{name}")
         own = {key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
-        assert set(re.findall(r"`(\w+)`", functions)) == {key for key in own if key[0] != "_"}, name
+        assert set(re.findall(r"`(\w+)`", listed)) == {key for key in own if key[0] != "_"}, name
     assert {name for name, _ in rows} == set(FRAMEWORKS)
 
 
 def test_the_chart_of_the_readme_is_that_of_the_table():
     assert picture.PICTURE.read_text() == picture.picture(picture.TABLE.read_text()), "run python -m benchmarks.picture"
+
+
+@pytest.fixture(scope="module")
+def calls_on_pages() -> list[tuple[str, Problem]]:
+    """The problem of each call of the three functions in the Python of a page, and the page; `eager` serves them."""
+    calls: list[tuple[str, Problem]] = []
+
+    def note(problem: Problem, logits: torch.Tensor) -> object:
+        calls.append((page.name, problem))
+        return functions._named("eager", problem)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(functions, "Auto", note)
+        for page in PAGES:
+            names: dict[str, object] = {}
+            for block in blocks(page, "python"):
+                if "_from_logits(" in block:
+                    exec(block, names)
+    return calls
+
+
+def test_the_preset_for_rl_serves_every_call_of_the_pages(calls_on_pages, mode):
+    """At Qwen3's vocabulary in bfloat16, after `profile --preset rl --vocab qwen3 --dtype bf16`."""
+    mode("lookup")
+    measured = {bucket(problem) for problem in grid("cpu", "rl", vocabs=[151936], dtypes=[torch.bfloat16])}
+    for problem in measured:
+        publish(decided(problem, "cpp"))
+    assert {page for page, _ in calls_on_pages} >= {"README.md", "contract.md", "autotuner.md"}
+    for page, call in calls_on_pages:
+        for rows in (call.rows, 512, 4096):
+            asked = call._replace(vocab=151936, dtype=torch.bfloat16, aligned=True, rows=rows)
+            explanation = explain_problem(asked, CPU, policy())
+            assert explanation.decision is not None and explanation.decision.problem in measured, (
+                page,
+                str(explanation),
+            )
+            assert explanation.backend == "cpp" and explanation.source in ("user store", "near", "related")
