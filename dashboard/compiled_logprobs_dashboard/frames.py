@@ -14,7 +14,7 @@ import torch
 
 from compiled_logprobs.backends import BUILT_IN, backends, code_of, is_loaded
 from compiled_logprobs.choose.memory import Choice, Memory
-from compiled_logprobs.choose.rule import Context, choices_of, walk
+from compiled_logprobs.choose.rule import Context, walk
 from compiled_logprobs.decision import PLAIN, Candidate, Decision, Evidence, Speedup, short
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import MATCHED, VERSIONS_MATCHED, Environment, environments
@@ -37,7 +37,7 @@ DECISIONS = {
     "problem": object,
     **dict.fromkeys(("name", "mode", "dtype"), "str"),
     **dict.fromkeys(("rows", "vocab", "measured_rows"), "int64"),
-    **dict.fromkeys(("needs_grad", "inplace_backward"), "bool"),
+    **dict.fromkeys(("needs_grad", "inplace_backward", "is_decided"), "bool"),
     **dict.fromkeys(("chosen", "baseline", "against", "code", "measured_at", "fingerprint"), "str"),
     **dict.fromkeys(("tuning_seconds", "bandwidth_read", "bandwidth_copy", "bandwidth_in_place"), "float64"),
 }
@@ -88,6 +88,8 @@ class Answer(NamedTuple):
     """That is asked about, at the top of its bucket."""
     key: int | None
     """Of the decision, where there is one."""
+    is_open: bool
+    """Whether the rounds for exactly this problem did not tell which backend is the fastest."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,7 @@ def _rows(path: Path, written: int) -> tuple[tuple[Any, ...], list[tuple[Any, ..
     row = (
         *(problem, short(problem), mode_name(problem), short_name(problem.dtype)),
         *(problem.rows, problem.vocab, decision.measured_rows, problem.needs_grad, problem.inplace_backward),
+        decision.is_decided,
         *(
             decision.chosen,
             decision.baseline,
@@ -245,8 +248,11 @@ def against(decision: Decision) -> str:
 
 
 def published(decision: Decision, candidate: Candidate) -> Speedup | None:
-    """The speed-up of a candidate over `against(decision)`."""
-    return candidate.speedup if against(decision) == decision.baseline else candidate.speedup_over_plain
+    """The speed-up of a candidate over `against(decision)`; none of an undecided one's baseline over itself."""
+    if against(decision) != decision.baseline:
+        return candidate.speedup_over_plain
+    is_itself = candidate is decision.winner and not decision.is_decided
+    return None if is_itself else candidate.speedup
 
 
 # Facts of environments
@@ -366,12 +372,13 @@ def look_up(frames: Frames, profile: Profile, shape: Shape) -> Answer:
     device = torch.device("cpu")  # which only measuring would ask for
     context = Context(asked, Policy("lookup"), device, profile.environment, store, Memory(), is_here=False)
     *_, (step, choice) = walk(context)
-    decision = choice.decision if isinstance(choice, Choice) else None
-    kind = KINDS.get(step, "none")
-    if decision is None and (measured := next(choices_of(context, bucket(asked)), None)) is not None:
-        kind, decision = "undecided", measured.decision
+    top, decision = bucket(asked), choice.decision if isinstance(choice, Choice) else None
+    exact = frames.keys.get((*profile, top))
+    is_open = exact is not None and not frames.decisions["is_decided"].iloc[exact]
+    if decision is None and is_open and step != "small":
+        return Answer("undecided", top, exact, is_open)
     key = None if decision is None else frames.keys.get((*profile, decision.problem))
-    return Answer("none" if decision is not None and key is None else kind, bucket(asked), key)
+    return Answer("none" if decision is not None and key is None else KINDS.get(step, "none"), top, key, is_open)
 
 
 @dataclass(frozen=True)

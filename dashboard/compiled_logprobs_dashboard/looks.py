@@ -84,6 +84,10 @@ def _of_others(names: tuple[str, ...]) -> dict[str, Look]:
     return found
 
 
+UNDECIDED = "? undecided"
+"""Of what the rounds could not decide."""
+
+
 def outcome(name: str) -> str:
     """Glyph and word of an outcome."""
     return OUTCOMES.get(name, f"? {plain_line(name)}")

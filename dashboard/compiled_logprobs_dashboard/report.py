@@ -95,16 +95,19 @@ def _decisions(frames: Frames, found: pd.DataFrame) -> str:
         best: Any = chosen.loc[row.key]
         ends = best["speedup_low"], best["speedup_high"]
         band = "" if any(map(math.isnan, ends)) else f" ({ends[0]:.2f} to {ends[1]:.2f})"
+        figures = [
+            "baseline" if row.chosen == row.against else _number(best["speedup"], ".2f", "x") + band,
+            row.against,
+            "baseline" if row.chosen == row.baseline else _number(best["ratio"], ".2f", "x"),
+            _number(best["seconds"] * 1e3, ".3g", " ms"),
+            _number(best["extra_bytes"] / 2**20, ".0f", " MiB"),
+            f"{best['checks_passed']} of {best['checks_total']}" if best["checks_total"] else "not stored",
+            _number(best["percent_of_bandwidth"], ".0f", " %"),
+        ]
         rows.append(
             [
-                *(row.mode, row.dtype, row.rows, row.vocab, row.measured_rows, row.chosen),
-                "baseline" if row.chosen == row.against else _number(best["speedup"], ".2f", "x") + band,
-                row.against,
-                "baseline" if row.chosen == row.baseline else _number(best["ratio"], ".2f", "x"),
-                _number(best["seconds"] * 1e3, ".3g", " ms"),
-                _number(best["extra_bytes"] / 2**20, ".0f", " MiB"),
-                f"{best['checks_passed']} of {best['checks_total']}" if best["checks_total"] else "not stored",
-                _number(best["percent_of_bandwidth"], ".0f", " %"),
+                *(row.mode, row.dtype, row.rows, row.vocab, row.measured_rows),
+                *([row.chosen, *figures] if row.is_decided else ["undecided", *[""] * len(figures)]),
                 *(row.code, row.measured_at, row.stale if isinstance(row.stale, str) else ""),
             ]
         )

@@ -26,10 +26,11 @@ from filelock import BaseFileLock, FileLock, Timeout
 from platformdirs import user_state_path
 
 from compiled_logprobs.backends import EAGER, backends
-from compiled_logprobs.choose.tune import current
+from compiled_logprobs.choose.tune import current, limit_again
 from compiled_logprobs.decision import short
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.machine import clock
+from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.machine.nvml import telemetry
 from compiled_logprobs.problem import Problem, bucket
 from compiled_logprobs.store import user_store
@@ -62,9 +63,20 @@ class Request:
     rows: tuple[int, ...] = ()
     dtypes: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
+    temperatures: tuple[str, ...] = ()
+    layouts: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+    entropy: tuple[bool, ...] = ()
+    masked: tuple[bool, ...] = ()
     backends: tuple[str, ...] = ()
-    budget_s: float = 60.0
+    budget_s: float | None = None
+    """For each problem; None: as the preset says."""
     again: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """For each problem."""
+        return presets.PRESETS[self.preset].budget_s if self.budget_s is None else self.budget_s
 
     def problems(self) -> list[Problem]:
         """The problems of the run, each bucket of N once, in its order. Raises InputError for what is not valid."""
@@ -75,21 +87,25 @@ class Request:
             rows=self.rows,
             dtypes=[presets.dtype_of(name) for name in self.dtypes],
             modes=[presets.mode_of(name) for name in self.modes],
+            temperatures=[presets.temperature_of(name) for name in self.temperatures],
+            layouts=[presets.layout_of(name) for name in self.layouts],
+            labels=self.labels,
+            entropy=self.entropy,
+            masked=self.masked,
         )
         return list(dict.fromkeys(map(bucket, grid)))
 
     def arguments(self) -> list[str]:
         """Of the command line, without those that only say how to report."""
-        several = {
-            "--vocab": self.vocabs,
-            "--rows": self.rows,
-            "--dtype": self.dtypes,
-            "--mode": self.modes,
-            "--backend": self.backends,
-        }
-        named = [f"{option}={','.join(map(str, values))}" for option, values in several.items() if values]
-        start = ["profile", f"--device={self.device}", f"--preset={self.preset}", *named, f"--budget={self.budget_s:g}"]
-        return [*start, *(["--again"] if self.again else [])]
+        several: dict[str, Sequence[object]] = {"vocab": self.vocabs, "rows": self.rows, "dtype": self.dtypes}
+        several |= {"mode": self.modes, "layout": self.layouts, "labels": self.labels, "backend": self.backends}
+        several["temperature"] = [name.replace("_", "-") for name in self.temperatures]
+        several["budget"] = [] if self.budget_s is None else [f"{self.budget_s:g}"]
+        named = [f"--{option}={','.join(map(str, values))}" for option, values in several.items() if values]
+        switches = {"entropy": self.entropy, "masked": self.masked}
+        named += [f"--{'' if on else 'no-'}{name}" for name, values in switches.items() for on in values]
+        start = ["profile", f"--device={self.device}", f"--preset={self.preset}"]
+        return [*start, *named, *(["--again"] if self.again else [])]
 
     def command_line(self) -> str:
         """What to type for the same run in a terminal."""
@@ -135,8 +151,10 @@ def preflight(request: Request, *, seconds_before: Sequence[float] = (), store: 
     store = user_store() if store is None else store
     problems = request.problems()
     asked = [EAGER, *request.backends] if request.backends else backends()
-    stored = 0 if request.again else sum(current(store, problem, device, asked) is not None for problem in problems)
-    to_measure = len(problems) - stored
+    left = [what for what in problems if request.again or current(store, what, device, asked) is None]
+    before = [store.read(fingerprint_of(device), what) for what in left]
+    limits = [request.seconds if decision is None else limit_again(decision, request.seconds) for decision in before]
+    to_measure, stored = len(left), len(problems) - len(left)
     largest = max(problems, key=_logits_bytes, default=None)
     logits = 0 if largest is None else _logits_bytes(largest)
     needed = 0 if largest is None else (BUFFERS + largest.needs_grad + 1) * logits
@@ -147,11 +165,11 @@ def preflight(request: Request, *, seconds_before: Sequence[float] = (), store: 
             f"{short(largest)} needs {needed / 2**30:.1f} GiB, and the run takes at most {SHARE_OF_FREE_MEMORY:.0%} "
             f"of the {free / 2**30:.1f} GiB that are free: fewer rows will be timed, and the result says so."
         )
-    each = min(request.budget_s, statistics.median(seconds_before)) if seconds_before else None
+    each = min(request.seconds, statistics.median(seconds_before)) if seconds_before else None
     return Preflight(
         problems=tuple(problems),
         stored=stored,
-        most_seconds=START_S + to_measure * request.budget_s,
+        most_seconds=START_S + sum(limits),
         likely_seconds=None if each is None else START_S + to_measure * each,
         largest=largest,
         logits_bytes=logits,

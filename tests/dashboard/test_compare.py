@@ -63,6 +63,15 @@ def test_a_backend_can_be_compared_on_its_own(load):
     assert tables.backends_of(frames, HERE, OTHER) == ["compiled", "cpp", "eager"]
 
 
+def test_what_is_undecided_has_no_winner_to_compare(scenario, load):
+    stores.publish(scenario("undecided"), stores.good(measured_at=stores.EARLIER), stores.an_earlier_torch())
+    frames, _ = load()
+    assert tables.matched(frames, HERE, EARLIER).untimed == 1
+    assert tables.matched(frames, HERE, EARLIER, "cpp").table["winner_this"].tolist() == ["undecided"]
+    history = tables.history(frames, stores.problem(), device_name(stores.here().to_dict()))
+    assert history.loc[history["chosen"], "measured_at"].tolist() == [stores.EARLIER]
+
+
 def test_without_intervals_the_noise_is_not_known(scenario, load):
     candidates = stores.with_changes(stores.good_candidates(), speedup=Speedup(None, 1.0, None))
     stores.publish(scenario("partial"), stores.good(candidates=candidates), stores.an_earlier_torch())

@@ -12,7 +12,6 @@ from compiled_logprobs_dashboard import selection
 from compiled_logprobs_dashboard.charts import decide as charts
 from compiled_logprobs_dashboard.charts import in_rgb
 from compiled_logprobs_dashboard.looks import BACKENDS
-from compiled_logprobs_dashboard.runs import Request
 from compiled_logprobs_dashboard.tables import decide as tables
 
 from compiled_logprobs.decision import Speedup
@@ -102,23 +101,40 @@ def test_a_memory_cap_changes_the_choice_where_it_has_to():
 def test_the_command_poses_the_problem_that_was_decided(mode):
     problem = stores.problem(96, 50257, torch.float32, mode)
     words = tables.command(stores.good(problem)).split()
-    assert words[:2] == ["compiled-logprobs", "profile"] and words[-1] == "--again"
-    named = dict(zip(words[2:-1:2], words[3:-1:2], strict=True))
-    request = Request(named["--device"], vocabs=(int(named["--vocab"]),), rows=(int(named["--rows"]),))
-    request = dataclasses.replace(request, dtypes=(named["--dtype"],), modes=(named["--mode"],))
-    assert request.problems() == [problem]
+    assert words[:4] == ["compiled-logprobs", "profile", "--device=cpu", "--preset=quick"] and words[-1] == "--again"
+    named = dict(word.removeprefix("--").split("=") for word in words[4:-1])
+    assert named == {"vocab": "50257", "rows": "96", "dtype": "float32", "mode": mode}
+
+
+def test_what_is_undecided_is_said_with_who_is_open_and_what_to_do():
+    decision = stores.undecided()
+    words = "12 rounds do not tell whether cpp (4.83x, 0.24 to 31.85) is faster than eager"
+    assert tables.sentence(decision) == f"Undecided: {words}"
+    assert not tables.command(decision).endswith("--again"), "which is measured again in any case, and for longer"
+    for candidates in (decision.candidates, stores.with_changes(decision.candidates, speedup_over_plain=None)):
+        board = tables.leaderboard(dataclasses.replace(decision, candidates=candidates)).set_index("name")
+        assert board["outcome"].to_dict() == {
+            "eager": "? undecided",
+            "cpp": "? undecided",
+            "compiled": "▽ slower",
+            "flash_attn": "– unavailable",
+        }
+        assert 1.0 not in board.loc["eager", ["speedup", "low", "high", "ratio"]].tolist()
 
 
 def test_the_command_says_what_else_was_so(monkeypatch):
-    assert tables.command(stores.good(stores.problem()._replace(masked_logits=True))) is None
+    assert tables.command(stores.good(stores.problem()._replace(out_dtype=torch.bfloat16))) is None
+    special = stores.problem()._replace(layout="slice", temperature="per_token", labels_per_row=4, entropy=True)
+    words = "--mode=backward --layout=slice --labels=4 --temperature=per-token --entropy --again"
+    assert tables.command(stores.good(special)).endswith(words)
     few = stores.good(left_out=("flash_attn",))
-    assert "--backend compiled --backend cpp --backend flash_attn --again" in tables.command(few)
+    assert "--backend=cpp,compiled,flash_attn --again" in tables.command(few).replace("compiled,cpp", "cpp,compiled")
     threads = stores.here().cpu_threads + 7
     other = stores.good(environment={**stores.here().to_dict(), "cpu_threads": threads})
     assert tables.command(other).startswith(f"OMP_NUM_THREADS={threads} compiled-logprobs profile")
     more = dict.fromkeys(("third", "no name"), stores.good().winner)
     foreign = stores.good(candidates={**stores.good_candidates(), **more})
-    words = "--backend compiled --backend cpp --backend flash_attn --backend third --again"
+    words = "--backend=compiled,cpp,flash_attn,third --again"
     assert tables.command(foreign).endswith(words) and tables.of_others(foreign) == ["third"]
     monkeypatch.setitem(sys.modules["compiled_logprobs.backends"]._targets, "third", "package.module:Third")
     assert tables.command(foreign).endswith(words.replace("third", "package.module:Third")), "known to this process"
@@ -180,6 +196,11 @@ def test_the_winner_map_has_a_square_for_every_pair(scenario, squares):
     assert places == set(zip(whole["rows"], whole["vocab"], strict=True)), "each can be clicked"
     assert figure.layout.xaxis.type == figure.layout.yaxis.type == "category"
     assert list(figure.layout.xaxis.categoryarray) == ["8", "64", "512", "2048"], "by number, not by text"
+    open_ = squares("undecided").set_index(["rows", "vocab"]).loc[(512, stores.QWEN)]
+    assert open_["state"] == "undecided" and open_[["backend", "speedup", "margin"]].isna().all()
+    text = tables.map_in_words(squares("undecided"))
+    assert "cpp 8, eager 1. Ties, drawn hollow: 1. Undecided: 1." in text, "and eager has won no more than before"
+    assert "? undecided" in {trace.name for trace in charts.winner_map(squares("undecided")).data}
     assert squares("all failed").set_index(["rows", "vocab"]).loc[(512, stores.QWEN), "state"] == "alone"
 
 
@@ -223,8 +244,8 @@ def test_badges_and_what_to_do(scenario):
     assert "exact" in text_of(at) and "stale" not in text_of(at) and len(metrics_of(at)) == 4
     assert "from compiled_logprobs import log_probs_from_logits" in at.code[0].value
     assert at.code[1].value == (
-        f"compiled-logprobs profile --device cpu --vocab {stores.QWEN} --rows 2048 --dtype bfloat16 --mode backward "
-        "--again"
+        f"compiled-logprobs profile --device=cpu --preset=quick --vocab={stores.QWEN} --rows=2048 --dtype=bfloat16 "
+        "--mode=backward --again"
     )
     at.number_input(key="cap").set_value(1000.0).run()
     assert "use **cpp**" in at.success[0].value and not at.warning

@@ -60,6 +60,12 @@ def test_what_was_not_measured_is_not_0_and_failures_are_told(made):
         assert text in page.text
 
 
+def test_what_is_undecided_has_no_winner(made):
+    text = made("undecided").text
+    assert re.search(r"151936\s+512\s+undecided\s", text) and "AMBIGUOUS_AT_BUDGET" in text and "Undecided: 1." in text
+    assert "1.00x" not in text and not re.search(r"512\s+eager", text)
+
+
 def test_hostile_names_stay_text(made):
     page = made("hostile")
     assert stores.HOSTILE in page.text, "escaped once, so that it reads as it is"

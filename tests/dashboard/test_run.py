@@ -9,7 +9,7 @@ from compiled_logprobs_dashboard.tables.run import NEARLY, Loss, Seen, decided, 
 
 from tests.helpers.dashboard_pages import metrics_of, opened, table_of, text_of
 from tests.helpers.dashboard_runs import FIRST, PROBLEM, START, TINY, event, wait_until
-from tests.helpers.dashboard_stores import all_failed, good, good_candidates, problem, publish, with_changes
+from tests.helpers.dashboard_stores import all_failed, good, good_candidates, problem, publish, undecided, with_changes
 
 
 @pytest.fixture
@@ -98,6 +98,9 @@ def test_standings_and_winners_are_told_as_they_are():
     assert table["speed-up over plain log_softmax"].iloc[1].startswith("8.00x (")
     assert table["speed-up over the baseline"].iloc[1].startswith("6.67x (")
     assert list(table["sign check"]) == ["2 of 2", "not stored"] and decided([]).empty
+    open_ = [undecided()]
+    assert decided(open_)["winner"].tolist() == ["undecided"] and standings(open_)["won"].sum() == 0
+    assert not decided(open_).astype(str).map(lambda text: "1.00x" in text).any(axis=None)
     found = losses([Loss(problem(), "third\u202e", "crashed", "line\nline"), Loss(None, None, "not decided", "no")])
     assert found["backend"].tolist() == ["third", "all"] and found["reason"].tolist() == ["line line", "no"]
     assert found["problem"].iloc[1] == "" and losses([]).empty
@@ -123,8 +126,8 @@ def page(scenario, quiet):
 @pytest.mark.slow
 def test_a_run_from_the_button_to_its_end(page, scenario, program, tmp_path):
     assert metrics_of(page)["Problems to measure"] == "4" and not page.button(key="run_start").disabled
-    assert page.code[0].value == "compiled-logprobs profile --device=cpu --preset=quick --budget=60"
-    fields = {"vocab": ["512"], "rows": ["4"], "dtype": ["float32"], "mode": ["forward"], "backends": ["eager"]}
+    assert page.code[0].value == "compiled-logprobs profile --device=cpu --preset=quick"
+    fields = {"vocabulary": ["512"], "rows": ["4"], "dtype": ["float32"], "mode": ["forward"], "backends": ["eager"]}
     for key, value in fields.items():
         page.multiselect(key=f"run_{key}").set_value(value)
     page.number_input(key="run_budget").set_value(2).run()
@@ -141,7 +144,7 @@ def test_a_run_from_the_button_to_its_end(page, scenario, program, tmp_path):
     assert "A run is going on" in text_of(opened("run")), "in another tab, or after a reload"
     go.touch()
     wait_until(lambda: "The last run has finished" in text_of(page.run()))
-    assert "1 of 1 problems decided, 1 of them measured by this run." in text_of(page)
+    assert "1 of 1 problems decided; 1 were measured by this run." in text_of(page)
     assert table_of(page, "won").to_dict("records")[0]["backend"] == "cpp"
     assert "a word" in [code.value for code in page.code]
 
@@ -153,13 +156,13 @@ def test_a_run_from_the_button_to_its_end(page, scenario, program, tmp_path):
 
 @pytest.mark.slow
 def test_what_is_not_valid_is_said_and_so_is_a_run_that_died(page, program):
-    page.multiselect(key="run_vocab").set_value(["<b>x</b>"]).run()
-    assert not page.exception and "got vocabulary '<b>x</b>'" in text_of(page)
+    page.multiselect(key="run_vocabulary").set_value(["<b>x</b>"]).run()
+    assert not page.exception and "got model '<b>x</b>'" in text_of(page)
     assert "run_start" not in [button.key for button in page.button]
     program("raise SystemExit('it cannot be written')")
     run = runs.RUNS.start(TINY)
     wait_until(lambda: not run.is_running)
-    page.multiselect(key="run_vocab").set_value([]).run()
+    page.multiselect(key="run_vocabulary").set_value([]).run()
     assert "The last run ended before it was done" in text_of(page) and "exit code 1" in text_of(page)
     assert "it cannot be written" in [code.value for code in page.code]
     wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "run"])

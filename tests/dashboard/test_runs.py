@@ -12,7 +12,10 @@ import pytest
 import torch
 from compiled_logprobs_dashboard import runs
 from compiled_logprobs_dashboard.runs import START_S, Request, RunRefused, Runs, preflight
+from typer.testing import CliRunner
 
+from compiled_logprobs.cli import profile
+from compiled_logprobs.cli.main import app
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.machine import clock
 from compiled_logprobs.store import user_store
@@ -29,12 +32,23 @@ def test_the_command_line_is_the_same_run():
         "--backend=eager --budget=2"
     )
     again = Request("cuda:1", again=True)
-    assert again.arguments() == ["profile", "--device=cuda:1", "--preset=quick", "--budget=60", "--again"]
+    assert again.arguments() == ["profile", "--device=cuda:1", "--preset=quick", "--again"]
     assert {problem.device_type for problem in again.problems()} == {"cuda"}
     for wrong in ({"preset": "huge"}, {"dtypes": ("float8",)}, {"modes": ("sideways",)}):
         for act in (Runs().start, preflight):
             with pytest.raises(InputError):
                 act(dataclasses.replace(TINY, **wrong))
+
+
+OTHERS = {"temperatures": ("number", "per_token"), "layouts": ("slice",), "labels": (2,), "entropy": (True, False)}
+
+
+@pytest.mark.parametrize("options", [{"preset": "rl"}, {**OTHERS, "masked": (True,), "budget_s": 5.0, "again": True}])
+def test_the_command_measures_what_is_asked_for(monkeypatch, options):
+    request, posed = Request("cpu", **options), []
+    monkeypatch.setattr(profile, "tune_all", lambda problems, *_, **__: posed.extend(problems) or iter(()))
+    CliRunner().invoke(app, [*request.arguments(), "--progress=jsonl"])
+    assert posed == request.problems() and len(posed) == (12 if request.preset == "rl" else 16)
 
 
 def test_the_time_and_the_memory_that_it_may_take(monkeypatch):
@@ -120,5 +134,5 @@ def test_a_cancelled_run_keeps_what_is_finished():
     seen = run.seen()
     assert run.status() == "cancelled" and seen.end["interrupted"] and seen.finished < len(seen.problems), run.said()
     assert len(seen.decisions) == len(list(user_store().decisions())) and seen.measured == len(seen.decisions)
-    assert any("decided: " in line and "eager" in line for line in seen.log)
+    assert any("measured: " in line and "eager" in line for line in seen.log)
     assert preflight(LONG).stored == len(seen.decisions), "what is stored already is not measured again"

@@ -77,7 +77,7 @@ def _ratios(frames: Frames, this: Profile, that: Profile) -> None:
         for count, what in (
             (found.only_this, "only in this"),
             (found.only_that, "only in that"),
-            (found.untimed, "not timed in one of them"),
+            (found.untimed, "not timed, or undecided, in one of them"),
         )
         if count
     ]

@@ -71,7 +71,7 @@ def _headline(frames: Frames, profile: Profile, shape: Shape, answer: Answer, de
         st.subheader("Use eager, by rule" if answer.kind == "rule" else "Not measured")
         st.write(f"{asked} {rule if answer.kind == 'rule' else none}")
         return
-    st.subheader(plain(tables.sentence(decision)))
+    st.subheader(plain(tables.sentence(decision), 600))
     _badges(frames, profile, answer, decision)
     with st.container(horizontal=True):
         for figure in tables.figures(decision):
@@ -88,8 +88,10 @@ def _badges(frames: Frames, profile: Profile, answer: Answer, decision: Decision
         "nearest": (f"nearest: {there}", "near_me", "orange", "No decision for exactly this problem is stored."),
         "undecided": ("undecided", "question_mark", "orange", "Measured again, it gets more time."),
     }
+    is_open = answer.is_open and answer.kind != "undecided"
     badges: list[tuple[str, str, Any, str]] = [
         kinds[answer.kind],
+        ("undecided for this N" if is_open else "", "question_mark", "orange", "So what is nearest serves."),
         ("stale" if is_stale else "", "history", "red", plain(row["stale"])),
         ("" if facts.get("here") else "another device", "devices_other", "violet", "Not used on this machine."),
         (when, "schedule", "gray", f"Measured {plain(decision.measured_at)}."),
@@ -127,7 +129,7 @@ def _ranking(frames: Frames, decision: Decision) -> None:
 
 def _why(decision: Decision) -> None:
     lost = tables.why_lost(decision)
-    st.subheader("Why not the others")
+    st.subheader("Why not the others" if decision.is_decided else "What became of the others")
     if lost.empty:
         st.write("There were no others.")
     for row in lost.itertuples():
@@ -144,6 +146,8 @@ def _what_if(decision: Decision, shape: Shape) -> None:
     by_need = sorted(need.items(), key=lambda item: item[1])
     listed = ", ".join(f"{plain(name, 40)} {tables.size(number)}" for name, number in by_need)
     st.write(f"For N {shape.rows}, beside the logits: {listed}.")
+    if not decision.is_decided:
+        return
     cap = st.number_input(
         "Extra memory that is free, MiB",
         min_value=0.0,
@@ -164,12 +168,13 @@ def _what_if(decision: Decision, shape: Shape) -> None:
 
 def _code(decision: Decision, answer: Answer) -> None:
     st.subheader("Use it")
-    st.code(tables.snippet(answer.problem, decision.chosen), language="python")
+    st.code(tables.snippet(answer.problem, decision.chosen if decision.is_decided else None), language="python")
     command = tables.command(decision)
     if command is None:
         st.caption("No command poses these options; a call of the function itself, with `autotune`, measures them.")
     else:
-        st.caption("Measures this row again, and stores it:")
+        more = "" if decision.is_decided else ", with more time than before, since it is undecided"
+        st.caption(f"Measures this row again{more}, and stores it:")
         st.code(command, language="bash", wrap_lines=True)
         if others := [plain_line(name, 40) for name in tables.of_others(decision)]:
             st.caption(

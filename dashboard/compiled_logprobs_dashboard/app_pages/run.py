@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any, get_args
 
 import streamlit as st
 import torch
@@ -14,7 +15,7 @@ from compiled_logprobs.backends import backends
 from compiled_logprobs.decision import short
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.machine.environment import fingerprint_of
-from compiled_logprobs.problem import MODES, short_name
+from compiled_logprobs.problem import MODES, Layout, Temperature, short_name
 from compiled_logprobs.tuning import presets
 
 REFRESH_S = 1.0
@@ -24,7 +25,9 @@ PRESETS = {
     "standard": "Two vocabularies, a few N.",
     "rl": "What a trainer calls, for one vocabulary and one N.",
     "full": "Every vocabulary, dtype and mode, many N: hours.",
+    "rl": "What a trainer calls, for one vocabulary: slices, a temperature, in place, with the entropy.",
 }
+ENTROPY = {"without": False, "with": True}
 HEADINGS = {
     "running": "A run is going on",
     "stopping": "The run is ending",
@@ -49,6 +52,13 @@ def numbers(texts: list[str], convert: Callable[[str], int]) -> tuple[int, ...]:
     return tuple(convert(text.strip()) for text in texts)
 
 
+def several(label: str, options: list[str], **more: Any) -> list[str]:
+    """What is chosen of `options`."""
+    more.setdefault("placeholder", "as in the preset")
+    chosen: list[str] = st.multiselect(label, options, key=f"run_{label.lower()}", **more)
+    return chosen
+
+
 def asked() -> Request | None:
     """The form; None where something in it is not valid, which is then said."""
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
@@ -62,35 +72,30 @@ def asked() -> Request | None:
             "Seconds for each problem",
             min_value=1,
             max_value=3600,
-            value=60,
+            value=None,
+            placeholder="as in the preset",
             key="run_budget",
-            help="Fewer rows are timed where it would take longer; the result says so.",
+            help="Fewer rows are timed where it would take longer; the result says so. What was left undecided gets "
+            "more when it is measured again.",
         )
         again = st.checkbox("Measure also what is stored already", key="run_again")
     with right:
         base = presets.PRESETS[preset]
-        vocabs = st.multiselect(
+        vocabs = several(
             "Vocabulary",
             list(presets.MODELS),
             accept_new_options=True,
-            key="run_vocab",
-            placeholder="as in the preset",
-            help="V: a model, or type a number.",
+            help="V: a model, its id on Hugging Face, or a number.",
             format_func=lambda text: f"{text} ({presets.MODELS[text]})" if text in presets.MODELS else text,
         )
-        rows = st.multiselect(
-            "Rows",
-            [str(n) for n in base.rows(device.partition(":")[0])],
-            accept_new_options=True,
-            key="run_rows",
-            placeholder="as in the preset",
-            help="N: how many positions; type a number.",
-        )
-        dtypes = st.multiselect("Dtype", DTYPES, key="run_dtype", placeholder="as in the preset")
-        modes = st.multiselect("Mode", list(MODES), key="run_mode", placeholder="as in the preset")
-        names = st.multiselect(
-            "Backends", backends(), key="run_backends", placeholder="all", help="eager is always measured beside them."
-        )
+        numbers_of_rows = [str(n) for n in base.rows(device.partition(":")[0])]
+        rows = several("Rows", numbers_of_rows, accept_new_options=True, help="N: how many positions; type a number.")
+        dtypes = several("Dtype", DTYPES)
+        modes = several("Mode", list(MODES))
+        temperatures = several("Temperature", list(get_args(Temperature)), help="For all rows, or one a token.")
+        layouts = several("Layout", list(get_args(Layout)), help="slice: as logits[:, :-1]; rows: with gaps between.")
+        entropy = several("Entropy", list(ENTROPY))
+        names = several("Backends", backends(), placeholder="all", help="eager is always measured beside them.")
     try:
         return Request(
             device=device,
@@ -99,8 +104,11 @@ def asked() -> Request | None:
             rows=numbers(rows, presets.rows_of),
             dtypes=tuple(dtypes),
             modes=tuple(modes),
+            temperatures=tuple(temperatures),
+            layouts=tuple(layouts),
+            entropy=tuple(ENTROPY[name] for name in entropy),
             backends=tuple(names),
-            budget_s=float(budget),
+            budget_s=None if budget is None else float(budget),
             again=again,
         )
     except LogProbsError as error:
@@ -174,9 +182,10 @@ def show_run(run: ProfileRun) -> None:
             else "It keeps what is finished, and ends."
         )
     else:
+        open_ = sum(not decision.is_decided for decision in seen.decisions)
         st.write(
-            f"{len(seen.decisions)} of {len(seen.problems)} problems decided, {seen.measured} of them measured by "
-            "this run."
+            f"{len(seen.decisions) - open_} of {len(seen.problems)} problems decided; {seen.measured} were measured by "
+            f"this run.{f' Undecided: {open_}; measured again, they get more time.' if open_ else ''}"
         )
         if status == "died":
             st.error(
@@ -188,7 +197,7 @@ def show_run(run: ProfileRun) -> None:
 
 def show_progress(run: ProfileRun, seen: Seen) -> None:
     elapsed = time.time() - run.started_at
-    view = outlook(seen, run.request.budget_s, elapsed)
+    view = outlook(seen, run.request.seconds, elapsed)
     left = ""
     if view.seconds_left is not None:
         left = f", {'about' if view.measured else 'at most about'} {in_words(view.seconds_left)} left"

@@ -47,18 +47,20 @@ def winner_map(
                 trace = _squares(group, look, side, hollow=state == "tie")
                 trace.update(name=f"{look.letter} {title}", legendgroup=f"{shown} {state}", showlegend=number == 0)
                 figure.add_trace(trace)
-    missing = table[table["state"] == "unmeasured"]
-    if len(missing):
+    for state, letter, title in (("undecided", "?", "undecided"), ("unmeasured", "·", "not measured")):
+        part = table[table["state"] == state]
+        if part.empty:
+            continue
         figure.add_scatter(
-            x=missing["rows"].astype(str),
-            y=missing["vocab"].astype(str),
+            x=part["rows"].astype(str),
+            y=part["vocab"].astype(str),
             mode="markers+text",
-            name="· not measured",
-            text=["·"] * len(missing),
+            name=f"{letter} {title}",
+            text=[letter] * len(part),
             marker={"symbol": "square", "size": side, "color": in_rgb(NEUTRAL, 0.25)},
             unselected={"marker": {"opacity": 1.0}},
-            customdata=missing[["rows", "vocab"]].to_numpy().tolist(),
-            hovertext=[f"N {row.rows}, V {row.vocab}: not measured" for row in missing.itertuples()],
+            customdata=part[["rows", "vocab"]].to_numpy().tolist(),
+            hovertext=[f"N {row.rows}, V {row.vocab}: {title}" for row in part.itertuples()],
             hoverinfo="text",
         )
     if rows is not None and str(rows) in across and str(vocab) in up:

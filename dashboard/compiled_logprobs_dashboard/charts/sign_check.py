@@ -13,8 +13,6 @@ from compiled_logprobs_dashboard.tables.sign_check import KINDS, QUANTILE, UNITS
 
 LANE = 0.22
 """Between two backends of one input, where inputs lie 1 apart."""
-HIGHEST = 3000
-"""Pixels of all lanes together: with many backends, they lie closer."""
 EXACT = 1e-17
 """Where errors of 0 are drawn, which a logarithmic axis cannot hold."""
 
@@ -25,7 +23,7 @@ def ranges(errors: pd.DataFrame, what: str, *, among: Iterable[str] = ()) -> go.
     place = {name: number for number, name in enumerate(inputs)}
     named = looks(errors["backend"], among)
     figure = new_figure(
-        140 + min(max(30, 16 * len(named)), HIGHEST // max(1, len(inputs))) * max(1, len(inputs)),
+        140 + max(30, 16 * len(named)) * max(1, len(inputs)),
         xaxis=_error_axis(what),
         yaxis={
             "tickmode": "array",

@@ -48,7 +48,7 @@ class Matched(NamedTuple):
     only_that: int
     """Decisions of problems that the other profile has none for; they are in no figure."""
     untimed: int
-    """Problems that both decided but where one did not time the backend."""
+    """Problems that both measured, but where one did not time the backend or has no winner."""
 
 
 def matched(frames: Frames, one: Profile, other: Profile, backend: str = WINNER) -> Matched:
@@ -83,12 +83,14 @@ def _with_times(frames: Frames, profile: Profile, backend: str) -> pd.DataFrame:
     timed = timed[timed["outcome"].isin(MEASURED)]
     # The baseline has no interval of its own, and a candidate's holds the noise of both: the widest one speaks for all.
     noise = _width(timed).where(timed["ratio_low"] != timed["ratio_high"]).groupby(timed["key"]).max()
-    taken = timed[timed["chosen"]] if backend == WINNER else timed[timed["backend"] == backend]
+    won = timed["chosen"] & timed["key"].isin(decided.loc[decided["is_decided"], "key"])
+    taken = timed[won] if backend == WINNER else timed[timed["backend"] == backend]
     taken = _measured_with(decided, taken).set_index("key")
     columns = ["key", "name", "mode", "rows", "vocab", "dtype", "chosen"]
     return (
         decided[columns]
         .assign(
+            chosen=decided["chosen"].where(decided["is_decided"], "undecided"),
             asked=[problem._replace(device_type="") for problem in decided["problem"]],
             backend=decided["key"].map(taken["backend"]),
             per_row=decided["key"].map(taken["seconds"]) / decided["measured_rows"],
@@ -139,7 +141,8 @@ def history(frames: Frames, problem: Problem, device: str) -> pd.DataFrame:
     decided = decided[decided["rows"] == problem.rows]
     timed = frames.candidates[frames.candidates["key"].isin(decided["key"])]
     timed = _measured_with(decided, timed[timed["outcome"].isin(MEASURED)])
-    table = timed.merge(decided[["key", "source", "environment", "measured_rows"]], on="key")
+    table = timed.merge(decided[["key", "source", "environment", "measured_rows", "is_decided"]], on="key")
+    table["chosen"] &= table["is_decided"]
     table = table.merge(frames.environments[["source", "environment", "torch", "triton"]], on=["source", "environment"])
     table["ms"] = table["seconds"] * problem.rows / table["measured_rows"] * 1e3
     width = _width(table).where(table["ratio_low"] < table["ratio_high"]).groupby(table["key"]).transform("max")

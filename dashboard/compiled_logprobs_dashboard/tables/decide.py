@@ -6,7 +6,6 @@ Every figure is one of `Decision`; here they are only put into words and order.
 
 import itertools
 import math
-import shlex
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -15,11 +14,14 @@ import pandas as pd
 
 from compiled_logprobs.backends import BUILT_IN, EAGER, backends, target_of
 from compiled_logprobs.choose.explain import candidate_figures
-from compiled_logprobs.decision import MEASURED, Candidate, Decision, Speedup
+from compiled_logprobs.decision import MEASURED, Candidate, Decision, Speedup, speedup_in_words
+from compiled_logprobs.errors import InputError
 from compiled_logprobs.machine.environment import environments
-from compiled_logprobs.problem import MODES, Problem, mode_name, short_name
+from compiled_logprobs.problem import Problem, short_name
+from compiled_logprobs.tuning.presets import FIELDS
 from compiled_logprobs_dashboard.frames import Frames, Profile, against, published
-from compiled_logprobs_dashboard.looks import looks, outcome, plain_line
+from compiled_logprobs_dashboard.looks import UNDECIDED, looks, outcome, plain_line
+from compiled_logprobs_dashboard.runs import Request
 
 SAME = 0.05
 """Multiples of the logits; memory that differs by less is called the same."""
@@ -34,6 +36,8 @@ SQUARE += ["speedup", "low", "high", "against", "key", "stale"]
 
 def sentence(decision: Decision) -> str:
     """Which backend to use, how much faster it is, what memory it takes, and whether it is right. Plain text."""
+    if not decision.is_decided:
+        return plain_line(speedup_in_words(decision)).replace("undecided", "Undecided", 1)
     winner = decision.winner
     parts = [
         _speed(decision),
@@ -42,8 +46,7 @@ def sentence(decision: Decision) -> str:
     ]
     if winner.percent_of_bandwidth is not None:
         parts.append(f"{winner.percent_of_bandwidth:.0f} % of measured bandwidth")
-    head = f"Use {plain_line(decision.chosen, 40)}" if decision.is_decided else "Undecided"
-    return f"{head}: {', '.join(parts)}"
+    return f"Use {plain_line(decision.chosen, 40)}: {', '.join(parts)}"
 
 
 def _speed(decision: Decision) -> str:
@@ -133,17 +136,18 @@ def leaderboard(decision: Decision, among: Iterable[str] = ()) -> pd.DataFrame:
     rows = []
     for name, candidate in sorted(decision.candidates.items(), key=lambda item: _rank(decision, *item)):
         speedup = published(decision, candidate)
+        is_itself = name == decision.baseline and not decision.is_decided
         rows.append(
             {
                 "name": name,
                 "backend": plain_line(name, 60),
                 "letter": look[name].letter,
-                "outcome": outcome(candidate.outcome),
+                "outcome": _outcome(decision, candidate),
                 "ms": None if candidate.seconds is None else candidate.seconds * 1e3,
                 "speedup": None if speedup is None else speedup.median,
                 "low": None if speedup is None else speedup.low,
                 "high": None if speedup is None else speedup.high,
-                "ratio": None if candidate.speedup is None else candidate.speedup.median,
+                "ratio": None if is_itself or candidate.speedup is None else candidate.speedup.median,
                 "extra_mib": None if candidate.extra_bytes is None else candidate.extra_bytes / 2**20,
                 "extra_multiple": candidate.extra_multiple,
                 "percent_of_bandwidth": candidate.percent_of_bandwidth,
@@ -155,6 +159,11 @@ def leaderboard(decision: Decision, among: Iterable[str] = ()) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     numbers = [column for column in table if column not in ("name", "backend", "letter", "outcome", "checks")]
     return table.astype(dict.fromkeys(numbers, float))
+
+
+def _outcome(decision: Decision, candidate: Candidate) -> str:
+    is_open = not decision.is_decided and candidate.outcome in ("chosen", "tie")
+    return UNDECIDED if is_open else outcome(candidate.outcome)
 
 
 def _rank(decision: Decision, name: str, candidate: Candidate) -> tuple[bool, float, str]:
@@ -172,7 +181,7 @@ def why_lost(decision: Decision) -> pd.DataFrame:
     rows = [
         {
             "backend": plain_line(name, 60),
-            "outcome": outcome(candidate.outcome),
+            "outcome": _outcome(decision, candidate),
             "why": plain_line(candidate.reason, 500),
             "figures": candidate_figures(decision, name) or "nothing was measured",
         }
@@ -225,21 +234,23 @@ def needed(decision: Decision, rows: int) -> dict[str, float]:
 def command(decision: Decision) -> str | None:
     """The command that measures this decision again; None where only a call can have its options."""
     problem = decision.problem
-    if mode_name(problem) not in MODES:
+    others = [name for name in decision.candidates if name != EAGER and name.isidentifier()]  # else not registered
+    if not decision.left_out and all(name in BUILT_IN for name in others):
+        others = []
+    values: dict[str, Any] = {name: getattr(problem, field) for name, field in FIELDS.items()}
+    usual = Problem._field_defaults
+    values = {name: (value,) for name, value in values.items() if value != usual.get(FIELDS[name])}
+    values |= {"dtypes": (short_name(problem.dtype),), "backends": tuple(map(where_from, others))}
+    request = Request(problem.device_type, again=decision.is_decided, **values)  # what is not is measured in any case
+    try:
+        if request.problems() != [problem]:  # its result has another dtype, or its rows are aligned in another way
+            return None
+    except InputError:
         return None
-    words = [
-        *("compiled-logprobs", "profile", "--device", problem.device_type, "--vocab", str(problem.vocab)),
-        *("--rows", str(problem.rows), "--dtype", short_name(problem.dtype), "--mode", mode_name(problem)),
-    ]
-    others = [
-        name for name in decision.candidates if name != EAGER and name.isidentifier()
-    ]  # no other can be registered
-    if decision.left_out or any(name not in BUILT_IN for name in others):
-        words += [word for name in others for word in ("--backend", where_from(name))]
     threads = decision.environment.get("cpu_threads")
     ours = next(one for one in environments() if one.device_type == "cpu").cpu_threads
     start = f"OMP_NUM_THREADS={threads} " if problem.device_type == "cpu" and threads != ours and threads else ""
-    return start + shlex.join([*words, "--again"])
+    return start + request.command_line()
 
 
 def where_from(name: str) -> str:
@@ -250,11 +261,8 @@ def where_from(name: str) -> str:
 
 def of_others(decision: Decision) -> list[str]:
     """Names in `command` of which only the program that registered them knows where they come from."""
-    return [
-        name
-        for name in decision.candidates
-        if name.isidentifier() and name not in BUILT_IN and where_from(name) == name
-    ]
+    names = [name for name in decision.candidates if name.isidentifier() and name not in BUILT_IN]
+    return [name for name in names if where_from(name) == name]
 
 
 def snippet(problem: Problem, name: str | None) -> str:
@@ -320,11 +328,11 @@ def winners(frames: Frames, profile: Profile, mode: str, dtype: str) -> pd.DataF
     """One row for each pair of an N and a V that occur in a profile, with that mode and dtype.
 
     Returns:
-        The columns `SQUARE`. state: "won", "tie" (another cannot be told from it), "alone" (nothing else got through)
-        or "unmeasured"; backend, which serves; margin, its speed-up over the runner-up's; opacity, from that; speedup
-        over `against` with low and high; key of the decision. What is unmeasured has no more than rows and vocab, and
-        is left out where there would be more than `MOST_SQUARES`: a few thousand decisions, each of an N and a V of its
-        own, make millions.
+        The columns `SQUARE`. state: "won", "tie" (another cannot be told from it), "alone" (nothing else got through),
+        "undecided" or "unmeasured"; backend, which won; margin, its speed-up over the runner-up's; opacity, from that;
+        speedup over `against` with low and high; key of the decision. What is unmeasured has no more than rows and
+        vocab, and is left out where there would be more than `MOST_SQUARES`: a few thousand decisions, each of an N and
+        a V of its own, make millions.
     """
     decided = frames.of(profile)
     decided = decided[(decided["mode"] == mode) & (decided["dtype"] == dtype)]
@@ -348,6 +356,9 @@ def winners(frames: Frames, profile: Profile, mode: str, dtype: str) -> pd.DataF
     table["margin"] = table["key"].map(chosen["ratio"]) / table["key"].map(second["ratio"])
     tied = table["key"].isin(others.loc[~others["parted"], "key"])
     table["state"] = np.select([tied, table["runner_up"].isna()], ["tie", "alone"], default="won")
+    is_open = ~table["key"].map(decided.set_index("key")["is_decided"])
+    table.loc[is_open, "state"] = "undecided"
+    table.loc[is_open, ["backend", "speedup", "low", "high", "margin"]] = None
     table["opacity"] = opacity(table["margin"])
     across, up = (sorted(table[column].unique()) for column in ("rows", "vocab"))
     if len(across) * len(up) > MOST_SQUARES:
@@ -379,7 +390,8 @@ def map_in_words(table: pd.DataFrame) -> str:
     if table.empty:
         return "Nothing was measured in this mode and dtype."
     measured = ", ".join(f"{plain_line(name)} {count}" for name, count in table["backend"].value_counts().items())
-    ties, missing = (int((table["state"] == state).sum()) for state in ("tie", "unmeasured"))
-    hollow = f" Ties, drawn hollow: {ties}." if ties else ""
-    grey = f" Not measured, drawn grey: {missing}." if missing else ""
-    return f"Winner by N and V, {len(table)} square{'' if len(table) == 1 else 's'}: {measured}.{hollow}{grey}"
+    names = {"tie": "Ties, drawn hollow", "undecided": "Undecided", "unmeasured": "Not measured, drawn grey"}
+    counts = table["state"].value_counts()
+    apart = "".join(f" {name}: {counts[state]}." for state, name in names.items() if state in counts)
+    squares = f"{len(table)} square{'' if len(table) == 1 else 's'}"
+    return f"Winner by N and V, {squares}{': ' if measured else ''}{measured}.{apart}"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from compiled_logprobs.decision import short
+from compiled_logprobs.decision import short, winner_in_words
 from compiled_logprobs.store.transfer import Imported
 from compiled_logprobs_dashboard.frames import Frames, device_name
 from compiled_logprobs_dashboard.looks import plain_line
@@ -28,7 +28,7 @@ def imported(found: Sequence[Imported]) -> pd.DataFrame:
             "" if entry.decision is None else plain_line(device_name(entry.decision.environment), 80),
             plain_line(entry.environment or "", 40),
             plain_line(entry.name, 100) if entry.decision is None else short(entry.decision.problem),
-            "" if entry.decision is None else plain_line(entry.decision.chosen, 60),
+            "" if entry.decision is None else plain_line(winner_in_words(entry.decision), 60),
             "" if entry.decision is None else entry.decision.measured_at,
             plain_line(entry.why),
         )

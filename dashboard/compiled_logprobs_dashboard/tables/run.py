@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from compiled_logprobs.decision import Decision, short, speedup_in_words
+from compiled_logprobs.decision import Decision, short, speedup_in_words, winner_in_words
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.problem import Problem, mode_name, problem_from_dict, short_name
 from compiled_logprobs_dashboard.frames import against, published
@@ -133,7 +133,7 @@ class Seen:
         decision = Decision.from_json(json.dumps(event["decision"]).encode())
         self.decisions.append(decision)
         self.measured += not self.is_stored
-        self.log.append(f"  {'stored already' if self.is_stored else 'decided'}: {speedup_in_words(decision)}")
+        self.log.append(f"  {'stored already' if self.is_stored else 'measured'}: {speedup_in_words(decision)}")
         self.current = None
 
     def _hear_failed(self, event: dict[str, Any]) -> None:
@@ -186,7 +186,7 @@ def standings(decisions: Sequence[Decision]) -> pd.DataFrame:
         rows.append(
             {
                 "backend": plain_line(name),
-                "won": sum(decision.chosen == name for decision, _ in candidates),
+                "won": sum(decision.is_decided and decision.chosen == name for decision, _ in candidates),
                 "timed": timed,
                 "did not get through": len(candidates) - timed - unable,
                 "cannot run it": unable,
@@ -211,17 +211,25 @@ def decided(decisions: Sequence[Decision]) -> pd.DataFrame:
             "timed rows": decision.measured_rows,
             "dtype": short_name(decision.problem.dtype),
             "mode": mode_name(decision.problem),
-            "winner": plain_line(decision.chosen),
-            f"speed-up over {over(decisions)}": str(published(decision, decision.winner) or ""),
-            "speed-up over the baseline": str(decision.winner.speedup or ""),
-            "a call, ms": None if decision.winner.seconds is None else 1e3 * decision.winner.seconds,
-            "extra memory, MiB": None if decision.winner.extra_bytes is None else decision.winner.extra_bytes / 2**20,
-            "sign check": f"{decision.winner.checks_passed} of {len(decision.winner.checks)}"
-            if decision.winner.checks
-            else "not stored",
+            "winner": plain_line(winner_in_words(decision)),
+            **_of_winner(decision, over(decisions)),
         }
         for decision in reversed(decisions)
     )
+
+
+def _of_winner(decision: Decision, against: str) -> dict[str, Any]:
+    """Its figures; none where nothing has won."""
+    if not decision.is_decided:
+        return {}
+    winner = decision.winner
+    return {
+        f"speed-up over {against}": str(published(decision, winner) or ""),
+        "speed-up over the baseline": str(winner.speedup or ""),
+        "a call, ms": None if winner.seconds is None else 1e3 * winner.seconds,
+        "extra memory, MiB": None if winner.extra_bytes is None else winner.extra_bytes / 2**20,
+        "sign check": f"{winner.checks_passed} of {len(winner.checks)}" if winner.checks else "not stored",
+    }
 
 
 def losses(found: Sequence[Loss]) -> pd.DataFrame:
