@@ -4,7 +4,9 @@ import ast
 import dataclasses
 import json
 import re
+from itertools import chain
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,11 +16,12 @@ from compiled_logprobs.check.run import check_backend
 from compiled_logprobs.choose import tune, verify
 from compiled_logprobs.cli import check
 from compiled_logprobs.cli.main import app
-from compiled_logprobs.decision import Decision
+from compiled_logprobs.decision import Decision, Kind
 from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.machine.environment import environment_of
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.store import user_store
+from compiled_logprobs.store.transfer import Fate
 from compiled_logprobs.tuning import worker
 from compiled_logprobs.tuning.tuner import TuningFailed
 from tests.helpers.stored_decisions import FakeTuner, decided, publish
@@ -190,3 +193,8 @@ def test_every_event_of_the_worker_program_is_on_the_page():
     }
     assert emitted.keys() - TABLES.keys() == {"started", "evidence"}, "these are not printed"
     assert all(keys == TABLES[event].keys() for event, keys in emitted.items() if event in TABLES)
+
+
+def test_the_page_names_every_outcome():
+    words = chain(get_args(verify.Standing), get_args(Fate), get_args(Kind))
+    assert not [word for word in words if f"`{word}`" not in PAGE]
