@@ -23,9 +23,8 @@ DTYPES = [short_name(dtype) for dtype in presets.DTYPES]
 PRESETS = {
     "quick": "One vocabulary and one N.",
     "standard": "Two vocabularies, a few N.",
-    "rl": "What a trainer calls, for one vocabulary and one N.",
-    "full": "Every vocabulary, dtype and mode, many N: hours.",
     "rl": "What a trainer calls, for one vocabulary: slices, a temperature, in place, with the entropy.",
+    "full": "Every vocabulary, dtype and mode, many N: hours.",
 }
 ENTROPY = {"without": False, "with": True}
 HEADINGS = {
