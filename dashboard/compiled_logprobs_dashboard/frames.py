@@ -88,8 +88,8 @@ class Answer(NamedTuple):
     """That is asked about, at the top of its bucket."""
     key: int | None
     """Of the decision, where there is one."""
-    is_open: bool
-    """Whether the rounds for exactly this problem did not tell which backend is the fastest."""
+    open_key: int | None = None
+    """Of the decision for exactly this problem, where its rounds did not tell which backend is the fastest."""
 
 
 @dataclass(frozen=True)
@@ -374,11 +374,11 @@ def look_up(frames: Frames, profile: Profile, shape: Shape) -> Answer:
     *_, (step, choice) = walk(context)
     top, decision = bucket(asked), choice.decision if isinstance(choice, Choice) else None
     exact = frames.keys.get((*profile, top))
-    is_open = exact is not None and not frames.decisions["is_decided"].iloc[exact]
-    if decision is None and is_open and step != "small":
-        return Answer("undecided", top, exact, is_open)
+    open_key = None if exact is None or frames.decisions["is_decided"].iloc[exact] else exact
+    if decision is None and open_key is not None and step != "small":
+        return Answer("undecided", top, open_key, open_key)
     key = None if decision is None else frames.keys.get((*profile, decision.problem))
-    return Answer("none" if decision is not None and key is None else KINDS.get(step, "none"), top, key, is_open)
+    return Answer("none" if decision is not None and key is None else KINDS.get(step, "none"), top, key, open_key)
 
 
 @dataclass(frozen=True)

@@ -266,6 +266,21 @@ def test_badges_and_what_to_do(scenario):
 
 
 @pytest.mark.slow
+def test_where_the_nearest_serves_what_is_undecided_is_said_too(scenario):
+    where = scenario("undecided")
+    at = opened(rows=512)
+    assert "Undecided: 12 rounds do not tell" in text_of(at) and not at.metric, (
+        "and nothing looks like a winner's figures"
+    )
+    stores.publish(where, stores.good(stores.problem(1024)))
+    at.run()
+    assert "Use cpp" in text_of(at) and "nearest: N = 1024" in text_of(at) and not at.exception
+    assert "whether cpp (4.83x, 0.24 to 31.85) is faster than eager. So the nearest serves" in text_of(at)
+    assert "--rows=512" in at.info[0].value and "--again" not in at.info[0].value
+    assert "takes cpp" in at.code[0].value
+
+
+@pytest.mark.slow
 def test_what_changes_meanwhile_appears(scenario):
     where = scenario("no profile")
     at = opened()

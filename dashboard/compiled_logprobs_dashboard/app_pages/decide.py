@@ -47,14 +47,19 @@ def show() -> None:
         return
     shape = selection.choose_shape(frames, profile)
     answer = look_up(frames, profile, shape)
-    decision = None
-    if answer.key is not None:
-        try:
-            decision = frames.decision(answer.key)
-        except ProfileError as error:
-            st.error(plain(error), title="The decision cannot be read")
-            return
+    try:
+        decision, open_ = (None if key is None else frames.decision(key) for key in (answer.key, answer.open_key))
+    except ProfileError as error:
+        st.error(plain(error), title="The decision cannot be read")
+        return
     _headline(frames, profile, shape, answer, decision)
+    if open_ is not None and answer.kind != "undecided":
+        again = tables.command(open_) or "tune(...)"
+        st.info(
+            f"{plain(tables.sentence(open_), 600)}. So the nearest serves. This measures it again, with more time: "
+            f"`{plain_line(again, 600)}`",
+            title=f"For N {open_.problem.rows} itself",
+        )
     if decision is not None and answer.key is not None:
         _ranking(frames, decision)
         _why(decision)
@@ -74,7 +79,7 @@ def _headline(frames: Frames, profile: Profile, shape: Shape, answer: Answer, de
     st.subheader(plain(tables.sentence(decision), 600))
     _badges(frames, profile, answer, decision)
     with st.container(horizontal=True):
-        for figure in tables.figures(decision):
+        for figure in tables.figures(decision) if decision.is_decided else []:
             selection.metric(*figure)
 
 
@@ -88,10 +93,8 @@ def _badges(frames: Frames, profile: Profile, answer: Answer, decision: Decision
         "nearest": (f"nearest: {there}", "near_me", "orange", "No decision for exactly this problem is stored."),
         "undecided": ("undecided", "question_mark", "orange", "Measured again, it gets more time."),
     }
-    is_open = answer.is_open and answer.kind != "undecided"
     badges: list[tuple[str, str, Any, str]] = [
         kinds[answer.kind],
-        ("undecided for this N" if is_open else "", "question_mark", "orange", "So what is nearest serves."),
         ("stale" if is_stale else "", "history", "red", plain(row["stale"])),
         ("" if facts.get("here") else "another device", "devices_other", "violet", "Not used on this machine."),
         (when, "schedule", "gray", f"Measured {plain(decision.measured_at)}."),
