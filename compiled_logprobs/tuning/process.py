@@ -45,6 +45,7 @@ class Worker:
         try:
             # Python passes over entries of other types; and no variable can hold one with a separator in it.
             entries = (entry for entry in sys.path if isinstance(entry, str) and os.pathsep not in entry)
+            folder = _current_folder()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "compiled_logprobs.tuning.worker"],
                 stdin=subprocess.PIPE,
@@ -53,10 +54,11 @@ class Worker:
                 # It imports what this process would import, from no other place, and never tunes by itself.
                 env={
                     **os.environ,
-                    "PYTHONPATH": os.pathsep.join(map(os.path.abspath, entries)),
+                    "PYTHONPATH": os.pathsep.join(os.path.join(folder, entry) for entry in entries),
                     "PYTHONSAFEPATH": "1",
                     MODE_VARIABLE: "off",
                 },
+                cwd=folder,
                 text=True,
                 encoding="utf-8",
                 errors="replace",
@@ -136,6 +138,14 @@ class Worker:
         with self._process.stderr as stream:
             while line := stream.readline(TAIL_CHARACTERS):
                 self._tail.append(line)
+
+
+def _current_folder() -> str:
+    """Another one where it was removed: torch cannot be loaded in there."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return os.sep
 
 
 def _parsed(line: str) -> Event:

@@ -71,6 +71,18 @@ def test_silence_is_a_timeout_and_a_job_that_is_none_ends_it_with_what_it_said(m
     assert not any(thread.is_alive() for thread in threads)
 
 
+@pytest.mark.slow
+def test_it_ends_when_there_is_nobody_to_send_jobs(monkeypatch, tmp_path):
+    """It starts though the current folder was removed."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with Worker() as worker:
+        assert worker.next_event(within=START_S) == {"event": "ready"}
+        worker._process.stdin.close()
+        assert worker._process.wait(20.0) == 0
+
+
 TUNE = """
 import torch
 from compiled_logprobs.problem import Problem
