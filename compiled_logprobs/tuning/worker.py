@@ -137,7 +137,10 @@ class Job:
             reason = backend.why_not(self._problem)
             plain = Problem(self._problem.device_type, self._problem.rows, self._problem.vocab, torch.float32)
             can_run_others = reason is not None and backend.why_not(plain) is None
-            self._emit("loaded", candidate=name, fingerprint=backend.fingerprint())
+            fingerprint = backend.fingerprint()
+            if not isinstance(fingerprint, str):  # it would be stored, and nobody could read that
+                raise TypeError(f"fingerprint() returned {fingerprint!r:.80}; a string is valid")
+            self._emit("loaded", candidate=name, fingerprint=fingerprint)
         except BackendUnavailable as error:
             self._lose(name, "unavailable", error)
             return None

@@ -127,6 +127,11 @@ class NeedsAnotherMachine(Right):
         return "needs a quantum computer"
 
 
+class TellsANumber(Right):
+    def fingerprint(self):
+        return 7
+
+
 class NotABackend:
     pass
 

@@ -45,6 +45,7 @@ REASONS = {  # first those that end the program, which the others then begin ane
     "only_here": ("failed", r"compile: RuntimeError: it is done"),
     "raises_from_home": ("failed", r"compile: FileNotFoundError: no caf\? in my tables/fast.bin, nor in \w+\.py"),
     "raises_memory_error": ("oom", r"compile: MemoryError: the arena is full"),
+    "tells_a_number": ("failed", r"import: TypeError: fingerprint\(\) returned 7; a string is valid"),
     "needs_flat_logits": ("unsupported", r"takes flat logits only"),
     "needs_another_machine": ("unavailable", r"needs a quantum computer"),
     "not_a_backend": (
