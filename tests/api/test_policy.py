@@ -24,10 +24,13 @@ def test_the_variables_hold_for_the_process_as_they_are_at_the_first_call(monkey
     assert policy() == Policy("tune", 20.0, row_invariant=False, require_hit=False)
     module._of_process.cache_clear()
     monkeypatch.setenv(MODE_VARIABLE, "lookup")
-    monkeypatch.setenv(BUDGET_VARIABLE, "")  # says nothing
-    assert policy() == Policy("lookup", 20.0)
-    monkeypatch.setenv(MODE_VARIABLE, "off")
-    assert policy() == Policy("lookup", 20.0)
+    monkeypatch.setenv(BUDGET_VARIABLE, "2.5")
+    assert policy() == Policy("lookup", 2.5)
+    for variable in (MODE_VARIABLE, BUDGET_VARIABLE):
+        monkeypatch.setenv(variable, "")  # says nothing
+    assert policy() == Policy("lookup", 2.5)
+    module._of_process.cache_clear()
+    assert policy() == Policy()
 
 
 def test_a_block_changes_what_it_names_and_only_until_it_ends(monkeypatch):

@@ -97,6 +97,21 @@ def test_bits_depend_neither_on_threads_nor_on_other_rows_nor_on_strides():
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.0), (torch.float32, 10.0), (torch.bfloat16, 1.0)])
+def test_at_most_twice_the_error_of_eager(dtype, scale):
+    """Root mean square against float64."""
+    logits, labels = (torch.randn(64, 32003) * scale).to(dtype), torch.randint(32003, (64, 16))
+    true = reference(logits, labels)
+
+    def error(backend):
+        out = clp.log_probs_from_logits(logits, labels, return_entropy=True, backend=backend)
+        pairs = ((out.log_probs, true.log_probs), (out.entropy, true.entropy))
+        return [(a - b).square().mean().sqrt().item() for a, b in pairs]
+
+    for mine, eagers in zip(error("cpp"), error("eager"), strict=True):
+        assert mine <= 2 * eagers
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_many_labels_a_row_some_of_them_the_same(inplace):
     leaf, labels = torch.randn(4, VOCAB, requires_grad=True), torch.randint(VOCAB, (4, 300))

@@ -1,5 +1,7 @@
 """`tune(group=...)` in one process, rank after rank, over a real store; `test_ranks.py` has real ranks."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import distributed
@@ -107,6 +109,14 @@ def test_a_rank_in_another_environment_or_without_the_winner_holds_eager(ranks, 
     monkeypatch.setattr(group, "fingerprint_of", lambda device: "0" * 16)
     with pytest.warns(RuntimeWarning, match=f"rank 1 is in environment {'0' * 16}, the first in "):
         assert ranks(1) == [] and chosen() == ("eager", "ranks")
+
+
+def test_a_store_that_does_not_answer_leaves_eager(ranks, fake, monkeypatch):
+    """As when the machine that it is on is gone."""
+    store = Mock(add=lambda *_: 1, compare_set=Mock(side_effect=RuntimeError("the connection is closed")))
+    monkeypatch.setattr(Group, "get_group_store", lambda self: store)
+    with pytest.warns(RuntimeWarning, match="rank 0: RuntimeError: the connection is closed"):
+        assert ranks(0) == [] and chosen() == ("eager", "ranks")
 
 
 @pytest.mark.parametrize("what", ["WORLD", -100, distributed.GroupMember.NON_GROUP_MEMBER])

@@ -1,9 +1,11 @@
 """Measuring: once, within a budget, alone on the device; on demand; and of a stale decision only what has changed."""
 
 import dataclasses
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -130,6 +132,12 @@ def test_where_nothing_can_be_stored_it_is_measured_all_the_same_and_said(fake, 
     with pytest.raises(clp.ProfileError, match="cannot be written"):
         list(tune.tune_all([LARGE], CPU))  # as the command line asks, before it measures
     assert len(fake.asked) == 2
+
+
+@pytest.mark.parametrize("stderr", [None, Mock(write=Mock(side_effect=BrokenPipeError))], ids=["none", "closed"])
+def test_nobody_has_to_hear_of_it(fake, monkeypatch, stderr):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert chosen() == ("eager", "tuned here")
 
 
 # On demand

@@ -234,3 +234,15 @@ def test_without_stored_decisions_it_says_so_and_ends_with_2(nothing_starts):
     result = run("--store", str(user_store().root))
     assert result.exit_code == 2 and result.stdout == ""
     assert "ProfileError: no decision is stored for cpu in environment " in result.stderr
+
+
+def test_an_interruption_tells_what_is_finished(monkeypatch):
+    def verified(decisions, *_, **__):
+        yield Verification(*decisions[0], "holds", "passed")
+        raise KeyboardInterrupt
+
+    publish(decided(PROBLEM))
+    monkeypatch.setattr(module, "verify", verified)
+    result = run("--json", *QUIET, "--store", str(user_store().root))
+    told = json.loads(result.stdout)
+    assert result.exit_code == 130 and told["interrupted"] and len(told["decisions"]) == 1

@@ -1,10 +1,12 @@
 """Profiles as DataFrames: what a row holds, which files are read, what is stale, and what serves a shape."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 from compiled_logprobs_dashboard import frames as module
 from compiled_logprobs_dashboard import selection
@@ -118,6 +120,15 @@ def test_stale_says_what_is_another(load, scenario):
     assert by[here, 64] == "backend cpp has changed since this was measured"
     assert by[here, 128] == "backend third, which it chose, is not registered here"
     assert by[stores.H100.fingerprint(), 2048].str.startswith("measured with torch 2.12.0;").all()
+
+
+def test_facts_that_are_no_facts_count_as_missing(load, scenario):
+    path = scenario("one").path(OURS.environment, stores.problem()).parents[1] / "environment.json"
+    path.write_text(json.dumps(stores.here().to_dict() | {"cpu_threads": "many", "torch": 5, "driver": "x" * 10**4}))
+    frames, profile = load()
+    facts = frames.facts(profile)
+    assert facts["cpu_threads"] is None and facts["torch"] is None and len(facts["driver"]) < 1000
+    assert pa.Table.from_pandas(frames.environments).num_rows == 1, "as Streamlit sends it"
 
 
 def test_devices_are_told_apart(load):

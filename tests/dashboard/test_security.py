@@ -66,6 +66,16 @@ def test_a_foreign_host_or_origin_gets_403_and_is_told_what_is_valid(server, hea
     assert handshake(server, **{name.title(): text for name, text in foreign.items()}) == 403
 
 
+@pytest.mark.parametrize(
+    "lines", ["Host: {0}\r\nHost: evil.example", "Host: {0}\r\n{1}\r\nOrigin: http://evil.example"]
+)
+def test_a_header_that_comes_twice_is_none(server, lines):
+    host = f"127.0.0.1:{server.port}"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(f"GET / HTTP/1.1\r\n{lines.format(host, f'Origin: http://{host}')}\r\n\r\n".encode())
+        assert connection.recv(100).split()[1] in (b"400", b"403")
+
+
 @pytest.mark.parametrize("path", ["/", "/_stcore/health", "/media/none", "/static/none.js"])
 def test_no_page_can_frame_it_or_read_it_and_it_loads_from_nowhere_else(server, path):
     _, headers, _ = ask(server, path)

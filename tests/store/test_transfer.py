@@ -1,5 +1,6 @@
 """What goes to another store comes out the same, what is hostile is passed over, and what serves nobody goes."""
 
+import contextlib
 import dataclasses
 import gzip
 import io
@@ -12,6 +13,8 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import environment_at, environment_of
@@ -71,6 +74,8 @@ def target(tmp_path) -> Store:
 def test_what_is_exported_and_imported_is_the_same_byte_for_byte(source, target):
     archive, decisions = export_archive(source)
     assert decisions == 2 and str(source.root).encode() not in gzip.decompress(archive)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as members:  # nothing of its owner
+        assert {(one.uname, one.gname, one.uid, one.gid, one.mtime) for one in members} == {("", "", 0, 0, 0)}
     assert fates(archive, target, dry_run=True) == ["added"] * 2 and not target.root.exists()
     assert fates(archive, target) == ["added"] * 2
     assert files(target) == files(source)
@@ -165,6 +170,20 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(target, monkeypatch):
     monkeypatch.setattr(transfer, "MOST_BYTES", 2**20)
     with pytest.raises(ProfileError, match="it has more than 1048576 bytes unpacked.*\n.*--no-evidence"):
         fates(gzip.compress(bytes(2**24)), target)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damage_inside_is_told_or_does_not_matter(source, tmp_path, drawn):
+    """Of the tar, which no digest guards against whoever means harm."""
+    content = gzip.decompress(export_archive(source, [ELSEWHERE.fingerprint()])[0])
+    start = drawn.draw(st.integers(0, 2000) | st.integers(0, len(content)))
+    data = content[:start] + drawn.draw(st.binary(max_size=20)) + content[start + drawn.draw(st.integers(0, 50)) :]
+    store = Store(tmp_path / "store")
+    with contextlib.suppress(ProfileError):
+        result = import_archive(store, io.BytesIO(gzip.compress(data, 1)))
+        assert all(store.read(one.environment, one.decision.problem) for one in result if one.decision is not None)
+    assert {path.name for path in tmp_path.iterdir()} <= {"source", "store"}
 
 
 # Pruning

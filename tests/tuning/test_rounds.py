@@ -239,6 +239,14 @@ def test_memory_is_measured_in_bytes_and_in_multiples_of_the_logits():
     assert 0 < eager.extra_multiple < 0.8
 
 
+def test_memory_that_cannot_be_measured_is_none_and_no_failure(monkeypatch):
+    """As on systems other than Linux."""
+    monkeypatch.setattr(clock, "why_no_peak", lambda device: "not here")
+    measurement = Measurement(PLAIN, {"eager": Eager()})
+    next(measurement.rounds())
+    assert measurement.runs["eager"].alive and measurement.extra_bytes() == {"eager": None}
+
+
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
