@@ -9,8 +9,9 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBar
+from rich.table import Column
 from rich.text import Text
 
 from compiled_logprobs.choose.verify import Verification
@@ -82,9 +83,18 @@ class Bar(Progress):
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
-        columns = (*RichBar.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+        # The text alone gives way where the terminal is narrow.
+        doing = TextColumn(
+            "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        )
+        columns = (BarColumn(12), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), doing)
         self._bar = RichBar(
-            *columns, console=self._console, auto_refresh=False, transient=True, speed_estimate_period=3600.0
+            *columns,
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            expand=True,
+            speed_estimate_period=3600.0,
         )
         self._problem = ""
         self._drawn = 0.0
@@ -109,9 +119,9 @@ class Bar(Progress):
             self._draw(self._problem)
         elif event["event"] == "step" and event["step"] != "time":
             doing = f"{event['step']} {event['candidate'] or ''}".strip()
-            self._draw(f"{self._problem}: {doing}")
+            self._draw(f"{doing}: {self._problem}")
         elif event["event"] == "memory":  # the last before the rounds
-            self._draw(f"{self._problem}: timing")
+            self._draw(f"timing: {self._problem}")
 
     def result(self, result: Decision | Verification | LogProbsError) -> None:
         if isinstance(result, Decision):

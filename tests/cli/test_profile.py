@@ -1,6 +1,7 @@
 """`profile` on the command line: what it prints and stores, and what survives an interruption."""
 
 import json
+import re
 import subprocess
 import sys
 from unittest.mock import Mock
@@ -8,6 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from compiled_logprobs.cli.progress import Bar
 from compiled_logprobs.decision import Speedup
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.problem import Problem
@@ -111,6 +113,17 @@ def test_events_are_json_one_a_line_and_an_interruption_keeps_what_is_finished(r
     assert [event["event"] for event in events] == ["problem", "decision", "problem"] and events[2]["index"] == 2
     assert end["event"] == "end" and end["interrupted"] and (end["done"], end["total"]) == (1, 3)
     assert len(list(Store(tmp_path).decisions())) == 1
+
+
+def test_a_narrow_terminal_cuts_what_the_bar_says_and_no_number(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    problem = Problem("cpu", 512, 151936, torch.bfloat16, needs_grad=True, temperature="number", layout="slice")
+    with Bar() as bar:
+        bar.start([problem] * 12, "cpu", "0" * 16)
+        bar.event({"event": "problem", "problem": problem})
+        bar.result(ProfileError("no"))
+    assert re.search(r"1/12\S* \S*0:00:0\d\S* .*512 x 151936 bfloat16 on cpu.*…", capsys.readouterr().err)
 
 
 @pytest.mark.slow
