@@ -32,7 +32,7 @@ def is_traced(logits: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or logits.is_meta
-        or isinstance(logits, FakeTensor | FunctionalTensor)
+        or isinstance(logits, (FakeTensor, FunctionalTensor))  # no union: torch 2.8 cannot trace one
         or any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
     )
 
@@ -114,7 +114,7 @@ def _first(name: str, values: Tensor, bad: Tensor) -> str:
 def checked_temperature(logits: Tensor, temperature: float | Tensor) -> float | Tensor:
     if isinstance(temperature, Tensor):
         return _checked_temperature_tensor(logits, temperature)
-    if torch.compiler.is_compiling() and isinstance(temperature, int | float) and not isinstance(temperature, bool):
+    if torch.compiler.is_compiling() and isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
         # As a tensor, which makes its rows NaN if it is not positive. A product: torch.full would be compiled for each
         # value.
         return torch.ones((), dtype=accumulation_dtype(logits.dtype), device=logits.device) * temperature

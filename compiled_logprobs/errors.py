@@ -57,7 +57,7 @@ def nothing_can_serve_after(error: BaseException) -> bool:
     """Whether `error` is out of memory, or a fault of the device, after which every call fails: neither is a backend's
     own."""
     return is_out_of_memory(error) or any(
-        isinstance(root, torch.AcceleratorError) or _says(root, DEVICE_FAULTS) for root in _roots(error)
+        isinstance(root, getattr(torch, "AcceleratorError", ())) or _says(root, DEVICE_FAULTS) for root in _roots(error)
     )
 
 

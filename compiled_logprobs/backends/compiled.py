@@ -20,6 +20,9 @@ None of this was timed on a GPU: `python -m tests.gpu_code` shows what the gener
 Shapes: N rows (or A x B, where two strides lead from row to row), V vocabulary, K labels a row.
 """
 
+import inspect
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -48,6 +51,12 @@ strides, takes the blocks for scattered, and loads each twice. From 1024 on it f
 offers just that to its autotuner. In between, every N has the same kernel, and one that reads once.
 """
 INT32_MAX = 2**31 - 1
+COMPILER_ERRORS = ("torch._dynamo.exc", "torch._inductor.exc")
+"""The modules whose exceptions say that something could not be compiled."""
+OPTIONS = {"triton.autotune_pointwise": False}
+"""Of Inductor on a GPU. To choose between two configurations it would run both at the first call, and copy the logits
+before each run of a kernel that writes over them. The one that is left is the first of both, and takes fewer
+instructions a logit."""
 
 
 class Key(NamedTuple):
@@ -76,6 +85,8 @@ class Compiled(Backend):
     def why_not(self, problem: Problem) -> str | None:
         if problem.dtype == torch.float64:
             return "computes in float32; float64 logits are for eager"
+        if _is_disabled():
+            return "torch.compile is disabled here: unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE"
         if problem.device_type == "cpu":
             return _why_no_cpp_compiler()
         if problem.device_type == "cuda":
@@ -174,12 +185,12 @@ def _key_of(logits: Tensor, labels: Tensor, temperature: Tensor) -> Key:
 
 @cache
 def _compiled_forward(key: Key, entropy: bool) -> Callable[..., Any]:
-    return _compile(forward_function(key, entropy), f"forward_{key}_{entropy}")
+    return _compile(forward_function(key, entropy), f"forward_{key}_{entropy}", key.device_type)
 
 
 @cache
 def _compiled_backward(key: Key, through_entropy: bool, inplace: bool) -> Callable[..., Any]:
-    return _compile(backward_function(key, inplace), f"backward_{key}_{through_entropy}_{inplace}")
+    return _compile(backward_function(key, inplace), f"backward_{key}_{through_entropy}_{inplace}", key.device_type)
 
 
 def forward_function(key: Key, entropy: bool) -> Callable[..., Any]:
@@ -215,7 +226,7 @@ def backward_function(key: Key, inplace: bool) -> Callable[..., Any]:
     return backward
 
 
-def _compile(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], name: str, device_type: str) -> Callable[..., Any]:
     """Compile a copy of `function` that has a code object and a name of its own.
 
     torch.compile remembers by these which sizes have changed so far, and takes them for dynamic from then on: to one
@@ -224,9 +235,9 @@ def _compile(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     assert isinstance(function, FunctionType)
     code = function.__code__.replace(co_name=name)
     own = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
-    compiled: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]  # its overloads lack the last
-        own, fullgraph=True, recompile_limit=RECOMPILE_LIMIT
-    )
+    limit = {"recompile_limit": RECOMPILE_LIMIT} if "recompile_limit" in _parameters(torch.compile) else {}
+    options = None if device_type == "cpu" else OPTIONS
+    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, options=options, **limit)  # type: ignore[call-overload]  # its overloads lack the last
     return compiled
 
 
@@ -243,9 +254,42 @@ def _run(function: Callable[..., Any], logits: Tensor, *others: Tensor, hints: l
     arguments = [argument.data for argument in (logits, *others)]
     if logits.shape[0] == 1:
         arguments = [torch.cat([a, a]) if a.ndim else a for a in arguments]
-    mark(arguments, logits.ndim - 1, hints)
+    leading = logits.ndim - 1
     with torch.no_grad(), _no_autocast(logits.device.type), _translated_errors():
+        if hints is not None and not _takes_hints() and function not in _OPTIMISED:
+            function(*_dummies(arguments, leading, hints))
+            _OPTIMISED.add(function)
+        mark(arguments, leading, hints)
         return function(*arguments)
+
+
+_OPTIMISED: set[Callable[..., Any]] = set()
+"""The functions that were compiled by a call with the sizes that they are optimised for."""
+
+
+def _takes_hints() -> bool:
+    """Whether torch can be told of sizes that it is not called with; torch 2.8 and older cannot."""
+    return "hint_override" in _parameters(torch._dynamo.mark_dynamic)
+
+
+def _dummies(arguments: Sequence[Tensor], leading: int, hints: list[int]) -> list[Tensor]:
+    """Arguments of the sizes `hints`, of the same kind and layout as `arguments`, for torch to compile by."""
+    logits = arguments[0]
+    if logits.is_contiguous():
+        dummy = logits.new_zeros(*hints, logits.shape[-1])
+    elif leading == 1:
+        dummy = logits.new_zeros(*hints, logits.shape[-1] + 16)[:, : logits.shape[-1]]
+    else:
+        dummy = logits.new_zeros(hints[0], hints[1] + 1, logits.shape[-1])[:, : hints[1]]
+    dummies = [dummy, *(a.new_zeros(*hints, *a.shape[leading:]) if a.ndim else a for a in arguments[1:])]
+    mark(dummies, leading, None)
+    return dummies
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    """The names of what `function` takes, which differ between releases of torch."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 def mark(arguments: Sequence[Tensor], leading: int, hints: list[int] | None) -> None:
@@ -254,7 +298,7 @@ def mark(arguments: Sequence[Tensor], leading: int, hints: list[int] | None) -> 
     On every call: an unmarked one that recompiles, for whatever reason, would compile N as a constant.
     """
     for argument in arguments:
-        if argument.ndim and hints is None:
+        if argument.ndim and (hints is None or not _takes_hints()):
             torch._dynamo.mark_dynamic(argument, list(range(leading)))
         elif argument.ndim:
             for dimension, hint in enumerate(hints or ()):
@@ -305,10 +349,7 @@ def _translated_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        from torch._dynamo.exc import TorchDynamoException
-        from torch._inductor.exc import InductorError
-
-        if not isinstance(error, TorchDynamoException | InductorError):
+        if not any(cls.__module__ in COMPILER_ERRORS for cls in type(error).__mro__):
             raise
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BackendUnavailable(
@@ -326,6 +367,13 @@ def _as_tensor(temperature: float | Tensor, logits: Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
         return temperature
     return torch.full((), temperature, dtype=torch.float32, device=logits.device)
+
+
+def _is_disabled() -> bool:
+    """Whether torch.compile returns functions as they are: the formula would then hold float32 copies of the logits."""
+    config = sys.modules.get("torch._dynamo.config")  # not imported to find out, which takes a second
+    by_name = (os.environ.get(name) == "1" for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"))
+    return bool(getattr(config, "disable", False)) or any(by_name)
 
 
 @lru_cache(maxsize=1)

@@ -68,10 +68,10 @@ def compute(
     if isinstance(temperature, Tensor):
         dtype = accumulation_dtype(logits.dtype)
         temperature = temperature.to(dtype).expand(logits.shape[:-1])
-    results: tuple[Tensor, Tensor | None] = _LogProbs.apply(  # type: ignore[no-untyped-call]  # torch's gap
+    results: Any = _LogProbs.apply(  # type: ignore[no-untyped-call]  # torch's gap
         logits, labels, temperature, backend, ignore_index, entropy, inplace_backward
     )
-    return results
+    return results if entropy else (results, None)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -87,16 +87,14 @@ class _LogProbs(torch.autograd.Function):
         ignore_index: int,
         entropy: bool,
         inplace_backward: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor | tuple[Tensor, Tensor]:  # no None among several: torch 2.6 cannot trace that
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.inplace, ctx.shape, ctx.spent = backend, False, logits.shape, False
         if logits.numel() == 0:  # V is at least 1, so there are no rows
             ctx.empty = logits.dtype, logits.device
             dtype = accumulation_dtype(logits.dtype)
-            return (
-                logits.new_empty(labels.shape, dtype=dtype),
-                logits.new_empty(logits.shape[:-1], dtype=dtype) if entropy else None,
-            )
+            log_probs = logits.new_empty(labels.shape, dtype=dtype)
+            return (log_probs, logits.new_empty(logits.shape[:-1], dtype=dtype)) if entropy else log_probs
         ctx.empty = None
         if torch.compiler.is_compiling():
             x = logits  # merging would look at strides, and put guards on them
@@ -128,11 +126,10 @@ class _LogProbs(torch.autograd.Function):
 
         ctx.temperature = None if isinstance(t, Tensor) else t
         ctx.save_for_backward(x, in_range, ignored, invalid, t if isinstance(t, Tensor) else None, *residuals)
-        return log_probs, entropies
+        return log_probs if entropies is None else (log_probs, entropies)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_log_probs, grad_entropy = grads
+    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None = None) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise LogProbsError(
                 "double backward (create_graph=True) got to log_probs_from_logits, whose gradient is not "

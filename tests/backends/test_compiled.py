@@ -14,13 +14,15 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import compiled_logprobs as clp
 from compiled_logprobs.backends import compiled as compiled_module
 from compiled_logprobs.backends import get_backend
-from compiled_logprobs.backends.compiled import _why_no_cpp_compiler
+from compiled_logprobs.backends.compiled import _dummies, _why_no_cpp_compiler
 from compiled_logprobs.operation import formula
 from compiled_logprobs.operation.autograd import compute
 from compiled_logprobs.operation.formula import Saved, Upstream
+from compiled_logprobs.problem import Problem, layout_of
 
 ROWS = [0, 1, 2, 3, 5, 7, 8, 16, 17, 31, 64, 100, 128, 255, 512, 1000, 1024, 2048, 4095, 4096]
 COMPILED = get_backend("compiled")
+TAKES_HINTS = compiled_module._takes_hints()
 
 
 def compilations(function) -> int:
@@ -43,13 +45,15 @@ def test_any_number_of_rows_and_any_temperature_take_one_compilation_a_direction
 
 
 @pytest.mark.slow
-def test_the_form_for_gpus_takes_one_compilation_whatever_number_of_rows_comes_first(monkeypatch):
+@pytest.mark.parametrize(("takes_hints", "vocab"), [(True, 2999), (False, 2987)])
+def test_the_form_for_gpus_takes_one_compilation_whatever_number_of_rows_comes_first(monkeypatch, takes_hints, vocab):
     """Compiled for a CPU here, with the sizes that Inductor is told of on a GPU: they must not become guards, nor reach
     backward."""
     monkeypatch.setattr(compiled_module, "reads_blocks", lambda device_type, vocab: True)
+    monkeypatch.setattr(compiled_module, "_takes_hints", lambda: takes_hints and TAKES_HINTS)
     count = 0
     for n in (3000, 1, 2, 7, 342, 64):
-        leaf, labels = torch.randn(n, 2999, requires_grad=True), torch.randint(2999, (n, 1))
+        leaf, labels = torch.randn(n, vocab, requires_grad=True), torch.randint(vocab, (n, 1))
         temperature, results = torch.rand(n) + 0.5, []
         call = partial(compute, COMPILED, leaf, labels, temperature, entropy=True)
         count += compilations(lambda: results.extend(call()))  # noqa: B023 - called at once
@@ -106,6 +110,25 @@ def test_without_a_compiler_the_backend_says_so(monkeypatch, tmp_path):
     assert _why_no_cpp_compiler.__wrapped__() == (
         "torch.compile needs a C++ compiler on CPU, and there is none on the PATH: install one, or name it in CXX"
     )
+
+
+@pytest.mark.parametrize("layout", ["flat", "rows", "slice"])
+def test_what_stands_in_for_hints_has_the_layout_of_the_call(layout):
+    logits = {"flat": torch.zeros(5, 32), "rows": torch.zeros(5, 48)[:, :32], "slice": torch.zeros(3, 5, 32)[:, :-1]}[
+        layout
+    ]
+    leading = logits.ndim - 1
+    dummy, labels, number = _dummies(
+        [logits, logits.new_zeros(*logits.shape[:-1], 1), torch.tensor(0.7)], leading, [2, 7][-leading:]
+    )
+    assert layout_of(dummy) == layout_of(logits) and dummy.shape == (*[2, 7][-leading:], 32)
+    assert labels.shape == (*[2, 7][-leading:], 1) and number == 0.7
+
+
+def test_where_torch_compile_is_disabled_the_backend_says_so():
+    with torch._dynamo.config.patch(disable=True):
+        reason = COMPILED.why_not(Problem("cpu", 8, 100, torch.float32))
+    assert reason == "torch.compile is disabled here: unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE"
 
 
 def rows_of_every_kind(vocab: int, leading: tuple[int, ...]) -> torch.Tensor:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from compiled_logprobs.backends.compiled import OPTIONS
 from tests.gpu_code.data_sheets import DataSheet
 
 
@@ -132,7 +133,7 @@ def generate(
         # which configuration won earlier on.
         settings = {"fx_graph_cache": False, "autotune_local_cache": False, "compile_threads": 1}
         settings["joint_graph_constant_folding"] = False  # it evaluates constants on the device
-        stack.enter_context(torch._inductor.config.patch(settings))
+        stack.enter_context(torch._inductor.config.patch({**settings, **OPTIONS}))
         stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")

@@ -55,7 +55,7 @@ class Interpreted:
 class CompiledForAGPU:
     """What stands for torch.compile: generates for a GPU, and runs here."""
 
-    def __init__(self, function, name: str) -> None:
+    def __init__(self, function, name: str, device_type: str) -> None:
         self.function, self.is_forward, self.calls = function, name.startswith("forward"), {}
 
     def __call__(self, *tensors: Tensor):
