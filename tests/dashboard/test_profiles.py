@@ -16,12 +16,15 @@ def files(where: Store) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in where.root.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("name", "counts"), [("many", [2, 4, 36]), ("corrupt", [1]), ("hostile", [1])])
+@pytest.mark.parametrize(
+    ("name", "counts"), [("many", [2, 4, 36]), ("corrupt", [1]), ("hostile", [1]), ("undecided", [1])]
+)
 def test_it_lists_every_kind_of_store(scenario, name, counts):
     scenario(name)
     at = opened("profiles")
     table = table_of(at, "decisions", "stale")
     assert not at.exception and sorted(table["decisions"]) == counts and set(table["source"]) == {"yours"}
+    assert table["undecided"].sum() == (name == "undecided")
     broken = table_of(at, "reason", "path")
     assert (broken is not None) == (name == "corrupt") and (broken is None or len(broken) == 5)
 

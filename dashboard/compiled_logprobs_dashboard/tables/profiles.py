@@ -9,14 +9,14 @@ from compiled_logprobs.store.transfer import Imported
 from compiled_logprobs_dashboard.frames import Frames, device_name
 from compiled_logprobs_dashboard.looks import plain_line
 
-FIRST = ["source", "device", "here", "decisions", "stale", "measured_at", "torch", "triton", "environment"]
+FIRST = ["source", "device", "here", "decisions", "undecided", "stale", "measured_at", "torch", "triton", "environment"]
 
 
 def stored(frames: Frames) -> pd.DataFrame:
-    """A row a profile: how many decisions, how many of them stale, and the facts of its environment."""
-    stale = frames.decisions[frames.decisions["stale"].notna()].groupby(["source", "environment"]).size()
-    pairs = zip(frames.environments["source"], frames.environments["environment"], strict=True)
-    table = frames.environments.assign(stale=[int(stale.get(pair, 0)) for pair in pairs])
+    """A row a profile: how many decisions, how many of them undecided or stale, and the facts of its environment."""
+    flags = frames.decisions.assign(stale=frames.decisions["stale"].notna(), undecided=~frames.decisions["is_decided"])
+    counts = flags.groupby(["source", "environment"])[["stale", "undecided"]].sum().reset_index()
+    table = frames.environments.merge(counts, on=["source", "environment"])
     return table[[*FIRST, *(name for name in table if name not in FIRST)]]
 
 
