@@ -161,14 +161,14 @@ def sources() -> dict[str, Store]:
     return {SOURCES[label]: store for label, store in stores().items() if store.root.is_dir()}
 
 
-def load(found: Mapping[str, Store]) -> Frames:
-    """What `found` holds, by source."""
+def load(by_source: Mapping[str, Store]) -> Frames:
+    """What `by_source` holds, by source."""
     here = environments()
     decisions: list[tuple[Any, ...]] = []
     candidates: list[tuple[Any, ...]] = []
     facts: list[tuple[str, str, dict[str, Any]]] = []
     broken: list[tuple[str, str, str, str]] = []
-    for source, store in found.items():
+    for source, store in by_source.items():
         for folder in store.folders():
             first = None
             for path in decision_files(folder):
@@ -183,20 +183,20 @@ def load(found: Mapping[str, Store]) -> Frames:
                 decisions.append((key, source, folder.name, path.name, *rows[0]))
                 candidates += [(key, *row) for row in rows[1]]
                 first = first or path
-            told = None
+            stated = None
             try:
-                told = read_facts(folder / FACTS)
+                stated = read_facts(folder / FACTS)
             except ProfileError as error:
                 broken.append((source, folder.name, (folder / FACTS).relative_to(store.root).as_posix(), str(error)))
             if first is not None:  # each decision tells the facts, too
-                facts.append((source, folder.name, _plain(told or getattr(read_decision(first), "environment", {}))))
+                facts.append((source, folder.name, _plain(stated or getattr(read_decision(first), "environment", {}))))
     table = _table(decisions, DECISIONS)
-    known = _environments(facts, table, here)
-    device = known.set_index(["source", "environment"])["device"]
+    profiles = _environments(facts, table, here)
+    device = profiles.set_index(["source", "environment"])["device"]
     table["device"] = device.reindex(pd.MultiIndex.from_frame(table[["source", "environment"]])).to_numpy()
-    table["stale"] = _staleness(table, {environment: told for _, environment, told in facts}, here)
+    table["stale"] = _staleness(table, {environment: stated for _, environment, stated in facts}, here)
     lost = pd.DataFrame(broken, columns=["source", "environment", "path", "reason"])
-    return Frames(table, _table(candidates, CANDIDATES), known, lost, dict(found))
+    return Frames(table, _table(candidates, CANDIDATES), profiles, lost, dict(by_source))
 
 
 def _table(rows: list[tuple[Any, ...]], columns: dict[str, Any]) -> pd.DataFrame:
@@ -274,8 +274,8 @@ def device_name(facts: Mapping[str, Any]) -> str:
     """The device in words, with what tells it from its like: SMs or threads."""
     if facts.get("device_type") == "cpu":
         threads = facts.get("cpu_threads")
-        told = "" if threads is None else f", {threads} thread{'' if threads == 1 else 's'}"
-        return (facts.get("cpu_model") or "CPU") + told
+        more = "" if threads is None else f", {threads} thread{'' if threads == 1 else 's'}"
+        return (facts.get("cpu_model") or "CPU") + more
     units = facts.get("multiprocessors")
     return (facts.get("gpu_name") or facts.get("device_type") or "unknown device") + (f", {units} SMs" if units else "")
 

@@ -74,14 +74,14 @@ def looks(backends: Iterable[str], among: Iterable[str] = ()) -> dict[str, Look]
 
 @lru_cache(maxsize=8)
 def _of_others(names: tuple[str, ...]) -> dict[str, Look]:
-    found: dict[str, Look] = {}
+    by_name: dict[str, Look] = {}
     taken = {look.letter for look in BACKENDS.values()}
     for number, name in enumerate(names):
         wanted = [letter for letter in name.upper() if letter.isascii() and letter.isalnum()]
         letter = next((letter for letter in (*wanted, *"ABDGHIJKLMNOQRSTUVWXYZ0123456789") if letter not in taken), "?")
         taken.add(letter)
-        found[name] = _OTHERS[number % len(_OTHERS)]._replace(letter=letter)
-    return found
+        by_name[name] = _OTHERS[number % len(_OTHERS)]._replace(letter=letter)
+    return by_name
 
 
 UNDECIDED = "? undecided"

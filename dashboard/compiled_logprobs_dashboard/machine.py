@@ -113,12 +113,12 @@ class Machine:
 
     def _take(self) -> None:
         labels = [label(gpu, self.gpus) for gpu in self.gpus]
-        found = tuple(
+        looks = tuple(
             GpuLook(name, gpu.provider.snapshot(), gpu.provider.trouble(), gpu.slice_of is not None)
             for name, gpu in zip(labels, self.gpus, strict=True)
         )
         cpu = _cpu_seconds()
-        self._looks.append(MachineLook(time.time(), _host(self._cpu, cpu), found))
+        self._looks.append(MachineLook(time.time(), _host(self._cpu, cpu), looks))
         self._cpu = cpu
 
 
@@ -126,7 +126,7 @@ def label(gpu: Gpu, among: list[Gpu]) -> str:
     """What tells `gpu` from the others, for people: NVML's number, and its name."""
     if gpu.slice_of is None:
         return f"{gpu.number}: {gpu.name or NOT_TOLD}"
-    slices = [one for one in among if one.slice_of == gpu.slice_of]
+    slices = [other for other in among if other.slice_of == gpu.slice_of]
     return f"{gpu.number}, slice {slices.index(gpu)}: {gpu.name or NOT_TOLD}"
 
 

@@ -40,12 +40,12 @@ td.n { text-align: right; }
 
 def report(frames: Frames, profile: Profile, made_at: str) -> str:
     """The report of one profile, as HTML; everything that its charts show stands in its tables, too."""
-    found = frames.of(profile).sort_values(["mode", "dtype", "vocab", "rows"], kind="stable")
+    rows = frames.of(profile).sort_values(["mode", "dtype", "vocab", "rows"], kind="stable")
     facts = frames.facts(profile)
     device = str(facts.get("device") or "unknown device")
     parts = [
         f"<h1>Which backend on {_text(device)}?</h1>",
-        f"<p>{len(found)} decisions of environment {_text(profile.environment)}, from the {_text(profile.source)} "
+        f"<p>{len(rows)} decisions of environment {_text(profile.environment)}, from the {_text(profile.source)} "
         f"profiles. Made {_text(made_at)} by compiled-logprobs. Speed-ups are over what stands in the column 'over', "
         "with their confidence intervals, and beside that over the baseline; a backend was timed only after its "
         "sign, values and gradient had been held against float64.</p>",
@@ -55,11 +55,11 @@ def report(frames: Frames, profile: Profile, made_at: str) -> str:
             [[name.replace("_", " "), _fact(value)] for name, value in facts.items() if _is_fact(name, value)],
         ),
         "<h2>Winners by N and V</h2>",
-        *_maps(frames, profile, found),
+        *_maps(frames, profile, rows),
         "<h2>Decisions</h2>",
-        _decisions(frames, found),
+        _decisions(frames, rows),
         "<h2>What did not get through</h2>",
-        _failures(frames, found),
+        _failures(frames, rows),
     ]
     head = (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
@@ -88,10 +88,10 @@ def _maps(frames: Frames, profile: Profile, found: pd.DataFrame) -> list[str]:
     return parts or ["<p>Nothing was measured.</p>"]
 
 
-def _decisions(frames: Frames, found: pd.DataFrame) -> str:
+def _decisions(frames: Frames, decisions: pd.DataFrame) -> str:
     chosen = frames.candidates[frames.candidates["chosen"]].set_index("key")
     rows = []
-    for row in found.head(MOST_ROWS).itertuples():
+    for row in decisions.head(MOST_ROWS).itertuples():
         best: Any = chosen.loc[row.key]
         ends = best["speedup_low"], best["speedup_high"]
         band = "" if any(map(math.isnan, ends)) else f" ({ends[0]:.2f} to {ends[1]:.2f})"
@@ -111,12 +111,12 @@ def _decisions(frames: Frames, found: pd.DataFrame) -> str:
                 *(row.code, row.measured_at, row.stale if isinstance(row.stale, str) else ""),
             ]
         )
-    note = "" if len(found) <= MOST_ROWS else f"<p>The first {MOST_ROWS} of {len(found)}.</p>"
+    note = "" if len(decisions) <= MOST_ROWS else f"<p>The first {MOST_ROWS} of {len(decisions)}.</p>"
     return note + _table(HEAD.split(", "), rows)
 
 
-def _failures(frames: Frames, found: pd.DataFrame) -> str:
-    lost = frames.candidates[frames.candidates["key"].isin(found["key"]) & frames.candidates["seconds"].isna()]
+def _failures(frames: Frames, table: pd.DataFrame) -> str:
+    lost = frames.candidates[frames.candidates["key"].isin(table["key"]) & frames.candidates["seconds"].isna()]
     counted = lost.groupby(["backend", "outcome", "reason"], sort=True).size().head(MOST_ROWS)
     rows = [[backend, outcome(what), why, count] for (backend, what, why), count in counted.items()]
     return _table(["backend", "outcome", "why", "decisions"], rows) if rows else "<p>Everything did.</p>"

@@ -195,25 +195,25 @@ def _free_bytes(device: torch.device) -> int | None:
 
 def _busy(device: torch.device) -> list[str]:
     """What else uses the device now."""
-    told = []
+    notes = []
     with alone_on(device, 0) as alone:
         if not alone:
-            told.append(f"Another process of this library is measuring on {device} now; the run would wait for it.")
+            notes.append(f"Another process of this library is measuring on {device} now; the run would wait for it.")
     if device.type == "cpu":
         cores, load = psutil.cpu_count() or 1, psutil.getloadavg()[0]
         if load > BUSY_SHARE * cores:
-            told.append(
+            notes.append(
                 f"This machine was busy in the last minute: {load:.1f} programs ran or waited, for {cores} cores. "
                 "What runs beside the measurement makes it slower and less certain."
             )
     elif (seen := telemetry(device).snapshot()) is not None:
         if seen.processes:
-            told.append(
+            notes.append(
                 f"Processes that compute on {device} now: {len(seen.processes)}. They would share it with the run."
             )
         if seen.busy_percent is not None and seen.busy_percent > 100 * BUSY_SHARE:
-            told.append(f"A kernel was running on {device} for {seen.busy_percent} % of the last moments.")
-    return told
+            notes.append(f"A kernel was running on {device} for {seen.busy_percent} % of the last moments.")
+    return notes
 
 
 def _obstacles(root: Path, problems: int) -> list[str]:

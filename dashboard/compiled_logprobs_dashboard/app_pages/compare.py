@@ -43,11 +43,11 @@ def _guard(frames: Frames, this: Profile, that: Profile) -> None:
     if this == that:
         st.warning("Both are the same profile: every ratio is 1.")
         return
-    found = tables.differences(frames, this, that)
-    if found.empty:
+    differing = tables.differences(frames, this, that)
+    if differing.empty:
         st.success("Device and versions are the same in both.", title="What differs")
         return
-    deciding = [plain(name.replace("_", " ")) for name in found.loc[found["decides"], "fact"]]
+    deciding = [plain(name.replace("_", " ")) for name in differing.loc[differing["decides"], "fact"]]
     if deciding:
         st.warning(
             f"{', '.join(deciding)}: what differs below comes from these as much as from the backends.",
@@ -56,7 +56,7 @@ def _guard(frames: Frames, this: Profile, that: Profile) -> None:
     else:
         st.info("Nothing that decides how fast a backend is.", title="What differs")
     st.dataframe(
-        found,
+        differing,
         hide_index=True,
         key="differences",
         alt="Facts that differ between the two profiles",
@@ -69,23 +69,23 @@ def _guard(frames: Frames, this: Profile, that: Profile) -> None:
 def _ratios(frames: Frames, this: Profile, that: Profile) -> None:
     names = tables.backends_of(frames, this, that)
     backend = st.selectbox("Times of", [tables.WINNER, *names], key="backend", bind="query-params")
-    found = tables.matched(frames, this, that, backend or tables.WINNER)
-    text = tables.in_words(found)
+    pairs = tables.matched(frames, this, that, backend or tables.WINNER)
+    text = tables.in_words(pairs)
     st.write(plain(text))
     left = [
         f"{count} {what}"
         for count, what in (
-            (found.only_this, "only in this"),
-            (found.only_that, "only in that"),
-            (found.untimed, "not timed, or undecided, in one of them"),
+            (pairs.only_this, "only in this"),
+            (pairs.only_that, "only in that"),
+            (pairs.untimed, "not timed, or undecided, in one of them"),
         )
         if count
     ]
     if left:
         st.caption(f"Left out of all figures: {', '.join(left)}.")
-    if found.table.empty:
+    if pairs.table.empty:
         return
-    selection.chart(charts.ratios(found.table), alt=text, key="ratios", table=found.table, columns=RATIO)
+    selection.chart(charts.ratios(pairs.table), alt=text, key="ratios", table=pairs.table, columns=RATIO)
     st.caption(
         "Times are scaled to N where fewer rows were timed. The band is the width of the widest interval of each "
         "decision, both together: what varies within a run. From day to day, clocks and load can change more than "
@@ -98,22 +98,22 @@ def _history(frames: Frames, this: Profile) -> None:
     shape = selection.choose_shape(frames, this)
     problem = bucket(problem_of(frames, this, shape))
     device = frames.facts(this)["device"]
-    found = tables.history(frames, problem, device)
+    timings = tables.history(frames, problem, device)
     what = f"N {problem.rows}, V {problem.vocab}, {plain(shape.dtype)}, {plain(shape.mode)}, on {plain(device)}"
-    if found.empty:
+    if timings.empty:
         st.info(f"{what}: nothing was measured.")
         return
-    times = found["label"].nunique()
+    times = timings["label"].nunique()
     winners = ", ".join(
-        f"{plain_line(row.label)}: {plain_line(row.backend, 40)}" for row in found[found["chosen"]].itertuples()
+        f"{plain_line(row.label)}: {plain_line(row.backend, 40)}" for row in timings[timings["chosen"]].itertuples()
     )
     if times == 1:
         st.caption(f"{what}: measured once. Each other version of torch, or number of threads, adds to this.")
     selection.chart(
-        charts.history(found, among=frames.backends),
+        charts.history(timings, among=frames.backends),
         alt=f"Times over {times} measurements. Winners: {winners}.",
         key="history",
-        table=found,
+        table=timings,
     )
 
 

@@ -163,10 +163,10 @@ def _what_if(decision: Decision, shape: Shape) -> None:
     )
     if cap is None:
         return
-    found = tables.under_cap(decision, cap * 2**20, shape.rows)
-    name = "nothing" if found.name is None else f"**{plain(found.name)}**"
-    show = st.success if found.name == decision.chosen else st.warning
-    show(f"Under {cap:,.0f} MiB, for N {shape.rows}: use {name}: {plain(found.why, 600)}")
+    advice = tables.under_cap(decision, cap * 2**20, shape.rows)
+    name = "nothing" if advice.name is None else f"**{plain(advice.name)}**"
+    show = st.success if advice.name == decision.chosen else st.warning
+    show(f"Under {cap:,.0f} MiB, for N {shape.rows}: use {name}: {plain(advice.why, 600)}")
 
 
 def _code(decision: Decision, answer: Answer) -> None:

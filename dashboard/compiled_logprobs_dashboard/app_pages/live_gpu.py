@@ -62,13 +62,13 @@ def show_gpu(look: GpuLook) -> None:
     elif not seen.processes:
         st.caption("No process computes on it.")
     else:
-        names = [process_name(one.pid) for one in seen.processes]
+        names = [process_name(running.pid) for running in seen.processes]
         st.dataframe(
             pd.DataFrame(
                 {
-                    "process": [one.pid for one in seen.processes],
+                    "process": [running.pid for running in seen.processes],
                     "name": [NOT_TOLD if name is None else plain_line(name) for name in names],
-                    "memory": [size(one.memory_bytes) for one in seen.processes],
+                    "memory": [size(running.memory_bytes) for running in seen.processes],
                 }
             ),
             hide_index=True,
@@ -90,9 +90,9 @@ def show_host(host: Host) -> None:
     )
 
 
-def show_figures(*told: Any) -> None:
+def show_figures(*data: Any) -> None:
     """Label, value and meaning of each figure, and then its caption, side by side."""
-    for column, (label, value, meaning), caption in zip(st.columns(len(told) // 2), told[::2], told[1::2], strict=True):
+    for column, (label, value, meaning), caption in zip(st.columns(len(data) // 2), data[::2], data[1::2], strict=True):
         column.metric(label, value, help=meaning)
         column.caption(caption)
 
@@ -142,8 +142,8 @@ def show() -> None:
     table["memory_used_bytes"] /= 2**30
     st.subheader("The last minutes")
     columns = st.columns(2)
-    told = [one for one in LINES if table[one[0]].notna().any()]
-    for place, (column, title, unit) in enumerate(told):
+    lines = [entry for entry in LINES if table[entry[0]].notna().any()]
+    for place, (column, title, unit) in enumerate(lines):
         with columns[place % 2]:
             last = table[column].dropna().iloc[-1]
             selection.chart(

@@ -98,7 +98,7 @@ def _growth(frames: Frames, profile: Profile, shape: Shape, points: pd.DataFrame
                 meaning = f"Extra memory of {row.multiple:.2f} x the logits, as measured at N {row.at_rows}."
                 selection.metric(plain(row.backend, 40), f"N {row.largest_rows:,.0f}", beside, meaning)
     st.caption(tables.RULE)
-    told = (
+    sizes = (
         ""
         if free is None
         else f" With {free / GIB:.3g} GiB free: "
@@ -106,7 +106,7 @@ def _growth(frames: Frames, profile: Profile, shape: Shape, points: pd.DataFrame
     )
     selection.chart(
         charts.growth(points, has.bytes, free, among=frames.backends),
-        alt=f"Logits and extra memory by N, at V {shape.vocab}.{told}",
+        alt=f"Logits and extra memory by N, at V {shape.vocab}.{sizes}",
         key="memory-growth",
         table=points.drop(columns=["key", "chosen"]),
         columns=COLUMNS,

@@ -35,40 +35,40 @@ def show() -> None:
     if profile is None:
         return
     shape = selection.choose_shape(frames, profile, dtype=False)
-    found, broken = tables.gather(frames, profile, shape)
+    by_dtype, broken = tables.gather(frames, profile, shape)
     for why in broken:
         st.error(plain(why), title="A decision cannot be read")
     asked = f"N {shape.rows}, V {shape.vocab}, {plain(shape.mode)}"
-    if not found:
+    if not by_dtype:
         st.info(f"Nothing was checked in this profile for {asked}.", title="Not checked")
         return
     st.caption(
         f"{asked}, every dtype. What the gate found on the device before anything was timed; all of it is stored."
     )
-    for checked in found:
+    for checked in by_dtype:
         if not checked.exact:
             st.caption(
                 f"{plain(checked.dtype)}: for exactly this problem nothing is stored; shown is the nearest, N "
                 f"{checked.decision.problem.rows}."
             )
-    whole = tables.overview(found)
+    whole = tables.overview(by_dtype)
     if whole.empty:
         st.info("The decisions are stored without verdicts of the checks, so that it is not known what they came to.")
         return
-    _summary(whole, found)
-    details = tables.by_input(found)
+    _summary(whole, by_dtype)
+    details = tables.by_input(by_dtype)
     only_failures = _filter(whole)
     _overview(whole, only_failures)
-    _without_details(found)
+    _without_details(by_dtype)
     if not details.empty:
         _matrix(details, only_failures)
     _one_verdict(whole, details)
-    _errors(frames, found)
-    _tokens(found)
-    _recorded(found)
+    _errors(frames, by_dtype)
+    _tokens(by_dtype)
+    _recorded(by_dtype)
 
 
-def _summary(whole: pd.DataFrame, found: Sequence[Checked]) -> None:
+def _summary(whole: pd.DataFrame, decisions: Sequence[Checked]) -> None:
     failed = whole[tables.has_failed(whole)]
     if failed.empty:
         checked = sorted({plain_line(name, 40) for name in whole.loc[whole["verdict"] == "pass", "backend"]})
@@ -80,7 +80,7 @@ def _summary(whole: pd.DataFrame, found: Sequence[Checked]) -> None:
         dtypes = ", ".join(dict.fromkeys(part["dtype"]))
         what = f"FAIL: {names}" if "fail" in verdicts else f"could not be checked: {part['detail'].iloc[0]}"
         st.error(plain(f"{backend} ({dtypes}): {what}", 600), icon=":material/gpp_bad:")
-    if any(one.decision.short_check for one in found):
+    if any(checked.decision.short_check for checked in decisions):
         st.caption("Some of these are from the short check, which has fewer inputs.")
 
 
@@ -129,17 +129,17 @@ def _matrix(details: pd.DataFrame, only_failures: bool) -> None:
         _grid(tables.matrix(part, ["backend", "dtype", "check"], "input"), MATRIX, INPUT, text)
 
 
-def _grid(found: Matrix, key: str, across: str, text: str) -> None:
-    st.session_state[f"{key}-shown"] = found
+def _grid(matrix: Matrix, key: str, across: str, text: str) -> None:
+    st.session_state[f"{key}-shown"] = matrix
     st.dataframe(
-        found.shown.style.map(_tint),
+        matrix.shown.style.map(_tint),
         hide_index=True,
         key=key,
         on_select=partial(_take, key, across),
         selection_mode="single-cell",
         alt=text,
         column_config={"backend": st.column_config.TextColumn("backend", pinned=True)},
-        height=min(640, 38 + 35 * len(found.shown)),
+        height=min(640, 38 + 35 * len(matrix.shown)),
     )
 
 
@@ -152,18 +152,18 @@ def _tint(value: object) -> str:
 
 def _take(key: str, across: str) -> None:
     """Let the clicked cell be the verdict that is looked at."""
-    found = st.session_state.get(f"{key}-shown")
-    if not isinstance(found, Matrix):
+    matrix = st.session_state.get(f"{key}-shown")
+    if not isinstance(matrix, Matrix):
         return
     for row, column in st.session_state[key].selection.cells:
-        if 0 <= row < len(found.keys):
-            of = found.keys.iloc[row]
+        if 0 <= row < len(matrix.keys):
+            of = matrix.keys.iloc[row]
             st.session_state[BACKEND], st.session_state[DTYPE] = of["backend"], of["dtype"]
             st.session_state[CHECK] = of.get("check", st.session_state.get(CHECK))
             if across == CHECK:
                 st.session_state[INPUT] = ALL
-            if column in found.across:
-                st.session_state[across] = found.across[column]
+            if column in matrix.across:
+                st.session_state[across] = matrix.across[column]
 
 
 def _one_verdict(whole: pd.DataFrame, details: pd.DataFrame) -> None:
@@ -177,14 +177,14 @@ def _one_verdict(whole: pd.DataFrame, details: pd.DataFrame) -> None:
             (INPUT, "input", "Input"),
         ):
             both = _narrowed(both, key, column, label)
-    one = both.iloc[0]
-    words = VERDICTS[one["verdict"]]
-    st.markdown(f"**{plain(words)}**: {plain(MEANING.get(one['check'], one['check']))}.")
+    row = both.iloc[0]
+    words = VERDICTS[row["verdict"]]
+    st.markdown(f"**{plain(words)}**: {plain(MEANING.get(row['check'], row['check']))}.")
     with st.container(horizontal=True):
-        for label, value in (("Worst that was seen", one["figure"]), ("Limit", one["limit"])):
+        for label, value in (("Worst that was seen", row["figure"]), ("Limit", row["limit"])):
             st.metric(label, "none" if pd.isna(value) else f"{value:.4g}", border=True, width="stretch")
-    if one["detail"]:
-        st.write(plain(one["detail"], 600))
+    if row["detail"]:
+        st.write(plain(row["detail"], 600))
 
 
 def _narrowed(table: pd.DataFrame, key: str, column: str, label: str) -> pd.DataFrame:
@@ -197,8 +197,8 @@ def _narrowed(table: pd.DataFrame, key: str, column: str, label: str) -> pd.Data
     return table[table[column] == chosen]
 
 
-def _without_details(found: Sequence[Checked]) -> None:
-    for checked in found:
+def _without_details(decisions: Sequence[Checked]) -> None:
+    for checked in decisions:
         if checked.missing:
             st.info(
                 f"{plain(checked.dtype)}: this profile tells only the worst of each check, and no details by input: "
@@ -206,19 +206,19 @@ def _without_details(found: Sequence[Checked]) -> None:
                 "profile --again` measures it anew.",
                 title="No details stored",
             )
-    for dtype, names in tables.without_details([checked for checked in found if not checked.missing]).items():
+    for dtype, names in tables.without_details([checked for checked in decisions if not checked.missing]).items():
         st.caption(f"{plain(dtype)}: no details by input are stored of {plain(', '.join(names))}.")
 
 
-def _errors(frames: Frames, found: Sequence[Checked]) -> None:
-    table = tables.errors(found)
+def _errors(frames: Frames, decisions: Sequence[Checked]) -> None:
+    table = tables.errors(decisions)
     if table.empty:
         return
     st.subheader("How far off")
     dtypes, kinds = list(dict.fromkeys(table["dtype"])), list(dict.fromkeys(table["what"]))
     with st.container(horizontal=True):
         dtype = st.selectbox("dtype of the errors", dtypes, key="errors_dtype")
-        what = st.selectbox("Result", kinds, key="errors_what", format_func=lambda one: KINDS.get(one, one))
+        what = st.selectbox("Result", kinds, key="errors_what", format_func=lambda kind: KINDS.get(kind, kind))
     part = table[(table["dtype"] == dtype) & (table["what"] == what)]
     if part.empty:
         st.info(f"No errors of the {KINDS[what]} are stored for {plain(dtype)}.")
@@ -240,24 +240,24 @@ def _errors(frames: Frames, found: Sequence[Checked]) -> None:
         table=part,
     )
     chosen = st.selectbox("Input", inputs, key="errors_input")
-    one = part[part["input"] == chosen]
+    of_input = part[part["input"] == chosen]
     selection.chart(
-        charts.shares(one, what, among=frames.backends),
+        charts.shares(of_input, what, among=frames.backends),
         alt=f"Share of the values by error, for the input {plain_line(chosen, 40)!r}. "
-        f"{charts.in_words(one, what)} Dashed: the limits.",
+        f"{charts.in_words(of_input, what)} Dashed: the limits.",
         key="error-shares",
-        table=one,
+        table=of_input,
     )
 
 
-def _tokens(found: Sequence[Checked]) -> None:
-    table = tables.tokens(found)
+def _tokens(decisions: Sequence[Checked]) -> None:
+    table = tables.tokens(decisions)
     if table.empty:
         return
     st.subheader("The worst tokens")
-    kinds = list(dict.fromkeys(tables.errors(found)["what"]))
+    kinds = list(dict.fromkeys(tables.errors(decisions)["what"]))
     what = st.segmented_control(
-        "Of", kinds, default=kinds[0], key="tokens_what", format_func=lambda one: KINDS.get(one, one), required=True
+        "Of", kinds, default=kinds[0], key="tokens_what", format_func=lambda kind: KINDS.get(kind, kind), required=True
     )
     part = table[table["what"] == what]
     of = st.multiselect(
@@ -278,8 +278,8 @@ def _tokens(found: Sequence[Checked]) -> None:
     )
 
 
-def _recorded(found: Sequence[Checked]) -> None:
-    table = tables.recorded(found)
+def _recorded(decisions: Sequence[Checked]) -> None:
+    table = tables.recorded(decisions)
     if table.empty:
         return
     st.subheader("Recorded, and no failure")

@@ -38,9 +38,9 @@ def show() -> None:
         "Against", list(ALONG), default="N, rows", key="along", bind="query-params", required=True
     )
     along = ALONG[chosen if chosen in ALONG else "N, rows"]
-    found = tables.throughput(frames, profile, shape, along, cache)
-    selection.say_left_out(found.left_out)
-    points = found.points
+    rates = tables.throughput(frames, profile, shape, along, cache)
+    selection.say_left_out(rates.left_out)
+    points = rates.points
     if points.empty:
         st.info(
             f"Nothing was measured in this profile for {plain(shape.mode)}, {plain(shape.dtype)}"
@@ -118,13 +118,13 @@ def _first_calls(frames: Frames, profile: Profile, shape: Shape, points: pd.Data
         "many calls it has paid against the baseline. What has no such number is no faster than the baseline, or is "
         "the baseline."
     )
-    told = ", ".join(
+    seconds = ", ".join(
         f"{plain_line(row.backend, 40)} {row.first_call_seconds:.2g} s"
         for row in part.dropna(subset=["first_call_seconds"]).itertuples()
     )
     selection.chart(
         charts.first_calls(part, among=frames.backends),
-        alt=f"Seconds of the first call for {at}: {told}.",
+        alt=f"Seconds of the first call for {at}: {seconds}.",
         key="first-calls",
         table=part[["backend", "first_call_seconds", "pays_after"]],
         columns=COLUMNS,

@@ -47,7 +47,7 @@ def line_of(x: Any, y: Any, name: str, look: Look, **options: Any) -> go.Scatter
 
 def interval(middle: Any, low: Any, high: Any, colour: str) -> dict[str, Any]:
     """Bars from `low` to `high` around points; none where these are not known."""
-    up, down = (pd.Series(one).fillna(0) for one in (high - middle, middle - low))
+    up, down = (pd.Series(ends).fillna(0) for ends in (high - middle, middle - low))
     return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "color": colour}
 
 

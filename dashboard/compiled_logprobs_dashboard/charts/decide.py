@@ -107,8 +107,8 @@ def _squares(part: pd.DataFrame, look: Look, side: int, *, hollow: bool) -> go.S
 def _hover(square: dict[str, Any]) -> str:
     lines = [f"N {square['rows']}, V {square['vocab']}: {plain_in_chart(square['backend'], 40)}"]
     if pd.notna(square["speedup"]):
-        known = pd.notna(square["low"]) and pd.notna(square["high"])
-        band = f" ({square['low']:.2f} to {square['high']:.2f})" if known else ""
+        has_band = pd.notna(square["low"]) and pd.notna(square["high"])
+        band = f" ({square['low']:.2f} to {square['high']:.2f})" if has_band else ""
         lines.append(f"{square['speedup']:.2f}x the speed of {plain_in_chart(square['against'], 40)}{band}")
     if pd.notna(square["runner_up"]):
         tie = "a tie with" if square["state"] == "tie" else f"{square['margin']:.2f}x as fast as"

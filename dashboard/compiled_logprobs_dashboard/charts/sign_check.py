@@ -100,11 +100,11 @@ def shares(errors: pd.DataFrame, what: str, *, among: Iterable[str] = ()) -> go.
 
 def in_words(errors: pd.DataFrame, what: str) -> str:
     """What `ranges` shows."""
-    told = errors.dropna(subset=["q100"])
-    if told.empty:
+    known_errors = errors.dropna(subset=["q100"])
+    if known_errors.empty:
         return "No errors are stored."
     parts = []
-    for name, part in told.groupby("backend", sort=False):
+    for name, part in known_errors.groupby("backend", sort=False):
         worst = part.loc[part["q100"].idxmax()]
         parts.append(
             f"{plain_line(name, 40)} at most {worst['q100']:.3g}, with the input {plain_line(worst['input'], 40)!r}"

@@ -28,11 +28,11 @@ def rate(
     ends = [points[column].max(), points[f"{column}_high"].max(), *(high for _, high in roofs.values())]
     figure = _along(points, along, RATES[column], ends)
     for name, look, part in _each(points, along, column, among):
-        known = part[part[f"{column}_low"].notna() & part[f"{column}_high"].notna()]
-        if len(known) > 1:
+        banded = part[part[f"{column}_low"].notna() & part[f"{column}_high"].notna()]
+        if len(banded) > 1:
             figure.add_scatter(
-                x=[*known[along], *known[along][::-1]],
-                y=[*known[f"{column}_high"], *known[f"{column}_low"][::-1]],
+                x=[*banded[along], *banded[along][::-1]],
+                y=[*banded[f"{column}_high"], *banded[f"{column}_low"][::-1]],
                 fill="toself",
                 fillcolor=in_rgb(look.colour, 0.2),
                 line={"width": 0},
