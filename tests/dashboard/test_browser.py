@@ -172,7 +172,7 @@ def test_a_click_on_the_winner_map_sets_the_shape_which_the_next_page_keeps(visi
     settle(page)
     sync_api.expect(page).to_have_url(re.compile(f"rows={target[0]}.*vocab={target[1]}"))
     page.goto(page.url)
-    has(page, f"--rows {target[0]}")
+    has(page, f"--rows={target[0]}")
     page.get_by_test_id("stSidebarNavLink").filter(has_text="Throughput").click()
     settle(page)
     sync_api.expect(number(page, "V, vocabulary")).to_have_value(str(target[1]))
