@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import compiled_logprobs as clp
+from compiled_logprobs.backends.eager import Eager
+from compiled_logprobs.operation.autograd import compute
 from compiled_logprobs.operation.reference import reference
 
 VOCAB = 257
@@ -99,6 +101,22 @@ def test_no_rows_still_carry_a_gradient_function(shape):
     assert out.shape == shape and entropy.shape == shape and out.grad_fn is not None
     (out.sum() + entropy.sum()).backward()
     assert logits.grad.shape == logits.shape
+
+
+class Leaking(Eager):
+    """As rounding may have a backend of somebody's."""
+
+    def forward(self, logits, labels, temperature, *, entropy):
+        log_probs, entropies, residuals = super().forward(logits, labels, temperature, entropy=entropy)
+        return log_probs + 1.0, entropies - 9.0, residuals
+
+
+def test_no_backend_has_a_positive_log_probability_or_a_negative_entropy():
+    logits, labels = torch.zeros(4, 2), torch.zeros(4, 1, dtype=torch.int64)
+    logits[1] = torch.nan
+    out, entropy = compute(Leaking(), logits, labels, entropy=True)
+    assert out.isnan()[:, 0].tolist() == entropy.isnan().tolist() == [False, True, False, False]
+    assert not (out > 0).any() and not (entropy < 0).any()
 
 
 VIEWS = {

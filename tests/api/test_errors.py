@@ -77,7 +77,8 @@ def winner(mode, monkeypatch):
     """A backend that a profile has chosen, to be broken."""
     mode("lookup")
     publish(decided(chosen="cpp", candidates={"eager": measured("eager"), "cpp": measured("cpp")}))
-    publish(decided(LARGE._replace(needs_grad=True), "cpp"))
+    for other in ({"needs_grad": True}, {"rows": 2 * LARGE.rows}):
+        publish(decided(LARGE._replace(**other), "cpp"))
     backend = get_backend("cpp")
 
     def breaks(step: str, error: Exception) -> None:
@@ -123,4 +124,6 @@ def test_a_failure_is_one_warning_and_eager_serves(winner):
 def test_where_warnings_are_errors_the_call_is_served_all_the_same(winner, capsys):
     winner("forward", RuntimeError("the driver is gone"))
     clp.log_probs_from_logits(LOGITS, LABELS)
-    assert "the driver is gone\neager serves the call" in capsys.readouterr().err
+    clp.log_probs_from_logits(LOGITS.repeat(2, 1), LABELS.repeat(2))  # of another bucket, where it fails, too
+    assert len(memory.MEMORY.set_aside) == 2
+    assert capsys.readouterr().err.count("the driver is gone\neager serves the call") == 1

@@ -105,6 +105,13 @@ def test_a_backend_of_ones_own_is_checked_as_one(run, judged):
     assert run("check", f"{FUNCTIONS}:Borrowed").stdout.startswith("borrowed: passed 6 of 6 checks\n")
 
 
+def test_out_of_memory_is_said_in_a_line(run, monkeypatch):
+    monkeypatch.setattr("compiled_logprobs.cli.check.check_backend", Mock(side_effect=MemoryError("40 GiB")))
+    result = run("check", "eager")
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr == "out of memory: 40 GiB\nAsk for fewer rows, or free some memory.\n"
+
+
 def test_a_mistake_of_our_own_does_not_look_like_a_wrong_backend(run, monkeypatch):
     monkeypatch.setattr("compiled_logprobs.cli.check.check_backend", Mock(side_effect=RuntimeError("a mistake")))
     result = run("check", "eager")

@@ -215,6 +215,17 @@ def test_a_large_map_is_cut_round_the_shape(scenario, squares, monkeypatch):
     assert sorted(squares()["rows"]) == [4, 8] and "unmeasured" not in set(squares()["state"])
 
 
+def test_no_name_becomes_markup_in_a_chart(squares):
+    table = squares("hostile")
+    board = tables.leaderboard(
+        stores.good(candidates={**stores.good_candidates(), stores.HOSTILE: stores.good().winner})
+    )
+    table.loc[0, ["backend", "runner_up", "stale"]] = stores.HOSTILE
+    for figure in (charts.winner_map(table), charts.ranking(board, stores.HOSTILE)):
+        text = figure.to_json()
+        assert "onclick" in text and "<b onclick" not in text and "\\u003cb onclick" not in text
+
+
 @pytest.mark.slow
 def test_a_link_leads_to_a_shape_which_the_next_page_keeps(scenario):
     scenario("many")

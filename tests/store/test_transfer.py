@@ -20,7 +20,7 @@ from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import environment_at, environment_of
 from compiled_logprobs.problem import problem_name
 from compiled_logprobs.store import transfer
-from compiled_logprobs.store.files import LIMIT, Store
+from compiled_logprobs.store.files import EVIDENCE_LIMIT, LIMIT, Store
 from compiled_logprobs.store.transfer import export_archive, import_archive, prune
 from tests.helpers.stored_decisions import CPU, LARGE, decided, evidence_of
 
@@ -149,6 +149,10 @@ def test_any_folder_of_a_store_is_an_archive_and_evidence_of_another_decision_is
     evidence = json.dumps(json.loads(files(source)[FIRST_EVIDENCE]) | {"seed": 99}).encode()
     assert fates(packed(files(source) | {FIRST_EVIDENCE: evidence}), target) == ["added"] * 2
     assert target.evidence(KEY, target.read(KEY, LARGE)) is None
+    large = files(source)[FIRST_EVIDENCE] + b" " * LIMIT  # as raw times may be, but no decision
+    assert fates(packed(files(source) | {FIRST_EVIDENCE: large}), Store(target.root / "other")) == ["added"] * 2
+    too_large = packed(files(source) | {FIRST_EVIDENCE: b" " * (EVIDENCE_LIMIT + 1)})
+    assert sorted(fates(too_large, target, dry_run=True)) == ["broken", "same", "same"]
 
 
 @pytest.mark.parametrize(
