@@ -42,7 +42,8 @@ def test_each_page_shows_every_kind_of_store(scenario, name):
         assert not any(one.allow_html for one in at.markdown)
         for chart in charts:
             assert chart.alt and json.loads(chart.spec)["data"] and not json.loads(chart.config).get("showSendToCloud")
-            assert "<b onclick" not in chart.spec and "<a href" not in chart.spec
+            spec = chart.spec.replace("\\u003c", "<")  # which plotly writes for it
+            assert "<b onclick" not in spec and "<a href" not in spec
 
 
 def test_a_third_partys_letter_is_the_same_on_all_pages(scenario):
