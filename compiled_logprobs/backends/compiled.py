@@ -235,9 +235,10 @@ def _compile(function: Callable[..., Any], name: str, device_type: str) -> Calla
     assert isinstance(function, FunctionType)
     code = function.__code__.replace(co_name=name)
     own = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
-    limit = {"recompile_limit": RECOMPILE_LIMIT} if "recompile_limit" in _parameters(torch.compile) else {}
-    options = None if device_type == "cpu" else OPTIONS
-    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, options=options, **limit)  # type: ignore[call-overload]  # its overloads lack the last
+    options: dict[str, Any] = {} if device_type == "cpu" else {"options": OPTIONS}
+    if "recompile_limit" in _parameters(torch.compile):
+        options["recompile_limit"] = RECOMPILE_LIMIT
+    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, **options)
     return compiled
 
 
