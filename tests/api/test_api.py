@@ -161,19 +161,23 @@ def wrong_calls():
     return {
         "logits of another type": ([1.0], y, {}, "got logits of type list; a torch.Tensor [..., V] is valid."),
         "integer logits": (
-            x.long(),
-            y,
-            {},
-            "got logits of dtype int64; float32, bfloat16, float16, float64 are valid.",
+            *(x.long(), y, {}),
+            "got logits of dtype int64; float32, bfloat16, float16, float64 are valid. Convert them, e.g. "
+            "logits.float().",
         ),
         "no vocabulary": (x[..., :0], y, {}, "got logits of shape [2, 5, 0]; [..., V] with a vocabulary V"),
+        "a number as logits": (x[0, 0, 0], y, {}, "got logits of shape []; [..., V] with a vocabulary V"),
         "labels of another type": (x, 3, {}, "got labels of type int; a torch.Tensor of integers is valid."),
         "float labels": (x, y.float(), {}, "labels of dtype float32; int64 and int32 are valid. Use labels.long()."),
         "labels of another shape": (
+            *(x, y[:, :-1], {}),
+            "labels of shape [2, 4] for logits of shape [2, 5, 7]; [2, 5] and [2, 5, K] are valid. Shift or slice",
+        ),
+        "no labels a row": (
             x,
-            y[:, :-1],
+            y[..., None][..., :0],
             {},
-            "labels of shape [2, 4] for logits of shape [2, 5, 7]; [2, 5] and",
+            "got labels of shape [2, 5, 0] for logits of shape [2, 5, 7]",
         ),
         "labels elsewhere": (x, y.to("meta"), {}, "got labels on meta and logits on cpu; one device is valid."),
         "label out of range": (
@@ -184,16 +188,20 @@ def wrong_calls():
         "ignore_index": (x, y, {"ignore_index": 1.5}, "got ignore_index=1.5; an integer of 64 bits is valid, e.g."),
         "temperature 0": (x, y, {"temperature": 0.0}, "got temperature=0.0; a number from 1.18e-38 to 3.4e+38"),
         "temperature NaN": (x, y, {"temperature": float("nan")}, "got temperature=nan; a number from"),
+        "temperature as text": (x, y, {"temperature": "hot"}, "got temperature='hot'; a number from"),
+        "temperatures elsewhere": (
+            *(x, y, {"temperature": torch.ones(2, 5, device="meta")}),
+            "got a temperature tensor on meta and logits on cpu; one device is valid. Use temperature.to('cpu')",
+        ),
         "temperatures of integers": (x, y, {"temperature": y}, "got a temperature tensor of dtype int64; a floating"),
         "temperatures with a gradient": (
-            x,
-            y,
-            {"temperature": leaf[..., 0]},
-            "requires a gradient; only logits get one.",
+            *(x, y, {"temperature": leaf[..., 0]}),
+            "requires a gradient; only logits get one. Pass temperature.detach()",
         ),
         "temperatures of another shape": (
             *(x, y, {"temperature": torch.ones(2)}),
-            "got a temperature tensor of shape [2] for logits of shape [2, 5, 7]; a shape broadcastable to [2, 5] is",
+            "got a temperature tensor of shape [2] for logits of shape [2, 5, 7]; a shape broadcastable to [2, 5] is "
+            "valid (one temperature a token). For one a sequence use temperature.unsqueeze(-1).",
         ),
         "a bad temperature": (x, y, {"temperature": negative}, "got temperature[0, 3] = -1; numbers from 1.18e-38"),
         "out_dtype": (x, y, {"out_dtype": torch.int64}, "got out_dtype=torch.int64; torch.float32, torch.bfloat16"),
