@@ -38,7 +38,7 @@ H100 = dataclasses.replace(
     cuda="13.0",
 )
 """A device that no test runs on. Its figures below are made up, and no page that people see holds them."""
-HOSTILE = "<b onclick=alert(1)>x</b>"
+HOSTILE = '"<b onclick=alert(1)>x</b>'
 
 
 def here() -> Environment:
