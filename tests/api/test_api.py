@@ -165,6 +165,12 @@ def wrong_calls():
             "got logits of dtype int64; float32, bfloat16, float16, float64 are valid. Convert them, e.g. "
             "logits.float().",
         ),
+        "sparse logits": (
+            x.to_sparse(),
+            y,
+            {},
+            "got logits of layout torch.sparse_coo; torch.strided is valid. Use logits",
+        ),
         "no vocabulary": (x[..., :0], y, {}, "got logits of shape [2, 5, 0]; [..., V] with a vocabulary V"),
         "a number as logits": (x[0, 0, 0], y, {}, "got logits of shape []; [..., V] with a vocabulary V"),
         "labels of another type": (x, 3, {}, "got labels of type int; a torch.Tensor of integers is valid."),
@@ -186,6 +192,7 @@ def wrong_calls():
             "Correct it, or mark positions that do not count with ignore_index.",
         ),
         "ignore_index": (x, y, {"ignore_index": 1.5}, "got ignore_index=1.5; an integer of 64 bits is valid, e.g."),
+        "a switch as ignore_index": (x, y, {"ignore_index": True}, "got ignore_index=True; an integer of 64 bits is"),
         "temperature 0": (x, y, {"temperature": 0.0}, "got temperature=0.0; a number from 1.18e-38 to 3.4e+38"),
         "temperature NaN": (x, y, {"temperature": float("nan")}, "got temperature=nan; a number from"),
         "temperature as text": (x, y, {"temperature": "hot"}, "got temperature='hot'; a number from"),
