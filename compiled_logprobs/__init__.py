@@ -1,5 +1,11 @@
 """Log-probabilities of labels from logits: always right, and as fast as this machine allows."""
 
+import warnings
+
+with warnings.catch_warnings():  # of torch, at each command where numpy is not installed, which nothing here needs
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
+    import torch as _torch  # noqa: F401
+
 from compiled_logprobs.api.functions import (
     LogProbs,
     cross_entropy_from_logits,

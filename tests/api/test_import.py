@@ -25,6 +25,13 @@ def test_importing_brings_nothing_that_takes_long():
     assert ran.stdout == "[]\n"
 
 
+@pytest.mark.slow
+def test_importing_says_nothing_where_numpy_is_not_installed():
+    program = "import sys; sys.modules['numpy'] = None; import compiled_logprobs"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("", "")
+
+
 def test_the_public_names():
     assert compiled_logprobs.__all__ == PUBLIC.split()
     assert compiled_logprobs.backends() == ["cpp", "compiled", "flash_attn", "eager"]
