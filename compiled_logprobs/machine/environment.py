@@ -26,7 +26,7 @@ SCHEMA = 1
 
 VERSIONS_MATCHED = ("torch", "triton", "cuda")
 MATCHED = {
-    "cpu": ("cpu_model", "cpu_capability", "cpu_threads", *VERSIONS_MATCHED),
+    "cpu": ("cpu_model", "cpu_capability", "cpu_threads", "torch", "cuda"),  # where nothing runs on triton
     "cuda": ("compute_capability", "multiprocessors", "l2_bytes", *VERSIONS_MATCHED),
 }
 """The facts that make an environment what it is, by type of device; all others are recorded and may differ."""

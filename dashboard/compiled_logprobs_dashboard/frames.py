@@ -330,7 +330,8 @@ def _other_versions(facts: Mapping[str, Any], here: list[Environment]) -> str | 
 
 def _versions(facts: Mapping[str, Any], one: Environment, *, exact: bool) -> str | None:
     # Another device needs another build, and may need no triton: there, only torch's own version can be compared.
-    for name in VERSIONS_MATCHED if exact else ("torch",):
+    matched = MATCHED.get(one.device_type, MATCHED["cpu"])
+    for name in [name for name in VERSIONS_MATCHED if name in matched] if exact else ["torch"]:
         there, ours = facts.get(name), getattr(one, name)
         if there is not None and not exact:
             there, ours = str(there).split("+")[0], str(ours).split("+")[0]

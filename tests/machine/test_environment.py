@@ -57,6 +57,10 @@ def test_what_is_only_recorded_leaves_a_gpu_environment_the_same():
     assert dataclasses.replace(GPU, **recorded).fingerprint() == GPU.fingerprint()
 
 
+def test_triton_makes_no_difference_to_a_cpu():
+    assert dataclasses.replace(CPU, triton="3.7.1").fingerprint() == dataclasses.replace(CPU, triton=None).fingerprint()
+
+
 def test_another_schema_is_another_environment(monkeypatch):
     before = CPU.fingerprint()
     assert before.isalnum() and len(before) == 16  # fit for a folder's name
