@@ -263,6 +263,6 @@ def candidate_figures(decision: Decision, name: str) -> str:
         parts.append(f"measured {candidate.measured_at}, and unchanged since")
     if candidate.first_call_seconds is not None:
         pays = decision.calls_to_pay(name)
-        then = f", paid for after {pays:.0f} calls" if pays is not None else ""
+        then = f", paid for after {pays:.0f} call{'' if pays == 1 else 's'}" if pays is not None else ""
         parts.append(f"first call {candidate.first_call_seconds:.2g} s{then}")
     return ", ".join(parts)

@@ -142,7 +142,9 @@ def print_environment(environment: Environment) -> None:
 def print_decisions(title: str, decisions: Sequence[tuple[Decision, str]]) -> None:
     """A row for each decision, with a last cell for where it comes from."""
     print_table(title, [*SHAPE, *FIGURES], [_cells(decision, source) for decision, source in decisions])
-    print_line(f"Speed-ups are over {PLAIN} and gather; all were timed side by side.")
+    untimed = any(decision.is_decided and decision.winner.speedup_over_plain is None for decision, _ in decisions)
+    beside = "; all were timed side by side" if not untimed else ", which are not timed where they would take too long"
+    print_line(f"Speed-ups are over {PLAIN} and gather{beside}.")
     lost = [
         (name, candidate, decision.problem)
         for decision, _ in decisions

@@ -10,7 +10,7 @@ import torch
 import compiled_logprobs as clp
 from compiled_logprobs.backends.compiled import Compiled
 from compiled_logprobs.choose import auto, memory, rule
-from compiled_logprobs.choose.explain import nearest_stored
+from compiled_logprobs.choose.explain import candidate_figures, nearest_stored
 from compiled_logprobs.choose.memory import Choice
 from compiled_logprobs.decision import Candidate, Speedup, speedup_in_words
 from compiled_logprobs.machine.environment import environment_at
@@ -126,6 +126,13 @@ def test_a_decision_with_all_that_is_known_of_it():
         "speed of eager, 0.50 x the logits of extra memory, 40 % of bandwidth, 1 of 1 checks, row invariant, first "
         "call 0.5 s, paid for after 500 calls"
     ) in lines
+
+
+def test_what_pays_at_the_first_call_is_told_in_the_singular():
+    compiled = measured("compiled", first_call_seconds=0.05, seconds=0.1)
+    candidates = {"compiled": compiled, "eager": measured("eager", seconds=0.2)}
+    decision = decided(chosen="compiled", candidates=candidates)
+    assert candidate_figures(decision, "compiled").endswith("first call 0.05 s, paid for after 1 call")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def test_show_lists_what_is_stored_and_where_it_comes_from(run):
     (row,) = (line for line in result.stdout.splitlines() if " 4096 " in line)
     assert row.split()[:8] == ["384", "4096", "float32", "forward", "eager", "not", "timed", "baseline"]
     assert row.rstrip().endswith("user store")
+    assert "side by side" not in result.stdout and "not timed where they would take too long" in result.stdout
     text = run("show", "--json").stdout
     (decision,) = (one for one in json.loads(text)["decisions"] if one["from"] == "user store")
     assert decision["problem"]["vocab"] == 4096 and decision["chosen"] == "eager"
