@@ -143,7 +143,8 @@ def explain_problem(problem: Problem, device: torch.device, under: Policy) -> Ex
 
 
 def nearest_stored(context: Context, most: int = 3) -> list[Neighbour]:
-    """The first `most` by `rule.distance`, then of the fewest fields that differ, ranked by file names, then read."""
+    """The first `most` by `rule.distance`, then of the fewest fields that differ, ranked by file names, then read; of
+    those that decide, since no other serves."""
     asked, here = bucket(context.problem), environment_at(context.device)
     facts, names = here.to_dict(), MATCHED.get(context.device.type, MATCHED["cpu"])
     ranked: list[tuple[tuple[float, ...], Neighbour]] = []
@@ -158,9 +159,8 @@ def nearest_stored(context: Context, most: int = 3) -> list[Neighbour]:
                 order = (math.inf, len(differs), *order)
             ranked.append((order, Neighbour(label, fingerprint, problem, differs)))
     ranked.sort(key=lambda pair: pair[0])
-    stores = context.stores
-    readable = (near for _, near in ranked if stores[near.store].read(near.environment, near.problem) is not None)
-    return list(itertools.islice(readable, most))
+    read = ((near, context.stores[near.store].read(near.environment, near.problem)) for _, near in ranked)
+    return list(itertools.islice((near for near, decision in read if decision and decision.is_decided), most))
 
 
 def what_was_measured(there: Problem, here: Problem) -> str:
@@ -204,6 +204,11 @@ def _why(context: Context, trace: dict[str, Choice | Pending | str]) -> str:
         error = refusal(context)
         return f"the next call raises {type(error).__name__}: {str(error).splitlines()[0]}"
     why = outcome.reason if isinstance(outcome, Pending) else _SOURCES[outcome.source]
+    if "measure" in trace and isinstance(trace["measure"], Pending):
+        meanwhile = rule.related(context)
+        if isinstance(meanwhile, Choice) and meanwhile.decision is not None and meanwhile.source == "related":
+            measured = what_was_measured(meanwhile.decision.problem, context.problem)
+            why += f"; where it must not, {meanwhile.backend} serves, by the decision for {measured}"
     if isinstance(outcome, Choice) and outcome.source == "related" and rule.is_checked(context, outcome) is None:
         why += ", once it has passed a short check"
     return f"{why}; nothing is measured now, because {outcome.unmeasured}" if outcome.unmeasured else why

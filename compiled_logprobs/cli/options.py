@@ -135,8 +135,11 @@ def backend_name_of(text: str) -> str:
 
 
 def store_of(text: str) -> Store:
-    """The profiles that `text` means: user, bundled, or a folder."""
-    return {"user": user_store, "bundled": bundled_store}.get(text, lambda: Store(Path(text)))()
+    """The profiles that `text` means: user, bundled, or a folder that is there."""
+    named = {"user": user_store, "bundled": bundled_store}
+    if text not in named and not Path(text).is_dir():
+        raise InputError(f"got --from {text}, which is no folder; {', '.join(named)} or a folder of profiles is valid.")
+    return named.get(text, lambda: Store(Path(text)))()
 
 
 def device_of(text: str | None) -> torch.device:

@@ -90,11 +90,13 @@ ORDERS: dict[str, Callable[[Decision], Any]] = {
     "problem": _by_problem,
     "rows": lambda decision: (decision.problem.rows, _by_problem(decision)),
     "winner": lambda decision: (winner_in_words(decision), _by_problem(decision)),
-    "speed-up": lambda decision: -(over.median if (over := decision.winner.speedup_over_plain) else 0.0),
-    "time": lambda decision: decision.winner.seconds or math.inf,
+    "speed-up": lambda decision: (
+        -(over.median if decision.is_decided and (over := decision.winner.speedup_over_plain) else 0.0)
+    ),
+    "time": lambda decision: (decision.winner.seconds if decision.is_decided else None) or math.inf,
     "age": lambda decision: decision.measured_at,
 }
-"""What `show` sorts by."""
+"""What `show` sorts by; what has no such figure, as the undecided, comes last."""
 
 
 @takes_problems

@@ -167,13 +167,16 @@ def test_where_a_decision_comes_from(source, why, elsewhere):
     ],
 )
 def test_the_decision_for_the_nearest_kind_of_problem(other, source, measured_for, mode, checks):
-    mode("lookup")
     fast = measured("cpp", speedup_over_plain=Speedup(2.0, 2.1, 2.2))
     publish(decided(LARGE._replace(**other), "cpp", candidates=all_measured() | {"cpp": fast}, measured_rows=512))
     why = {
         "near": "stored for another number of rows, within 4x of it",
         "related": "stored for the nearest kind of problem that was measured",
     }[source]
+    mode("tune")
+    meanwhile = f"within its budget; where it must not, cpp serves, by the decision for {measured_for}"
+    assert (source == "related") == explained().why.endswith(meanwhile)
+    mode("lookup")
     for is_checked in (set(other) == {"rows"}, True):  # before and after a call
         explanation = explained()
         assert (explanation.backend, explanation.source) == ("cpp", source)
@@ -284,6 +287,8 @@ def test_what_could_serve_comes_first_and_then_what_differs_in_the_fewest_fields
     ]
     for other in others:
         publish(decided(other))
+    publish(undecided())  # which serves nobody
+    publish(undecided(LARGE._replace(layout="rows")))
     neighbours = nearest_stored(rule.context_of(LARGE, CPU, policy()), most=5)
     assert [neighbour.problem for neighbour in neighbours] == [others[1], others[3], others[2], others[0], others[4]]
     assert neighbours[2].differs == {"rows": (2048, 1024), "entropy": (True, False)}

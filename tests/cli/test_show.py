@@ -17,7 +17,7 @@ from compiled_logprobs.cli.options import device_of
 from compiled_logprobs.decision import Speedup
 from compiled_logprobs.machine.environment import environment_of
 from compiled_logprobs.problem import Problem
-from tests.helpers.stored_decisions import all_measured, decided, measured, publish
+from tests.helpers.stored_decisions import all_measured, decided, measured, publish, undecided
 
 PROBLEM = Problem("cpu", 384, 4096, torch.float32)
 SLICE = Problem("cpu", 16384, 151936, torch.bfloat16, needs_grad=True, temperature="number", layout="slice")
@@ -43,7 +43,13 @@ def test_show_sorts_and_writes_csv(run):
     for rows, chosen, median in ((64, "cpp", 2.0), (128, "eager", 4.0), (256, "compiled", 3.0)):
         winner = measured(chosen, speedup_over_plain=Speedup(1.5, median, 5.0), seconds=1 / median)
         publish(decided(PROBLEM._replace(rows=rows), chosen, candidates={**all_measured(), chosen: winner}))
-    for order, rows in (("problem", [64, 128, 256]), ("winner", [256, 64, 128]), ("speed-up", [128, 256, 64])):
+    publish(undecided(PROBLEM._replace(rows=96)))  # whose figures are nobody's, and so the last
+    for order, rows in (
+        ("problem", [64, 96, 128, 256]),
+        ("winner", [256, 64, 128, 96]),
+        ("time", [128, 256, 64, 96]),
+        ("speed-up", [128, 256, 64, 96]),
+    ):
         lines = [*csv.DictReader(run("show", "--csv", "--vocab", "4096", "--sort", order).stdout.splitlines())]
         assert [int(line["rows"]) for line in lines] == rows
     assert lines[0].items() >= {"chosen": "eager", "speedup_over_plain_high": "5.0", "from": "user store"}.items()
