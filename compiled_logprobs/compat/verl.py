@@ -74,12 +74,7 @@ def log_probs_from_logits_response(input_ids: Tensor, logits: Tensor, response_l
         input_ids: [B, S]; the logits one position before predict each token.
         logits: [B, S, V]. Not modified; the original with flash-attn overwrites them where B is 1.
     """
-    length = logits.shape[1]
-    if not 0 < response_length < length:
-        raise InputError(
-            f"got response_length={response_length} for logits of shape {list(logits.shape)}; 1 to {length - 1} are "
-            "valid: nothing predicts the first token. Pass the prompt's last token with its logits as well."
-        )
+    _require_response(response_length, logits.shape[1], f"logits of shape {list(logits.shape)}")
     return logprobs_from_logits(
         logits[:, -response_length - 1 : -1], input_ids[:, -response_length:], inplace_backward=False
     )
@@ -111,6 +106,16 @@ def log_probs_from_logits_all_rmpad(
     input_ids_rmpad: Tensor, logits_rmpad: Tensor, indices: Tensor, batch_size: int, seqlen: int, response_length: int
 ) -> Tensor:
     """As `log_probs_from_logits_response_rmpad`, from T tokens [1, T] and their `indices` [T] in [B * S]."""
+    _require_response(response_length, seqlen, f"sequences of {seqlen} tokens")
     log_probs = logprobs_from_logits(logits_rmpad, input_ids_rmpad.squeeze(0).roll(-1), inplace_backward=False)
     padded = log_probs.new_zeros(batch_size * seqlen).index_put((indices,), log_probs)
     return padded.view(batch_size, seqlen)[:, -response_length - 1 : -1]
+
+
+def _require_response(response_length: int, length: int, what: str) -> None:
+    """Raise InputError unless each token of the response has another before it."""
+    if not 0 < response_length < length:
+        raise InputError(
+            f"got response_length={response_length} for {what}; 1 to {length - 1} are valid: nothing predicts the "
+            "first token. Pass the prompt's last token with its logits as well."
+        )

@@ -148,6 +148,10 @@ def test_where_the_original_gathers_minus_100_is_an_error(function):
         (lambda: rlinf.compute_logprobs_from_logits(X, LABELS[:1]), r"labels of shape \[1, 3\] for logits of shape"),
         (lambda: verl.log_probs_from_logits_response(LABELS, X, 3), "response_length=3 for .*; 1 to 2 are valid"),
         (
+            lambda: verl.log_probs_from_logits_response_rmpad(LABELS, torch.ones_like(LABELS), X.flatten(0, 1), 3),
+            "response_length=3 for sequences of 3 tokens; 1 to 2 are valid",
+        ),
+        (
             lambda: verl.log_probs_from_logits_response_rmpad(LABELS, LABELS[:, 1:], X[0], 1),
             "attention_mask of shape .*2, 2",
         ),
