@@ -3,6 +3,7 @@
 Exit codes: 0 passed; 1 something is wrong; 2 it could not run, and standard error says why; 130 interrupted.
 """
 
+import os
 from importlib.metadata import version
 from typing import Annotated
 
@@ -24,6 +25,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
+    if os.environ.get("COLUMNS") == "0":  # as some programs say of a terminal without a size, where rich prints nothing
+        del os.environ["COLUMNS"]
     app(prog_name="compiled-logprobs")
 
 

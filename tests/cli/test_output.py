@@ -1,8 +1,11 @@
 """The one table of the command line: what it shows in which width, and that it cuts nothing."""
 
+import sys
+
 import pytest
 from rich.text import Text
 
+from compiled_logprobs.cli.main import main
 from compiled_logprobs.cli.output import Column, print_table
 
 COLUMNS = [
@@ -72,3 +75,11 @@ def test_a_terminal_has_colours_unless_they_are_forbidden(capsys, monkeypatch, n
         monkeypatch.setenv(name, "1")
     print_table("A title", COLUMNS, ROWS)
     assert ("\x1b[" in capsys.readouterr().out) == colours
+
+
+def test_a_width_of_0_is_none(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "0")
+    monkeypatch.setattr(sys, "argv", ["compiled-logprobs", "doctor"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "C++ compiler" in capsys.readouterr().out
