@@ -9,6 +9,7 @@ import typer
 
 from compiled_logprobs.backends import backends, why_not
 from compiled_logprobs.choose.explain import explain_problem
+from compiled_logprobs.choose.staleness import holds
 from compiled_logprobs.cli.options import AsJson, Folder, Where, device_of, reported_errors
 from compiled_logprobs.cli.output import (
     Column,
@@ -76,6 +77,12 @@ def show(
             rows_there = [(decision, label) for where, decision, label in stored if where == environment]
             print_decisions(
                 f"Environment {environment}{'' if environment in here else ', not this machine'}", rows_there
+            )
+        used = [decision for where, decision, _ in stored if where in here]
+        if gone := sum(not holds(decision, decision.chosen) for decision in used):
+            print_line(
+                f"{gone} of these {len(used)} no longer count{'s' if gone == 1 else ''} here: the winner has changed "
+                "since, or cannot run. `compiled-logprobs profile` measures again, and `explain` says why."
             )
         if not stored:
             print_line("No such decision is stored for this machine. `compiled-logprobs profile` measures some.")

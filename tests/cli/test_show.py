@@ -17,7 +17,7 @@ from compiled_logprobs.cli.options import device_of
 from compiled_logprobs.decision import Speedup
 from compiled_logprobs.machine.environment import environment_of
 from compiled_logprobs.problem import Problem
-from tests.helpers.stored_decisions import all_measured, decided, measured, publish, undecided
+from tests.helpers.stored_decisions import NEW, all_measured, decided, measured, publish, undecided
 
 PROBLEM = Problem("cpu", 384, 4096, torch.float32)
 SLICE = Problem("cpu", 16384, 151936, torch.bfloat16, needs_grad=True, temperature="number", layout="slice")
@@ -37,6 +37,15 @@ def test_show_lists_what_is_stored_and_where_it_comes_from(run):
     assert decision["problem"]["vocab"] == 4096 and decision["chosen"] == "eager"
     assert str(Path(compiled_logprobs.__file__).parent) not in text
     assert os.environ.get("HOME", "/root") not in text
+
+
+def test_show_says_how_many_no_longer_count_since_their_winner_has_changed(run):
+    publish(decided(PROBLEM))
+    told = "1 of these 2 no longer counts here: the winner has changed"
+    assert told not in run("show", "--vocab", "4096").stdout
+    candidates = {**all_measured(), "cpp": measured("cpp", fingerprint=NEW)}
+    publish(decided(PROBLEM._replace(rows=64), "cpp", candidates=candidates))
+    assert told in run("show", "--vocab", "4096").stdout
 
 
 def test_show_sorts_and_writes_csv(run):
