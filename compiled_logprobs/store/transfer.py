@@ -250,6 +250,10 @@ def _why_waste(path: Path, older_than_days: float | None) -> str | None:
         # That it cannot be read by this process, or now, says nothing about what is in it.
         return None if isinstance(error.__cause__, OSError) else f"broken: {error}"
     when = None if decision is None else moment(decision.measured_at)
-    if when is None or older_than_days is None or datetime.now(timezone.utc) - when <= timedelta(days=older_than_days):
+    if (
+        when is None
+        or older_than_days is None
+        or (datetime.now(timezone.utc) - when) / timedelta(days=1) <= older_than_days
+    ):
         return None
     return f"measured on {when:%Y-%m-%d}"

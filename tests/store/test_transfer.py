@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import io
 import json
+import math
 import os
 import tarfile
 import time
@@ -225,6 +226,7 @@ WASTE = (problem_name(BROKEN), problem_name(STALE), ABANDONED)
     [
         ({}, "nothing"),
         ({"older_than_days": 50}, "nothing"),
+        ({"older_than_days": math.inf}, "nothing"),
         ({"older_than_days": 30}, problem_name(AGED)),
         ({"other_environments": True}, ELSEWHERE.fingerprint()),
     ],
