@@ -233,7 +233,7 @@ class Decision:
 
     @property
     def is_decided(self) -> bool:
-        """Whether the rounds could tell which is fastest. Else the baseline serves until a longer run decides."""
+        """Whether the rounds could tell which is fastest. Else it serves no call until a longer run decides."""
         return self.code != "AMBIGUOUS_AT_BUDGET"
 
     def calls_to_pay(self, name: str) -> float | None:

@@ -80,17 +80,21 @@ def print_table(title: str, columns: Sequence[Column | str], rows: Iterable[Sequ
 
 
 def print_csv(decisions: Iterable[tuple[str, Decision, str]]) -> None:
-    """A line for each decision, with its environment and where it comes from; nothing where there is none."""
-    of_decision = ("chosen", "is_decided", "baseline", "rounds", "code", "measured_at")
+    """A line for each decision, with its environment and where it comes from; nothing where there is none.
+
+    Of one that is undecided no figures, since they would be those of nobody.
+    """
+    of_decision = ("is_decided", "baseline", "rounds", "code", "measured_at")
     of_winner = ("seconds", "extra_bytes", "extra_multiple", "percent_of_bandwidth", "checks_passed", "worst_error")
     writer = None
     for environment, decision, source in decisions:
+        winner = decision.winner if decision.is_decided else None
         row = {"environment": environment, "from": source, **problem_to_dict(decision.problem)}
-        row |= {name: getattr(decision, name) for name in of_decision}
+        row |= {"chosen": winner_in_words(decision), **{name: getattr(decision, name) for name in of_decision}}
         for name in ("speedup_over_plain", "speedup"):
-            speedup = getattr(decision.winner, name)
+            speedup = getattr(winner, name, None)
             row |= {f"{name}_{end}": getattr(speedup, end, None) for end in ("low", "median", "high")}
-        row |= {name: getattr(decision.winner, name) for name in of_winner}
+        row |= {name: getattr(winner, name, None) for name in of_winner}
         if writer is None:
             writer = csv.DictWriter(sys.stdout, [*row], lineterminator="\n")
             writer.writeheader()

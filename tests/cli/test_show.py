@@ -62,6 +62,7 @@ def test_show_sorts_and_writes_csv(run):
         lines = [*csv.DictReader(run("show", "--csv", "--vocab", "4096", "--sort", order).stdout.splitlines())]
         assert [int(line["rows"]) for line in lines] == rows
     assert lines[0].items() >= {"chosen": "eager", "speedup_over_plain_high": "5.0", "from": "user store"}.items()
+    assert lines[-1].items() >= {"chosen": "undecided", "is_decided": "False", "seconds": "", "speedup_low": ""}.items()
 
 
 @pytest.mark.parametrize("command", ["show", "profile --progress none", "explain --device cpu", "doctor"])
