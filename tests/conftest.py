@@ -15,6 +15,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch, tmp_path_factory):
+    monkeypatch.delenv("COLUMNS", raising=False)  # which pytest-xdist sets, and no user of a pipe has
     monkeypatch.setenv(policy.MODE_VARIABLE, "off")
     policy._of_process.cache_clear()
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path_factory.mktemp("profiles")))
