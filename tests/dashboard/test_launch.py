@@ -1,11 +1,11 @@
 """`compiled-logprobs dashboard`: how it starts, what stops it from starting, and that a signal ends it."""
 
-import contextlib
 import re
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from importlib import metadata
@@ -119,8 +119,8 @@ def installed(wheel, tmp_path):
     links.mkdir()
     names = ["torch"]
     for name in names:  # which grows by what each needs
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            package = metadata.distribution(name)
+        # Looked for in there alone: setuptools, once imported, adds a folder of its own copies to the path.
+        for package in metadata.distributions(name=name, path=[sysconfig.get_path("purelib")]):
             needed = (re.match("[A-Za-z0-9._-]+", need)[0] for need in package.requires or [])
             names += [need for need in needed if need not in names]
             for top in {file.parts[0] for file in package.files or []} - {"..", "__pycache__"}:
