@@ -16,6 +16,7 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +47,10 @@ class Store:
 
     def read(self, environment: str, problem: Problem) -> Decision | None:
         """The decision for exactly this; None if there is none, or (with a warning) none that can be read."""
-        return _or_warn(read_decision, self.path(environment, problem))
+        path = self.path(environment, problem)
+        if not path.parent.exists():  # an earlier release called the same environment by another name
+            _tell_of_an_earlier_release(self)
+        return _or_warn(read_decision, path)
 
     def evidence(self, environment: str, decision: Decision) -> Evidence | None:
         """What `decision`, which was read here, rests on; None if that is not there."""
@@ -245,6 +249,19 @@ def pass_over(path: Path, error: ProfileError) -> None:
         f"the stored profile {path} is passed over: {message}.\nA profile is JSON of the form that profiles/README.md "
         "describes, under the name of its problem. Make it readable, or delete it: what it told can be measured again."
     )
+
+
+@cache
+def _tell_of_an_earlier_release(store: Store) -> None:
+    """Warn, once a process, if `store` holds an environment in the earlier form."""
+    for folder in store.folders():
+        try:
+            read_bytes(folder / FACTS, LIMIT)
+        except EarlierForm as error:
+            pass_over(folder, error)
+            return
+        except ProfileError:  # of another environment, which nobody asked for
+            continue
 
 
 def _or_warn(read: Callable[[Path], Content | None], path: Path) -> Content | None:

@@ -142,6 +142,11 @@ def test_files_of_an_earlier_release_are_a_miss_with_one_warning_and_are_replace
     with pytest.warns(RuntimeWarning, match="(?s)an earlier release.*`compiled-logprobs profile`") as caught:
         assert list(store.decisions()) == [] and store.environments() == {}
     assert len({str(warning.message) for warning in caught}) == 1
+    path.parents[1].rename(path.parents[2] / ("0" * 16))  # as that release called this environment
+    with pytest.warns(RuntimeWarning, match="(?s)an earlier release.*`compiled-logprobs profile`") as caught:
+        assert store.read(KEY, PROBLEM) is None and store.read(KEY, PROBLEM) is None
+    assert len(caught) == 1
+    (path.parents[2] / ("0" * 16)).rename(path.parents[1])
     store.publish(HERE, FIRST)
     assert store.read(KEY, PROBLEM) == FIRST and store.environments() == {KEY: HERE.to_dict()}
 
