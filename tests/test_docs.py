@@ -20,6 +20,7 @@ from compiled_logprobs.cli.main import app
 from compiled_logprobs.compat import FRAMEWORKS
 from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import Problem, bucket
+from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.presets import grid
 from tests.helpers.stored_decisions import CPU, decided, publish
 
@@ -162,9 +163,11 @@ def calls_on_pages() -> list[tuple[str, Problem]]:
     return calls
 
 
-def test_the_preset_for_rl_serves_every_call_of_the_pages(calls_on_pages, mode):
+def test_the_preset_for_rl_serves_every_call_of_the_pages(calls_on_pages, mode, monkeypatch, tmp_path):
     """At Qwen3's vocabulary in bfloat16, after `profile --preset rl --vocab qwen3 --dtype bf16`."""
     mode("lookup")
+    monkeypatch.chdir(tmp_path)  # where no profiles are; and those that ship may be of this very machine
+    monkeypatch.setattr("compiled_logprobs.store.bundled_store", lambda: Store(tmp_path / "bundled"))
     measured = {bucket(problem) for problem in grid("cpu", "rl", vocabs=[151936], dtypes=[torch.bfloat16])}
     for problem in measured:
         publish(decided(problem, "cpp"))
