@@ -87,31 +87,39 @@ def collapse(logits: Tensor) -> Tensor:
     vocab = logits.shape[-1]
     logits = logits.resolve_neg()  # of a view that only says that its memory is to be negated
     if logits.is_contiguous():
-        return logits.view(-1, vocab)
+        return logits if logits.ndim == 2 and logits.stride(0) == vocab else logits.view(-1, vocab)
     if logits.stride(-1) != 1 and vocab > 1:
         return logits.contiguous().view(-1, vocab)
-    sizes: list[int] = []
-    innermost_stride = 0
-    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if sizes and innermost_stride == size * stride:
-            sizes[-1] *= size
-        else:
-            sizes.append(size)
-        innermost_stride = stride
+    sizes, _ = _merged(logits)
     return logits.view(*(sizes or [1]), vocab)
 
 
 def layout_of(logits: Tensor) -> tuple[Layout, bool]:
-    """Layout and 16-byte alignment of collapsed `logits`."""
-    row_strides = logits.stride()[:-1]
-    aligned = logits.data_ptr() % 16 == 0 and all(s * logits.element_size() % 16 == 0 for s in row_strides)
-    if logits.ndim > 2:
-        return "slice", aligned
-    if logits.shape[0] == 1 or row_strides[0] == logits.shape[1]:
-        return "flat", aligned
-    return "rows", aligned
+    """Layout and 16-byte alignment of what `collapse` makes of `logits`; nothing is computed to find out."""
+    vocab, itemsize = logits.shape[-1], logits.element_size()
+    if logits.is_contiguous():
+        return "flat", logits.data_ptr() % 16 == 0 and vocab * itemsize % 16 == 0
+    if logits.stride(-1) != 1 and vocab > 1:
+        return "flat", True  # of a copy
+    _, strides = _merged(logits)
+    aligned = logits.data_ptr() % 16 == 0 and all(stride * itemsize % 16 == 0 for stride in strides)
+    return "slice" if len(strides) > 1 else "rows", aligned
+
+
+def _merged(logits: Tensor) -> tuple[list[int], list[int]]:
+    """Sizes and strides of the leading dimensions, merged as far as strides allow, without those of size 1."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == size * stride:
+            sizes[-1] *= size
+            strides[-1] = stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    return sizes, strides
 
 
 def overlaps(logits: Tensor) -> bool:

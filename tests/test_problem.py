@@ -12,6 +12,8 @@ from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.problem import (
     DTYPES,
     Problem,
+    collapse,
+    layout_of,
     problem_from_dict,
     problem_from_name,
     problem_name,
@@ -84,3 +86,29 @@ def test_a_problem_that_cannot_be_is_refused(change, reason):
     for other in ({"rows": 1}, [], None, "cpu"):
         with pytest.raises(ProfileError, match="a problem is "):
             problem_from_dict(other)
+
+
+LOGITS = torch.zeros(3, 4, 2, 8)
+VIEWS = {
+    "contiguous": (LOGITS, ("flat", True)),
+    "of one row": (LOGITS[2, 3, 1], ("flat", True)),
+    "of one row among others": (LOGITS[:1, -1, :1], ("flat", True)),
+    "odd": (torch.zeros(3, 4, 7), ("flat", False)),
+    "from an odd place on": (torch.zeros(3 * 8 + 1)[1:].view(3, 8), ("flat", False)),
+    "every other row": (LOGITS[..., 1, :], ("rows", True)),
+    "some columns": (torch.zeros(2, 3, 9)[..., :8], ("rows", False)),
+    "sliced": (LOGITS[:, :-1], ("slice", True)),
+    "sliced, of one row each": (LOGITS[:, :1, :1], ("rows", True)),
+    "expanded": (torch.zeros(1, 8).expand(5, 8), ("rows", True)),
+    "transposed": (torch.zeros(8, 5).T, ("flat", True)),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_the_layout_is_that_of_what_backends_see(name):
+    logits, expected = VIEWS[name]
+    collapsed = collapse(logits)
+    assert layout_of(logits) == layout_of(collapsed) == expected
+    leading = sum(size > 1 for size in collapsed.shape[:-1])
+    assert torch.equal(collapsed, logits.reshape(collapsed.shape)) and (leading == 2) == (expected[0] == "slice")
+    assert name == "transposed" or collapsed.data_ptr() == logits.data_ptr()

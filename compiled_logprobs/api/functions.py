@@ -25,7 +25,7 @@ from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import BackendUnavailable, InputError
 from compiled_logprobs.operation.autograd import ForwardBackward, PlainFormula, compute
 from compiled_logprobs.policy import policy
-from compiled_logprobs.problem import Layout, Problem, Temperature, as_it_lies, collapse, layout_of
+from compiled_logprobs.problem import Problem, Temperature, as_it_lies, layout_of
 
 _PLAIN = PlainFormula()
 
@@ -99,7 +99,7 @@ def log_probs_from_logits(
     else:
         if inplace_backward:
             check_not_leaf(logits)
-        problem = problem_of(logits, columns, temperature, return_entropy, masked_logits, inplace_backward, out_dtype)
+        problem = problem_of(logits, labels, temperature, return_entropy, masked_logits, inplace_backward, out_dtype)
         serving = Auto(problem, logits) if backend == "auto" else _named(backend, problem)
     log_probs, entropy = compute(
         serving,
@@ -284,7 +284,7 @@ def _problem_posed(
     check_labels(logits, labels, ignore_index)
     return problem_of(
         logits,
-        labels if labels.ndim == logits.ndim else labels.unsqueeze(-1),
+        labels,
         checked_temperature(logits, temperature),
         return_entropy,
         masked_logits,
@@ -331,22 +331,18 @@ def problem_of(
     inplace_backward: bool = False,
     out_dtype: torch.dtype = torch.float32,
 ) -> Problem:
-    """The problem that a call with `labels` [..., K] poses."""
-    vocab = logits.shape[-1]
-    copied = logits.stride(-1) != 1 and vocab > 1
-    layout: Layout = "flat"
-    aligned = True
-    if not copied and logits.numel() > 0:
-        layout, aligned = layout_of(collapse(logits.detach()))
+    """The problem that a call with `labels` [...] or [..., K] poses."""
+    shape = logits.shape
+    layout, aligned = layout_of(logits) if logits.numel() > 0 else ("flat", True)
     kind: Temperature = "per_token" if isinstance(temperature, Tensor) else "none" if temperature == 1.0 else "number"
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
     return Problem(
         logits.device.type,
-        logits.numel() // vocab,
-        vocab,
+        logits.numel() // shape[-1],
+        shape[-1],
         logits.dtype,
         out_dtype,
-        labels.shape[-1],
+        labels.shape[-1] if labels.ndim == len(shape) else 1,
         needs_grad,
         entropy,
         kind,

@@ -23,7 +23,7 @@ from compiled_logprobs.check.report import CheckReport, Notes, ProblemReport, St
 from compiled_logprobs.check.verdicts import CaseInputs, Results, call_once, eager_yardstick, judge
 from compiled_logprobs.errors import InputError, nothing_can_serve_after
 from compiled_logprobs.machine.clock import free_memory
-from compiled_logprobs.problem import Problem, bucket, collapse, layout_of, short_name
+from compiled_logprobs.problem import Problem, bucket, layout_of, short_name
 
 INVARIANCE_ELEMENTS = 2**24
 """Logits of the input with many rows, unless a quarter of the free memory holds less."""
@@ -234,5 +234,5 @@ def _check_rows_alone(
         same = all(map(same_bits, parts, among_all))
         notes.rows_alone.append(same)
         # A single row of strided ones lies as if it were contiguous: another problem, and perhaps another kernel.
-        if subject.row_invariant and layout_of(collapse(logits[:count])) == layout_of(collapse(logits)):
+        if subject.row_invariant and layout_of(logits[:count]) == layout_of(logits):
             notes.add("row_invariance", same, f"the first {count} of {len(logits)} rows have other bits alone")

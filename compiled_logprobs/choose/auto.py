@@ -62,13 +62,16 @@ class Auto(Backend):
 def choose(problem: Problem, device: torch.device, under: Policy) -> tuple[str, Backend]:
     """What serves `problem` on `device`, by the steps of `rule`; remembered for the next call. Raises as `Auto`."""
     process = memory.MEMORY
-    with process.lock:
-        context = rule.context_of(problem, device, under, tune_in_call)
-        *_, (step, choice) = rule.walk(context)
-        if not isinstance(choice, Choice):
-            raise refusal(context)
-        if step != "remembered":
-            process.remember(problem, under, choice)
+    choice = _remembered(problem, device, under)
+    if not isinstance(choice, Choice):
+        with process.lock:
+            context = rule.context_of(problem, device, under, tune_in_call)
+            *_, (step, outcome) = rule.walk(context)
+            if not isinstance(outcome, Choice):
+                raise refusal(context)
+            choice = outcome
+            if step != "remembered":  # by another thread meanwhile
+                process.remember(problem, under, choice)
     name = choice.backend
     reason = None if name == EAGER else why_not(name, problem)  # of this very N: the choice is for a bucket
     if reason is not None and under.row_invariant:
@@ -90,7 +93,7 @@ def is_capturing(problem: Problem) -> bool:
 
 def _warm_choice(problem: Problem, under: Policy) -> tuple[str, Backend]:
     """What served such a problem before the capture; eager where nothing did, or it would have to compile."""
-    choice = rule.remembered(rule.Context(problem, under, torch.device(problem.device_type), "", {}, memory.MEMORY))
+    choice = _remembered(problem, torch.device(problem.device_type), under)
     name = choice.backend if isinstance(choice, Choice) else EAGER
     backend = get_backend(name)
     is_warm = backend.is_warm(problem)
@@ -100,6 +103,12 @@ def _warm_choice(problem: Problem, under: Policy) -> tuple[str, Backend]:
             "a CUDA graph is captured. Call the function once before the capture, or set row_invariant=False."
         )
     return (name, backend) if is_warm else (EAGER, get_backend(EAGER))
+
+
+def _remembered(problem: Problem, device: torch.device, under: Policy) -> Choice | str:
+    """What served the bucket of `problem` before, by the first step alone: where N differs from call to call, all that
+    the others go by, such as the environment, would cost more than a small call."""
+    return rule.remembered(rule.Context(problem, under, device, "", {}, memory.MEMORY))
 
 
 def _is_observed(logits: Tensor) -> bool:

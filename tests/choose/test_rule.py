@@ -180,6 +180,12 @@ def test_each_mode_remembers_for_itself_and_off_looks_at_nothing_that_is_stored(
         assert chosen()[0] == backend
 
 
+def test_another_number_of_rows_of_the_same_bucket_is_chosen_for_by_what_is_remembered_alone(checks, monkeypatch):
+    before, _ = chosen()
+    monkeypatch.setattr(rule, "context_of", lambda *_: pytest.fail("it looked at the environment and the stores"))
+    assert auto.choose(LARGE._replace(rows=LARGE.rows - 1), CPU, policy())[0] == before
+
+
 def test_what_is_decided_later_replaces_a_guess(mode, checks):
     mode("lookup")
     others = LARGE._replace(rows=2048), LARGE._replace(temperature="number")
