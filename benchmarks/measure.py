@@ -178,7 +178,7 @@ def _failures_kept_in(result: Result) -> Iterator[None]:
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:
     clock.flush_cache(device)
-    return clock.time_call(call, device)
+    return clock.time_call(call, device).seconds
 
 
 def _dropped(call: Callable[[], object]) -> None:

@@ -7,7 +7,7 @@ Shapes: N rows, V vocabulary, K labels a row.
 
 import math
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime, timezone
 from typing import Any, Literal, TypeVar
 
@@ -123,11 +123,13 @@ class Evidence:
     """By candidate, and of `PLAIN`, one a round."""
     cases: dict[str, tuple[CaseEvidence, ...]] = field(default_factory=dict)
     """By candidate, of those that got as far as the check."""
+    host_seconds: dict[str, list[float]] = field(default_factory=dict)
+    """Until the same calls of `seconds` returned, by candidate; none on a CPU, where these are the same."""
 
     def with_cases_of(self, earlier: "Evidence", names: Collection[str]) -> "Evidence":
         """The same, with what the check saw of `names` at an earlier time."""
         carried = {name: cases for name, cases in earlier.cases.items() if name in names and name not in self.cases}
-        return Evidence(self.seed, self.measured_at, self.seconds, {**self.cases, **carried})
+        return replace(self, cases={**self.cases, **carried})
 
     def to_json(self) -> bytes:
         """Without what is as it is by default, since there are hundreds of checks a decision."""
@@ -153,6 +155,8 @@ class Candidate:
     """Over plain `log_softmax` and `gather`; None where these could not be timed."""
     seconds: float | None = None
     """Median of the timed calls, forward and, where the problem needs the gradient, backward."""
+    host_seconds: float | None = None
+    """Median of the time until the same calls returned; None on a CPU, where it is the same."""
     first_call_seconds: float | None = None
     """Of the first call, compiling included, as far as it was not spared that by the compiler's cache or by other
     problems that were measured before in the same run."""

@@ -12,7 +12,7 @@ from compiled_logprobs.choose.memory import Choice, family_of
 from compiled_logprobs.choose.rule import Context, Pending
 from compiled_logprobs.decision import PLAIN, Decision
 from compiled_logprobs.errors import BackendUnavailable, LogProbsError, ProfileError
-from compiled_logprobs.machine.environment import MATCHED, environment_at
+from compiled_logprobs.machine.environment import MATCHED, as_matched, environment_at
 from compiled_logprobs.policy import Policy
 from compiled_logprobs.problem import Problem, bucket, problem_to_dict
 
@@ -154,7 +154,8 @@ def nearest_stored(context: Context, most: int = 3) -> list[Neighbour]:
             differs, order = _differing(problem, asked), rule.distance(asked, problem)
             if fingerprint != here.fingerprint():
                 other = environments.get(fingerprint, {})
-                differs |= {name: (other.get(name), facts[name]) for name in names if other.get(name) != facts[name]}
+                both = {name: (other.get(name), facts[name]) for name in names}
+                differs |= {name: pair for name, pair in both.items() if _counts(name, *pair)}
             if fingerprint != here.fingerprint() or family_of(problem) != family_of(asked):
                 order = (math.inf, len(differs), *order)
             ranked.append((order, Neighbour(label, fingerprint, problem, differs)))
@@ -220,6 +221,11 @@ def _differing(there: Problem, here: Problem) -> dict[str, tuple[Any, Any]]:
     return {name: (value, mine[name]) for name, value in both.items() if value != mine[name]}
 
 
+def _counts(name: str, there: Any, here: Any) -> bool:
+    """Whether a fact that has to be the same is not."""
+    return bool(as_matched(name, there) != as_matched(name, here))
+
+
 def _in_words(outcome: Choice | Pending | str) -> str:
     if isinstance(outcome, Choice):
         return f"{outcome.backend}, {outcome.source}"
@@ -249,7 +255,8 @@ def candidate_figures(decision: Decision, name: str) -> str:
     candidate = decision.candidates[name]
     parts = []
     if candidate.seconds is not None:
-        parts.append(f"{candidate.seconds * 1e3:.3g} ms a call")
+        of_host = "" if candidate.host_seconds is None else f" (of the host {candidate.host_seconds * 1e3:.3g} ms)"
+        parts.append(f"{candidate.seconds * 1e3:.3g} ms a call{of_host}")
     if candidate.speedup_over_plain is not None:
         parts.append(f"{candidate.speedup_over_plain} the speed of {PLAIN} and gather")
     if candidate.speedup is not None and name != decision.baseline:

@@ -38,8 +38,8 @@ class Column(NamedTuple):
 SHAPE = (Column("rows", right=True), Column("vocab", right=True), Column("dtype"), Column("mode"), Column("options"))
 FIGURES = (
     *(Column("winner"), Column("speed-up", right=True), Column("interval", 1), Column("over eager", 2, right=True)),
-    *(Column("a call", 4, right=True), Column("sign check", 3), Column("extra memory", 6, right=True)),
-    *(Column("bandwidth", 7, right=True), Column("from", 5)),
+    *(Column("a call", 4, right=True), Column("of the host", 8, right=True), Column("sign check", 3)),
+    *(Column("extra memory", 6, right=True), Column("bandwidth", 7, right=True), Column("from", 5)),
 )
 
 
@@ -85,7 +85,10 @@ def print_csv(decisions: Iterable[tuple[str, Decision, str]]) -> None:
     Of one that is undecided no figures, since they would be those of nobody.
     """
     of_decision = ("is_decided", "baseline", "rounds", "code", "measured_at")
-    of_winner = ("seconds", "extra_bytes", "extra_multiple", "percent_of_bandwidth", "checks_passed", "worst_error")
+    of_winner = (
+        *("seconds", "host_seconds", "extra_bytes", "extra_multiple", "percent_of_bandwidth"),
+        *("checks_passed", "worst_error"),
+    )
     writer = None
     for environment, decision, source in decisions:
         winner = decision.winner if decision.is_decided else None
@@ -204,11 +207,11 @@ def _cells(decision: Decision, source: str) -> tuple[str | Text, ...]:
     """The row of a decision; of one that is undecided no figures, since they would be those of nobody."""
     shape = _shape(decision.problem)
     if not decision.is_decided:
-        return *shape, Text("undecided", "yellow"), *[""] * 7, source
+        return *shape, Text("undecided", "yellow"), *[""] * 8, source
     winner = decision.winner
     return (
         *(*shape, decision.chosen, *_times(winner.speedup_over_plain), _speedup(decision, interval=False)),
-        "" if winner.seconds is None else f"{winner.seconds * 1e3:.3g} ms",
+        *("" if time is None else f"{time * 1e3:.3g} ms" for time in (winner.seconds, winner.host_seconds)),
         f"{winner.checks_passed} of {len(winner.checks)}",
         _memory(winner.extra_bytes, winner.extra_multiple),
         "" if winner.percent_of_bandwidth is None else f"{winner.percent_of_bandwidth:.0f} %",

@@ -6,12 +6,14 @@ CUDA's side goes through the one name `cuda`, where tests put a stand-in. ROCm i
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import sys
 from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -27,28 +29,45 @@ UNKNOWN_CACHE = 64 * MIB
 """Taken for the last level of a CPU's cache where the system does not tell."""
 INFINITY_CACHE = 256 * MIB
 """Of the AMD accelerators that have most of it: it lies behind the L2 cache, and torch does not report it."""
+AHEAD_S, MOST_AHEAD_S = 1e-3, 20e-3
+"""How long a device is kept busy before a timed call, unless told; and at most: its queue is not longer."""
+SPIN_CYCLES = 200_000
+"""Of a first spin, which tells how many cycles a second has; ROCm counts others than CUDA."""
 
 
-def time_call(function: Callable[[], object], device: torch.device | str) -> float:
-    """Seconds that one call of `function` takes; what it returns is freed outside of the clock.
+class Time(NamedTuple):
+    """What one call takes."""
+
+    seconds: float
+    """Of the device."""
+    host_seconds: float
+    """Until the call returned: on a CPU the same; on CUDA what Python and launches take, unless it waits."""
+
+
+def time_call(function: Callable[[], object], device: torch.device | str, *, ahead_s: float = AHEAD_S) -> Time:
+    """Time one call of `function`; what it returns is freed outside of the clock.
 
     On CUDA by the device's own events: what was queued on the current stream before does not count, and what the call
-    queues is waited for.
+    queues is waited for. The device is kept busy for `ahead_s` before, so that the host is ahead of it, as in training:
+    else a short call would take as long as the host takes to launch it.
     """
     device = measurable(device)
     if device.type == "cuda":
         first, last = (cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's gap
+        _keep_busy(device, min(ahead_s, MOST_AHEAD_S))
         first.record(cuda.current_stream(device))
+        start = perf_counter()
         result = function()
+        host_seconds = perf_counter() - start
         last.record(cuda.current_stream(device))
         last.synchronize()
         seconds = float(first.elapsed_time(last)) / 1000
     else:
         start = perf_counter()
         result = function()
-        seconds = perf_counter() - start
+        seconds = host_seconds = perf_counter() - start
     del result
-    return seconds
+    return Time(seconds, host_seconds)
 
 
 def cache_bytes(device: torch.device | str) -> int:
@@ -63,6 +82,12 @@ def cache_bytes(device: torch.device | str) -> int:
 def flush_cache(device: torch.device | str) -> None:
     """Put other data into the device's cache; queued on the current stream if it is CUDA."""
     _scratch(measurable(device)).amax()  # only read, so that nothing is left to be written back while the clock runs
+
+
+def finish_queued(device: torch.device) -> None:
+    """Wait for what this process has queued on `device`: nothing, where torch holds no memory of it."""
+    if device.type == "cuda" and cuda.memory_reserved(device) > 0:  # else waiting would take some, for a context
+        cuda.synchronize(device)
 
 
 def free_memory(device: torch.device | str) -> int:
@@ -122,9 +147,41 @@ def measurable(device: torch.device | str) -> torch.device:
         raise InputError(
             f"got device '{device}'; time and memory are measured on 'cpu' and 'cuda' devices. Name one of these."
         )
-    if device.type == "cuda":
-        return torch.device("cuda", cuda.current_device()) if device.index is None else device
-    return torch.device("cpu")
+    return with_index(device) if device.type == "cuda" else torch.device("cpu")
+
+
+def with_index(device: torch.device) -> torch.device:
+    """`device`; where it is CUDA's without an index, the one that is current in this process, and in no other."""
+    return torch.device("cuda", cuda.current_device()) if device.type == "cuda" and device.index is None else device
+
+
+def _keep_busy(device: torch.device, seconds: float) -> None:
+    """Queue work for about so long on the current stream, before which nothing later begins."""
+    spin, each = _spin(device)
+    with cuda.device(device):
+        spin(seconds / each)
+
+
+@cache
+def _spin(device: torch.device) -> tuple[Callable[[float], None], float]:
+    """What queues work that many times, and the seconds of one time: a spin, else reads as of `flush_cache`."""
+    sleep = getattr(cuda, "_sleep", None)  # no public name of torch's does that
+
+    def spin(times: float) -> None:
+        if sleep is not None:
+            sleep(math.ceil(times * SPIN_CYCLES))
+        else:
+            for _ in range(math.ceil(times)):
+                flush_cache(device)
+
+    first, last = (cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's gap
+    with cuda.device(device):
+        spin(1.0)  # and load it
+        first.record(cuda.current_stream(device))
+        spin(1.0)
+        last.record(cuda.current_stream(device))
+    last.synchronize()
+    return spin, max(float(first.elapsed_time(last)) / 1000, 1e-6)
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ Nothing here names the host, the user or a path of theirs: it is stored, printed
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -21,15 +22,19 @@ from typing import Any
 import psutil
 import torch
 
+from compiled_logprobs.machine.clock import with_index
+
 SCHEMA = 1
 """Of the fingerprint and of what is stored under it."""
 
 VERSIONS_MATCHED = ("torch", "triton", "cuda")
 MATCHED = {
     "cpu": ("cpu_model", "cpu_capability", "cpu_threads", "torch", "cuda"),  # where nothing runs on triton
-    "cuda": ("compute_capability", "multiprocessors", "l2_bytes", *VERSIONS_MATCHED),
+    "cuda": ("compute_capability", "multiprocessors", "l2_bytes", "memory_bytes", *VERSIONS_MATCHED),
 }
 """The facts that make an environment what it is, by type of device; all others are recorded and may differ."""
+MEMORY_STEP = 8 * 2**30
+"""A GPU's memory counts as rounded up to this: it tells parts of the same chip apart, and a driver keeps some of it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Environment:
 
     def matched(self) -> dict[str, Any]:
         """The facts that another machine has to share for its measurements to count here."""
-        facts = {name: getattr(self, name) for name in MATCHED.get(self.device_type, MATCHED["cpu"])}
+        names = MATCHED.get(self.device_type, MATCHED["cpu"])
+        facts = {name: as_matched(name, getattr(self, name)) for name in names}
         return {"schema": SCHEMA, "device_type": self.device_type, **facts}
 
     def fingerprint(self) -> str:
@@ -74,6 +80,13 @@ class Environment:
     def to_dict(self) -> dict[str, Any]:
         """For programs: plain values only, the fingerprint among them."""
         return {"fingerprint": self.fingerprint(), **asdict(self)}
+
+
+def as_matched(name: str, value: Any) -> Any:
+    """What counts of a fact, of any source, where it has to be the same."""
+    if name == "memory_bytes" and isinstance(value, (int, float)) and math.isfinite(value):
+        return math.ceil(value / MEMORY_STEP) * MEMORY_STEP
+    return value
 
 
 def environment_of(device: torch.device | str = "cpu") -> Environment:
@@ -112,7 +125,7 @@ def fingerprint_of(device: torch.device) -> str:
 
 def environment_at(device: torch.device) -> Environment:
     """The same, with all its facts; remembered, since to find them out takes milliseconds."""
-    return _environment(str(device), torch.get_num_threads())
+    return _environment(str(with_index(device)), torch.get_num_threads())
 
 
 @lru_cache(maxsize=64)

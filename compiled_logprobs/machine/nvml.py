@@ -203,9 +203,12 @@ class Summary:
 
 
 class Watch:
-    """Takes a snapshot before and after what runs inside of it, and one every `interval` seconds in between."""
+    """Takes a snapshot before and after what runs inside of it, and one every `interval` seconds in between.
 
-    def __init__(self, provider: Nvml | NoTelemetry, interval: float = 0.2) -> None:
+    No more often than it has to: a question to the driver can hold up a launch for milliseconds.
+    """
+
+    def __init__(self, provider: Nvml | NoTelemetry, interval: float = 1.0) -> None:
         self._provider, self._interval = provider, interval
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)

@@ -38,6 +38,8 @@ ALIGNED = 16
 """Elements; rows whose stride is a multiple of it start at multiples of 16 bytes in every dtype."""
 LONGEST_REASON = 500
 """Characters; compilers' errors run to pages."""
+AHEAD = 1.5
+"""Times as long as the host takes for a call, a device is kept busy before it."""
 SHARE_OF_FREE_MEMORY = 0.5
 """What the check, the rounds and plain torch may take of it, each."""
 
@@ -69,6 +71,8 @@ class Run:
     """The same, as a multiple of the logits' size."""
     seconds: list[float] = field(default_factory=list)
     """Of the timed calls, one a round, as the clock gave them."""
+    host_seconds: list[float] = field(default_factory=list)
+    """Of the same calls, until each returned."""
 
     @property
     def alive(self) -> bool:
@@ -114,6 +118,10 @@ class Measurement:
     def times(self) -> dict[str, list[float]]:
         """Seconds by candidate and round, of those that have run in every round."""
         return {run.name: run.seconds for run in self.runs.values() if run.alive and run.seconds}
+
+    def host_times(self) -> dict[str, list[float]]:
+        """Seconds until the same calls returned; none on a CPU, where they would be the same ones."""
+        return {} if self.device.type == "cpu" else {name: self.runs[name].host_seconds for name in self.times()}
 
     def plain_times(self) -> list[float]:
         """Seconds of plain torch by round; none where it was left out, or failed."""
@@ -170,7 +178,7 @@ class Measurement:
         try:
             call = inputs.call(self._forward(name), index)
             if step == "compile":
-                run.first_call_seconds = clock.time_call(call, self.device)
+                run.first_call_seconds = max(clock.time_call(call, self.device))
                 for other in range(1, BUFFERS):  # what a second call still does once belongs to no round
                     results, gradients = inputs.call(self._forward(name), other)()
                 if self._look_at_results and (mistake := inputs.what_is_wrong(other, results, gradients)):
@@ -183,10 +191,14 @@ class Measurement:
                 if run.extra_bytes is not None:
                     run.extra_multiple = run.extra_bytes / inputs.logits_bytes
             else:
+                # The least, since a call that waits for the device waits for what keeps that busy, too.
+                ahead_s = max(clock.AHEAD_S, AHEAD * min(run.host_seconds, default=0.0))
                 clock.flush_cache(self.device)
-                if (seconds := clock.time_call(call, self.device)) <= 0.0:
-                    raise ValueError(f"the clock gave {seconds} s, which no call can take")
-                run.seconds.append(seconds)
+                time = clock.time_call(call, self.device, ahead_s=ahead_s)
+                if time.seconds <= 0.0:
+                    raise ValueError(f"the clock gave {time.seconds} s, which no call can take")
+                run.seconds.append(time.seconds)
+                run.host_seconds.append(time.host_seconds)
         except Exception as error:  # noqa: BLE001 - whatever a candidate raises is its outcome
             run.outcome = "oom" if is_out_of_memory(error) else "failed"
             run.reason = f"{step}: {type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST_REASON]

@@ -50,6 +50,7 @@ class Tally:
         self.alive = list(names)
         self.with_plain = True
         self._seconds: dict[str, list[float]] = {}
+        self._host_seconds: dict[str, list[float]] = {}
         self._cases: dict[str, tuple[CaseEvidence, ...]] = {}
         self._checked_rows: dict[str, int] = {}
         self._short_of_memory: set[str] = set()
@@ -63,6 +64,7 @@ class Tally:
         self.candidate: str | None = None
         self.step, self._step_began = "start", time.monotonic()
         self._seconds.clear()
+        self._host_seconds.clear()
 
     def hear(self, event: Event) -> None:
         kind, name = event["event"], event.get("candidate", "")
@@ -91,6 +93,8 @@ class Tally:
         elif kind == "round":
             for name, seconds in event["seconds"].items():
                 self._seconds.setdefault(name, []).append(seconds)
+            for name, seconds in event["host_seconds"].items():
+                self._host_seconds.setdefault(name, []).append(seconds)
             if event["plain"] is None:
                 self._seconds.pop(PLAIN, None)
             else:
@@ -153,6 +157,7 @@ class Tally:
                 speedup=verdict.speedup,
                 speedup_over_plain=speedup_over(plain, times[name], len(times)) if plain else None,
                 seconds=median(times[name]),
+                host_seconds=median(self._host_seconds[name]) if name in self._host_seconds else None,
             )
         reason, chosen = selection.reason, selection.chosen
         if chosen in self._short_of_memory:
@@ -182,7 +187,8 @@ class Tally:
             **self._circumstances,
         )
         seconds = times if plain is None else {**times, PLAIN: plain}
-        return decision, Evidence(self.seed, measured_at, seconds, self._cases)
+        host_seconds = {name: series for name, series in self._host_seconds.items() if name in times}
+        return decision, Evidence(self.seed, measured_at, seconds, self._cases, host_seconds)
 
     def _note(self, name: str, **fields: Any) -> None:
         self.candidates[name] = replace(self.candidates[name], **fields)

@@ -13,6 +13,7 @@ from torch import cuda
 from compiled_logprobs.backends import BUILT_IN, EAGER, backends, target_of
 from compiled_logprobs.decision import Decision, Evidence
 from compiled_logprobs.errors import LogProbsError
+from compiled_logprobs.machine.clock import finish_queued, measurable, with_index
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.problem import Problem, bucket, problem_to_dict
 from compiled_logprobs.tuning.process import Event, Worker, WorkerLost
@@ -62,7 +63,7 @@ class Tuner:
     ) -> None:
         self._first_calls: dict[tuple[str, Problem], float] = {}
         self.short = short
-        self._device, self._on_event = device, on_event
+        self._device, self._on_event = measurable(device), on_event  # another process has another current device
         self._worker: Worker | None = None
         self._is_reused = False
 
@@ -130,6 +131,7 @@ class Tuner:
 
     def _run(self, tally: Tally, seconds: float) -> None:
         """Have the worker program measure what is left of the candidates."""
+        finish_queued(self._device)  # such as the forward pass of a model, which the candidates would wait for
         tally.begin()
         self._is_reused = self._worker is not None
         if self._worker is None:
@@ -183,7 +185,7 @@ def name_of(device: torch.device) -> str:
     """What tells `device` from every other of this machine, in all its processes."""
     if device.type != "cuda":
         return device.type
-    return str(getattr(cuda.get_device_properties(device), "uuid", device.index))
+    return str(getattr(cuda.get_device_properties(device), "uuid", with_index(device).index))
 
 
 @contextlib.contextmanager

@@ -96,6 +96,8 @@ class Job:
         self._order, self._emit = order, emit
         self._problem = problem_from_dict(order["problem"])
         self._device = measurable(order["device"])
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # as it is where the call that this is for comes from
         self._lost: set[str] = set()
         self._extra_multiple = self._problem.needs_grad + 1.0
         pilot_rows = min(max(2, PILOT_LOGITS // self._problem.vocab), self._rows_in_memory(BUFFERS))
@@ -265,7 +267,8 @@ class Job:
                 times = measurement.times()
                 plain = measurement.plain_times()
                 seconds = {name: series[-1] for name, series in times.items()}
-                self._emit("round", seconds=seconds, plain=plain[-1] if plain else None)
+                host_seconds = {name: series[-1] for name, series in measurement.host_times().items()}
+                self._emit("round", seconds=seconds, host_seconds=host_seconds, plain=plain[-1] if plain else None)
                 enough = done >= fewest_rounds(len(times))  # fewer cannot speak for any candidate
                 if not times or (time.monotonic() > ends and enough) or self._selection(measurement, final=False):
                     break

@@ -17,7 +17,7 @@ from compiled_logprobs.choose.memory import Choice, Memory
 from compiled_logprobs.choose.rule import Context, walk
 from compiled_logprobs.decision import PLAIN, Candidate, Decision, Evidence, Speedup, short
 from compiled_logprobs.errors import ProfileError
-from compiled_logprobs.machine.environment import MATCHED, VERSIONS_MATCHED, Environment, environments
+from compiled_logprobs.machine.environment import MATCHED, VERSIONS_MATCHED, Environment, as_matched, environments
 from compiled_logprobs.policy import Policy
 from compiled_logprobs.problem import MODES, Problem, as_it_lies, bucket, mode_name, short_name
 from compiled_logprobs.store import stores
@@ -343,7 +343,9 @@ def _versions(facts: Mapping[str, Any], one: Environment, *, exact: bool) -> str
 def _is_like(one: Environment, facts: Mapping[str, Any]) -> bool:
     """Whether `facts` are of the same silicon."""
     names = [name for name in MATCHED.get(one.device_type, MATCHED["cpu"]) if name not in VERSIONS_MATCHED]
-    return all(facts.get(name) == getattr(one, name) for name in ("device_type", *names))
+    return all(
+        as_matched(name, facts.get(name)) == as_matched(name, getattr(one, name)) for name in ("device_type", *names)
+    )
 
 
 # What serves a shape

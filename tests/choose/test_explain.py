@@ -269,9 +269,12 @@ def test_no_backend_of_others_is_imported(own_registry):
 def test_a_measurement_without_figures_can_be_shown():
     nothing = ("speedup", "seconds", "first_call_seconds", "extra_bytes", "extra_multiple", "percent_of_bandwidth")
     bare = measured("compiled", **dict.fromkeys(nothing), checks=(), row_invariant=None)
-    publish(decided(chosen="compiled", candidates=all_measured() | {"compiled": bare}, plain_seconds=None))
+    beside = measured("eager", seconds=2e-3, host_seconds=3e-4)  # as a GPU's has it
+    candidates = all_measured() | {"compiled": bare, "eager": beside}
+    publish(decided(chosen="compiled", candidates=candidates, plain_seconds=None))
     lines = str(explained()).splitlines()
     assert sum(line.startswith("              ") for line in lines) == 2  # eager's and cpp's
+    assert sum("2 ms a call (of the host 0.3 ms), " in line for line in lines) == 1
 
 
 # What is stored near it

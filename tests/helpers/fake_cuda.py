@@ -1,8 +1,11 @@
 """A stand-in for `torch.cuda` as `machine.clock` uses it: events on a clock that tests move, and an allocator."""
 
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 
 import torch
+
+CYCLES_A_MS = 1_000_000
 
 
 class FakeCuda:
@@ -11,7 +14,7 @@ class FakeCuda:
     def __init__(self, step_ms: float = 0.0) -> None:
         self.now_ms, self.step_ms = 0.0, step_ms
         self.calls: list[str] = []
-        self.allocated, self.peak, self.free = 1000, 0, 80 * 2**30
+        self.allocated, self.peak, self.free, self.reserved = 1000, 0, 80 * 2**30, 0
         self.Event = lambda enable_timing: FakeEvent(self, enable_timing)
 
     def take(self, size: int) -> None:
@@ -20,6 +23,14 @@ class FakeCuda:
 
     def current_device(self) -> int:
         return 1
+
+    def device(self, device: torch.device) -> AbstractContextManager[None]:
+        assert device.index is not None
+        return nullcontext()
+
+    def _sleep(self, cycles: int) -> None:
+        self.now_ms += cycles / CYCLES_A_MS
+        self.calls.append(f"sleep {cycles / CYCLES_A_MS:g} ms")
 
     def current_stream(self, device: torch.device) -> str:
         return f"stream of {device}"
@@ -37,6 +48,9 @@ class FakeCuda:
     def reset_peak_memory_stats(self, device: torch.device) -> None:
         self.peak = self.allocated
         self.calls.append(f"reset {device}")
+
+    def memory_reserved(self, device: torch.device) -> int:
+        return self.reserved
 
     def memory_allocated(self, device: torch.device) -> int:
         self.calls.append(f"allocated {device}")

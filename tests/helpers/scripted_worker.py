@@ -20,9 +20,11 @@ def step(candidate: str | None, name: str) -> Event:
     return {"event": "step", "candidate": candidate, "step": name}
 
 
-def rounds(count: int, plain: float | None = None, **seconds: float) -> list[Event]:
+def rounds(
+    count: int, plain: float | None = None, host: dict[str, float] | None = None, **seconds: float
+) -> list[Event]:
     """So many rounds, each of which ends in a step that times the first candidate."""
-    one = {"event": "round", "seconds": seconds, "plain": plain}
+    one = {"event": "round", "seconds": seconds, "host_seconds": host or {}, "plain": plain}
     return [event for _ in range(count) for event in (step(next(iter(seconds)), "time"), one)]
 
 

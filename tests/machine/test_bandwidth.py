@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compiled_logprobs.machine import bandwidth
 from compiled_logprobs.machine.bandwidth import Bandwidth, measured_bandwidth, minimum_bytes, percent_of_bandwidth
+from compiled_logprobs.machine.clock import Time
 from compiled_logprobs.problem import Problem
 
 MIB = 2**20
@@ -62,11 +64,33 @@ def test_the_bandwidth_here_is_measured_once(monkeypatch):
     assert measured_bandwidth(torch.device("cpu")) is measured
 
 
-def test_the_best_repetition_counts(monkeypatch):
+@pytest.mark.parametrize("launches", [1, 4])
+def test_the_best_repetition_counts(monkeypatch, launches):
+    """Of as many launches between two looks at the clock as a device needs."""
     monkeypatch.setattr(bandwidth, "_buffer_bytes", lambda device: 8 * MIB)
+    monkeypatch.setitem(bandwidth.LAUNCHES, "cpu", launches)
     times = iter([3.0, 0.5, *[2.0] * 5, 4.0, *[8.0] * 6, *[16.0] * 7])
-    monkeypatch.setattr(bandwidth, "time_call", lambda function, device: next(times))
+    calls = []
+
+    def time_call(function, device):
+        with Counted() as counted:
+            function()
+        calls.append(counted.operations)
+        return Time(launches * next(times), 99.0)
+
+    monkeypatch.setattr(bandwidth, "time_call", time_call)
     assert measured_bandwidth("cpu") == Bandwidth(16 * MIB, 16 * MIB / 4, MIB, 8 * MIB)
+    assert calls == [launches] * 21
+
+
+class Counted(TorchDispatchMode):
+    """How many operations of torch ran."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += 1
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +99,7 @@ def test_the_best_repetition_counts(monkeypatch):
         ("cpu", 32 * MIB, 64 * 1024 * MIB, 128 * MIB),
         ("cpu", 32 * MIB, 1024 * MIB, 64 * MIB),
         ("cpu", 32 * MIB, 1000, MIB),
-        ("cuda", 50 * MIB, 64 * 1024 * MIB, 1024 * MIB),
+        ("cuda", 50 * MIB, 64 * 1024 * MIB, 2048 * MIB),
     ],
 )
 def test_the_buffer_is_larger_than_the_cache_and_takes_little_of_the_free_memory(

@@ -22,7 +22,9 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone sh
 def cuda(monkeypatch):
     fake = FakeCuda()
     monkeypatch.setattr(clock, "cuda", fake)
-    return fake
+    clock._spin.cache_clear()
+    yield fake
+    clock._spin.cache_clear()
 
 
 @pytest.fixture
@@ -56,19 +58,50 @@ def write(folder, files):
 
 def test_the_time_of_a_call_on_the_cpu_lies_within_the_time_around_it():
     began = time.perf_counter()
-    seconds = time_call(lambda: time.sleep(0.01), "cpu")
-    assert 0.01 <= seconds <= time.perf_counter() - began
+    took = time_call(lambda: time.sleep(0.01), "cpu")
+    assert 0.01 <= took.seconds == took.host_seconds <= time.perf_counter() - began
 
 
 def test_the_time_of_a_call_on_a_gpu_is_that_between_its_events(cuda):
     def kernel():
-        assert cuda.calls == ["record on stream of cuda:1"]
+        time.sleep(0.01)
         cuda.now_ms += 2.5
 
-    assert time_call(kernel, "cuda") == 0.0025
-    assert cuda.calls == ["record on stream of cuda:1", "record on stream of cuda:1", "wait"]
+    took = time_call(kernel, "cuda")
+    assert took.seconds == pytest.approx(0.0025) and took.host_seconds >= 0.01
+    cuda.calls.clear()
+    time_call(lambda: cuda.calls.append("call"), torch.device("cuda:1"))
+    assert cuda.calls[1:] == ["record on stream of cuda:1", "call", "record on stream of cuda:1", "wait"]
     time_call(lambda: None, torch.device("cuda:3"))
-    assert cuda.calls[3] == "record on stream of cuda:3"
+    assert cuda.calls[-3:] == ["record on stream of cuda:3", "record on stream of cuda:3", "wait"]
+
+
+@pytest.mark.parametrize("has_spin", [True, False])
+@pytest.mark.parametrize(("asked", "gets"), [({}, 1.0), ({"ahead_s": 0.004}, 4.0), ({"ahead_s": 7.0}, 20.0)])
+def test_a_gpu_is_busy_before_the_clock_starts_so_that_it_does_not_wait_for_the_host(
+    cuda, monkeypatch, has_spin, asked, gets
+):
+    """By a spin, of which a first one tells how long it takes; where torch has none, by reading."""
+    if not has_spin:
+        monkeypatch.setattr(cuda, "_sleep", None)
+        monkeypatch.setattr(clock, "flush_cache", lambda device: FakeCuda._sleep(cuda, 50_000))
+    time_call(lambda: None, "cuda")
+    cuda.calls.clear()
+    began = cuda.now_ms
+    time_call(lambda: cuda.calls.append(f"call after {cuda.now_ms - began:.2f} ms"), "cuda", **asked)
+    sleeps = cuda.calls[: cuda.calls.index("record on stream of cuda:1")]
+    assert len(sleeps) == (1 if has_spin else gets / 0.05) and {call[:5] for call in sleeps} == {"sleep"}
+    assert f"call after {gets:.2f} ms" in cuda.calls
+
+
+def test_what_is_queued_is_waited_for_where_this_process_uses_the_device(cuda):
+    """Elsewhere waiting would take memory of the device, for a context."""
+    clock.finish_queued(torch.device("cuda:1"))
+    clock.finish_queued(torch.device("cpu"))
+    assert cuda.calls == []
+    cuda.reserved = 2**21
+    clock.finish_queued(torch.device("cuda:1"))
+    assert cuda.calls == ["synchronize cuda:1"]
 
 
 def test_other_devices_are_refused():

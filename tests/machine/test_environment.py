@@ -15,6 +15,7 @@ CPU = environment_of()
 GPU = dataclasses.replace(
     CPU,
     device_type="cuda",
+    memory_bytes=85_017_493_504,
     gpu_name="NVIDIA H100 80GB HBM3",
     compute_capability="9.0",
     multiprocessors=132,
@@ -37,6 +38,7 @@ def test_the_environment_of_the_cpu_is_that_of_this_process():
         (GPU, {"compute_capability": "10.0"}),
         (GPU, {"multiprocessors": 114}),
         (GPU, {"l2_bytes": 2**20}),
+        (GPU, {"memory_bytes": 99_857_989_632}),  # of 96 GB
         (GPU, {"torch": "2.14.0"}),
         (GPU, {"triton": None}),
         (GPU, {"cuda": "12.8"}),
@@ -52,9 +54,17 @@ def test_another_silicon_or_version_is_another_environment(base, change):
 
 
 def test_what_is_only_recorded_leaves_a_gpu_environment_the_same():
-    recorded = {"gpu_name": "NVIDIA H100 PCIe", "driver": "570.1", "memory_bytes": 1, "cpu_model": "another host's"}
+    recorded = {"gpu_name": "NVIDIA H100 PCIe", "driver": "570.1", "cpu_model": "another host's"}
+    recorded |= {"memory_bytes": 84_929_609_728}  # another driver keeps more of it
     recorded |= {"cpu_threads": 1, "python": "3.14.0", "flash_attn": None, "compiled_logprobs": "9.9"}
     assert dataclasses.replace(GPU, **recorded).fingerprint() == GPU.fingerprint()
+
+
+def test_the_environment_of_a_cpu_is_called_as_it_was():
+    """By a digest of these facts, in this form: whatever a GPU's has beside them, profiles of CPUs stay in use."""
+    cpu = dataclasses.replace(CPU, cpu_model="a", cpu_capability="AVX512", cpu_threads=2, torch="2.13.0", cuda=None)
+    assert cpu.fingerprint() == "58cf823096cc54bc"
+    assert dataclasses.replace(cpu, memory_bytes=1).fingerprint() == cpu.fingerprint()
 
 
 def test_triton_makes_no_difference_to_a_cpu():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import sys
 import threading
 import time
@@ -204,6 +205,11 @@ def test_a_watch_tells_idling_no_throttling_and_no_answer_apart():
     assert free.throttle_reasons == ()
     assert free.sm_clock_min_mhz is free.sm_clock_median_mhz is free.memory_used_max_bytes is None
     assert summary(seen(None, told=False)).throttle_reasons is None
+
+
+def test_a_watch_asks_no_more_than_once_a_second():
+    """A question to the driver can hold up a launch, and what is timed with it."""
+    assert inspect.signature(Watch).parameters["interval"].default >= 1.0
 
 
 def test_a_watch_looks_before_and_after_also_an_error_and_ends_its_thread():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compiled_logprobs.machine.environment import MATCHED, Environment, environment_of
+from compiled_logprobs.machine.environment import MATCHED, Environment, as_matched, environment_of
 from compiled_logprobs.problem import Problem, bucket
 
 HERE = environment_of("cpu")
@@ -18,9 +18,9 @@ VALUES = st.one_of(st.none(), st.integers(0, 2**40), st.text(max_size=20))
 @pytest.mark.parametrize("device_type", MATCHED)
 @given(name=st.sampled_from(FACTS), value=VALUES)
 def test_a_fact_of_the_environment_changes_the_key_exactly_if_it_is_matched(device_type, name, value):
-    here = dataclasses.replace(HERE, device_type=device_type)
+    here = dataclasses.replace(HERE, device_type=device_type, memory_bytes=80 * 2**30)
     other = dataclasses.replace(here, **{name: value})
-    counts = name in (*MATCHED[device_type], "device_type") and value != getattr(here, name)
+    counts = name in (*MATCHED[device_type], "device_type") and as_matched(name, value) != getattr(here, name)
     assert (other.fingerprint() != here.fingerprint()) == counts
 
 

@@ -7,6 +7,7 @@ import torch
 
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.machine import clock
+from compiled_logprobs.machine.clock import Time
 from compiled_logprobs.problem import Problem, collapse, layout_of
 from compiled_logprobs.tuning import rounds as rounds_module
 from compiled_logprobs.tuning.rounds import Measurement
@@ -106,10 +107,33 @@ def test_the_cache_is_flushed_right_before_each_timed_call(monkeypatch):
     assert events.count("flush") == 3
 
 
+def test_the_hosts_time_is_kept_and_a_device_is_busy_for_longer_than_that(monkeypatch):
+    """As it would be on an accelerator, with a candidate whose host is slow, and one that waits for the device."""
+    host = {"eager": iter([3.0, 0.003, 0.002, 0.004]), "waits": iter([3.0, 0.0001, 0.02, 0.03])}
+    ahead = []
+
+    def time_call(function, device, ahead_s=0.0):
+        ahead.append(ahead_s)
+        return Time(0.0005, next(host[steps[-1]]))
+
+    steps = []
+    monkeypatch.setattr(clock, "time_call", time_call)
+    measurement = Measurement(
+        PLAIN, {"eager": Eager(), "waits": Watched()}, seed=3, on_step=lambda name, step: steps.append(name)
+    )
+    list(measurement.rounds(3))
+    assert measurement.host_times() == {}  # of a CPU they are the same
+    measurement.device = torch.device("cuda:0")
+    assert measurement.host_times() == {"eager": [0.003, 0.002, 0.004], "waits": [0.0001, 0.02, 0.03]}
+    of = {name: [a for a, step in zip(ahead[2:], steps[4:], strict=True) if step == name] for name in host}
+    assert of["eager"] == pytest.approx([0.001, 0.0045, 0.003]) and of["waits"] == [0.001] * 3
+    assert [measurement.runs[name].first_call_seconds for name in host] == [3.0, 3.0]  # to compile is the host's
+
+
 def test_fresh_logits_are_made_outside_of_the_clock(monkeypatch):
     inside = []
 
-    def time_call(function, device):
+    def time_call(function, device, ahead_s=0.0):
         class Operations(torch.utils._python_dispatch.TorchDispatchMode):
             def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
                 inside.append(operation._overloadpacket.__name__)
@@ -117,7 +141,7 @@ def test_fresh_logits_are_made_outside_of_the_clock(monkeypatch):
 
         with Operations():
             function()
-        return 1.0
+        return Time(1.0, 1.0)
 
     class Nothing(Eager):
         def forward(self, logits, labels, temperature, *, entropy):
@@ -206,7 +230,7 @@ def test_one_that_leaves_torch_in_another_state_fails_and_the_state_is_as_it_was
 
 
 def test_a_time_that_no_call_can_take_is_a_failure(monkeypatch):
-    monkeypatch.setattr(clock, "time_call", lambda function, device: 0.0)
+    monkeypatch.setattr(clock, "time_call", lambda function, device, **_: Time(0.0, 1.0))
     measurement = Measurement(PLAIN, {"eager": Eager()})
     assert list(measurement.rounds(2)) == [1]
     assert measurement.runs["eager"].reason == "time: ValueError: the clock gave 0.0 s, which no call can take"

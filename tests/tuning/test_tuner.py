@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from compiled_logprobs.decision import PLAIN, Decision, Evidence
+from compiled_logprobs.machine import clock
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning import tuner as tuner_module
 from compiled_logprobs.tuning.statistics import fewest_rounds
 from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on
 from tests.helpers.backends_for_tuning import has_ended, registered
+from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.scripted_worker import CHECK, CRASH, HANG, ScriptedWorkers, ready, rounds, step
 
 CPU = torch.device("cpu")
@@ -52,7 +54,7 @@ def test_events_become_a_decision_that_is_written_and_read_as_it_is(scripted):
             {"event": "evidence", "candidate": "a", "cases": [case]},
             {"event": "lost", "candidate": "b", "outcome": "unsupported", "reason": "has no backward"},
             {"event": "memory", "candidate": "a", "bytes": 1000, "multiple": 0.5},
-            *rounds(20, eager=2.0, a=1.0, plain=3.0),
+            *rounds(20, eager=2.0, a=1.0, plain=3.0, host={"eager": 0.5, "a": 0.25}),
         ]
     )
     decision, evidence = decide()
@@ -66,6 +68,7 @@ def test_events_become_a_decision_that_is_written_and_read_as_it_is(scripted):
     assert winner.speedup_over_plain.low == pytest.approx(3.0)  # without noise
     assert decision.candidates["eager"].speedup_over_plain.median == pytest.approx(1.5)
     assert decision.plain_seconds == 3.0
+    assert winner.host_seconds == 0.25 and evidence.host_seconds == {"eager": [0.5] * 20, "a": [0.25] * 20}
     assert evidence.seconds == {"eager": [2.0] * 20, "a": [1.0] * 20, PLAIN: [3.0] * 20}
     assert evidence.cases["a"][0].checks[0].figure == 0.5
     assert (evidence.seed, evidence.measured_at) == (decision.seed, decision.measured_at)
@@ -115,6 +118,18 @@ def test_an_environment_other_than_this_process_is_refused(scripted, monkeypatch
     with pytest.raises(TuningFailed, match="finds itself in another environment"):
         decide()
     assert workers.ended == 1
+
+
+def test_the_device_is_named_with_its_index_and_what_is_queued_there_is_waited_for(scripted, monkeypatch):
+    """The worker program has another current device than this process, here 1."""
+    gpu = FakeCuda()
+    gpu.reserved = 2**20
+    monkeypatch.setattr(clock, "cuda", gpu)
+    monkeypatch.setattr(tuner_module, "fingerprint_of", str)  # no environment is that
+    workers = scripted([])
+    with Tuner(torch.device("cuda")) as tuner, pytest.raises(TuningFailed, match="in another environment"):
+        tuner.decide(PROBLEM._replace(device_type="cuda"), 20.0, names=[])
+    assert workers.jobs[0]["device"] == "cuda:1" and gpu.calls == ["synchronize cuda:1"]
 
 
 # --- what the loss of a program costs ---------------------------------------------------------------------------------

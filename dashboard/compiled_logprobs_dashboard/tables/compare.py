@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from compiled_logprobs.decision import MEASURED
-from compiled_logprobs.machine.environment import MATCHED
+from compiled_logprobs.machine.environment import MATCHED, as_matched
 from compiled_logprobs.problem import Problem
 from compiled_logprobs_dashboard.frames import Frames, Profile, same_but_rows
 from compiled_logprobs_dashboard.looks import plain_line
@@ -23,7 +23,12 @@ def differences(frames: Frames, one: Profile, other: Profile) -> pd.DataFrame:
     kinds = {str(facts.get("device_type")) for facts in (here, there)}
     deciding = {"device_type", *(name for kind in kinds for name in MATCHED.get(kind, MATCHED["cpu"]))}
     rows = [
-        {"fact": name, "this": _text(here.get(name)), "that": _text(there.get(name)), "decides": name in deciding}
+        {
+            "fact": name,
+            "this": _text(here.get(name)),
+            "that": _text(there.get(name)),
+            "decides": name in deciding and as_matched(name, here.get(name)) != as_matched(name, there.get(name)),
+        }
         for name in here
         if name not in _NOT_FACTS and here.get(name) != there.get(name)
     ]
