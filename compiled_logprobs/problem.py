@@ -14,6 +14,8 @@ Layout = Literal["flat", "rows", "slice"]
 SMALL = 2**20
 """Logits; below it the default rule says eager."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+RESULTS = ("entropy", "logsumexp", "argmax", "sum_p_squared")
+"""What may be asked for beside the log-probabilities, in the order in which it is returned: fields of `Problem`."""
 
 
 def short_name(dtype: torch.dtype) -> str:
@@ -37,6 +39,10 @@ class Problem(NamedTuple):
     """K."""
     needs_grad: bool = False
     entropy: bool = False
+    logsumexp: bool = False
+    argmax: bool = False
+    sum_p_squared: bool = False
+    """Whether the sum over the vocabulary of the squared probabilities is asked for."""
     temperature: Temperature = "none"
     masked_logits: bool = False
     """Whether whole regions of the vocabulary are -inf."""
@@ -60,7 +66,7 @@ class Problem(NamedTuple):
         words = [
             f"{self.labels_per_row} labels a row" if self.labels_per_row != 1 else "",
             "gradient" if self.needs_grad else "",
-            "entropy" if self.entropy else "",
+            *(name.replace("_", " ") for name in results_of(self)),
             "" if self.temperature == "none" else f"temperature ({self.temperature.replace('_', ' ')})",
             "masked logits" if self.masked_logits else "",
             "in-place backward" if self.inplace_backward else "",
@@ -69,6 +75,17 @@ class Problem(NamedTuple):
             "" if self.out_dtype == torch.float32 else f"result in {short_name(self.out_dtype)}",
         ]
         return ", ".join(word for word in words if word)
+
+
+def results_of(problem: Problem) -> tuple[str, ...]:
+    """Which of `RESULTS` are asked for."""
+    return tuple(name for name in RESULTS if getattr(problem, name))
+
+
+def bytes_of_results(problem: Problem) -> int:
+    """Of one row."""
+    count = problem.labels_per_row + len(results_of(problem)) - problem.argmax
+    return count * problem.out_dtype.itemsize + problem.argmax * torch.int64.itemsize
 
 
 def as_it_lies(problem: Problem) -> Problem:
@@ -177,7 +194,12 @@ def problem_to_dict(problem: Problem) -> dict[str, Any]:
 
 
 def problem_from_dict(fields: object) -> Problem:
-    """What `problem_to_dict` was given. Raises ProfileError for anything that it does not return."""
+    """What `problem_to_dict` was given. Raises ProfileError for anything that it does not return.
+
+    Earlier releases wrote no results but the entropy: what they left out was not asked for.
+    """
+    if isinstance(fields, dict):
+        fields = dict.fromkeys(RESULTS[1:], False) | fields
     if not isinstance(fields, dict) or fields.keys() != _KINDS.keys():
         got = ", ".join(map(str, fields)) if isinstance(fields, dict) else f"a {type(fields).__name__}"
         raise ProfileError(f"a problem is {got:.200}; valid is an object of {', '.join(_KINDS)}")
@@ -215,7 +237,7 @@ def problem_name(problem: Problem) -> str:
         "" if problem.out_dtype == torch.float32 else f"out_{short_name(problem.out_dtype)}",
         "" if problem.labels_per_row == 1 else f"k{problem.labels_per_row}",
         "grad" if problem.needs_grad else "",
-        "entropy" if problem.entropy else "",
+        *results_of(problem),
         "" if problem.temperature == "none" else f"t_{problem.temperature}",
         "masked" if problem.masked_logits else "",
         "inplace" if problem.inplace_backward else "",
@@ -227,7 +249,8 @@ def problem_name(problem: Problem) -> str:
 
 _NAME = re.compile(
     "(?P<device_type>[a-z0-9_]+)-n(?P<rows>[0-9]+)-v(?P<vocab>[0-9]+)-(?P<dtype>[a-z0-9]+)"
-    "(?:-out_(?P<out_dtype>[a-z0-9]+))?(?:-k(?P<labels_per_row>[0-9]+))?(?P<needs_grad>-grad)?(?P<entropy>-entropy)?"
+    "(?:-out_(?P<out_dtype>[a-z0-9]+))?(?:-k(?P<labels_per_row>[0-9]+))?(?P<needs_grad>-grad)?"
+    "(?P<entropy>-entropy)?(?P<logsumexp>-logsumexp)?(?P<argmax>-argmax)?(?P<sum_p_squared>-sum_p_squared)?"
     "(?:-t_(?P<temperature>[a-z_]+))?(?P<masked_logits>-masked)?(?P<inplace_backward>-inplace)?"
     "(?:-layout_(?P<layout>[a-z]+))?(?P<aligned>-unaligned)?"
 )

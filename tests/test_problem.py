@@ -59,11 +59,19 @@ def test_two_problems_share_a_name_only_if_they_are_equal(first, second, field):
 
 def test_names_show_what_differs_from_a_plain_forward():
     assert problem_name(Problem("cpu", 512, 151936, torch.float32)) == "cpu-n512-v151936-float32"
-    options = 3, True, True, "per_token", True, True, "rows", False
+    options = 3, True, True, True, True, True, "per_token", True, True, "rows", False
     every = Problem("cuda", 4, 8, torch.float16, torch.float64, *options)
     assert problem_name(every) == (
-        "cuda-n4-v8-float16-out_float64-k3-grad-entropy-t_per_token-masked-inplace-layout_rows-unaligned"
+        "cuda-n4-v8-float16-out_float64-k3-grad-entropy-logsumexp-argmax-sum_p_squared-t_per_token-masked-inplace-"
+        "layout_rows-unaligned"
     )
+
+
+def test_what_an_earlier_release_stored_asks_for_no_more_than_it_says():
+    earlier = problem_to_dict(PROBLEM._replace(entropy=True))
+    for name in ("logsumexp", "argmax", "sum_p_squared"):
+        del earlier[name]
+    assert problem_from_dict(earlier) == PROBLEM._replace(entropy=True)
 
 
 @pytest.mark.parametrize(

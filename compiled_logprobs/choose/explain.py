@@ -14,7 +14,7 @@ from compiled_logprobs.decision import PLAIN, Decision
 from compiled_logprobs.errors import BackendUnavailable, LogProbsError, ProfileError
 from compiled_logprobs.machine.environment import MATCHED, as_matched, environment_at
 from compiled_logprobs.policy import Policy
-from compiled_logprobs.problem import Problem, bucket, problem_to_dict
+from compiled_logprobs.problem import RESULTS, Problem, bucket, problem_to_dict
 
 _SOURCES = {
     "small": "fewer than 2^20 logits, and no profile decides it: eager, since a launch costs more than the work",
@@ -167,7 +167,7 @@ def nearest_stored(context: Context, most: int = 3) -> list[Neighbour]:
 def what_was_measured(there: Problem, here: Problem) -> str:
     """In what the problem of a decision, `there`, is another one than `here`, such as 'temperature none at N = 512'."""
     words = {
-        "entropy": "entropy" if there.entropy else "no entropy",
+        **{name: f"{'' if getattr(there, name) else 'no '}{name.replace('_', ' ')}" for name in RESULTS},
         "labels_per_row": f"{there.labels_per_row} label{'s' if there.labels_per_row != 1 else ''} a row",
         "layout": f"layout {there.layout}",
         "temperature": f"temperature {there.temperature.replace('_', ' ')}",

@@ -9,7 +9,7 @@ from compiled_logprobs.backends import EAGER
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.policy import Policy
-from compiled_logprobs.problem import Problem, as_it_lies, bucket
+from compiled_logprobs.problem import RESULTS, Problem, as_it_lies, bucket
 
 GUESSES = ("near", "related", "default rule")
 """The sources of choices without a decision for exactly this bucket of N."""
@@ -108,12 +108,13 @@ def key_of(problem: Problem, policy: Policy) -> tuple[Problem, str, bool]:
 
 
 def family_of(problem: Problem) -> Problem:
-    """What a decision for one says something of all of: any N, entropy, labels, layout, temperature and alignment."""
-    return problem._replace(rows=0, entropy=False, labels_per_row=1, layout="flat", temperature="none", aligned=True)
+    """What a decision for one says something of all of: any N, results, labels, layout, temperature and alignment."""
+    asked_alike: dict[str, Any] = dict.fromkeys(RESULTS, False)
+    return problem._replace(rows=0, labels_per_row=1, layout="flat", temperature="none", aligned=True, **asked_alike)
 
 
 def kind_of(problem: Problem) -> Problem:
-    """What one backend serves all of where rows are invariant: any N, gradient, entropy, temperature, layout."""
+    """What one backend serves all of where rows are invariant: any N, gradient, results, temperature, layout."""
     kept = ("device_type", "vocab", "dtype", "labels_per_row", "masked_logits")
     return as_it_lies(Problem(rows=0, **{name: getattr(problem, name) for name in kept}))
 

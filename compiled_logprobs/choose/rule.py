@@ -13,12 +13,12 @@ the fastest, and while that one is registered, can run the problem, and has the 
 to be invariant, `invariant` stands for steps 2 to 7.
 
 Nearest, for `near` and `related`, is the decision that comes first by `distance`, of those whose backend can run the
-problem: one for an N within 4x before one for an N beyond that; then of the same entropy, asked for or not; then of as
-many labels a row, else of the smallest ratio; then of the same layout, else of the next one to it (flat, rows, slice);
-then of the same kind of temperature, else of the next one to it (none, a number, one a token); then of the same
-alignment; then of the smallest ratio of both N. All else has to be the same: device, vocabulary, dtypes, gradient, in
-place or not, masked or not. A backend that was checked for another kind of problem passes the short check for that of
-the call, too, before it serves it.
+problem: one for an N within 4x before one for an N beyond that; then of the same entropy, asked for or not; then of
+the most other results alike; then of as many labels a row, else of the smallest ratio; then of the same layout, else of
+the next one to it (flat, rows, slice); then of the same kind of temperature, else of the next one to it (none, a
+number, one a token); then of the same alignment; then of the smallest ratio of both N. All else has to be the same:
+device, vocabulary, dtypes, gradient, in place or not, masked or not. A backend that was checked for another kind of
+problem passes the short check for that of the call, too, before it serves it.
 """
 
 import math
@@ -38,7 +38,7 @@ from compiled_logprobs.errors import is_out_of_memory, warn
 from compiled_logprobs.machine.clock import MIB, free_memory
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.policy import PROBLEMS_A_PROCESS, Policy, is_rank
-from compiled_logprobs.problem import Layout, Problem, Temperature, bucket, is_small
+from compiled_logprobs.problem import RESULTS, Layout, Problem, Temperature, bucket, is_small
 from compiled_logprobs.store import stores
 from compiled_logprobs.store.files import Store
 
@@ -229,6 +229,7 @@ def distance(problem: Problem, other: Problem) -> tuple[float, ...]:
     return (
         _is_far(problem, other),
         problem.entropy != other.entropy,
+        sum(getattr(problem, name) != getattr(other, name) for name in RESULTS),
         abs(math.log(max(1, other.labels_per_row) / max(1, problem.labels_per_row))),
         abs(layout - layouts.index(problem.layout)),
         abs(temperature - temperatures.index(problem.temperature)),
@@ -253,8 +254,7 @@ def is_checked(context: Context, choice: Choice) -> bool | None:
 
 def describe(problem: Problem) -> str:
     """With its options in words."""
-    details = problem.details()
-    return f"{problem}{f' ({details})' if details else ''}"
+    return f"{problem} ({details})" if (details := problem.details()) else str(problem)
 
 
 def why_not_measure(context: Context) -> str | None:

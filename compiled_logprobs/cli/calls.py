@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from compiled_logprobs.problem import Problem, short_name
+from compiled_logprobs.problem import Problem, results_of, short_name
 
 LOGITS = {"flat": "logits", "rows": "logits[..., :V]", "slice": "logits[:, :-1]"}
 TEMPERATURES = {"none": "", "number": "temperature=0.7", "per_token": "temperature=one_a_token"}
@@ -31,7 +31,7 @@ def call_of(problem: Problem) -> str:
     """A call that poses `problem`, but for its sizes and whether the logits require a gradient."""
     options = [
         TEMPERATURES[problem.temperature],
-        "return_entropy=True" if problem.entropy else "",
+        *(f"return_{name}=True" for name in results_of(problem)),
         "masked_logits=True" if problem.masked_logits else "",
         "inplace_backward=True" if problem.inplace_backward else "",
         "" if problem.out_dtype == torch.float32 else "out_dtype=None",
@@ -46,7 +46,7 @@ def options_of(problem: Problem) -> str:
     words = [
         "" if problem.layout == "flat" else problem.layout,
         {"none": "", "number": "temperature", "per_token": "temperature a token"}[problem.temperature],
-        "entropy" if problem.entropy else "",
+        *(name.replace("_", " ") for name in results_of(problem)),
         "" if problem.labels_per_row == 1 else f"{problem.labels_per_row} labels",
         "masked" if problem.masked_logits else "",
         "unaligned" if problem.layout != "flat" and not problem.aligned else "",

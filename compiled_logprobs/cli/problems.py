@@ -8,7 +8,7 @@ import typer
 
 from compiled_logprobs.cli.options import reported_errors
 from compiled_logprobs.errors import InputError
-from compiled_logprobs.problem import MODES
+from compiled_logprobs.problem import MODES, RESULTS
 from compiled_logprobs.tuning import presets
 
 Asked = dict[str, list[Any]]
@@ -52,7 +52,10 @@ SEVERAL = {
     ),
     "labels": Several("labels", presets.labels_of, "K", "How many labels a position."),
 }
-SWITCHES = {"entropy": "Whether the entropy is asked for.", "masked": "Whether regions of the vocabulary are -inf."}
+SWITCHES = {
+    **{name: f"Whether the {name.replace('_', ' ')} is asked for." for name in RESULTS},
+    "masked": "Whether regions of the vocabulary are -inf.",
+}
 
 
 def takes_problems(command: Callable[..., None]) -> Callable[..., None]:
@@ -68,8 +71,9 @@ def takes_problems(command: Callable[..., None]) -> Callable[..., None]:
         command(asked, **options)
 
     kinds = {name: Annotated[list[str] | None, _option(name, several)] for name, several in SEVERAL.items()} | {
-        name: Annotated[list[bool] | None, typer.Option(f"--{name}/--no-{name}", show_default=False, help=says)]
+        name: Annotated[list[bool] | None, typer.Option(f"--{option}/--no-{option}", show_default=False, help=says)]
         for name, says in SWITCHES.items()
+        if (option := name.replace("_", "-"))
     }
     named = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in kinds.items()]
     _, *own = signature(command).parameters.values()

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from compiled_logprobs.machine.clock import MIB, cache_bytes, free_memory, measurable, time_call
-from compiled_logprobs.problem import Problem, accumulation_dtype
+from compiled_logprobs.problem import Problem, accumulation_dtype, bytes_of_results
 
 REPETITIONS = 7
 LAUNCHES = {"cpu": 1, "cuda": 4}
@@ -49,12 +49,15 @@ def minimum_bytes(problem: Problem) -> int:
 
 def forward_bytes(problem: Problem) -> int:
     """The part of `minimum_bytes` that forward moves, with what it keeps for backward."""
-    return _logits_bytes(problem) + _bytes_beside(problem)
+    return _logits_bytes(problem) + problem.rows * (bytes_of_results(problem) + _bytes_beside(problem))
 
 
 def backward_bytes(problem: Problem) -> int:
     """The part of `minimum_bytes` that backward moves; 0 where no gradient is needed."""
-    return 2 * _logits_bytes(problem) + _bytes_beside(problem) if problem.needs_grad else 0
+    if not problem.needs_grad:
+        return 0
+    upstream = bytes_of_results(problem._replace(argmax=False, sum_p_squared=False))  # which have no gradient
+    return 2 * _logits_bytes(problem) + problem.rows * (upstream + _bytes_beside(problem))
 
 
 def percent_of_bandwidth(problem: Problem, seconds: float, bandwidth: Bandwidth) -> float:
@@ -106,9 +109,8 @@ def _logits_bytes(problem: Problem) -> int:
 
 
 def _bytes_beside(problem: Problem) -> int:
-    """What forward and backward move alike: results or their gradients, labels, what is kept, temperatures."""
+    """What forward and backward move alike for a row: labels, what is kept, the temperature."""
     number = accumulation_dtype(problem.dtype).itemsize
-    results = (problem.labels_per_row + problem.entropy) * problem.out_dtype.itemsize
     kept = 2 * number if problem.needs_grad else 0  # the maximum and the logarithm of the sum: written, then read
     temperature = number if problem.temperature == "per_token" else 0
-    return problem.rows * (results + problem.labels_per_row * torch.int64.itemsize + kept + temperature)
+    return problem.labels_per_row * torch.int64.itemsize + kept + temperature

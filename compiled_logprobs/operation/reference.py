@@ -5,7 +5,7 @@ It shares no code with any backend, and its gradient comes from autograd, not fr
 Shapes: ... leading dimensions, N rows, V vocabulary, K labels a row.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,15 @@ class Reference(NamedTuple):
     """[..., K], in nats."""
     entropy: Tensor
     """[...], in nats."""
-    gradient: Tensor | None
-    """[..., V], of sum(grad_log_probs * log_probs) + sum(grad_entropy * entropy) in the logits."""
+    logsumexp: Tensor
+    """[...], in nats: of logits / temperature."""
+    argmax: Tensor
+    """[...] int64: the first column that holds the maximum; -1 where a row is ignored, or all else of it NaN."""
+    sum_p_squared: Tensor
+    """[...]: of all probabilities of the row."""
+    gradient: Tensor | None = None
+    """[..., V], in the logits: of the sums of grad_log_probs * log_probs, grad_entropy * entropy and grad_logsumexp *
+    logsumexp."""
 
 
 def reference(
@@ -32,8 +39,9 @@ def reference(
     ignore_index: int = -100,
     grad_log_probs: Tensor | None = None,
     grad_entropy: Tensor | None = None,
+    grad_logsumexp: Tensor | None = None,
 ) -> Reference:
-    """Log-probabilities, entropy and gradient of `labels` [..., K] under softmax(logits [..., V] / temperature).
+    """All results and the gradient for `labels` [..., K] under softmax(logits [..., V] / temperature).
 
     Args:
         logits: [..., V], any floating dtype.
@@ -41,53 +49,59 @@ def reference(
         temperature: a number, or broadcastable to [...]; a value that is not positive and finite in float32 makes its
             row NaN.
         ignore_index: the label that counts 0.
-        grad_log_probs: [..., K] upstream gradient; without it and `grad_entropy` no gradient is computed.
+        grad_log_probs: [..., K] upstream gradient; without any of the three no gradient is computed.
         grad_entropy: [...] upstream gradient.
+        grad_logsumexp: [...] upstream gradient.
 
     Returns:
         A `Reference` on the device of `logits`.
     """
     rows, vocab, count = logits.shape[:-1], logits.shape[-1], labels.shape[-1]
-    want_gradient = grad_log_probs is not None or grad_entropy is not None
+    given = (grad_log_probs, labels.shape), (grad_entropy, rows), (grad_logsumexp, rows)
+    want_gradient = any(grad is not None for grad, _ in given)
     t = torch.as_tensor(temperature, device=logits.device).double().expand(rows).reshape(-1)
-    g = torch.zeros(labels.shape) if grad_log_probs is None else grad_log_probs
-    h = torch.zeros(rows) if grad_entropy is None else grad_entropy
     x_NV, y_NK = logits.detach().reshape(-1, vocab), labels.reshape(-1, count).long()
-    g_NK = g.to(logits.device).double().reshape(-1, count)
-    h_N = h.to(logits.device).double().reshape(-1)
+    upstream = [torch.zeros(shape) if grad is None else grad for grad, shape in given]
+    upstream = [grad.to(logits.device).double() for grad in upstream]
+    g_NK, h_N, i_N = upstream[0].reshape(-1, count), upstream[1].reshape(-1), upstream[2].reshape(-1)
 
-    log_probs, entropies, gradients = [], [], []
+    parts: list[tuple[Tensor | None, ...]] = []
     step = max(1, CHUNK_ELEMENTS // vocab)
-    for start in range(0, len(x_NV), step):
+    for start in range(0, max(1, len(x_NV)), step):
         n = slice(start, start + step)
         x = x_NV[n].double().requires_grad_(want_gradient)
         with torch.set_grad_enabled(want_gradient):
-            log_p, h_row = _rows(x, y_NK[n], t[n], ignore_index)
+            part = _rows(x, y_NK[n], t[n], ignore_index)
         if want_gradient:
-            (gradient,) = torch.autograd.grad([log_p, h_row], [x], [g_NK[n], h_N[n]])
-            gradients.append(_with_special_rows(gradient, y_NK[n], t[n], ignore_index))
-        log_probs.append(log_p.detach())
-        entropies.append(h_row.detach())
+            (gradient,) = torch.autograd.grad([*part[:3]], [x], [g_NK[n], h_N[n], i_N[n]])
+            part = part._replace(gradient=_with_special_rows(gradient, y_NK[n], t[n], ignore_index))
+        parts.append(tuple(part))
 
-    def join(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        return torch.cat(parts).view(shape) if parts else x_NV.new_empty(shape, dtype=torch.float64)
+    def joined(tensors: tuple[Any, ...]) -> Any:
+        return None if tensors[0] is None else torch.cat(tensors).detach().reshape((*rows, *tensors[0].shape[1:]))
 
-    return Reference(
-        join(log_probs, labels.shape),
-        join(entropies, rows),
-        join(gradients, logits.shape) if want_gradient else None,
-    )
+    return Reference(*map(joined, zip(*parts, strict=True)))
 
 
-def _rows(x_NV: Tensor, y_NK: Tensor, t_N: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _rows(x_NV: Tensor, y_NK: Tensor, t_N: Tensor, ignore_index: int) -> Reference:
     ignored_NK, invalid_N = _special(x_NV.shape[-1], y_NK, t_N, ignore_index)
     log_p_NV = torch.log_softmax(x_NV / t_N[:, None], -1)
     log_p_NK = log_p_NV.gather(-1, y_NK.clamp(0, x_NV.shape[-1] - 1))
     # A token of probability 0 counts 0, as p log p does in the limit.
     h_N = -(log_p_NV.exp() * log_p_NV.masked_fill(log_p_NV == -torch.inf, 0.0)).sum(-1)
-    log_p_NK = log_p_NK.masked_fill(invalid_N[:, None], torch.nan).masked_fill(ignored_NK, 0.0)
-    h_N = h_N.masked_fill(invalid_N, torch.nan).masked_fill(ignored_NK.all(-1), 0.0)
-    return log_p_NK, h_N
+    # A row that is all -inf, or holds +inf, has no probabilities, though torch gives it a logsumexp.
+    invalid_N = invalid_N | log_p_NV.isnan().any(-1)
+
+    def of_rows(result_N: Tensor, ignored: float, invalid: float) -> Tensor:
+        return result_N.masked_fill(invalid_N, invalid).masked_fill(ignored_NK.all(-1), ignored)
+
+    return Reference(
+        log_p_NK.masked_fill(invalid_N[:, None], torch.nan).masked_fill(ignored_NK, 0.0),
+        of_rows(h_N, 0.0, torch.nan),
+        of_rows((x_NV / t_N[:, None]).logsumexp(-1), 0.0, torch.nan),
+        of_rows(x_NV.detach().argmax(-1), -1, -1),
+        of_rows(log_p_NV.detach().exp().square().sum(-1), 0.0, torch.nan),
+    )
 
 
 def _with_special_rows(gradient_NV: Tensor, y_NK: Tensor, t_N: Tensor, ignore_index: int) -> Tensor:

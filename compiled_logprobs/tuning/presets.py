@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from compiled_logprobs.errors import InputError
-from compiled_logprobs.problem import MODES, Layout, Problem, Temperature, as_it_lies, bucket, short_name
+from compiled_logprobs.problem import MODES, RESULTS, Layout, Problem, Temperature, as_it_lies, bucket, short_name
 
 MODELS = {
     "qwen3": 151936,
@@ -51,6 +51,9 @@ class Calls:
     temperatures: Sequence[Temperature] = ("none",)
     labels: Sequence[int] = (1,)
     entropy: Sequence[bool] = (False,)
+    logsumexp: Sequence[bool] = (False,)
+    argmax: Sequence[bool] = (False,)
+    sum_p_squared: Sequence[bool] = (False,)
     masked: Sequence[bool] = (False,)
 
 
@@ -105,7 +108,7 @@ FIELDS = {
     "layouts": "layout",
     "temperatures": "temperature",
     "labels": "labels_per_row",
-    "entropy": "entropy",
+    **{name: name for name in RESULTS},
     "masked": "masked_logits",
     "rows": "rows",
 }

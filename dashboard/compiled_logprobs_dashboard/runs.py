@@ -32,7 +32,7 @@ from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.machine import clock
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.machine.nvml import telemetry
-from compiled_logprobs.problem import Problem, bucket
+from compiled_logprobs.problem import RESULTS, Problem, bucket
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning import presets
@@ -67,6 +67,9 @@ class Request:
     layouts: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
     entropy: tuple[bool, ...] = ()
+    logsumexp: tuple[bool, ...] = ()
+    argmax: tuple[bool, ...] = ()
+    sum_p_squared: tuple[bool, ...] = ()
     masked: tuple[bool, ...] = ()
     backends: tuple[str, ...] = ()
     budget_s: float | None = None
@@ -90,8 +93,8 @@ class Request:
             temperatures=[presets.temperature_of(name) for name in self.temperatures],
             layouts=[presets.layout_of(name) for name in self.layouts],
             labels=self.labels,
-            entropy=self.entropy,
             masked=self.masked,
+            **{name: getattr(self, name) for name in RESULTS},
         )
         return list(dict.fromkeys(map(bucket, grid)))
 
@@ -102,7 +105,7 @@ class Request:
         several["temperature"] = [name.replace("_", "-") for name in self.temperatures]
         several["budget"] = [] if self.budget_s is None else [f"{self.budget_s:g}"]
         named = [f"--{option}={','.join(map(str, values))}" for option, values in several.items() if values]
-        switches = {"entropy": self.entropy, "masked": self.masked}
+        switches = {name.replace("_", "-"): getattr(self, name) for name in (*RESULTS, "masked")}
         named += [f"--{'' if on else 'no-'}{name}" for name, values in switches.items() for on in values]
         start = ["profile", f"--device={self.device}", f"--preset={self.preset}"]
         return [*start, *named, *(["--again"] if self.again else [])]

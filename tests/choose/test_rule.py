@@ -94,7 +94,7 @@ def test_a_decision_for_a_near_number_of_rows_serves_before_anything_is_measured
 
 KINDS = [
     *({"rows": 8192}, {"temperature": "number"}, {"layout": "rows"}),
-    *({"aligned": True}, {"entropy": True}, {"labels_per_row": 4}),
+    *({"aligned": True}, {"entropy": True}, {"argmax": True}, {"labels_per_row": 4}),
 ]
 
 
@@ -218,6 +218,7 @@ def documented_order(asked: Problem, other: Problem) -> tuple:
     return (
         ratio > 4,
         asked.entropy != other.entropy,
+        sum(getattr(asked, name) != getattr(other, name) for name in ("logsumexp", "argmax", "sum_p_squared")),
         max(asked.labels_per_row, other.labels_per_row) / min(asked.labels_per_row, other.labels_per_row),
         abs(layouts - LAYOUTS.index(asked.layout)),
         abs(temperatures - TEMPERATURES.index(asked.temperature)),
@@ -239,6 +240,9 @@ def test_what_serves_is_the_nearest_by_the_documented_order_that_can(seed, check
             rows=2 ** pick.randrange(10, 17),
             needs_grad=pick.random() < 0.1,
             entropy=pick.random() < 0.5,
+            logsumexp=pick.random() < 0.3,
+            argmax=pick.random() < 0.3,
+            sum_p_squared=pick.random() < 0.3,
             labels_per_row=pick.choice([1, 2, 4]),
             temperature=pick.choice(TEMPERATURES),
             layout=pick.choice(LAYOUTS),

@@ -16,13 +16,13 @@ PROBLEM = Problem("cpu", 512, 4096, torch.bfloat16)
 ASKED = ("--device", "cpu", "--vocab", "4096", "--rows", "512", "--dtype", "bf16")
 COMBINED = (
     *("--mode", "forward,inplace", "--temperature", "none", "--temperature", "per-token", "--layout", "slice"),
-    *("--labels", "2", "--entropy", "--no-entropy", "--masked"),
+    *("--labels", "2", "--entropy", "--no-entropy", "--argmax", "--sum-p-squared", "--masked"),
 )
 
 
 def test_they_combine_in_profile_and_explain(run, tuner, mode):
     mode("lookup")
-    base = PROBLEM._replace(layout="slice", labels_per_row=2, masked_logits=True)
+    base = PROBLEM._replace(layout="slice", labels_per_row=2, masked_logits=True, argmax=True, sum_p_squared=True)
     wanted = {
         base._replace(needs_grad=inplace, inplace_backward=inplace, temperature=temperature, entropy=entropy)
         for inplace in (False, True)
@@ -44,6 +44,7 @@ def test_they_combine_in_profile_and_explain(run, tuner, mode):
         (("--temperature", "number"), [512]),
         (("--layout", "slice", "--no-entropy"), [512]),
         (("--mode", "backward", "--entropy"), [512]),
+        (("--logsumexp",), []),
         (("--rows", "50"), [64]),
         (("--dtype", "fp32"), []),
         (("--vocab", "qwen3", "--labels", "1"), []),
@@ -65,7 +66,13 @@ def test_a_line_for_each_call_below_the_sizes_that_it_was_measured_for():
     both = [PROBLEM._replace(layout="slice", temperature="number", needs_grad=gradient) for gradient in (False, True)]
     inplace = PROBLEM._replace(needs_grad=True, inplace_backward=True)
     odd = PROBLEM._replace(
-        rows=64, labels_per_row=4, entropy=True, masked_logits=True, temperature="per_token", out_dtype=torch.bfloat16
+        rows=64,
+        labels_per_row=4,
+        entropy=True,
+        argmax=True,
+        masked_logits=True,
+        temperature="per_token",
+        out_dtype=torch.bfloat16,
     )
     assert calls_of([*both, inplace, inplace._replace(rows=64), odd]) == [
         "Decided for V of 4096, bfloat16, N near 512, with and without gradient:",
@@ -74,7 +81,7 @@ def test_a_line_for_each_call_below_the_sizes_that_it_was_measured_for():
         "  log_probs_from_logits(logits, labels, inplace_backward=True)",
         "Decided for V of 4096, bfloat16, N near 64:",
         "  log_probs_from_logits(logits, labels[..., :4], temperature=one_a_token, return_entropy=True, "
-        "masked_logits=True, out_dtype=None)",
+        "return_argmax=True, masked_logits=True, out_dtype=None)",
     ]
 
 

@@ -125,8 +125,8 @@ def test_what_is_undecided_is_said_with_who_is_open_and_what_to_do():
 def test_the_command_says_what_else_was_so(monkeypatch):
     assert tables.command(stores.good(stores.problem()._replace(out_dtype=torch.bfloat16))) is None
     special = stores.problem()._replace(layout="slice", temperature="per_token", labels_per_row=4, entropy=True)
-    words = "--mode=backward --layout=slice --labels=4 --temperature=per-token --entropy --again"
-    assert tables.command(stores.good(special)).endswith(words)
+    words = "--mode=backward --layout=slice --labels=4 --temperature=per-token --entropy --sum-p-squared --again"
+    assert tables.command(stores.good(special._replace(sum_p_squared=True))).endswith(words)
     few = stores.good(left_out=("flash_attn",))
     assert "--backend=cpp,compiled,flash_attn --again" in tables.command(few).replace("compiled,cpp", "cpp,compiled")
     threads = stores.here().cpu_threads + 7

@@ -41,9 +41,12 @@ def test_the_command_line_is_the_same_run():
 
 
 OTHERS = {"temperatures": ("number", "per_token"), "layouts": ("slice",), "labels": (2,), "entropy": (True, False)}
+RESULTS = {"logsumexp": (True,), "argmax": (False,), "sum_p_squared": (True,)}
 
 
-@pytest.mark.parametrize("options", [{"preset": "rl"}, {**OTHERS, "masked": (True,), "budget_s": 5.0, "again": True}])
+@pytest.mark.parametrize(
+    "options", [{"preset": "rl"}, {**OTHERS, **RESULTS, "masked": (True,), "budget_s": 5.0, "again": True}]
+)
 def test_the_command_measures_what_is_asked_for(monkeypatch, options):
     request, posed = Request("cpu", **options), []
     monkeypatch.setattr(profile, "tune_all", lambda problems, *_, **__: posed.extend(problems) or iter(()))

@@ -33,6 +33,7 @@ def problem(dtype=torch.bfloat16, **options) -> Problem:
         (problem(torch.float64, out_dtype=torch.float64), 4, 8 + 8),
         (problem(labels_per_row=5, entropy=True), 1, 5 * (8 + 4) + 4),
         (problem(out_dtype=torch.bfloat16, temperature="number"), 1, 8 + 2),
+        (problem(needs_grad=True, logsumexp=True, argmax=True, sum_p_squared=True), 3, 2 * (8 + 4 + 4 + 8) + 8 + 4),
         (problem(needs_grad=True, inplace_backward=True), 3, 2 * (8 + 4 + 8)),
         (problem(needs_grad=True, entropy=True, temperature="per_token"), 3, 2 * (8 + 4 + 4 + 8 + 4)),
     ],

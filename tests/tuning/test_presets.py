@@ -60,10 +60,11 @@ def test_what_is_named_replaces_that_part_of_the_preset():
         "temperatures": ["none", "number", "per_token"],
         "labels": [1, 5],
         "entropy": [False, True],
+        "sum_p_squared": [True, False],
         "masked": [False, True],
     }
     problems = grid("cpu", "rl", **every)
-    assert len(problems) == 2**6 * 3**3
+    assert len(problems) == 2**7 * 3**3
     for name, values in every.items():
         for value in values:
             some = [problem for problem in problems if is_among(problem, **{name: [value]})]

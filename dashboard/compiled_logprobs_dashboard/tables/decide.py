@@ -17,7 +17,7 @@ from compiled_logprobs.choose.explain import candidate_figures
 from compiled_logprobs.decision import MEASURED, Candidate, Decision, Speedup, speedup_in_words
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.machine.environment import environments
-from compiled_logprobs.problem import Problem, short_name
+from compiled_logprobs.problem import Problem, results_of, short_name
 from compiled_logprobs.tuning.presets import FIELDS
 from compiled_logprobs_dashboard.frames import Frames, Profile, against, published
 from compiled_logprobs_dashboard.looks import UNDECIDED, looks, outcome, plain_line
@@ -269,13 +269,13 @@ def snippet(problem: Problem, name: str | None) -> str:
     """How a program calls the library for `problem`."""
     options = [
         "temperature=temperature" if problem.temperature != "none" else "",
-        "return_entropy=True" if problem.entropy else "",
+        *(f"return_{name}=True" for name in results_of(problem)),
         "masked_logits=True" if problem.masked_logits else "",
         "inplace_backward=True" if problem.inplace_backward else "",
         "" if problem.out_dtype.itemsize == 4 else "out_dtype=None",
     ]
     arguments = ", ".join(["logits", "labels", *(option for option in options if option)])
-    result = "log_probs, entropy" if problem.entropy else "log_probs"
+    result = ", ".join(("log_probs", *results_of(problem)))
     takes = "" if name is None else f"  # takes {plain_line(name, 40)} for this shape"
     shape = (
         f"# logits: [{problem.rows}, {problem.vocab}] {short_name(problem.dtype)} on {plain_line(problem.device_type)}"

@@ -8,7 +8,7 @@ import torch
 
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import environments
-from compiled_logprobs.problem import Problem
+from compiled_logprobs.problem import Problem, bytes_of_results
 from compiled_logprobs_dashboard.frames import Frames, Profile, Shape
 from compiled_logprobs_dashboard.looks import plain_line
 from compiled_logprobs_dashboard.tables.throughput import keys_along
@@ -39,7 +39,7 @@ class Capacity(NamedTuple):
 
 def least_bytes(problem: Problem) -> int:
     """What every backend needs beside the logits: the results, and the gradient unless it goes over the logits."""
-    results = problem.rows * (problem.labels_per_row + problem.entropy) * problem.out_dtype.itemsize
+    results = problem.rows * bytes_of_results(problem)
     return results + (logits_bytes(problem) if problem.needs_grad and not problem.inplace_backward else 0)
 
 
