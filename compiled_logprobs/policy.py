@@ -67,7 +67,7 @@ def autotune(
             the check of its rows here. What was measured does not count, so that all ranks and processes choose the
             same, whatever they call first.
         require_hit: raise ProfileError for a problem that no profile decides, instead of measuring it or guessing.
-            Problems so small that `eager` serves them by rule need no profile.
+            Problems with fewer than 2^20 logits, which are served by rule, need no profile.
 
     Raises:
         InputError: the mode is none of these, the budget is no number of seconds, or a switch neither True nor False.

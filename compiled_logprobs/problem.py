@@ -12,7 +12,7 @@ Temperature = Literal["none", "number", "per_token"]
 Layout = Literal["flat", "rows", "slice"]
 
 SMALL = 2**20
-"""Logits; below it the default rule says eager."""
+"""Logits; below it nothing is compiled or measured for a call."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RESULTS = ("entropy", "logsumexp", "argmax", "sum_p_squared")
 """What may be asked for beside the log-probabilities, in the order in which it is returned: fields of `Problem`."""
@@ -174,7 +174,7 @@ def bucket(problem: Problem) -> Problem:
 
 
 def is_small(problem: Problem) -> bool:
-    """Whether `problem` is for eager unless a profile says otherwise."""
+    """Whether `problem` is served by what is ready, unless a profile says otherwise."""
     return problem.rows * problem.vocab < SMALL
 
 

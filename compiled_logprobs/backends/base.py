@@ -54,7 +54,7 @@ class Backend(ABC):
         return None
 
     def is_warm(self, problem: Problem) -> bool:
-        """Whether `problem` runs without compiling anything first, as a CUDA-graph capture needs."""
+        """Whether `problem` runs without compiling anything first, as a CUDA-graph capture and small calls need."""
         return True
 
     def fingerprint(self) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.backends.cpp_build import shared_library, why_not_compile
+from compiled_logprobs.backends.cpp_build import is_kept, shared_library, why_not_compile
 from compiled_logprobs.backends.fingerprint import digest_of
 from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.operation.formula import Computed, Saved, Upstream
@@ -44,7 +44,7 @@ class Cpp(Backend):
         return self._broken or _why_not_here()
 
     def is_warm(self, problem: Problem) -> bool:
-        return _library.cache_info().currsize > 0
+        return self._broken is None and (_library.cache_info().currsize > 0 or _is_kept())
 
     def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
         library = self._loaded()
@@ -157,15 +157,25 @@ def _offsets(logits: Tensor) -> Tensor:
 
 @cache
 def _library() -> ctypes.CDLL:
-    capability = torch.backends.cpu.get_cpu_capability()
-    vectors = "DEFAULT" if capability == "NO AVX" else capability
-    library = shared_library(SOURCE, (*FLAGS, f"-DCPU_CAPABILITY={vectors}", f"-DCPU_CAPABILITY_{vectors}"))
+    library = shared_library(SOURCE, _flags())
     pointer = ctypes.c_void_p
     rows, upstream = ctypes.POINTER(_Rows), ctypes.POINTER(_Upstream)
     library.log_probs_forward.argtypes = (ctypes.c_int32, pointer, rows, *[pointer] * 5)
     library.log_probs_backward.argtypes = (ctypes.c_int32, pointer, rows, upstream, pointer, pointer)
     library.log_probs_forward.restype = library.log_probs_backward.restype = None
     return library
+
+
+@cache
+def _is_kept() -> bool:
+    """Whether an earlier process has compiled it, so that only loading is left: asked once, to be as good as loaded."""
+    return is_kept(SOURCE, _flags())
+
+
+def _flags() -> tuple[str, ...]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    vectors = "DEFAULT" if capability == "NO AVX" else capability
+    return (*FLAGS, f"-DCPU_CAPABILITY={vectors}", f"-DCPU_CAPABILITY_{vectors}")
 
 
 @lru_cache(maxsize=1)

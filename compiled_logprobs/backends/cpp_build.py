@@ -30,8 +30,7 @@ def shared_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
         BackendUnavailable: it is not kept, and cannot be compiled; or it cannot be loaded. The message has the
             compiler's first complaint.
     """
-    name = f"{source.stem}-{_digest(source, flags)}.so"
-    kept = _cache() / name
+    kept = _place(source, flags)
     library = _load(kept)
     if not isinstance(library, str):
         return library
@@ -39,7 +38,7 @@ def shared_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     if lack is not None:
         raise BackendUnavailable(f"its library {library}, and {lack}")
     try:
-        file = (kept.parent if _is_writable(kept.parent) else Path(_own_folder().name)) / name
+        file = (kept.parent if _is_writable(kept.parent) else Path(_own_folder().name)) / kept.name
         _build([str(cpp_compiler()), "-fPIC", "-shared", *flags, f"-I{TORCH_HEADERS}", str(source)], file)
         return ctypes.CDLL(str(file))
     except OSError as error:
@@ -49,6 +48,11 @@ def shared_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
         ) from error
 
 
+def is_kept(source: Path, flags: Sequence[str]) -> bool:
+    """Whether `shared_library` finds it made, and compiles nothing."""
+    return not isinstance(_load(_place(source, flags)), str)
+
+
 def why_not_compile() -> str | None:
     """Why nothing can be compiled here, as far as that shows before it is tried."""
     if cpp_compiler() is None:
@@ -56,6 +60,11 @@ def why_not_compile() -> str | None:
     if not (TORCH_HEADERS / "ATen" / "cpu" / "vec" / "vec.h").exists():
         return "this torch came without its C++ headers: install one that has them, such as that of PyPI"
     return None
+
+
+def _place(source: Path, flags: Sequence[str]) -> Path:
+    """Where the library is kept."""
+    return _cache() / f"{source.stem}-{_digest(source, flags)}.so"
 
 
 def _load(file: Path) -> ctypes.CDLL | str:

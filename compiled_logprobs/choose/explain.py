@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from compiled_logprobs.choose import rule
+from compiled_logprobs.choose.distance import distance
 from compiled_logprobs.choose.memory import Choice, family_of
 from compiled_logprobs.choose.rule import Context, Pending
 from compiled_logprobs.decision import PLAIN, Decision
@@ -17,7 +18,7 @@ from compiled_logprobs.policy import Policy
 from compiled_logprobs.problem import RESULTS, Problem, bucket, problem_to_dict
 
 _SOURCES = {
-    "small": "fewer than 2^20 logits, and no profile decides it: eager, since a launch costs more than the work",
+    "small": "fewer than 2^20 logits, and no profile decides it: the first of the list that is ready without compiling",
     "tuned here": "measured by this process",
     "ranks": "agreed between the ranks by tune(group=...)",
     "user store": "stored in the user's profiles",
@@ -69,7 +70,7 @@ class Explanation:
     """By field of the problem, there and here: in what the problem of the decision is another one."""
     nearest: tuple[Neighbour, ...]
     """The stored decisions for problems that are like it, where none is for exactly this one: in the order of
-    `rule.distance`, then those whose keys differ in the fewest fields."""
+    `distance`, then those whose keys differ in the fewest fields."""
     set_aside: dict[str, str]
     """What the backends raised that failed on such a call in this process, and do not serve it any more."""
 
@@ -143,7 +144,7 @@ def explain_problem(problem: Problem, device: torch.device, under: Policy) -> Ex
 
 
 def nearest_stored(context: Context, most: int = 3) -> list[Neighbour]:
-    """The first `most` by `rule.distance`, then of the fewest fields that differ, ranked by file names, then read; of
+    """The first `most` by `distance`, then of the fewest fields that differ, ranked by file names, then read; of
     those that decide, since no other serves."""
     asked, here = bucket(context.problem), environment_at(context.device)
     facts, names = here.to_dict(), MATCHED.get(context.device.type, MATCHED["cpu"])
@@ -151,7 +152,7 @@ def nearest_stored(context: Context, most: int = 3) -> list[Neighbour]:
     for label, store in context.stores.items():
         environments = store.environments()
         for fingerprint, problem in store.problems():
-            differs, order = _differing(problem, asked), rule.distance(asked, problem)
+            differs, order = _differing(problem, asked), distance(asked, problem)
             if fingerprint != here.fingerprint():
                 other = environments.get(fingerprint, {})
                 both = {name: (other.get(name), facts[name]) for name in names}

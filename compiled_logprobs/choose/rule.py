@@ -2,7 +2,7 @@
 
 1. remembered  what this process chose for the same bucket of N before
 2. stored      a decision for exactly this bucket: measured here, agreed between ranks, or kept in a store
-3. small       fewer than 2^20 logits, where a launch costs more than the work: eager
+3. small       fewer than 2^20 logits: the first backend of the list that is ready without compiling
 4. near        a decision for the same problem at an N within 4x
 5. measure     time the backends, where that is allowed
 6. related     the decision for the nearest kind of problem, where nothing could be measured
@@ -12,25 +12,20 @@ Each step returns a `Choice`, or the reason why it has none. A decision counts o
 the fastest, and while that one is registered, can run the problem, and has the code that was measured. Where rows have
 to be invariant, `invariant` stands for steps 2 to 7.
 
-Nearest, for `near` and `related`, is the decision that comes first by `distance`, of those whose backend can run the
-problem: one for an N within 4x before one for an N beyond that; then of the same entropy, asked for or not; then of
-the most other results alike; then of as many labels a row, else of the smallest ratio; then of the same layout, else of
-the next one to it (flat, rows, slice); then of the same kind of temperature, else of the next one to it (none, a
-number, one a token); then of the same alignment; then of the smallest ratio of both N. All else has to be the same:
-device, vocabulary, dtypes, gradient, in place or not, masked or not. A backend that was checked for another kind of
-problem passes the short check for that of the call, too, before it serves it.
+What is nearest, for `near` and `related`, says `distance`. A backend that was checked for another kind of problem
+passes the short check for that of the call, too, before it serves it.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 
 from compiled_logprobs.backends import BUILT_IN, EAGER, backends, get_backend, why_not
 from compiled_logprobs.check.run import INVARIANCE_ELEMENTS, check_backend
 from compiled_logprobs.choose import memory
+from compiled_logprobs.choose.distance import NEAR, distance, is_far
 from compiled_logprobs.choose.memory import GUESSES, Choice, Memory, family_of, key_of, kind_of
 from compiled_logprobs.choose.staleness import changed, holds, why_not_holds
 from compiled_logprobs.decision import Decision, speedup_in_words
@@ -38,12 +33,10 @@ from compiled_logprobs.errors import is_out_of_memory, warn
 from compiled_logprobs.machine.clock import MIB, free_memory
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.policy import PROBLEMS_A_PROCESS, Policy, is_rank
-from compiled_logprobs.problem import RESULTS, Layout, Problem, Temperature, bucket, is_small
+from compiled_logprobs.problem import Problem, bucket, is_small
 from compiled_logprobs.store import stores
 from compiled_logprobs.store.files import Store
 
-NEAR = 4
-"""The ratio of two N up to which a decision for one says enough of the other."""
 NO_ROOM_S = 60.0
 """How long eager serves where memory was too short for a check, until the check is tried again."""
 LEAST_FREE = 2048 * MIB
@@ -131,15 +124,20 @@ def stored(context: Context) -> Choice | str:
     return f"stale: {choice.stale}"
 
 
-def small(context: Context) -> Choice | str:
-    """Eager, for few logits."""
-    return Choice(EAGER, "small") if is_small(context.problem) else "it has 2^20 logits or more"
+def small(context: Context) -> Choice | Pending | str:
+    """The first of the built-in backends that is ready without compiling, which few logits would never pay for."""
+    if not is_small(context.problem):
+        return "it has 2^20 logits or more"
+    if not context.is_here:
+        return Pending(f"a call takes the first of {', '.join(BUILT_IN)} that is ready without compiling")
+    ready = (Choice(name, "small") for name in _able(context) if get_backend(name).is_warm(context.problem))
+    return next(choice for choice in ready if is_checked(context, choice) is not False)  # eager, if none before
 
 
 def near(context: Context) -> Choice | str:
     """A decision for an N within `NEAR`."""
     top = bucket(context.problem)
-    others = [other for other in nearest(context) if other._replace(rows=top.rows) == top and not _is_far(top, other)]
+    others = [other for other in nearest(context) if other._replace(rows=top.rows) == top and not is_far(top, other)]
     for choice in _choices_for(context, others):
         # What is stale is measured rather than guessed from.
         if choice.stale is None or why_not_measure(context) is not None:
@@ -175,9 +173,7 @@ def default(context: Context) -> Choice | Pending | str:
         return Pending(
             f"the next call takes the first of {', '.join(BUILT_IN)} that can run it and passes a short check"
         )
-    failed = {name for name, top in list(context.memory.set_aside) if top == bucket(context.problem)}
-    able = (name for name in BUILT_IN if name not in failed and why_not(name, context.problem) is None)
-    choice = _first_that_passes(context, (Choice(name, "default rule") for name in able))
+    choice = _first_that_passes(context, (Choice(name, "default rule") for name in _able(context)))
     return choice or Choice(EAGER, "default rule")
 
 
@@ -217,26 +213,6 @@ def nearest(context: Context) -> list[Problem]:
     others = {other for store in context.stores.values() for other in store.alike(context.environment, top)}
     alike = [other for other in others | set(context.memory.decided) if family_of(other) == family_of(top)]
     return sorted((other for other in alike if other != top), key=lambda other: distance(top, other))
-
-
-def distance(problem: Problem, other: Problem) -> tuple[float, ...]:
-    """How far a decision for `other`, of the same family, is from `problem`: the order of this module's docstring.
-
-    Of two that are as far, the one of the smaller N is the nearer, then of fewer labels, then of the simpler layout.
-    """
-    layouts, temperatures = get_args(Layout), get_args(Temperature)
-    layout, temperature = layouts.index(other.layout), temperatures.index(other.temperature)
-    return (
-        _is_far(problem, other),
-        problem.entropy != other.entropy,
-        sum(getattr(problem, name) != getattr(other, name) for name in RESULTS),
-        abs(math.log(max(1, other.labels_per_row) / max(1, problem.labels_per_row))),
-        abs(layout - layouts.index(problem.layout)),
-        abs(temperature - temperatures.index(problem.temperature)),
-        problem.aligned != other.aligned,
-        abs(math.log(max(1, other.rows) / max(1, problem.rows))),
-        *(other.rows, other.labels_per_row, layout, temperature),
-    )
 
 
 def is_checked(context: Context, choice: Choice) -> bool | None:
@@ -362,6 +338,12 @@ def _usable(context: Context, choice: Choice) -> Choice | str:
     return f"{choice.source}: {reason}"
 
 
+def _able(context: Context) -> Iterator[str]:
+    """The built-in backends that can run the problem, without those that failed on such."""
+    failed = context.memory.failures(context.problem)
+    return (name for name in BUILT_IN if name not in failed and why_not(name, context.problem) is None)
+
+
 def _others_can_run(problem: Problem) -> bool:
     """Whether another backend than eager may; those of third parties are not imported to find out."""
     return any(name not in BUILT_IN or why_not(name, problem) is None for name in backends() if name != EAGER)
@@ -394,7 +376,3 @@ def _passes(context: Context, name: str, problem: Problem) -> bool:
         report = check_backend(name, problem, short=True, device=str(context.device))
         context.memory.checks[key] = report.passed
     return context.memory.checks[key]
-
-
-def _is_far(problem: Problem, other: Problem) -> bool:
-    return max(other.rows, problem.rows) > NEAR * min(other.rows, problem.rows)

@@ -1,5 +1,6 @@
 """The C++ kernels: what their tiles, samples and threads could get wrong; every vector width; accuracy."""
 
+import functools
 import math
 import os
 import re
@@ -193,6 +194,17 @@ def test_without_a_compiler_a_warm_cache_serves_and_a_cold_one_is_a_reason(tmp_p
         command = [sys.executable, "-c", WITHOUT_A_COMPILER]
         printed = subprocess.check_output(command, text=True, env=environment | cache, timeout=300)
         assert re.match(expected, printed), printed
+
+
+def test_it_is_ready_where_its_library_is_kept_and_compiles_nothing_to_tell(monkeypatch, tmp_path):
+    cpp._library()
+    assert cpp.Cpp().is_warm(PROBLEM)
+    monkeypatch.setattr(cpp_build, "_build", lambda *_: pytest.fail("it compiled"))
+    monkeypatch.setattr(cpp, "_is_kept", cpp._is_kept.__wrapped__)
+    monkeypatch.setattr(cpp, "_library", functools.cache(lambda: None))
+    assert cpp.Cpp().is_warm(PROBLEM)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert not cpp.Cpp().is_warm(PROBLEM)
 
 
 def test_a_compiler_that_failed_is_not_asked_again(monkeypatch):

@@ -9,7 +9,7 @@ import platformdirs
 import pytest
 
 from compiled_logprobs.backends import cpp_build as module
-from compiled_logprobs.backends.cpp_build import shared_library
+from compiled_logprobs.backends.cpp_build import is_kept, shared_library
 from compiled_logprobs.errors import BackendUnavailable
 
 
@@ -26,8 +26,10 @@ def source(folder: Path, answer: int = 42) -> Path:
 
 
 def test_it_is_built_once_and_kept(cache, tmp_path, monkeypatch):
+    assert not is_kept(source(tmp_path), ())
     assert shared_library(source(tmp_path), ()).answer() == 42
     monkeypatch.setattr(module, "_build", lambda *_: pytest.fail("it is built again"))
+    assert is_kept(source(tmp_path), ())
     assert shared_library(source(tmp_path), ()).answer() == 42
     assert [file.suffix for file in cache.iterdir()] == [".so"]
 

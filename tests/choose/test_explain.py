@@ -9,6 +9,7 @@ import torch
 
 import compiled_logprobs as clp
 from compiled_logprobs.backends.compiled import Compiled
+from compiled_logprobs.backends.cpp import Cpp
 from compiled_logprobs.choose import auto, memory, rule
 from compiled_logprobs.choose.explain import candidate_figures, nearest_stored
 from compiled_logprobs.choose.memory import Choice
@@ -45,10 +46,11 @@ def call(problem=LARGE) -> None:
     auto.choose(problem, CPU, policy())
 
 
-def test_a_small_problem():
+def test_a_small_problem(monkeypatch):
+    monkeypatch.setattr(Cpp, "is_warm", lambda self, problem: True)
     assert str(explained(LOGITS[:3], LABELS[:3])).splitlines() == [
-        "3 x 1031 float32 on cpu (not 16-byte aligned): eager",
-        "  fewer than 2^20 logits, and no profile decides it: eager, since a launch costs more than the work",
+        "3 x 1031 float32 on cpu (not 16-byte aligned): cpp",
+        "  fewer than 2^20 logits, and no profile decides it: the first of the list that is ready without compiling",
         "  remembered: this process has not chosen for it yet",
         "  stored: no profile decides it",
     ]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import compiled_logprobs as clp
-from compiled_logprobs.backends import get_backend
+from compiled_logprobs.backends import cpp_build, get_backend
 from compiled_logprobs.backends.compiled import Compiled
 from compiled_logprobs.backends.cpp import Cpp
 from compiled_logprobs.backends.eager import Eager
@@ -162,9 +162,35 @@ def test_a_check_without_memory_speaks_against_nobody_and_is_not_repeated_on_eve
     assert chosen() == ("cpp", "related" if other else "default rule")
 
 
-def test_small_problems_are_for_eager_unless_a_profile_decides_them(mode, nothing_measures):
+def is_ready(monkeypatch, *names: str) -> None:
+    """Of `cpp` and `compiled`, only `names` run without compiling anything first."""
+    for backend in (Cpp, Compiled):
+        monkeypatch.setattr(backend, "is_warm", lambda self, problem: self.name in names)
+
+
+@pytest.mark.parametrize(
+    ("ready", "serving"), [((), "eager"), (("compiled",), "compiled"), (("compiled", "cpp"), "cpp")], ids=str
+)
+@pytest.mark.parametrize("name", ["off", "lookup", "tune"])
+def test_small_problems_are_for_what_is_ready_without_compiling(ready, serving, name, mode, monkeypatch):
+    mode(name)
+    is_ready(monkeypatch, *ready)
+    monkeypatch.setattr(cpp_build, "_build", lambda *_: pytest.fail("it compiled"))
+    assert chosen(SMALL) == (serving, "small")
+
+
+def test_what_failed_in_this_process_is_not_ready(monkeypatch):
+    is_ready(monkeypatch, "compiled", "cpp")
+    memory.MEMORY.put_aside("cpp", SMALL, RuntimeError("a fault"))
+    assert chosen(SMALL) == ("compiled", "small")
+    start_anew(monkeypatch)
+    memory.MEMORY.checks["cpp", SMALL._replace(rows=0), False] = False
+    assert chosen(SMALL) == ("compiled", "small")
+
+
+def test_small_problems_are_for_whom_a_profile_names(mode, nothing_measures, monkeypatch):
     mode("tune")
-    assert chosen(SMALL) == ("eager", "small")
+    is_ready(monkeypatch)
     publish(decided(SMALL._replace(rows=16), chosen="compiled"))
     memory.MEMORY.forget(SMALL)
     assert chosen(SMALL) == ("eager", "small")  # where launches count, another N says little
@@ -468,7 +494,7 @@ def test_a_guess_is_no_hit_and_a_mode_may_have_none(mode, checks):
             clp.ProfileError, match="the mode is 'off', in which no profile is looked at.*Set the mode to"
         ):
             chosen()
-        assert chosen(SMALL)[0] == "eager"
+        assert chosen(SMALL)[1] == "small"
 
 
 # row_invariant

@@ -263,7 +263,7 @@ def test_badges_and_what_to_do(scenario):
     at.number_input(key="cap").set_value(1.0).run()
     assert "use nothing" in at.warning[0].value and "none fits" in at.warning[0].value
     at.number_input(key="rows").set_value(1).run()
-    assert "Use eager, by rule" in text_of(at) and not at.metric
+    assert "By rule, what is ready" in text_of(at) and not at.metric
     at.number_input(key="rows").set_value(100).run()
     assert "nearest: N = 64" in text_of(at)
     at.selectbox(key="mode").select("forward, entropy").run()

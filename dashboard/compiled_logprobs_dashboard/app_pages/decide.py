@@ -71,9 +71,11 @@ def show() -> None:
 def _headline(frames: Frames, profile: Profile, shape: Shape, answer: Answer, decision: Decision | None) -> None:
     asked = f"N {shape.rows}, V {shape.vocab}, {plain(shape.dtype)}, {plain(shape.mode)}"
     if decision is None or answer.key is None:
-        rule = "has fewer than 2^20 logits, and no profile decides it: a launch costs more than the work."
+        rule = (
+            "has fewer than 2^20 logits, and no profile decides it: the first that is ready without compiling serves."
+        )
         none = "was not measured in this profile, nor was another N of it. The map below shows what was."
-        st.subheader("Use eager, by rule" if answer.kind == "rule" else "Not measured")
+        st.subheader("By rule, what is ready" if answer.kind == "rule" else "Not measured")
         st.write(f"{asked} {rule if answer.kind == 'rule' else none}")
         return
     st.subheader(plain(tables.sentence(decision), 600))
