@@ -16,14 +16,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor
 
 from compiled_logprobs import backends
 from compiled_logprobs.backends import get_backend, why_not
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.choose.tune import tune_all
-from compiled_logprobs.operation.formula import Computed
+from compiled_logprobs.operation.contract import Inputs, Results, Wanted
 from compiled_logprobs.problem import Problem, as_it_lies
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.rounds import Measurement
@@ -50,10 +49,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 class Slowed(Eager):
     """The baseline with some rows more to compute."""
 
-    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
-        more = max(1, round(EXTRA * len(logits)))
-        super().forward(logits[:more], labels[:more], temperature, entropy=entropy)
-        return super().forward(logits, labels, temperature, entropy=entropy)
+    def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
+        more = max(1, round(EXTRA * len(inputs.logits)))
+        super().forward(inputs._replace(logits=inputs.logits[:more], labels=inputs.labels[:more]), wanted)
+        return super().forward(inputs, wanted)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from compiled_logprobs.choose.tune import tune as tune_alone
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import BackendUnavailable, InputError
 from compiled_logprobs.operation.autograd import ForwardBackward, PlainFormula, compute
+from compiled_logprobs.operation.contract import Wanted
 from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import Problem, Temperature, as_it_lies, layout_of
 
@@ -101,17 +102,17 @@ def log_probs_from_logits(
             check_not_leaf(logits)
         problem = problem_of(logits, labels, temperature, return_entropy, masked_logits, inplace_backward, out_dtype)
         serving = Auto(problem, logits) if backend == "auto" else _named(backend, problem)
-    log_probs, entropy = compute(
+    log_probs, *others = compute(
         serving,
         logits,
         columns,
         temperature,
         ignore_index=int(ignore_index),
-        entropy=return_entropy,
+        wanted=Wanted(entropy=return_entropy),
         inplace_backward=inplace_backward,
     )
     log_probs = (log_probs if many else log_probs.squeeze(-1)).to(out_dtype)
-    return log_probs if entropy is None else LogProbs(log_probs, entropy.to(out_dtype))
+    return LogProbs(log_probs, others[0].to(out_dtype)) if others else log_probs
 
 
 def cross_entropy_from_logits(

@@ -7,21 +7,17 @@ from pathlib import Path
 from torch import Tensor
 
 from compiled_logprobs.backends.fingerprint import digest_of
-from compiled_logprobs.operation import formula
-from compiled_logprobs.operation.formula import Computed, Saved, Upstream
+from compiled_logprobs.operation import contract, formula
+from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
 from compiled_logprobs.problem import Problem
 
 
 class Backend(ABC):
     """One way to compute the operation: a pair of pure functions, and when they can be used.
 
-    `compiled_logprobs.operation.autograd` wraps the pair. It merges the leading dimensions of the logits as far as
-    their strides allow, brings the labels into range, keeps the sign, and handles ignored and invalid rows: a backend
-    sees clean input.
-
-    Shapes: `logits` [..., V], two dimensions or more, unit last stride, any row strides, at least one row; `labels`
-    [..., K] int64 in [0, V), contiguous; `temperature` a positive number, or [...] contiguous in float32 (float64 for
-    float64 logits).
+    `compiled_logprobs.operation.autograd` wraps the pair, and merges the leading dimensions of the logits as far as
+    their strides allow. All else is the backend's: it returns finished numbers, as
+    `compiled_logprobs.operation.contract` says. That has helper functions for kernels that know nothing of it.
     """
 
     name: str
@@ -36,17 +32,19 @@ class Backend(ABC):
     """
 
     @abstractmethod
-    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
-        """Log-probabilities, entropy where it is asked for, and the residuals that `backward` needs.
+    def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
+        """Log-probabilities, what else is wanted, and the statistics that `backward` needs.
 
-        Do not write to the arguments. The same row gives the same bits whether or not a gradient will be asked for.
+        Do not write to the inputs. The same row gives the same bits whatever is wanted, and whether or not a gradient
+        will be asked for.
         """
 
     @abstractmethod
-    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
-        """The gradient in the logits, [..., V] in their dtype: contiguous and new, or, if `inplace`, over `logits`.
+    def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
+        """The gradient in the logits, [..., V] in their dtype: contiguous and new, or, if `inplace`, over the logits.
 
-        The rows of `saved.ignored` get exactly 0, whatever they hold.
+        `stats` may come from another backend's forward. Rows all of whose labels are ignored get exactly 0, whatever
+        they hold; invalid rows NaN.
         """
 
     def why_not(self, problem: Problem) -> str | None:
@@ -58,5 +56,5 @@ class Backend(ABC):
         return True
 
     def fingerprint(self) -> str:
-        """Changes whenever results or speed may: a digest of what this backend's source and the formula mean."""
-        return digest_of(Path(inspect.getfile(type(self))), Path(formula.__file__))
+        """Changes whenever results or speed may: a digest of the meaning of what computes here."""
+        return digest_of(Path(inspect.getfile(type(self))), Path(formula.__file__), Path(contract.__file__))

@@ -5,15 +5,15 @@ dtype, K and options (`Key`) has a compiled function of its own, which knows not
 
 Which form of the formula is compiled depends on the device:
 
-* On a CPU `formula.forward`, in one level: the two-level form is slower there as Inductor writes it.
+* On a CPU `formula.forward_at_once`, in one level: the two-level form is slower there as Inductor writes it.
 * On a GPU `formula.forward_in_blocks`, where a row is longer than a block: two kernels, of which the first reads the
   logits, once, and the second combines a few numbers a block. The one-level form makes two loops over the row, and a
   row rarely stays in a GPU's cache until the second. Inductor's online softmax would read once as well, without the
   entropy, but with two exponentials a logit: an H100 has 132 SMs with 16 a clock each, and at the 1.5e12 logits a
   second that its memory brings in bfloat16 two of them take 81 % of these units, one 40 %.
 * Backward on a GPU is `formula.gradient` for one label a row, a single kernel; for several, and on a CPU,
-  `formula.backward` and a write to the label columns. On a CPU the comparison of each column with the label would cost
-  more than that write.
+  `formula.backward_at_once` and a write to the label columns. On a CPU the comparison of each column with the label
+  would cost more than that write.
 
 None of this was timed on a GPU: `python -m tests.gpu_code` shows what the generated code does.
 
@@ -36,8 +36,9 @@ from torch import Tensor
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.machine.environment import cpp_compiler
-from compiled_logprobs.operation import formula
-from compiled_logprobs.operation.formula import Computed, Saved, Upstream
+from compiled_logprobs.operation import contract, formula
+from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
+from compiled_logprobs.operation.formula import Computed, Saved
 from compiled_logprobs.problem import Layout, Problem, layout_of
 
 RECOMPILE_LIMIT = 32
@@ -53,6 +54,7 @@ offers just that to its autotuner. In between, every N has the same kernel, and 
 INT32_MAX = 2**31 - 1
 COMPILER_ERRORS = ("torch._dynamo.exc", "torch._inductor.exc")
 """The modules whose exceptions say that something could not be compiled."""
+DISABLED = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
 OPTIONS = {"triton.autotune_pointwise": False}
 """Of Inductor on a GPU. To choose between two configurations it would run both at the first call, and copy the logits
 before each run of a kernel that writes over them. The one that is left is the first of both, and takes fewer
@@ -100,7 +102,13 @@ class Compiled(Backend):
         backward = [("backward", key, entropy, problem.inplace_backward) for entropy in (False, True)]
         return forward in self._warm and (not problem.needs_grad or any(b in self._warm for b in backward))
 
-    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
+    def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
+        rows = contract.clean(inputs)
+        computed = self._forward(inputs.logits, rows.labels, rows.temperature, entropy=wanted.entropy)
+        m, log_s = (residual.squeeze(-1) for residual in computed.residuals[:2])
+        return contract.finish(rows, wanted, computed.log_probs, m, log_s, computed.entropy)
+
+    def _forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
         t = _as_tensor(temperature, logits)
         key = _key_of(logits, labels, t)
         hints = None
@@ -114,17 +122,17 @@ class Compiled(Backend):
             return Computed(log_probs, entropies, residuals)
         return Computed(log_probs[:1], None if entropies is None else entropies[:1], tuple(r[:1] for r in residuals))
 
-    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
-        logits, labels = saved.logits, saved.labels
-        t = _as_tensor(saved.temperature, logits)
+    def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
+        logits, rows = inputs.logits, contract.clean(inputs)
+        labels, upstream = rows.labels, contract.clean_upstream(rows, upstream)
+        t = _as_tensor(rows.temperature, logits)
         key = _key_of(logits, labels, t)
-        m, log_s = saved.residuals[:2]
-        through_entropy = () if upstream.entropy is None else (saved.residuals[2], upstream.entropy)
+        m, log_s, *entropy = stats.unsqueeze(-1).unbind(0)
+        through_entropy = () if upstream.entropy is None else (entropy[0], upstream.entropy)
         gradient: Tensor
-        at_labels: Tensor | None
         gradient, at_labels = _run(
             _compiled_backward(key, upstream.entropy is not None, inplace),
-            *(logits, labels, t, m, log_s, saved.ignored, upstream.log_probs, *through_entropy),
+            *(logits, labels, t, m, log_s, rows.dropped, upstream.log_probs, *through_entropy),
         )
         self._warm.add(("backward", key, upstream.entropy is not None, inplace))
         if logits.shape[0] == 1:
@@ -144,7 +152,7 @@ class Compiled(Backend):
         if rows > 1:
             pieces = [slice(start, start + rows) for start in range(0, len(logits), rows)]
         parts = [
-            self.forward(logits[p], labels[p], temperature[p] if temperature.ndim else temperature, entropy=entropy)
+            self._forward(logits[p], labels[p], temperature[p] if temperature.ndim else temperature, entropy=entropy)
             for p in pieces
         ]
         together = torch.cat if rows > 1 else torch.stack
@@ -170,16 +178,15 @@ def key_for(problem: Problem) -> Key:
 
 
 def _key_of(logits: Tensor, labels: Tensor, temperature: Tensor) -> Key:
-    device_type = logits.device.type
     layout, aligned = layout_of(logits)
     return Key(
-        device_type,
+        logits.device.type,
         logits.shape[-1],
         logits.dtype,
         labels.shape[-1],
         temperature.ndim > 0,
         layout,
-        aligned or device_type == "cpu",
+        aligned or logits.device.type == "cpu",
     )
 
 
@@ -195,7 +202,7 @@ def _compiled_backward(key: Key, through_entropy: bool, inplace: bool) -> Callab
 
 def forward_function(key: Key, entropy: bool) -> Callable[..., Any]:
     """What is compiled for the forward pass."""
-    chosen = formula.forward_in_blocks if reads_blocks(key.device_type, key.vocab) else formula.forward
+    chosen = formula.forward_in_blocks if reads_blocks(key.device_type, key.vocab) else formula.forward_at_once
 
     def forward(logits: Tensor, labels: Tensor, temperature: Tensor) -> Any:
         return chosen(logits, labels, temperature, entropy=entropy)
@@ -220,7 +227,7 @@ def backward_function(key: Key, inplace: bool) -> Callable[..., Any]:
     ) -> tuple[Tensor, Tensor | None]:
         residuals = (m, log_s) if entropy is None else (m, log_s, entropy)
         bundles = Saved(logits, labels, temperature, residuals, ignored), Upstream(grad_log_probs, grad_entropy)
-        gradient, at_labels = (formula.gradient(*bundles), None) if in_one_pass else formula.backward(*bundles)
+        gradient, at_labels = (formula.gradient(*bundles), None) if in_one_pass else formula.backward_at_once(*bundles)
         return logits.copy_(gradient) if inplace else gradient, at_labels
 
     return backward
@@ -235,7 +242,7 @@ def _compile(function: Callable[..., Any], name: str, device_type: str) -> Calla
     assert isinstance(function, FunctionType)
     code = function.__code__.replace(co_name=name)
     own = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
-    options: dict[str, Any] = {} if device_type == "cpu" else {"options": OPTIONS}
+    options: Any = {} if device_type == "cpu" else {"options": OPTIONS}
     if "recompile_limit" in _parameters(torch.compile):
         options["recompile_limit"] = RECOMPILE_LIMIT
     compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, **options)
@@ -373,8 +380,7 @@ def _as_tensor(temperature: float | Tensor, logits: Tensor) -> Tensor:
 def _is_disabled() -> bool:
     """Whether torch.compile returns functions as they are: the formula would then hold float32 copies of the logits."""
     config = sys.modules.get("torch._dynamo.config")  # not imported to find out, which takes a second
-    by_name = (os.environ.get(name) == "1" for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"))
-    return bool(getattr(config, "disable", False)) or any(by_name)
+    return getattr(config, "disable", False) or "1" in map(os.environ.get, DISABLED)
 
 
 @lru_cache(maxsize=1)
@@ -388,9 +394,7 @@ def _why_no_cpp_compiler() -> str | None:
 def _why_no_triton() -> str | None:
     if find_spec("triton") is None:
         return "torch.compile needs triton on CUDA, and it is not installed"
-    capability = torch.cuda.get_device_capability()
-    if capability < (7, 0):
-        return (
-            f"torch.compile needs compute capability 7.0 or newer, and this device has {capability[0]}.{capability[1]}"
-        )
+    major, minor = torch.cuda.get_device_capability()
+    if major < 7:
+        return f"torch.compile needs compute capability 7.0 or newer, and this device has {major}.{minor}"
     return None

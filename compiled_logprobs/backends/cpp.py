@@ -15,7 +15,8 @@ from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.backends.cpp_build import is_kept, shared_library, why_not_compile
 from compiled_logprobs.backends.fingerprint import digest_of
 from compiled_logprobs.errors import BackendUnavailable
-from compiled_logprobs.operation.formula import Computed, Saved, Upstream
+from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted, clean, clean_upstream, finish
+from compiled_logprobs.operation.formula import Saved
 from compiled_logprobs.problem import Problem
 
 SOURCE = Path(__file__).with_name("cpp_kernels.cpp")
@@ -46,9 +47,10 @@ class Cpp(Backend):
     def is_warm(self, problem: Problem) -> bool:
         return self._broken is None and (_library.cache_info().currsize > 0 or _is_kept())
 
-    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
-        library = self._loaded()
-        rows = _Rows.of(logits, labels, temperature)
+    def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
+        library, logits, cleaned, entropy = self._loaded(), inputs.logits, clean(inputs), wanted.entropy
+        labels = cleaned.labels
+        rows = _Rows.of(logits, labels, cleaned.temperature)
         leading = logits.shape[:-1]
         log_probs = logits.new_empty(labels.shape, dtype=torch.float32)
         m, log_s, *entropies = logits.new_empty(2 + entropy, *leading, 1, dtype=torch.float32)
@@ -58,10 +60,13 @@ class Cpp(Backend):
             *(DTYPES[logits.dtype], logits.data_ptr(), rows, partials.data_ptr(), log_probs.data_ptr()),
             *(m.data_ptr(), log_s.data_ptr(), entropies[0].data_ptr() if entropy else None),
         )
-        return Computed(log_probs, entropies[0].squeeze(-1) if entropy else None, (m, log_s, *entropies))
+        h = entropies[0].squeeze(-1) if entropy else None
+        return finish(cleaned, wanted, log_probs, m.squeeze(-1), log_s.squeeze(-1), h)
 
-    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
-        logits, labels = saved.logits, saved.labels
+    def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
+        logits, cleaned = inputs.logits, clean(inputs)
+        labels, upstream = cleaned.labels, clean_upstream(cleaned, upstream)
+        saved = Saved(logits, labels, cleaned.temperature, tuple(stats.unbind(0)), cleaned.dropped)
         rows = _Rows.of(logits, labels, saved.temperature)
         gradient = logits if inplace else logits.new_empty(logits.shape)
         at_labels = logits.new_empty(labels.shape)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.backends.fingerprint import digest_of
-from compiled_logprobs.operation import formula
-from compiled_logprobs.operation.formula import Computed, Saved, Upstream
+from compiled_logprobs.operation import contract
+from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted, clean, clean_upstream, finish
 from compiled_logprobs.problem import Layout, Problem, layout_of
 
 FORWARD_BLOCK = 16 * 1024
@@ -72,57 +72,62 @@ class FlashAttn(Backend):
         needed = directions if problem.needs_grad else directions[:1]
         return all(_key(direction, problem.vocab, problem.dtype, problem.layout) in self._warm for direction in needed)
 
-    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
+    def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
+        logits, rows = inputs.logits, clean(inputs)
         kernel = kernel_module().cross_entropy_fwd_kernel
         losses, lse, z_losses = (_aligned_empty(logits.shape[:-1], torch.float32, logits.device) for _ in range(3))
-        y = _aligned(labels.squeeze(-1))
+        y = _aligned(rows.labels.squeeze(-1))
         with _device_of(logits):
-            for rows in _launches(logits):
+            for launch in _launches(logits):
                 kernel[(logits.shape[-2],)](
-                    loss_ptr=losses[rows],
-                    lse_ptr=lse[rows],
-                    z_loss_ptr=z_losses[rows],
-                    logits_ptr=logits[rows],
-                    labels_ptr=y[rows],
+                    loss_ptr=losses[launch],
+                    lse_ptr=lse[launch],
+                    z_loss_ptr=z_losses[launch],
+                    logits_ptr=logits[launch],
+                    labels_ptr=y[launch],
                     logits_row_stride=_row_stride(logits),
                     SPLIT=False,
                     PRECOMPUTED_LSE=False,
-                    **_settings(logits.shape[-1], temperature, FORWARD_BLOCK),
+                    **_settings(logits.shape[-1], rows.temperature, FORWARD_BLOCK),
                 )
         self._remember("forward", logits)
-        return Computed(losses.neg_().unsqueeze(-1), None, (lse,))
+        # The kernels divide by the temperature before they take the logarithm of the sum: log s is 0 relative to that.
+        m = lse * inputs.temperature
+        return finish(rows, wanted, losses.neg_().unsqueeze(-1), m, torch.zeros_like(m))
 
-    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
+    def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
         kernels = kernel_module()
         from compiled_logprobs.backends import flash_attn_rows  # imports triton
 
-        logits, labels, temperature, residuals, ignored = saved
-        vocab, settings = logits.shape[-1], _settings(logits.shape[-1], temperature, BACKWARD_BLOCK)
+        logits, rows = inputs.logits, clean(inputs)
+        upstream = clean_upstream(rows, upstream)
+        vocab, settings = logits.shape[-1], _settings(logits.shape[-1], rows.temperature, BACKWARD_BLOCK)
         blocks = -(-vocab // settings["BLOCK_SIZE"])
         gradient = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         grad_losses = _aligned(-upstream.log_probs.squeeze(-1))
-        y, lse, ignored = _aligned(labels.squeeze(-1)), _aligned(residuals[0]), _aligned(ignored)
+        y, lse = _aligned(rows.labels.squeeze(-1)), _aligned(stats[0] / inputs.temperature + stats[1])
+        ignored = _aligned(rows.dropped)
         with _device_of(logits):
-            for rows in _launches(logits):
+            for launch in _launches(logits):
                 kernels.cross_entropy_bwd_kernel[(logits.shape[-2], blocks)](
-                    dlogits_ptr=gradient[rows],
-                    dloss_ptr=grad_losses[rows],
-                    logits_ptr=logits[rows],
-                    lse_ptr=lse[rows],
-                    labels_ptr=y[rows],
+                    dlogits_ptr=gradient[launch],
+                    dloss_ptr=grad_losses[launch],
+                    logits_ptr=logits[launch],
+                    lse_ptr=lse[launch],
+                    labels_ptr=y[launch],
                     logits_row_stride=_row_stride(logits),
                     dlogits_row_stride=_row_stride(gradient),
                     dloss_row_stride=1,
                     **settings,
                 )
                 flash_attn_rows.zero_ignored_rows[(logits.shape[-2],)](
-                    gradient[rows], ignored[rows], vocab, _row_stride(gradient), BLOCK=flash_attn_rows.BLOCK
+                    gradient[launch], ignored[launch], vocab, _row_stride(gradient), BLOCK=flash_attn_rows.BLOCK
                 )
         self._remember("in-place" if inplace else "backward", logits)
         return gradient
 
     def fingerprint(self) -> str:
-        digest = digest_of(Path(__file__), Path(__file__).with_name("flash_attn_rows.py"), Path(formula.__file__))
+        digest = digest_of(Path(__file__), Path(__file__).with_name("flash_attn_rows.py"), Path(contract.__file__))
         return f"{digest}, flash-attn {_flash_attn_version()}, triton {_triton_version()}"
 
     def _remember(self, direction: str, logits: Tensor) -> None:

@@ -15,6 +15,7 @@ from compiled_logprobs.backends import get_backend, require_backend, why_not
 from compiled_logprobs.check.cases import IGNORE_INDEX
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.operation.autograd import compute
+from compiled_logprobs.operation.contract import wanted_by
 from compiled_logprobs.problem import Problem
 
 Returns = Literal["log_prob", "loss"]
@@ -202,10 +203,17 @@ class NamedBackend:
         return problems
 
     def __call__(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, problem: Problem) -> Any:
-        options = {"entropy": problem.entropy, "inplace_backward": problem.inplace_backward}
-        log_probs, entropy = compute(self._backend, logits, labels, temperature, ignore_index=IGNORE_INDEX, **options)
-        log_probs = log_probs.to(problem.out_dtype)
-        return (log_probs, entropy.to(problem.out_dtype)) if entropy is not None else log_probs
+        results = compute(
+            self._backend,
+            logits,
+            labels,
+            temperature,
+            ignore_index=IGNORE_INDEX,
+            wanted=wanted_by(problem),
+            inplace_backward=problem.inplace_backward,
+        )
+        returned = tuple(result.to(problem.out_dtype) for result in results)
+        return returned if problem.entropy else returned[0]
 
     def as_function(self, problem: Problem) -> Callable[..., Any]:
         """The same as a function of logits [N, V] and labels [N], with the options that `problem` has."""

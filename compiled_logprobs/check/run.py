@@ -20,7 +20,7 @@ from compiled_logprobs.check.cases import Case, cases, same_bits
 from compiled_logprobs.check.causes import likely_causes
 from compiled_logprobs.check.function import Function, NamedBackend, Returns, Subject
 from compiled_logprobs.check.report import CheckReport, Notes, ProblemReport, Stop
-from compiled_logprobs.check.verdicts import CaseInputs, Results, call_once, eager_yardstick, judge
+from compiled_logprobs.check.verdicts import CaseInputs, Returned, call_once, judge, plain_yardstick
 from compiled_logprobs.errors import InputError, nothing_can_serve_after
 from compiled_logprobs.machine.clock import free_memory
 from compiled_logprobs.problem import Problem, bucket, layout_of, short_name
@@ -156,7 +156,7 @@ def _each_once(causes: Sequence[list[str]], problems: list[Problem]) -> tuple[st
 def _check(
     subject: Subject, problem: Problem, notes: Notes, short: bool, ignore_index: bool, generator: torch.Generator
 ) -> None:
-    yardstick = eager_yardstick(problem, generator)
+    yardstick = plain_yardstick(problem, generator)
     for case in cases(problem, short=short, foreign=isinstance(subject, Function)):
         if not ignore_index:
             case = replace(case, ignored=0.0)
@@ -217,7 +217,7 @@ def _check_many_rows(
 
 
 def _check_rows_alone(
-    subject: Subject, inputs: CaseInputs, whole: Results, counts: Iterable[int], notes: Notes
+    subject: Subject, inputs: CaseInputs, whole: Returned, counts: Iterable[int], notes: Notes
 ) -> None:
     """Whether the first rows alone have the bits that they have among all, in `whole`."""
     logits, labels, t = inputs.arena.logits, inputs.labels, inputs.temperature

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compiled_logprobs.check.verdicts import EAGER_CEILING, EPS, row_scale
+from compiled_logprobs.check.verdicts import EPS, PLAIN_CEILING, row_scale
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem
 
@@ -46,7 +46,7 @@ def what_is_wrong(
     true = reference(x_nV, labels[at], t, grad_log_probs=g, grad_entropy=h[0] if h else None)
     t = t.unsqueeze(-1) if isinstance(t, Tensor) else t
     scale_n1 = row_scale(x_nV, t).double()
-    limit_n1 = EAGER_CEILING * EPS * scale_n1
+    limit_n1 = PLAIN_CEILING * EPS * scale_n1
     own, returned = torch.finfo(problem.dtype), torch.finfo(problem.out_dtype)
     kinds = [("log-probability", results[0], true.log_probs, limit_n1, returned.eps)]
     if problem.entropy:

@@ -10,38 +10,36 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_logprobs.backends import EAGER, get_backend
 from compiled_logprobs.check.cases import IGNORE_INDEX, Arena, Case, labels_for
 from compiled_logprobs.check.function import Function, Subject
 from compiled_logprobs.check.report import Errors, Notes, Stop
 from compiled_logprobs.errors import nothing_can_serve_after
-from compiled_logprobs.operation.autograd import compute
 from compiled_logprobs.operation.reference import reference
-from compiled_logprobs.problem import Problem, short_name
+from compiled_logprobs.problem import Problem, accumulation_dtype, short_name
 
 EPS = torch.finfo(torch.float32).eps
 BUDGET = 2.0
-"""How many times the error of eager a backend may make."""
-EAGER_CEILING = 64.0
-"""How many times eps(float32) times the row's largest |x| eager may be off: what its sums cost at V = 2^18."""
+"""How many times the error of plain torch a backend may make."""
+PLAIN_CEILING = 64.0
+"""How many times eps(float32) times the row's largest |x| plain torch may be off: what its sums cost at V = 2^18."""
 CHECKED_ELEMENTS = 2**24
 """Larger inputs are compared with the reference on `SAMPLED_ROWS` rows, the first and the last among them."""
 SAMPLED_ROWS = 64
 FEWEST_ROWS_FOR_A_MEAN = 4
 YARDSTICK_ELEMENTS = 2**22
-"""How many logits tell how far eager is off on ordinary rows."""
+"""How many logits tell how far plain torch is off on ordinary rows."""
 
 
-class Results(NamedTuple):
+class Returned(NamedTuple):
     """What a call returned, and the gradient that came of it."""
 
     log_probs: Tensor
     entropy: Tensor | None
     gradient: Tensor | None = None
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Results":
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Returned":
         """All of them changed so."""
-        return Results(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
+        return Returned(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
 
 
 class CaseInputs:
@@ -77,7 +75,7 @@ class CaseInputs:
         return tensor.reshape(-1, columns)[self.sample]
 
     def solve(self) -> None:
-        """Compute the truth, and what eager makes of the same rows."""
+        """Compute the truth, and what plain torch makes of the same rows."""
         problem, h = self.problem, self.grad_entropy
         logits = self.sampled(self.arena.logits, problem.vocab)
         labels = self.sampled(self.labels, problem.labels_per_row)
@@ -85,14 +83,17 @@ class CaseInputs:
         self.scale = row_scale(logits, self.row_temperature)
         g = self.sampled(self.grad_log_probs, problem.labels_per_row)
         h = None if h is None else self.sampled(h, 1).squeeze(-1)
-        upstream = {"grad_log_probs": g, "grad_entropy": h} if problem.needs_grad else {}
+        upstream: dict[str, Any] = {"grad_log_probs": g, "grad_entropy": h} if problem.needs_grad else {}
         self.true = reference(logits, labels, t, ignore_index=IGNORE_INDEX, **upstream)
-        logits.requires_grad_(problem.needs_grad)
-        eager = get_backend(EAGER)
-        log_probs, entropy = compute(eager, logits, labels, t, ignore_index=IGNORE_INDEX, entropy=problem.entropy)
-        results = Results(log_probs.to(problem.out_dtype), None if entropy is None else entropy.to(problem.out_dtype))
-        gradient = gradient_of(logits, results, g, h) if problem.needs_grad else None
-        self.eager = results.each(Tensor.detach)._replace(gradient=gradient)
+        # What comes from above a result has its dtype.
+        rounded = {name: None if grad is None else grad.to(problem.out_dtype) for name, grad in upstream.items()}
+        dtype = accumulation_dtype(problem.dtype)
+        plain = reference(logits, labels, t, ignore_index=IGNORE_INDEX, dtype=dtype, **rounded)
+        self.plain = Returned(
+            plain.log_probs.to(problem.out_dtype),
+            plain.entropy.to(problem.out_dtype) if problem.entropy else None,
+            None if plain.gradient is None else plain.gradient.to(problem.dtype),
+        )
 
 
 class _NotALeaf(torch.autograd.Function):
@@ -110,7 +111,7 @@ class _NotALeaf(torch.autograd.Function):
         return None, None
 
 
-def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradient: bool) -> Results:
+def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradient: bool) -> Returned:
     """Call the subject once. Raises Stop where the results are not what they should be in kind."""
     problem, arena = inputs.problem, inputs.arena
     labels, t = inputs.labels.clone(), inputs.temperature
@@ -155,7 +156,7 @@ def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradie
     return results.each(Tensor.detach)._replace(gradient=gradient)
 
 
-def _typed(subject: Subject, result: Any, inputs: CaseInputs, notes: Notes) -> Results:
+def _typed(subject: Subject, result: Any, inputs: CaseInputs, notes: Notes) -> Returned:
     problem = inputs.problem
     parts = tuple(result) if isinstance(result, tuple) else (result,)
     kinds = all(isinstance(part, Tensor) for part in parts) and len(parts) == (2 if problem.entropy else 1)
@@ -166,10 +167,10 @@ def _typed(subject: Subject, result: Any, inputs: CaseInputs, notes: Notes) -> R
         sizes = f"got {list(part.shape[:own])}, expected {list(shape[:own])}"
         notes.require("shape", part.shape == shape, sizes)
         notes.add("dtype", part.dtype == dtype, f"got {short_name(part.dtype)}, expected {short_name(dtype)}")
-    return Results(parts[0], parts[1] if problem.entropy else None)
+    return Returned(parts[0], parts[1] if problem.entropy else None)
 
 
-def gradient_of(logits: Tensor, results: Results, grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor:
+def gradient_of(logits: Tensor, results: Returned, grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor:
     """The gradient in the logits that comes of these upstream gradients."""
     outputs, upstream = [results.log_probs], [grad_log_probs.to(results.log_probs.dtype)]
     if results.entropy is not None and grad_entropy is not None:
@@ -178,7 +179,7 @@ def gradient_of(logits: Tensor, results: Results, grad_log_probs: Tensor, grad_e
     return torch.autograd.grad(outputs, [logits], upstream)[0]
 
 
-def judge(inputs: CaseInputs, results: Results, notes: Notes) -> None:
+def judge(inputs: CaseInputs, results: Returned, notes: Notes) -> None:
     """Hold the results of a call against the truth."""
     problem, case = inputs.problem, inputs.case
     largest = float(results.log_probs.nan_to_num(nan=-1.0).max()) if results.log_probs.numel() else 0.0
@@ -198,16 +199,16 @@ def judge(inputs: CaseInputs, results: Results, notes: Notes) -> None:
         zero = gradient[all_ignored] == 0
         notes.add("ignored_rows", bool(zero.all()), "the gradient of an ignored row is not 0")
         _judge_gradient_sign(inputs, gradient, notes)
-    for errors, eager, scale in _errors(inputs, results):
+    for errors, plain, scale in _errors(inputs, results):
         if errors.got.numel():
             notes.add("nan_pattern", errors.fits_pattern, f"{errors.what} is NaN or infinite elsewhere than in float64")
             notes.add_errors(errors)
-            _judge_errors(errors, eager, scale, inputs, notes)
+            _judge_errors(errors, plain, scale, inputs, notes)
 
 
-def _errors(inputs: CaseInputs, results: Results) -> Iterator[tuple[Errors, Tensor, Tensor]]:
-    """Of each kind of result, eager's results as well, and [n, 1] the size that an eps(float32) is relative to."""
-    problem, true, eager = inputs.problem, inputs.true, inputs.eager
+def _errors(inputs: CaseInputs, results: Returned) -> Iterator[tuple[Errors, Tensor, Tensor]]:
+    """Of each kind of result, what plain torch returns as well, and [n, 1] what an eps(float32) is relative to."""
+    problem, true, plain = inputs.problem, inputs.true, inputs.plain
     x_scale = inputs.scale
     log_probs = inputs.sampled(results.log_probs, problem.labels_per_row)
     labels = inputs.sampled(inputs.labels, problem.labels_per_row)
@@ -217,13 +218,13 @@ def _errors(inputs: CaseInputs, results: Results) -> Iterator[tuple[Errors, Tens
         return x_scale.double().clamp(min=float(errors.truth.abs().max()) if errors.truth.numel() else 0.0)
 
     errors = Errors("log_prob", log_probs, true.log_probs, kept, inputs.sample, labels)
-    yield errors, eager.log_probs, at_least_the_largest(errors)
+    yield errors, plain.log_probs, at_least_the_largest(errors)
     kept_rows = kept.any(-1, keepdim=True)
-    if results.entropy is not None and eager.entropy is not None:
+    if results.entropy is not None and plain.entropy is not None:
         entropy = inputs.sampled(results.entropy, 1)
         errors = Errors("entropy", entropy, true.entropy[:, None], kept_rows, inputs.sample)
-        yield errors, eager.entropy[:, None], at_least_the_largest(errors)
-    if results.gradient is not None and eager.gradient is not None and true.gradient is not None:
+        yield errors, plain.entropy[:, None], at_least_the_largest(errors)
+    if results.gradient is not None and plain.gradient is not None and true.gradient is not None:
         gradient = inputs.sampled(results.gradient, problem.vocab)
         # Of a row that is NaN, logsumexp's own gradient is NaN in some places only; that is warning enough.
         gradient = gradient.masked_fill(gradient.isnan().any(-1, keepdim=True), torch.nan)
@@ -231,11 +232,11 @@ def _errors(inputs: CaseInputs, results: Results) -> Iterator[tuple[Errors, Tens
         if inputs.grad_entropy is not None:
             upstream = upstream + inputs.sampled(inputs.grad_entropy, 1).abs() * (1 + math.log(problem.vocab))
         scale = x_scale * (upstream / inputs.row_temperature)
-        yield Errors("gradient", gradient, true.gradient, kept_rows, inputs.sample), eager.gradient, scale.double()
+        yield Errors("gradient", gradient, true.gradient, kept_rows, inputs.sample), plain.gradient, scale.double()
 
 
-def eager_yardstick(problem: Problem, generator: torch.Generator) -> dict[str, float]:
-    """How far eager is off on ordinary rows, by the name of the check, in units of eps(float32) times the row's scale.
+def plain_yardstick(problem: Problem, generator: torch.Generator) -> dict[str, float]:
+    """How far plain torch is off on ordinary rows, by the name of the check, in eps(float32) times the row's scale.
 
     On the few rows of a case it may be right by luck, and a backend that is as good on the average must not be stopped
     for it.
@@ -244,31 +245,31 @@ def eager_yardstick(problem: Problem, generator: torch.Generator) -> dict[str, f
     plain = problem._replace(layout="flat", aligned=True, masked_logits=False)
     inputs = CaseInputs(Case("ordinary rows", rows, ignored=0.0), plain, {}, generator)
     yardstick: dict[str, float] = {}
-    for errors, _, scale in _errors(inputs, inputs.eager):
+    for errors, _, scale in _errors(inputs, inputs.plain):
         relative = errors.error / (EPS * scale)
         yardstick |= {f"{errors.what}_error": float(relative.max()), f"{errors.what}_rmse": _rms(relative)}
     return yardstick
 
 
-def _judge_errors(errors: Errors, eager: Tensor, scale: Tensor, inputs: CaseInputs, notes: Notes) -> None:
+def _judge_errors(errors: Errors, plain: Tensor, scale: Tensor, inputs: CaseInputs, notes: Notes) -> None:
     """Whether they are within the budget; what the dtype of the result rounds comes on top."""
-    rows, error, eager_error = len(errors.got), errors.error, errors.of(eager)
+    rows, error, plain_error = len(errors.got), errors.error, errors.of(plain)
     info = torch.finfo(errors.got.dtype)  # below its smallest normal number, a dtype rounds to multiples of eps * tiny
     rounding = info.eps * errors.truth.abs().amax(-1, keepdim=True).clamp(min=info.tiny)
-    floor, ceiling = BUDGET * EPS * scale, EAGER_CEILING * EPS * scale + rounding
+    floor, ceiling = BUDGET * EPS * scale, PLAIN_CEILING * EPS * scale + rounding
 
-    def limits(name: str, of_eager: float, scatter: float = 0.0) -> Tensor:
+    def limits(name: str, of_plain: float, scatter: float = 0.0) -> Tensor:
         ordinary = inputs.yardstick.get(name, 0.0) * EPS * scale * (1.0 + scatter)
-        budget = BUDGET * ordinary.clamp(min=of_eager)
+        budget = BUDGET * ordinary.clamp(min=of_plain)
         return torch.maximum(torch.minimum(budget, ceiling), floor)
 
     name = f"{errors.what}_error"
-    largest = limits(name, float(eager_error.max()))
+    largest = limits(name, float(plain_error.max()))
     worst = int((error / largest.clamp(min=1e-300)).amax(-1).argmax())
     notes.add_figure(name, float(error[worst].max()), float(largest[worst]))
     if rows >= FEWEST_ROWS_FOR_A_MEAN:  # which scatters where rows are few, and of one says what its largest says
         name = f"{errors.what}_rmse"
-        notes.add_figure(name, _rms(error), float(limits(name, _rms(eager_error), rows**-0.5).max()))
+        notes.add_figure(name, _rms(error), float(limits(name, _rms(plain_error), rows**-0.5).max()))
 
 
 def _rms(error: Tensor) -> float:
@@ -304,7 +305,7 @@ def _judge_gradient_sign(inputs: CaseInputs, gradient: Tensor, notes: Notes) -> 
     # Rounding of the dtype at every entry, and what the error budget of each probability adds up to.
     size = gradient.double().abs().sum(-1)
     info = torch.finfo(inputs.problem.dtype)
-    limits = info.eps * (size + vocab * info.tiny) + EAGER_CEILING * scale.squeeze(-1)
+    limits = info.eps * (size + vocab * info.tiny) + PLAIN_CEILING * scale.squeeze(-1)
     sums = gradient.double().sum(-1).abs()
     worst = int((sums / limits.clamp(min=1e-300)).argmax())
     notes.add_figure("gradient_row_sum", float(sums[worst]), float(limits[worst]))

@@ -11,7 +11,7 @@ from compiled_logprobs.choose.explain import refusal
 from compiled_logprobs.choose.memory import Choice
 from compiled_logprobs.choose.tune import tune_in_call
 from compiled_logprobs.errors import BackendUnavailable, nothing_can_serve_after, warn
-from compiled_logprobs.operation.formula import Computed, Saved, Upstream
+from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
 from compiled_logprobs.policy import Policy, policy
 from compiled_logprobs.problem import Problem
 
@@ -39,15 +39,15 @@ class Auto(Backend):
             pair = memory.MEMORY.hot.get((problem, under))
             self._chosen, self._backend = choose(problem, logits.device, under) if pair is None else pair
 
-    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
+    def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
         try:
-            return self._backend.forward(logits, labels, temperature, entropy=entropy)
+            return self._backend.forward(inputs, wanted)
         except Exception as error:
             if self._chosen == EAGER or nothing_can_serve_after(error):
                 raise
             is_first, reason = memory.MEMORY.put_aside(self._chosen, self._problem, error), str(error)
         self._backend = get_backend(EAGER)
-        results = self._backend.forward(logits, labels, temperature, entropy=entropy)
+        results = self._backend.forward(inputs, wanted)
         if is_first:
             warn(
                 f"backend {self._chosen!r} failed on {self._problem} and is set aside for such problems in this "
@@ -55,8 +55,8 @@ class Auto(Backend):
             )
         return results
 
-    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
-        return self._backend.backward(saved, upstream, inplace=inplace)
+    def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
+        return self._backend.backward(inputs, stats, upstream, inplace=inplace)
 
 
 def choose(problem: Problem, device: torch.device, under: Policy) -> tuple[str, Backend]:

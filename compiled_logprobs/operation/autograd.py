@@ -1,9 +1,10 @@
 """The one autograd.Function: what every backend's forward and backward have in common lives here, once.
 
-* the sign: a log-probability is never above 0, an entropy never below, however a backend rounds; NaN passes through;
-* ignored labels (result 0, gradient 0) and invalid rows (a label outside [0, V) or a bad temperature: NaN);
 * the leading dimensions, merged as far as strides allow, so that backends see few of them;
+* what is saved for the backward: the inputs, and statistics of one form, so that any backend can take them;
 * the guard of `inplace_backward`: the version counter, the second backward, overlapping memory.
+
+The contract itself is kept by the backends, since each rule would be a launch of its own here.
 
 Shapes: ... leading dimensions, N or ... rows after merging, V vocabulary, K labels a row.
 """
@@ -15,28 +16,31 @@ from torch import Tensor
 
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.operation import formula
-from compiled_logprobs.operation.formula import Computed, Saved, Upstream
+from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
 from compiled_logprobs.problem import accumulation_dtype, collapse, overlaps
+
+PLAIN = Wanted()
+"""Log-probabilities alone."""
 
 
 class ForwardBackward(Protocol):
     """The pair of functions that `compute` wraps; `compiled_logprobs.backends.base.Backend`, a layer above, documents
     them."""
 
-    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed: ...
+    def forward(self, inputs: Inputs, wanted: Wanted) -> Results: ...
 
-    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor: ...
+    def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor: ...
 
 
 class PlainFormula:
     """The formula as it stands, for a user's graph to inline; a graph cannot overwrite its logits."""
 
-    def forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
-        return formula.forward(logits, labels, temperature, entropy=entropy)
+    def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
+        return formula.forward(inputs, wanted)
 
-    def backward(self, saved: Saved, upstream: Upstream, *, inplace: bool) -> Tensor:
-        gradient, at_labels = formula.backward(saved, upstream)
-        formula.write_label_columns(gradient, saved.labels, at_labels)
+    def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
+        gradient, at_labels, labels = formula.backward(inputs, stats, upstream)
+        formula.write_label_columns(gradient, labels, at_labels)
         return gradient
 
 
@@ -47,31 +51,32 @@ def compute(
     temperature: float | Tensor = 1.0,
     *,
     ignore_index: int = -100,
-    entropy: bool = False,
+    wanted: Wanted = PLAIN,
     inplace_backward: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Run `backend`, differentiably, under the whole contract.
+) -> tuple[Tensor, ...]:
+    """Run `backend`, differentiably.
 
     Args:
         backend: the pair of functions.
         logits: [..., V].
-        labels: [..., K], any integers: those outside [0, V), unless they are `ignore_index`, make their row NaN.
+        labels: [..., K], int64 or int32: those outside [0, V), unless they are `ignore_index`, make their row NaN.
         temperature: a number, or a tensor broadcastable to [...]; values that are not positive and finite make their
             row NaN.
         ignore_index: the label that counts 0.
-        entropy: whether to return the entropy.
+        wanted: what to return beside the log-probabilities.
         inplace_backward: whether the gradient may be written over `logits`.
 
     Returns:
-        log_probs [..., K] and entropy [...] or None, in float32 (float64 for float64 logits).
+        log_probs [..., K] and, each [...], what is wanted, in its order; in float32 (float64 for float64 logits), but
+        argmax int64.
     """
     if isinstance(temperature, Tensor):
         dtype = accumulation_dtype(logits.dtype)
         temperature = temperature.to(dtype).expand(logits.shape[:-1])
     results: Any = _LogProbs.apply(  # type: ignore[no-untyped-call]  # torch's gap
-        logits, labels, temperature, backend, ignore_index, entropy, inplace_backward
+        logits, labels, temperature, backend, ignore_index, wanted, inplace_backward
     )
-    return results if entropy else (results, None)
+    return results if isinstance(results, tuple) else (results,)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -85,51 +90,43 @@ class _LogProbs(torch.autograd.Function):
         temperature: float | Tensor,
         backend: ForwardBackward,
         ignore_index: int,
-        entropy: bool,
+        wanted: Wanted,
         inplace_backward: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:  # no None among several: torch 2.6 cannot trace that
+    ) -> Tensor | tuple[Tensor, ...]:  # no None among several: torch 2.6 cannot trace that
         ctx.set_materialize_grads(False)
-        ctx.backend, ctx.inplace, ctx.shape, ctx.spent = backend, False, logits.shape, False
+        ctx.backend, ctx.inplace, ctx.shape, ctx.spent, ctx.wanted = backend, False, logits.shape, False, wanted
+        rows = logits.shape[:-1]
         if logits.numel() == 0:  # V is at least 1, so there are no rows
             ctx.empty = logits.dtype, logits.device
             dtype = accumulation_dtype(logits.dtype)
-            log_probs = logits.new_empty(labels.shape, dtype=dtype)
-            return (log_probs, logits.new_empty(logits.shape[:-1], dtype=dtype)) if entropy else log_probs
-        ctx.empty = None
-        if torch.compiler.is_compiling():
-            x = logits  # merging would look at strides, and put guards on them
+            results = Results(
+                logits.new_empty(labels.shape, dtype=dtype),
+                logits.new_empty(0),
+                *(logits.new_empty(rows, dtype=dtype) for _ in wanted),
+            )
+            results = results._replace(argmax=logits.new_empty(rows, dtype=torch.int64))
         else:
-            x = collapse(logits.detach())  # which shares memory and version counter
-            ctx.inplace = inplace_backward and x.data_ptr() == logits.data_ptr() and not overlaps(x)
-        rows, vocab = x.shape[:-1], x.shape[-1]
-        y = labels.reshape(*rows, labels.shape[-1]).to(torch.int64).contiguous()
-        t = temperature.reshape(rows).contiguous() if isinstance(temperature, Tensor) else temperature
-
-        ignored = y == ignore_index
-        in_range = y.clamp(0, vocab - 1)
-        invalid = ((in_range != y) & ~ignored).any(-1)
-        if isinstance(t, Tensor):
-            usable = (t >= torch.finfo(t.dtype).tiny) & (t <= torch.finfo(t.dtype).max)
-            invalid = invalid | ~usable
-            t = t.masked_fill(~usable, 1.0)
-
-        log_probs, entropies, residuals = backend.forward(x, in_range, t, entropy=entropy)
-
-        all_ignored = ignored.all(-1)
-        log_probs = log_probs.clamp(max=0.0).masked_fill(invalid.unsqueeze(-1), torch.nan)
-        # The last step makes a tensor that is no view: autograd refuses to have views that were made in here written
-        # into.
-        log_probs = log_probs.view(labels.shape).masked_fill(ignored.view(labels.shape), 0.0)
-        if entropies is not None:
-            entropies = entropies.clamp(min=0.0).masked_fill(invalid, torch.nan)
-            entropies = entropies.view(ctx.shape[:-1]).masked_fill(all_ignored.view(ctx.shape[:-1]), 0.0)
-
-        ctx.temperature = None if isinstance(t, Tensor) else t
-        ctx.save_for_backward(x, in_range, ignored, invalid, t if isinstance(t, Tensor) else None, *residuals)
-        return log_probs if entropies is None else (log_probs, entropies)
+            ctx.empty = None
+            if torch.compiler.is_compiling():
+                x = logits  # merging would look at strides, and put guards on them
+            else:
+                x = collapse(logits.detach())  # which shares memory and version counter
+                ctx.inplace = inplace_backward and x.data_ptr() == logits.data_ptr() and not overlaps(x)
+            merged = x.shape[:-1]
+            y = labels.reshape(*merged, labels.shape[-1]).contiguous()
+            t = temperature.reshape(merged).contiguous() if isinstance(temperature, Tensor) else temperature
+            results = backend.forward(Inputs(x, y, t, ignore_index), wanted)
+            ctx.number, ctx.ignore_index = None if isinstance(t, Tensor) else t, ignore_index
+            ctx.save_for_backward(x, y, t if isinstance(t, Tensor) else None, results.stats)
+        log_probs = _unmerged(results.log_probs, labels.shape)
+        others = {name: _unmerged(getattr(results, name), rows) for name in _names(wanted)}
+        if not others:
+            return log_probs
+        ctx.mark_non_differentiable(*(result for name, result in others.items() if name not in _DIFFERENTIABLE))
+        return (log_probs, *others.values())
 
     @staticmethod
-    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None = None) -> Any:
+    def backward(ctx: Any, grad_log_probs: Tensor | None, *grad_others: Tensor | None) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise LogProbsError(
                 "double backward (create_graph=True) got to log_probs_from_logits, whose gradient is not "
@@ -145,19 +142,34 @@ class _LogProbs(torch.autograd.Function):
             dtype, device = ctx.empty
             return torch.zeros(ctx.shape, dtype=dtype, device=device), *[None] * 6
 
-        x, labels, ignored, invalid, temperature, *residuals = ctx.saved_tensors
-        dtype = accumulation_dtype(x.dtype)
+        x, y, temperature, stats = ctx.saved_tensors
         if grad_log_probs is None:
-            grad_log_probs = torch.zeros(labels.shape, dtype=dtype, device=x.device)
-        grad_log_probs = grad_log_probs.reshape(labels.shape).contiguous().masked_fill(ignored, 0.0)
-        grad_log_probs = grad_log_probs.masked_fill(invalid.unsqueeze(-1), torch.nan)
-        if grad_entropy is not None:
-            grad_entropy = grad_entropy.reshape(invalid.shape).contiguous().masked_fill(invalid, torch.nan)
-        t = ctx.temperature if temperature is None else temperature
-        saved = Saved(x, labels, t, tuple(residuals), ignored.all(-1))
-        gradient = ctx.backend.backward(saved, Upstream(grad_log_probs, grad_entropy), inplace=ctx.inplace)
+            grad_log_probs = torch.zeros(y.shape, dtype=stats.dtype, device=x.device)
+        of_rows = dict(zip(_names(ctx.wanted), grad_others, strict=True))
+        upstream = Upstream(
+            grad_log_probs.reshape(y.shape).contiguous(),
+            *(
+                None if (grad := of_rows.get(name)) is None else grad.reshape(y.shape[:-1]).contiguous()
+                for name in _DIFFERENTIABLE
+            ),
+        )
+        inputs = Inputs(x, y, ctx.number if temperature is None else temperature, ctx.ignore_index)
+        gradient = ctx.backend.backward(inputs, stats, upstream, inplace=ctx.inplace)
         if ctx.inplace:
             ctx.spent = True
             # Kernels write without telling autograd; whoever saved the logits must hear of it.
             torch.autograd.graph.increment_version(x)
         return gradient.view(ctx.shape), *[None] * 6
+
+
+_DIFFERENTIABLE = Upstream._fields[1:]
+
+
+def _names(wanted: Wanted) -> list[str]:
+    return [name for name, is_wanted in zip(Wanted._fields, wanted, strict=True) if is_wanted]
+
+
+def _unmerged(result: Tensor, shape: torch.Size) -> Tensor:
+    """`result` in `shape`, as a tensor that is no view: autograd refuses to have views that were made in here written
+    into."""
+    return result if result.shape == shape else torch.ops.aten._unsafe_view(result, shape)

@@ -15,8 +15,9 @@ subtraction comes before the division, so that a shift of the whole row costs no
 
 There are two forms of each direction, of which `compiled` takes one for a device:
 
-* `forward` and `backward` need the whole row's maximum before the first exponential, which a compiler turns into two
-  loops over the row. On a CPU these are the faster ones, and a row that was just read is still in its cache.
+* `forward_at_once` and `backward_at_once` need the whole row's maximum before the first exponential, which a compiler
+  turns into two loops over the row. On a CPU these are the faster ones, and a row that was just read is still in its
+  cache.
 * `forward_in_blocks` and `gradient` are for GPUs: a block of the row is read once, while it lies in registers.
 """
 
@@ -26,6 +27,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compiled_logprobs.operation.contract import (
+    Inputs,
+    Results,
+    Upstream,
+    Wanted,
+    clean,
+    clean_upstream,
+    finish,
+    weight_of_all,
+)
 from compiled_logprobs.problem import accumulation_dtype
 
 BLOCK = 1024
@@ -35,7 +46,7 @@ LN_2 = math.log(2.0)
 
 
 class Computed(NamedTuple):
-    """What `forward` returns, in float32 (float64 for float64 logits)."""
+    """What is computed of clean inputs, in float32 (float64 for float64 logits)."""
 
     log_probs: Tensor
     """[..., K], in nats."""
@@ -54,18 +65,9 @@ class Saved(NamedTuple):
     """[..., K] int64 in [0, V)."""
     temperature: float | Tensor
     residuals: tuple[Tensor, ...]
-    """As `forward` returned them."""
+    """As forward returned them."""
     ignored: Tensor
     """[...] bool: rows whose gradient is exactly 0, whatever they hold."""
-
-
-class Upstream(NamedTuple):
-    """The gradients that come from above."""
-
-    log_probs: Tensor
-    """[..., K], contiguous."""
-    entropy: Tensor | None = None
-    """[...]; None where no gradient comes through the entropy."""
 
 
 def per_row(temperature: float | Tensor) -> float | Tensor:
@@ -81,7 +83,30 @@ def finite(log_p: Tensor) -> Tensor:
     return log_p.clamp(min=-1000.0)
 
 
-def forward(logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
+def forward(inputs: Inputs, wanted: Wanted) -> Results:
+    """Finished results, as a user's graph inlines them."""
+    rows = clean(inputs)
+    log_probs, entropy, (m, log_s, *_) = forward_at_once(
+        inputs.logits, rows.labels, rows.temperature, entropy=wanted.entropy
+    )
+    argmax = inputs.logits.argmax(-1) if wanted.argmax else None
+    sum_p_squared = None
+    if wanted.sum_p_squared:
+        d = (inputs.logits.to(m.dtype) - m) * (1.0 / per_row(rows.temperature))
+        sum_p_squared = (2.0 * (d - log_s)).exp().sum(-1)
+    return finish(rows, wanted, log_probs, m.squeeze(-1), log_s.squeeze(-1), entropy, argmax, sum_p_squared)
+
+
+def backward(inputs: Inputs, stats: Tensor, upstream: Upstream) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient [..., V] but for the label columns, and what belongs there: values and columns, [..., K]."""
+    rows = clean(inputs)
+    residuals = tuple(stats.unsqueeze(-1).unbind(0))
+    saved = Saved(inputs.logits, rows.labels, rows.temperature, residuals, rows.dropped)
+    gradient, at_labels = backward_at_once(saved, clean_upstream(rows, upstream))
+    return gradient, at_labels, rows.labels
+
+
+def forward_at_once(logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
     """Log-probabilities, entropy, and the row statistics that the backward needs.
 
     Args:
@@ -110,7 +135,7 @@ def forward(logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entr
 
 
 def forward_in_blocks(logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
-    """As `forward`, in two levels: each block of `BLOCK` columns by itself, and then the blocks of a row together.
+    """As `forward_at_once`, in two levels: each block of `BLOCK` columns by itself, then the blocks of a row together.
 
     With B a block, m_B its maximum and d_B = (x - m_B) / T:
 
@@ -163,7 +188,7 @@ def gradient(saved: Saved, upstream: Upstream) -> Tensor:
     m, log_s = residuals[:2]
     inverse_t = 1.0 / per_row(temperature)
     log2_p = (logits.to(m.dtype) - m) * (inverse_t * LOG2_E) - log_s * LOG2_E
-    weight = upstream.log_probs
+    weight = weight_of_all(upstream)
     if upstream.entropy is not None:
         weight = weight + upstream.entropy.unsqueeze(-1) * (finite(log2_p) * LN_2 + residuals[2])
     columns = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
@@ -172,7 +197,7 @@ def gradient(saved: Saved, upstream: Upstream) -> Tensor:
     return whole.masked_fill(ignored.unsqueeze(-1), 0.0).to(logits.dtype)
 
 
-def backward(saved: Saved, upstream: Upstream) -> tuple[Tensor, Tensor]:
+def backward_at_once(saved: Saved, upstream: Upstream) -> tuple[Tensor, Tensor]:
     """The gradient in the logits: one pointwise pass that leaves the labels out, and the values at the labels.
 
     Returns:
@@ -183,7 +208,7 @@ def backward(saved: Saved, upstream: Upstream) -> tuple[Tensor, Tensor]:
     m, log_s = residuals[:2]
     t = per_row(temperature)
     inverse_t = 1.0 / t
-    total = upstream.log_probs.sum(-1, keepdim=True)
+    total = weight_of_all(upstream)
     drop = ignored.unsqueeze(-1)
 
     def without_label_term(columns: Tensor) -> Tensor:

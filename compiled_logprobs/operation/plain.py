@@ -10,9 +10,7 @@ from compiled_logprobs.operation.formula import per_row
 from compiled_logprobs.problem import Problem, accumulation_dtype
 
 
-def plain(
-    logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool
-) -> tuple[Tensor, Tensor | None]:
+def plain(logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> tuple[Tensor, ...]:
     """Log-probabilities [..., K], and the entropy [...] if asked for.
 
     Args:
@@ -26,7 +24,8 @@ def plain(
         x = x / per_row(temperature)
     log_p = torch.log_softmax(x, -1)
     del x  # memory is what this takes most of
-    return log_p.gather(-1, labels), -(log_p.exp() * log_p).sum(-1) if entropy else None
+    log_probs = log_p.gather(-1, labels)
+    return (log_probs, -(log_p.exp() * log_p).sum(-1)) if entropy else (log_probs,)
 
 
 def bytes_of_plain(problem: Problem) -> int:

@@ -40,6 +40,7 @@ def reference(
     grad_log_probs: Tensor | None = None,
     grad_entropy: Tensor | None = None,
     grad_logsumexp: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Reference:
     """All results and the gradient for `labels` [..., K] under softmax(logits [..., V] / temperature).
 
@@ -52,6 +53,7 @@ def reference(
         grad_log_probs: [..., K] upstream gradient; without any of the three no gradient is computed.
         grad_entropy: [...] upstream gradient.
         grad_logsumexp: [...] upstream gradient.
+        dtype: to compute in; in float32 it is what plain torch makes of the same input.
 
     Returns:
         A `Reference` on the device of `logits`.
@@ -59,17 +61,17 @@ def reference(
     rows, vocab, count = logits.shape[:-1], logits.shape[-1], labels.shape[-1]
     given = (grad_log_probs, labels.shape), (grad_entropy, rows), (grad_logsumexp, rows)
     want_gradient = any(grad is not None for grad, _ in given)
-    t = torch.as_tensor(temperature, device=logits.device).double().expand(rows).reshape(-1)
+    t = torch.as_tensor(temperature, device=logits.device).to(dtype).expand(rows).reshape(-1)
     x_NV, y_NK = logits.detach().reshape(-1, vocab), labels.reshape(-1, count).long()
     upstream = [torch.zeros(shape) if grad is None else grad for grad, shape in given]
-    upstream = [grad.to(logits.device).double() for grad in upstream]
+    upstream = [grad.to(logits.device, dtype) for grad in upstream]
     g_NK, h_N, i_N = upstream[0].reshape(-1, count), upstream[1].reshape(-1), upstream[2].reshape(-1)
 
     parts: list[tuple[Tensor | None, ...]] = []
     step = max(1, CHUNK_ELEMENTS // vocab)
     for start in range(0, max(1, len(x_NV)), step):
         n = slice(start, start + step)
-        x = x_NV[n].double().requires_grad_(want_gradient)
+        x = x_NV[n].to(dtype).requires_grad_(want_gradient)
         with torch.set_grad_enabled(want_gradient):
             part = _rows(x, y_NK[n], t[n], ignore_index)
         if want_gradient:

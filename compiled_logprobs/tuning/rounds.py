@@ -23,6 +23,7 @@ from compiled_logprobs.decision import PLAIN
 from compiled_logprobs.errors import is_out_of_memory
 from compiled_logprobs.machine import clock
 from compiled_logprobs.operation.autograd import compute
+from compiled_logprobs.operation.contract import wanted_by
 from compiled_logprobs.operation.plain import bytes_of_plain, plain
 from compiled_logprobs.problem import Problem
 
@@ -51,7 +52,7 @@ STATE: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
 }
 """What a candidate must leave as it was: how to get it, and how to set it."""
 
-Forward = Callable[[Tensor, Tensor, float | Tensor], tuple[Tensor, Tensor | None]]
+Forward = Callable[[Tensor, Tensor, float | Tensor], tuple[Tensor, ...]]
 """Logits, labels, temperature -> log-probabilities, entropy."""
 
 
@@ -208,10 +209,10 @@ class Measurement:
             run.outcome, run.reason = "failed", f"{step}: it left torch with another {', '.join(changed)}"
 
     def _forward(self, name: str) -> Forward:
-        entropy, inplace = self.problem.entropy, self.problem.inplace_backward
+        wanted, inplace = wanted_by(self.problem), self.problem.inplace_backward
         if name == PLAIN:
-            return partial(plain, entropy=entropy)
-        return partial(compute, self._candidates[name], entropy=entropy, inplace_backward=inplace)
+            return partial(plain, entropy=wanted.entropy)
+        return partial(compute, self._candidates[name], wanted=wanted, inplace_backward=inplace)
 
 
 class _Inputs:
@@ -258,7 +259,7 @@ class _Inputs:
         def call() -> tuple[list[Tensor], tuple[Tensor, ...]]:
             with torch.set_grad_enabled(problem.needs_grad):
                 parts = forward(logits, labels, self._temperature)
-                results = [part.to(problem.out_dtype) for part in parts if part is not None]
+                results = [part.to(problem.out_dtype) for part in parts]
             gradients = torch.autograd.grad(results, [logits], self._upstream) if problem.needs_grad else ()
             return results, gradients
 

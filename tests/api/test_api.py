@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import compiled_logprobs as clp
-from compiled_logprobs.backends.eager import Eager
-from compiled_logprobs.operation.autograd import compute
+from compiled_logprobs.operation.contract import Inputs, Wanted, clean, finish
 from compiled_logprobs.operation.reference import reference
 
 VOCAB = 257
@@ -103,20 +102,13 @@ def test_no_rows_still_carry_a_gradient_function(shape):
     assert logits.grad.shape == logits.shape
 
 
-class Leaking(Eager):
-    """As rounding may have a backend of somebody's."""
-
-    def forward(self, logits, labels, temperature, *, entropy):
-        log_probs, entropies, residuals = super().forward(logits, labels, temperature, entropy=entropy)
-        return log_probs + 1.0, entropies - 9.0, residuals
-
-
-def test_no_backend_has_a_positive_log_probability_or_a_negative_entropy():
-    logits, labels = torch.zeros(4, 2), torch.zeros(4, 1, dtype=torch.int64)
-    logits[1] = torch.nan
-    out, entropy = compute(Leaking(), logits, labels, entropy=True)
-    assert out.isnan()[:, 0].tolist() == entropy.isnan().tolist() == [False, True, False, False]
-    assert not (out > 0).any() and not (entropy < 0).any()
+def test_what_is_finished_is_never_a_positive_log_probability_or_a_negative_entropy():
+    labels, m = torch.zeros(4, 1, dtype=torch.int64), torch.zeros(4)
+    log_probs = torch.tensor([[1.0], [torch.nan], [-1.0], [1e-7]])  # as rounding may have it
+    inputs, wanted = Inputs(torch.zeros(4, 2), labels, 1.0, -100), Wanted(entropy=True)
+    results = finish(clean(inputs), wanted, log_probs, m, m, entropy=-log_probs.squeeze(-1).abs())
+    assert results.log_probs.isnan()[:, 0].tolist() == results.entropy.isnan().tolist() == [False, True, False, False]
+    assert not (results.log_probs > 0).any() and not (results.entropy < 0).any()
 
 
 VIEWS = {

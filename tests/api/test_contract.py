@@ -12,6 +12,7 @@ from torch import Tensor
 import compiled_logprobs as clp
 from compiled_logprobs.backends import get_backend
 from compiled_logprobs.operation.autograd import PlainFormula, compute
+from compiled_logprobs.operation.contract import Wanted
 from compiled_logprobs.operation.reference import reference
 
 EPS = torch.finfo(torch.float32).eps
@@ -123,15 +124,16 @@ def assert_close(got: Tensor, true: Tensor, tolerance: Tensor) -> None:
 def hold_against_the_reference(backend, call: Call) -> None:
     logits = call.logits.detach().requires_grad_()
     before, labels, version = bits(logits), call.labels.clone(), logits._version
-    log_probs, entropy = compute(
+    log_probs, *others = compute(
         backend,
         logits,
         call.labels,
         call.temperature,
         ignore_index=call.ignore_index,
-        entropy=call.entropy,
+        wanted=Wanted(entropy=call.entropy),
         inplace_backward=call.inplace,
     )
+    entropy = others[0] if others else None
     assert torch.equal(bits(logits), before)
     g, h = call.grad_log_probs, call.grad_entropy
     upstream = [(result, grad) for result, grad in ((log_probs, g), (entropy, h)) if grad is not None]
@@ -144,10 +146,8 @@ def hold_against_the_reference(backend, call: Call) -> None:
     assert torch.equal(bits(logits), before) and torch.equal(call.labels, labels)
     assert call.inplace or logits._version == version
     with torch.no_grad():
-        again, _ = compute(
-            backend, logits, call.labels, call.temperature, ignore_index=call.ignore_index, entropy=call.entropy
-        )
-    assert torch.equal(bits(again), bits(log_probs))  # with and without gradient
+        again, *_ = compute(backend, logits, call.labels, call.temperature, ignore_index=call.ignore_index)
+    assert torch.equal(bits(again), bits(log_probs))  # with and without gradient, and with and without entropy
 
     options = {"ignore_index": call.ignore_index, "grad_log_probs": g, "grad_entropy": h}
     true = reference(original, call.labels, call.temperature, **options)

@@ -17,7 +17,8 @@ from compiled_logprobs.backends import get_backend
 from compiled_logprobs.backends.compiled import _dummies, _why_no_cpp_compiler
 from compiled_logprobs.operation import formula
 from compiled_logprobs.operation.autograd import compute
-from compiled_logprobs.operation.formula import Saved, Upstream
+from compiled_logprobs.operation.contract import Inputs, Upstream, Wanted
+from compiled_logprobs.operation.formula import Saved
 from compiled_logprobs.problem import Problem, layout_of
 
 ROWS = [0, 1, 2, 3, 5, 7, 8, 16, 17, 31, 64, 100, 128, 255, 512, 1000, 1024, 2048, 4095, 4096]
@@ -97,7 +98,7 @@ def test_each_of_many_vocabularies_is_a_constant_of_its_kernel(monkeypatch):
     for vocab in range(11, 15):
         logits = torch.randn(6, vocab)
         sizes.clear()
-        log_probs, _ = compute(COMPILED, logits, torch.zeros(6, 1, dtype=torch.int64))
+        (log_probs,) = compute(COMPILED, logits, torch.zeros(6, 1, dtype=torch.int64))
         torch.testing.assert_close(log_probs[:, 0], logits.log_softmax(-1)[:, 0])
         assert str(vocab) in sizes  # and not a symbol
         assert any(size.startswith("s") for size in sizes)  # but N is
@@ -150,19 +151,19 @@ def test_the_forms_for_gpus_agree_with_the_others_in_float64(vocab, leading, per
     exact = temperature.double() if per_token else temperature
     for entropy in (False, True):
         got = formula.forward_in_blocks(logits, labels, temperature, entropy=entropy)
-        truth = formula.forward(logits.double(), labels, exact, entropy=entropy)
+        truth = formula.forward_at_once(logits.double(), labels, exact, entropy=entropy)
         for mine, true in zip((*got[:2], *got[2]), (*truth[:2], *truth[2]), strict=True):
             if true is not None:
                 torch.testing.assert_close(mine.double(), true, rtol=3e-6, atol=3e-5, equal_nan=True)
 
-    labels, residuals = labels[..., :1], formula.forward(logits.double(), labels, exact, entropy=True)[2]
+    labels, residuals = labels[..., :1], formula.forward_at_once(logits.double(), labels, exact, entropy=True)[2]
     ignored, upstream, through_entropy = torch.rand(leading) < 0.3, torch.randn(*leading, 1), torch.randn(leading)
     for grad_entropy in (None, through_entropy):
         in_float32 = tuple(residual.float() for residual in residuals)
         mine = formula.gradient(
             Saved(logits, labels, temperature, in_float32, ignored), Upstream(upstream, grad_entropy)
         )
-        true, at_labels = formula.backward(
+        true, at_labels = formula.backward_at_once(
             Saved(logits.double(), labels, exact, residuals, ignored), Upstream(upstream.double(), grad_entropy)
         )
         formula.write_label_columns(true, labels, at_labels)
@@ -188,9 +189,9 @@ def test_rows_beyond_32_bit_indices_are_computed_in_parts(shape, limit, monkeypa
 
     monkeypatch.setattr(compiled_module, "_run", run)
     logits, labels = torch.randn(1, *shape[1:]).expand(shape), torch.randint(5000, (*shape[:-1], 1))
-    log_probs, entropy, residuals = COMPILED.forward(logits, labels, torch.rand(shape[:-1]) + 0.5, entropy=True)
-    assert len(parts) > 1 and log_probs.shape == labels.shape and entropy.shape == shape[:-1]
-    assert {residual.shape for residual in residuals} == {(*shape[:-1], 1)}
+    results = COMPILED.forward(Inputs(logits, labels, torch.rand(shape[:-1]) + 0.5, -100), Wanted(entropy=True))
+    assert len(parts) > 1 and results.log_probs.shape == labels.shape and results.entropy.shape == shape[:-1]
+    assert results.stats.shape == (3, *shape[:-1])
 
 
 BROKEN_COMPILER = """

@@ -111,13 +111,13 @@ class SumsByTheNumberOfRows(Eager):
     name = "sums_by_the_number_of_rows"
     row_invariant = True
 
-    def __init__(self, result: int) -> None:
+    def __init__(self, result: str) -> None:
         self.result = result
 
-    def forward(self, logits, labels, temperature, *, entropy):
-        results = super().forward(logits, labels, temperature, entropy=entropy)
-        if len(logits) > 64:
-            results[self.result].mul_(1.0 + 2**-23)
+    def forward(self, inputs, wanted):
+        results = super().forward(inputs, wanted)
+        if len(inputs.logits) > 64:
+            getattr(results, self.result).mul_(1.0 + 2**-23)
         return results
 
 
@@ -125,7 +125,7 @@ class SumsByTheNumberOfRows(Eager):
 @pytest.mark.parametrize("entropy", [False, True])
 def test_a_backend_is_held_to_the_row_invariance_that_it_declares(entropy, short):
     problem = Problem("cpu", 512, 301, torch.float32, entropy=entropy)
-    with registered(sums_by_the_number_of_rows=SumsByTheNumberOfRows(int(entropy))):
+    with registered(sums_by_the_number_of_rows=SumsByTheNumberOfRows("entropy" if entropy else "log_probs")):
         report = clp.check_backend("sums_by_the_number_of_rows", problem, short=short)
         few = clp.check_backend("sums_by_the_number_of_rows", problem._replace(rows=64), short=short)
     assert report.reasons == ["row_invariance"] and report.row_invariant is False

@@ -40,13 +40,13 @@ class WrongFrom(Eager):
     def __init__(self, what: str) -> None:
         self.what = what
 
-    def forward(self, logits, labels, temperature, *, entropy):
-        log_probs, entropies, residuals = super().forward(logits, labels, temperature, entropy=entropy)
-        self.spoil({"log-probability": log_probs, "entropy": entropies})
-        return log_probs, entropies, residuals
+    def forward(self, inputs, wanted):
+        results = super().forward(inputs, wanted)
+        self.spoil({"log-probability": results.log_probs, "entropy": results.entropy})
+        return results
 
-    def backward(self, saved, upstream, *, inplace):
-        gradient = super().backward(saved, upstream, inplace=inplace)
+    def backward(self, inputs, stats, upstream, *, inplace):
+        gradient = super().backward(inputs, stats, upstream, inplace=inplace)
         self.spoil({"gradient": gradient})
         return gradient
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from compiled_logprobs.backends import compiled, get_backend
 from compiled_logprobs.errors import BackendUnavailable, InputError
 from compiled_logprobs.machine.bandwidth import backward_bytes, forward_bytes
-from compiled_logprobs.operation.formula import Saved, Upstream
+from compiled_logprobs.operation.contract import Inputs, Upstream, Wanted
 from compiled_logprobs.problem import Layout, Problem, layout_of, problem_to_dict
 from tests.gpu_code.data_sheets import WARP, DataSheet
 from tests.gpu_code.generated_code import Assembled, Kernel, Launch, Program, generate, record, record_launches
@@ -203,16 +203,13 @@ def _flash_attn(problem: Problem, logits: Tensor, gpu: DataSheet) -> dict[str, D
     owners = dict.fromkeys(("cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel"), flash_attn.kernel_module())
     owners["zero_ignored_rows"] = flash_attn_rows
     rows, labels = logits.shape[:-1], _empty(*logits.shape[:-1], 1, dtype=torch.int64)
-    residuals: list[Tensor] = []
+    inputs, stats = Inputs(logits, labels, 1.0, -100), _empty(2, *rows)
 
     def forward() -> list[Tensor]:
-        log_probs, _, kept = backend.forward(logits, labels, 1.0, entropy=False)
-        residuals[:] = kept
-        return [log_probs]
+        return [backend.forward(inputs, Wanted()).log_probs]
 
     def backward() -> list[Tensor]:
-        saved = Saved(logits, labels, 1.0, tuple(residuals), _empty(*rows, dtype=torch.bool))
-        return [backend.backward(saved, Upstream(_empty(*rows, 1)), inplace=problem.inplace_backward)]
+        return [backend.backward(inputs, stats, Upstream(_empty(*rows, 1)), inplace=problem.inplace_backward)]
 
     def direction(function: Callable[[], list[Tensor]], least: int) -> Direction:
         return _direction(record_launches(function, owners, gpu), [logits], gpu, least)

@@ -22,6 +22,7 @@ import torch
 from compiled_logprobs.backends import register_backend
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.backends.eager import Eager
+from compiled_logprobs.operation import contract
 
 registry = import_module("compiled_logprobs.backends")  # the package has a function of that name
 
@@ -65,19 +66,23 @@ def leave_pid(name: str, pid: int) -> None:
 
 
 class Right(Eager):
-    """Keeps the log-probabilities for backward, and goes over them once: half of eager's passes over memory."""
+    """Without chunks, and with torch's own softmax: half of eager's passes over memory."""
 
     name = "right"
     summary = "right, and faster than eager with gradient"
 
-    def forward(self, logits, labels, temperature, *, entropy):
-        log_p_NV = torch.log_softmax(logits, -1)
-        return log_p_NV.gather(-1, labels), None, (log_p_NV,)
+    def forward(self, inputs, wanted):
+        rows, m = contract.clean(inputs), inputs.logits.amax(-1)
+        log_probs = torch.log_softmax(inputs.logits, -1).gather(-1, rows.labels)
+        log_s = inputs.logits.gather(-1, rows.labels)[:, 0] - m - log_probs[:, 0]
+        return contract.finish(rows, wanted, log_probs, m, log_s)
 
-    def backward(self, saved, upstream, *, inplace):
-        gradient = saved.residuals[0].exp().mul_(-upstream.log_probs.sum(-1, keepdim=True))
-        gradient.scatter_add_(-1, saved.labels, upstream.log_probs)
-        return gradient.masked_fill_(saved.ignored.unsqueeze(-1), 0.0) if saved.ignored.any() else gradient
+    def backward(self, inputs, stats, upstream, *, inplace):
+        rows = contract.clean(inputs)
+        upstream = contract.clean_upstream(rows, upstream)
+        gradient = torch.softmax(inputs.logits, -1).mul_(-upstream.log_probs.sum(-1, keepdim=True))
+        gradient.scatter_add_(-1, rows.labels, upstream.log_probs)
+        return gradient.masked_fill_(rows.dropped.unsqueeze(-1), 0.0) if rows.dropped.any() else gradient
 
     def why_not(self, problem):
         fits = problem.dtype == torch.float32 and problem.temperature == "none" and not problem.entropy
@@ -87,9 +92,9 @@ class Right(Eager):
 class WrongSign(Right):
     """EasyR1's mistake, as fast as the right one."""
 
-    def forward(self, logits, labels, temperature, *, entropy):
-        log_probs, entropies, residuals = super().forward(logits, labels, temperature, entropy=entropy)
-        return -log_probs, entropies, residuals
+    def forward(self, inputs, wanted):
+        results = super().forward(inputs, wanted)
+        return results._replace(log_probs=-results.log_probs)
 
 
 class Remembers(Eager):
@@ -103,12 +108,13 @@ class Remembers(Eager):
     def __init__(self):
         self.results = {}
 
-    def forward(self, logits, labels, temperature, *, entropy):
+    def forward(self, inputs, wanted):
+        logits = inputs.logits
         key = logits.data_ptr(), logits.shape, logits._version
         if len(logits) <= 64 or key not in self.results:  # with the logits, so that nothing else comes to lie there
-            self.results[key] = logits, super().forward(logits, labels, temperature, entropy=entropy)
-        log_probs, entropies, residuals = self.results[key][1]
-        return log_probs - float(len(logits) >= self.wrong_from), entropies, residuals
+            self.results[key] = logits, super().forward(inputs, wanted)
+        results = self.results[key][1]
+        return results._replace(log_probs=results.log_probs - float(len(logits) >= self.wrong_from))
 
 
 class RemembersWrong(Remembers):
@@ -142,7 +148,7 @@ class NotABackend:
 class Harmful(Right):
     """Does `harm`, and fails if that has not ended it."""
 
-    def forward(self, logits, labels, temperature, *, entropy):
+    def forward(self, inputs, wanted):
         self.harm()
         raise RuntimeError("it is done")
 

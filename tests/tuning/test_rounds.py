@@ -8,6 +8,7 @@ import torch
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.machine import clock
 from compiled_logprobs.machine.clock import Time
+from compiled_logprobs.operation.contract import Results
 from compiled_logprobs.problem import Problem, collapse, layout_of
 from compiled_logprobs.tuning import rounds as rounds_module
 from compiled_logprobs.tuning.rounds import Measurement
@@ -25,18 +26,19 @@ class Watched(Eager):
         self.before_forward, self.before_backward = before_forward, before_backward
         self.addresses, self.arguments, self.layouts = [], [], set()
 
-    def forward(self, logits, labels, temperature, *, entropy):
+    def forward(self, inputs, wanted):
+        logits = inputs.logits
         self.calls += 1
         self.addresses.append(logits.data_ptr())
         self.layouts.add(layout_of(collapse(logits)))
-        self.arguments.append((logits.clone(), labels, temperature, entropy))
+        self.arguments.append((logits.clone(), inputs.labels, inputs.temperature, wanted.entropy))
         self.before_forward(self.calls, logits)
-        return super().forward(logits, labels, temperature, entropy=entropy)
+        return super().forward(inputs, wanted)
 
-    def backward(self, saved, upstream, *, inplace):
+    def backward(self, inputs, stats, upstream, *, inplace):
         self.backwards += 1
-        self.before_backward(saved.logits)
-        return super().backward(saved, upstream, inplace=inplace)
+        self.before_backward(inputs.logits)
+        return super().backward(inputs, stats, upstream, inplace=inplace)
 
 
 def fail(error, at=1):
@@ -144,12 +146,12 @@ def test_fresh_logits_are_made_outside_of_the_clock(monkeypatch):
         return Time(1.0, 1.0)
 
     class Nothing(Eager):
-        def forward(self, logits, labels, temperature, *, entropy):
-            return torch.zeros(labels.shape), None, ()
+        def forward(self, inputs, wanted):
+            return Results(torch.zeros(inputs.labels.shape), torch.zeros(2, len(inputs.labels)))
 
-        def backward(self, saved, upstream, *, inplace):
+        def backward(self, inputs, stats, upstream, *, inplace):
             assert inplace
-            return saved.logits
+            return inputs.logits
 
     monkeypatch.setattr(clock, "time_call", time_call)
     measurement = Measurement(IN_PLACE, {"one": Nothing()}, look_at_results=False)
@@ -166,7 +168,7 @@ def test_where_plain_torch_cannot_be_timed_it_is_left_out_and_nothing_else_chang
         calls.append(arguments)
         if why == "fails at first" or (why == "fails later" and len(calls) > 3):
             raise MemoryError
-        return torch.zeros(PLAIN.rows, 1), None
+        return (torch.zeros(PLAIN.rows, 1),)
 
     monkeypatch.setattr(rounds_module, "plain", plain)
     if why == "no memory":
@@ -251,9 +253,9 @@ def test_memory_is_measured_in_bytes_and_in_multiples_of_the_logits():
     problem = Problem("cpu", rows=128, vocab=2**17, dtype=torch.float32)  # the heap itself wavers by some 20 MB
 
     class Hungry(Eager):
-        def forward(self, logits, labels, temperature, *, entropy):
-            copies = [logits.clone() for _ in range(2)]
-            return super().forward(copies[1], labels, temperature, entropy=entropy)
+        def forward(self, inputs, wanted):
+            copies = [inputs.logits.clone() for _ in range(2)]
+            return super().forward(inputs._replace(logits=copies[1]), wanted)
 
     measurement = Measurement(problem, {"eager": Eager(), "hungry": Hungry()})
     next(measurement.rounds())
