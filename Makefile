@@ -46,7 +46,7 @@ test-integrations: $(INTEGRATIONS)/.installed
 	$(call within,$(INTEGRATIONS_LIMIT_1.13),$(INTEGRATIONS)/bin/python -m pytest -v tests/integrations/test_trl.py)
 
 profile: .venv/.installed-flash-attn
-	$(BIN)/compiled-logprobs profile --budget 40
+	$(BIN)/compiled-logprobs profile --budget 30
 	$(BIN)/compiled-logprobs profile --preset rl --rows 64
 
 dashboard: .venv/.installed-flash-attn

@@ -21,9 +21,9 @@ Mode = Literal["tune", "lookup", "off"]
 MODE_VARIABLE = "COMPILED_LOGPROBS_MODE"
 BUDGET_VARIABLE = "COMPILED_LOGPROBS_BUDGET_S"
 BUDGET_S = 20.0
-"""Seconds that tuning a problem may take where `auto` does it by itself."""
+"""Seconds that the rounds of a problem may take where `auto` tunes it by itself."""
 PROBLEMS_A_PROCESS = 3
-"""How many such budgets a process may spend in all."""
+"""After how many such budgets, compiling and checking included, a process begins to measure nothing more."""
 
 
 class Policy(NamedTuple):
@@ -59,7 +59,8 @@ def autotune(
     Args:
         mode: "tune" measures a new problem at its first call, where that is possible; "lookup" uses what is stored and
             never measures; "off" uses neither, but the default rule alone.
-        budget_s: seconds that a problem's tuning may take; a process may spend three times as much. Default 20.
+        budget_s: seconds that timing a problem may take, once its backends are compiled and checked, which may take a
+            minute; a process that has spent three times as much in all measures nothing more. Default 20.
         row_invariant: admit only backends that declare the same bits for a row whatever N it came with, and let one
             serve all calls of a kind (device, vocabulary, dtype, labels a row, masked or not), with the gradient or
             entropy and without: then old and new log-probabilities of the same weights are equal, and their ratios

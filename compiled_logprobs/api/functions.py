@@ -210,7 +210,8 @@ def tune(
             flat rows of an odd V is taken as not aligned, whatever it says.
         labels: with logits: as for `log_probs_from_logits`, whose options the next five are.
         device: with problems: where to measure; by default the current device of their type.
-        budget_s: seconds for each problem, by default 20; N shrinks where the rounds would take longer.
+        budget_s: seconds for the rounds of each problem, by default 20, after it was compiled and checked; N shrinks
+            where they would take longer.
         again: measure also what the user's profiles hold already.
         group: a process group of torch.distributed, whose ranks all call this with the same problems: the first
             measures and stores, and all hold its decisions afterwards. Where it fails, or another rank fails or waits

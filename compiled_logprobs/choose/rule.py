@@ -263,7 +263,7 @@ def why_not_measure(context: Context) -> str | None:
 
 
 def budget_left(context: Context) -> float:
-    """Seconds that calls of this process may still spend on measuring."""
+    """Seconds that calls of this process may still have spent on measuring when another one begins to."""
     return PROBLEMS_A_PROCESS * context.policy.budget_s - context.memory.spent_s
 
 

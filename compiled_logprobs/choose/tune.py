@@ -9,7 +9,7 @@ import torch
 from compiled_logprobs.backends import EAGER, backends
 from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.memory import Choice
-from compiled_logprobs.choose.rule import Context, budget_left, describe, is_settled, stored
+from compiled_logprobs.choose.rule import Context, describe, is_settled, stored
 from compiled_logprobs.choose.staleness import changed, holds
 from compiled_logprobs.decision import Decision, Evidence, speedup_in_words
 from compiled_logprobs.errors import ProfileError, nothing_can_serve_after, say, warn
@@ -50,9 +50,9 @@ def tune_all(
         device: where.
         store: where to; by default the user's.
         names: of the backends to measure beside eager.
-        budget_s: seconds for each problem; by default what the policy says. Fewer rows are timed where the rounds
-            would take longer. One that was left undecided gets three times what it took then, up to 600 s, if that is
-            more.
+        budget_s: seconds for the rounds of each problem, after its candidates were compiled and checked; by default
+            what the policy says. Fewer rows are timed where the rounds would take longer. One that was left undecided
+            gets three times what it took then, up to 600 s, if that is more.
         again: measure what that store holds already, too. Else a decision there is kept, unless it is undecided, had a
             short check, lacks one of `names`, or something has changed since.
         must_store: whether to measure nothing where it cannot be stored; else a warning says that it was not.
@@ -164,12 +164,12 @@ def publish(store: Store, decision: Decision, evidence: Evidence, device: torch.
 
 
 def tune_in_call(context: Context, standing: Decision | None) -> Choice | str:
-    """Decide the problem of a call within the budget of a process; `standing` is stale. Where it fails, why."""
-    began, seconds = time.monotonic(), min(context.policy.budget_s, budget_left(context))
+    """Decide the problem of a call, for which the process has budget left; `standing` is stale. Where it fails, why."""
+    began, seconds = time.monotonic(), context.policy.budget_s
     problem, device = context.problem, context.device
     say(
-        f"measuring which backend is fastest for {describe(bucket(problem))}, for at most {seconds:.0f} s "
-        "(COMPILED_LOGPROBS_MODE=lookup prevents it)"
+        f"measuring which backend is fastest for {describe(bucket(problem))}, for at most {seconds:.0f} s once all are "
+        "compiled and checked (COMPILED_LOGPROBS_MODE=lookup prevents it)"
     )
     try:
         with alone_on(device, seconds) as is_alone:
@@ -178,8 +178,7 @@ def tune_in_call(context: Context, standing: Decision | None) -> Choice | str:
             if not is_alone:
                 raise TuningFailed("another process was measuring on this device all the time")
             with Tuner(device, short=True) as tuner:
-                left = seconds - (time.monotonic() - began)
-                decision, evidence = decide(tuner, problem, left, standing=standing, strict=True)
+                decision, evidence = decide(tuner, problem, seconds, standing=standing, strict=True)
             context.memory.hold(decision.problem, Choice(decision.chosen, "tuned here", decision))
             publish(user_store(), decision, evidence, device)  # before the next one that waits looks there
     except (TuningFailed, OSError, RuntimeError) as error:  # the last two: no room for another process or thread
@@ -236,14 +235,10 @@ def decide(
     if standing is None or incumbent is None or not due:
         return tuner.decide(problem, seconds, strict=strict, names=asked, incumbent=incumbent)
 
-    began = time.monotonic()
     decision, evidence = tuner.decide(problem, seconds, strict=strict, names=[*due, incumbent], incumbent=incumbent)
     if decision.chosen in (*due, incumbent) and decision.baseline == standing.baseline:
         return _with_what_stands(decision, standing), evidence
-    left = seconds - (time.monotonic() - began) if strict else seconds
-    if left <= 0:
-        raise TuningFailed(f"the budget of {seconds:.3g} s ended when the standing choice had failed")
-    return tuner.decide(problem, left, strict=strict, names=asked, incumbent=incumbent)
+    return tuner.decide(problem, seconds, strict=strict, names=asked, incumbent=incumbent)
 
 
 def _due(standing: Decision, asked: Collection[str], short: bool) -> list[str]:

@@ -90,7 +90,7 @@ def verify(
     Args:
         decisions: what to verify, and where it is from.
         device: where.
-        budget_s: seconds for each measurement; fewer rows are timed where the rounds would take longer.
+        budget_s: seconds for the rounds of each measurement; fewer rows are timed where these would take longer.
         on_event: told what happens.
 
     Yields:

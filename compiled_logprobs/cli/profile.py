@@ -68,9 +68,9 @@ def profile(
         typer.Option(
             min=1.0,
             show_default=False,
-            help="Seconds for each problem; fewer rows are timed where it would take longer. By default 60, with the "
-            "preset rl 35. What was left undecided before gets three times what it took then, up to 600, if that is "
-            "more.",
+            help="Seconds for timing each problem, once all is compiled and checked; fewer rows are timed where it "
+            "would take longer. By default 60, with the preset rl 25. What was left undecided before gets three times "
+            "what it took then, up to 600, if that is more.",
         ),
     ] = None,
     out: Annotated[
@@ -143,7 +143,7 @@ def _follow(
 def verify(
     asked: Asked,
     device: Where = None,
-    budget: Annotated[float, typer.Option(min=1.0, help="Seconds for each measurement.")] = BUDGET_S,
+    budget: Annotated[float, typer.Option(min=1.0, help="Seconds for timing each problem.")] = BUDGET_S,
     folder: Folder = None,
     backend: Annotated[
         list[str] | None,

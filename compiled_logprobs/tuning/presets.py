@@ -68,7 +68,7 @@ class Preset:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     calls: tuple[Calls, ...] = (Calls(),)
     budget_s: float = 60.0
-    """For each problem, where none is named."""
+    """For the rounds of each problem, where none is named."""
 
     def rows(self, device_type: str) -> tuple[int, ...]:
         return self.rows_cpu if device_type == "cpu" else self.rows_accelerator
@@ -86,7 +86,7 @@ PRESETS = {
     ),
     "rl": Preset(
         (MODELS["qwen3"],),
-        (128,),
+        (512,),
         (4096,),
         (torch.bfloat16,),
         (
@@ -94,7 +94,7 @@ PRESETS = {
             Calls(("inplace",), temperatures=("none", "number")),
             Calls(temperatures=("number",), entropy=(True,)),
         ),
-        budget_s=35.0,
+        budget_s=25.0,
     ),
 }
 """`rl` is what a trainer of reinforcement learning calls: with and without gradient, on whole logits and on

@@ -1,5 +1,6 @@
 """From the events of the worker program to a decision: what they have said so far of one problem."""
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning.process import Event
 from compiled_logprobs.tuning.statistics import fewest_rounds, select, speedup_over
 
+GET_READY_S = 60.0
+"""How long all candidates together may take to be imported, compiled and checked where no budget may be exceeded."""
 RESERVE_S = 1.0
 """Of a budget that must not be exceeded, what is kept for ending."""
 STUCK = 10
@@ -40,11 +43,17 @@ class Tally:
         problem: the top of its bucket.
         names: of the candidates, the baseline first.
         incumbent: the candidate that has served so far.
-        ends: when the budget does, by `time.monotonic`; infinite where only the rounds are bounded.
+        budget_s: for the rounds, after `GET_READY_S` for what comes before; None where each step only has the limit
+            after which it is taken for hanging.
     """
 
-    def __init__(self, problem: Problem, names: Sequence[str], incumbent: str | None, ends: float) -> None:
-        self.problem, self.incumbent, self.ends = problem, incumbent, ends
+    def __init__(
+        self, problem: Problem, names: Sequence[str], incumbent: str | None, budget_s: float | None = None
+    ) -> None:
+        self.problem, self.incumbent, self.budget_s = problem, incumbent, budget_s
+        self._left = [math.inf] * 2 if budget_s is None else [GET_READY_S, budget_s]
+        """Seconds before the rounds, and in them, when the present part began."""
+        self._in_rounds, self._part_began = False, time.monotonic()
         self.seed = random.SystemRandom().randrange(2**31)
         self.candidates = {name: Candidate("failed", "it was not measured") for name in names}
         self.alive = list(names)
@@ -65,11 +74,24 @@ class Tally:
         self.step, self._step_began = "start", time.monotonic()
         self._seconds.clear()
         self._host_seconds.clear()
+        self._enter(in_rounds=False)
+
+    @property
+    def ends(self) -> float:
+        """When the present part has to end, by `time.monotonic`."""
+        return self._part_began + self._left[self._in_rounds]
+
+    @property
+    def rounds_s(self) -> float:
+        """Seconds that the budget leaves for rounds."""
+        return max(0.0, self._left[True] - RESERVE_S)
 
     def hear(self, event: Event) -> None:
         kind, name = event["event"], event.get("candidate", "")
         if kind == "step":
             self.candidate, self.step, self._step_began = name, event["step"], time.monotonic()
+            if self.step == "inputs":
+                self._enter(in_rounds=True)
         elif kind == "loaded":
             self._note(name, fingerprint=event["fingerprint"])
         elif kind == "lost":
@@ -138,6 +160,12 @@ class Tally:
     def doing(self) -> str:
         return f"at the step {self.step!r}" + (f" of {self.candidate!r}" if self.candidate else "")
 
+    def what_ended(self) -> str:
+        """Where `ends` is over, in words."""
+        if self._in_rounds:
+            return f"the budget of {self.budget_s:.3g} s"
+        return f"the {GET_READY_S:g} s for importing, compiling and checking"
+
     def decide(self, device: torch.device, *, short: bool, tuning_seconds: float) -> tuple[Decision, Evidence]:
         """Choose by the rounds, of which there are some."""
         times = self.times()
@@ -189,6 +217,11 @@ class Tally:
         seconds = times if plain is None else {**times, PLAIN: plain}
         host_seconds = {name: series for name, series in self._host_seconds.items() if name in times}
         return decision, Evidence(self.seed, measured_at, seconds, self._cases, host_seconds)
+
+    def _enter(self, *, in_rounds: bool) -> None:
+        now = time.monotonic()
+        self._left[self._in_rounds] -= now - self._part_began
+        self._in_rounds, self._part_began = in_rounds, now
 
     def _note(self, name: str, **fields: Any) -> None:
         self.candidates[name] = replace(self.candidates[name], **fields)

@@ -1,7 +1,6 @@
 """Measure the candidates of a problem and decide: in the worker program, within a budget, alone on the device."""
 
 import contextlib
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from compiled_logprobs.machine.clock import finish_queued, measurable, with_inde
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.problem import Problem, bucket, problem_to_dict
 from compiled_logprobs.tuning.process import Event, Worker, WorkerLost
-from compiled_logprobs.tuning.tally import RESERVE_S, Tally
+from compiled_logprobs.tuning.tally import Tally
 
 LIMITS_S = {
     "import": 120.0,
@@ -32,7 +31,7 @@ LIMITS_S = {
 START_S = 120.0
 """How long the worker program may take to start: it imports torch."""
 SHARE = 0.25
-"""Of what is left of a strict budget, what a step of a third party's backend may take."""
+"""Of what is left of a limit for all of it, what a step of a third party's backend may take."""
 ONCE = ("import", "compile", "check", "memory")
 """The steps that a candidate goes through once."""
 
@@ -86,10 +85,11 @@ class Tuner:
 
         Args:
             problem: what to decide.
-            seconds: for all of it; N shrinks where the rounds would take longer.
-            strict: whether to end when they are over, whatever is under way: at the price, perhaps, of no decision.
-                Else each step only has the limit after which it is taken for hanging, and what was spent on a program
-                that was lost does not count.
+            seconds: for the rounds; N shrinks where they would take longer. To import, compile and check comes before,
+                and takes none of them.
+            strict: whether to end when they are over, whatever is under way, and whether what comes before has a limit
+                in all (`tally.GET_READY_S`): at the price, perhaps, of no decision. Else each step only has the limit
+                after which it is taken for hanging, and what was spent on a program that was lost does not count.
             names: of the backends to measure; the baseline is always among them. By default all that are registered.
             incumbent: the backend that has served so far, which only a clear win replaces.
 
@@ -99,7 +99,7 @@ class Tuner:
         began = time.monotonic()
         asked = backends() if names is None else names
         in_order = [EAGER, *(name for name in backends() if name in asked and name != EAGER)]
-        tally = Tally(bucket(problem), in_order, incumbent, began + seconds if strict else math.inf)
+        tally = Tally(bucket(problem), in_order, incumbent, seconds if strict else None)
         while True:
             try:
                 self._run(tally, seconds)
@@ -118,7 +118,7 @@ class Tuner:
                 if over:
                     if tally.has_enough_rounds():
                         break
-                    raise TuningFailed(f"the budget of {seconds:.3g} s ended {doing}") from error
+                    raise TuningFailed(f"{tally.what_ended()} ended {doing}") from error
                 if not survives:
                     raise TuningFailed(f"the worker program was lost {doing}: {error.reason}") from error
             except BaseException:
@@ -136,7 +136,6 @@ class Tuner:
         self._is_reused = self._worker is not None
         if self._worker is None:
             self._worker = Worker()
-            # That it is ready: to start takes seconds, which its own clock does not see.
             self._on_event(self._next_event(self._worker, tally))
         targets = ((name, target_of(name)) for name in tally.alive)
         self._worker.send(
@@ -149,8 +148,8 @@ class Tuner:
                 "incumbent": tally.incumbent,
                 "short": self.short,
                 "plain": tally.with_plain,
-                "seconds": max(0.0, min(seconds, tally.ends - RESERVE_S - time.monotonic())),
-                "strict": math.isfinite(tally.ends),
+                "seconds": min(seconds, tally.rounds_s),
+                "strict": tally.budget_s is not None,
                 "seed": tally.seed,
             }
         )

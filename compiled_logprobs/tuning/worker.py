@@ -36,8 +36,9 @@ from compiled_logprobs.problem import Problem, problem_from_dict
 from compiled_logprobs.tuning.rounds import BUFFERS, LONGEST_REASON, SHARE_OF_FREE_MEMORY, Measurement
 from compiled_logprobs.tuning.statistics import LOOKS, Selection, fewest_rounds, select
 
-PILOT_LOGITS = 2**22
-"""Size of the first calls, which compile, and tell how long a round would take."""
+PILOT_LOGITS = {"cpu": 2**22, "cuda": 2**27}
+"""Size of the first calls, which compile, and tell how long a round would take: by what the device takes for a row, and
+not by what the host takes for a call."""
 SHARE_OF_TIME = 0.6
 """Of the seconds that are left, what the rounds up to the first look may take; inputs have to be made, too."""
 SHARE_WITH_PLAIN = 0.9
@@ -85,13 +86,13 @@ class Job:
         incumbent: for `statistics.select`.
         short: whether the check has its fewer inputs.
         plain: whether plain torch is timed beside the candidates.
-        seconds: after which no further round begins, once there are enough of them for a choice.
+        seconds: for the rounds and their inputs, after which no further round begins once there are enough of them for
+            a choice. What comes before, to import, compile and check, takes none of them.
         strict: whether all has to end by then, also the look at the winner with more rows than were timed.
         seed: of all inputs.
     """
 
     def __init__(self, order: dict[str, Any], emit: Callable[..., None]) -> None:
-        self._ends = time.monotonic() + order["seconds"]
         torch.set_num_threads(order["threads"])
         self._order, self._emit = order, emit
         self._problem = problem_from_dict(order["problem"])
@@ -100,7 +101,8 @@ class Job:
             torch.cuda.set_device(self._device)  # as it is where the call that this is for comes from
         self._lost: set[str] = set()
         self._extra_multiple = self._problem.needs_grad + 1.0
-        pilot_rows = min(max(2, PILOT_LOGITS // self._problem.vocab), self._rows_in_memory(BUFFERS))
+        self._fewest_rows = PILOT_LOGITS[self._device.type] // self._problem.vocab
+        pilot_rows = min(max(2, self._fewest_rows), self._rows_in_memory(BUFFERS))
         self._pilot_rows = max(1, min(self._problem.rows, int(pilot_rows)))
 
     def run(self) -> None:
@@ -122,6 +124,7 @@ class Job:
         if not alive:
             return
         self._step(None, "inputs")
+        self._ends = time.monotonic() + self._order["seconds"]
         seconds_a_row = seconds / self._pilot_rows
         rows = self._rows_that_fit(seconds_a_row)
         while not self._measure(alive, rows, seconds_a_row):
@@ -227,7 +230,7 @@ class Job:
         """The largest N, the problem's or the top of a bucket below, whose rounds fit into memory and time."""
         calls = LOOKS[0] + BUFFERS + 1  # the rounds up to the first look, and the calls before them
         by_time = SHARE_OF_TIME * (self._ends - time.monotonic()) / (calls * seconds_a_row)
-        rows = max(by_time, PILOT_LOGITS // self._problem.vocab)
+        rows = max(by_time, self._fewest_rows)
         return _top_within(int(min(self._problem.rows, rows, self._rows_in_memory(BUFFERS))))
 
     def _rows_in_memory(self, buffers: int) -> float:

@@ -42,6 +42,8 @@ from compiled_logprobs_dashboard.tables.run import Seen
 
 START_S = 15.0
 """About what it takes until the first problem begins, and to begin a worker program: torch is imported twice."""
+READY_S = 15.0
+"""About what it takes at most to import, compile and check the candidates of a problem."""
 DISK_A_PROBLEM = 2**18
 """Bytes that a decision and what stands beside it take at most, about."""
 BUSY_SHARE = 0.25
@@ -168,11 +170,11 @@ def preflight(request: Request, *, seconds_before: Sequence[float] = (), store: 
             f"{short(largest)} needs {needed / 2**30:.1f} GiB, and the run takes at most {SHARE_OF_FREE_MEMORY:.0%} "
             f"of the {free / 2**30:.1f} GiB that are free: fewer rows will be timed, and the result says so."
         )
-    each = min(request.seconds, statistics.median(seconds_before)) if seconds_before else None
+    each = min(request.seconds + READY_S, statistics.median(seconds_before)) if seconds_before else None
     return Preflight(
         problems=tuple(problems),
         stored=stored,
-        most_seconds=START_S + sum(limits),
+        most_seconds=START_S + sum(limits) + READY_S * to_measure,
         likely_seconds=None if each is None else START_S + to_measure * each,
         largest=largest,
         logits_bytes=logits,

@@ -46,7 +46,7 @@ def test_a_new_problem_is_measured_once(fake, capsys, monkeypatch):
     said = capsys.readouterr().err.splitlines()
     assert said == [
         "compiled_logprobs: measuring which backend is fastest for 1024 x 1031 float32 on cpu (not 16-byte aligned), "
-        "for at most 20 s (COMPILED_LOGPROBS_MODE=lookup prevents it)",
+        "for at most 20 s once all are compiled and checked (COMPILED_LOGPROBS_MODE=lookup prevents it)",
         "compiled_logprobs: eager serves it: eager is faster",
     ]
     for rows in (1020, 1024, 1018):
@@ -93,9 +93,10 @@ def test_the_budget_of_a_process_is_used_up_in_the_end(fake, checks, monkeypatch
         return decided(problem)
 
     fake.answer = answer
-    with clp.autotune(budget_s=10):  # 30 s in all
+    with clp.autotune(budget_s=10):  # none is begun after 30 s
         sources = [chosen(LARGE._replace(vocab=1031 + number))[1] for number in range(5)]
     assert sources == ["tuned here"] * 3 + ["default rule"] * 2
+    assert [options["seconds"] for options in fake.options] == [10.0] * 3, "the whole budget, whatever went before"
 
 
 @pytest.mark.parametrize("call", [chosen, lambda: clp.tune(LARGE)], ids=["call", "tune"])

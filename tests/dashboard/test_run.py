@@ -71,7 +71,7 @@ def test_the_outlook():
     (what,) = TINY.problems()
     assert outlook(Seen(), 60, 5) == (0, None, False)
     begun = Seen(problems=[what] * 4, current=what)
-    assert outlook(begun, 60, 0).seconds_left == 240, "the budget of each: at most, about"
+    assert outlook(begun, 60, 0).seconds_left == 240, "the limit of each: at most, about"
     assert outlook(begun, 60, 30).share == pytest.approx(0.125)
     late = outlook(begun, 60, 1000)
     assert late.share == pytest.approx(NEARLY / 4) and 180 < late.seconds_left < 184 and not late.measured

@@ -20,7 +20,7 @@ from compiled_logprobs.tuning.statistics import fewest_rounds
 from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on
 from tests.helpers.backends_for_tuning import has_ended, registered
 from tests.helpers.fake_cuda import FakeCuda
-from tests.helpers.scripted_worker import CHECK, CRASH, HANG, ScriptedWorkers, ready, rounds, step
+from tests.helpers.scripted_worker import CHECK, CRASH, HANG, ScriptedWorkers, checked, ready, rounds, step
 
 CPU = torch.device("cpu")
 PROBLEM = Problem("cpu", rows=250, vocab=4096, dtype=torch.float32, needs_grad=True)
@@ -209,24 +209,37 @@ def test_events_are_passed_on_as_json_without_the_evidence_and_an_interrupt_ends
 # --- budgets ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_budget_that_is_over_before_anything_runs_decides_nothing(scripted):
+READY = r"the 60 s for importing, compiling and checking"
+
+
+def test_what_does_not_get_ready_decides_nothing(scripted):
     scripted([HANG])
-    with pytest.raises(TuningFailed, match=r"^the budget of 20 s ended at the step 'start'$"):
+    with pytest.raises(TuningFailed, match=rf"^{READY} ended at the step 'start'$"):
         decide(strict=True)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_importing_compiling_and_checking_take_nothing_of_the_budget(scripted, strict):
+    """Which bounds the rounds: so it does, too, where a program is lost and all of that is done again."""
+    first = [*checked("eager"), step("a", "check"), 30.0, CRASH]
+    workers = scripted(first, [step("eager", "import"), 25.0, *ready("eager"), 15.0, *rounds(20, eager=1.0)])
+    decision, _ = decide("a", strict=strict)
+    assert outcomes(decision) == {"eager": "chosen", "a": "crashed"} and decision.tuning_seconds == 70.0
+    assert [job["seconds"] for job in workers.jobs] == ([19.0] * 2 if strict else [20.0] * 2)
+
+
 def test_a_third_partys_backend_that_hangs_costs_a_share_of_what_is_left(scripted):
-    scripted([*ready("eager"), step("a", "import"), HANG], [*ready("eager"), *rounds(20, eager=1.0)])
+    scripted([*checked("eager"), step("a", "import"), HANG], [*ready("eager"), *rounds(20, eager=1.0)])
     decision, _ = decide("a", strict=True)
     assert outcomes(decision) == {"eager": "chosen", "a": "timeout"}
-    assert decision.candidates["a"].reason == "import: no end after 5 s"
-    assert decision.code == "ONLY_ONE" and decision.tuning_seconds == 5.0
+    assert decision.candidates["a"].reason == "import: no end after 15 s"
+    assert decision.code == "ONLY_ONE" and decision.tuning_seconds == 15.0
 
 
-def test_one_of_our_own_that_is_not_ready_when_the_budget_ends_decides_nothing(scripted):
+def test_one_of_our_own_that_is_not_ready_in_time_decides_nothing(scripted):
     """It may just be compiling for the first time on this machine, and a decision without it would be stored."""
-    scripted([*ready("eager"), step("compiled", "compile"), HANG])
-    with pytest.raises(TuningFailed, match=r"^the budget of 20 s ended at the step 'compile' of 'compiled'$"):
+    scripted([*checked("eager"), step("compiled", "compile"), HANG])
+    with pytest.raises(TuningFailed, match=rf"^{READY} ended at the step 'compile' of 'compiled'$"):
         decide(["compiled"], strict=True)
 
 

@@ -15,6 +15,7 @@ from compiled_logprobs.backends import backends, get_backend, is_loaded
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.check.run import check_backend
 from compiled_logprobs.decision import MEASURED, PLAIN
+from compiled_logprobs.machine import clock
 from compiled_logprobs.machine.clock import MIB, extra_peak_bytes, why_no_peak
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.problem import Problem, bucket, problem_to_dict
@@ -31,6 +32,7 @@ from tests.helpers.backends_for_tuning import (
     pids,
     registered,
 )
+from tests.helpers.fake_cuda import FakeCuda
 
 CPU = torch.device("cpu")
 PROBLEM = Problem("cpu", rows=256, vocab=4096, dtype=torch.float32, layout="rows")
@@ -205,6 +207,32 @@ def test_n_shrinks_where_time_is_short(monkeypatch):
     monkeypatch.setattr(Eager, "forward", slow_by_row)
     (measuring,) = of("measuring", run_here(PROBLEM._replace(rows=4096, vocab=65536)))
     assert 1 < measuring["rows"] < 4096 and measuring["rows"] == bucket(PROBLEM._replace(rows=measuring["rows"])).rows
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_n_does_not_shrink_because_compiling_and_checking_took_long(monkeypatch, strict):
+    now = [0.0]
+
+    def check(name, problem, **options):
+        now[0] += 1000.0
+        return check_backend(name, problem, **options)
+
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(worker_module, "check_backend", check)
+    monkeypatch.setitem(worker_module.PILOT_LOGITS, "cpu", 2**14)
+    problem = Problem("cpu", 256, 1024, torch.float32)
+    told = run_here(problem, checked=[], seconds=20.0, strict=strict)
+    (measuring,) = of("measuring", told)
+    assert now[0] == 1000.0 and measuring["rows"] == problem.rows
+
+
+def test_the_first_calls_keep_an_accelerator_busy(monkeypatch):
+    """With fewer rows it is the host's time for a call that would tell how long a row takes."""
+    monkeypatch.setattr(clock, "cuda", FakeCuda())
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    problem = Problem("cuda", 8192, 151936, torch.bfloat16, needs_grad=True)
+    order = {"problem": problem_to_dict(problem), "device": "cuda:1", "threads": torch.get_num_threads()}
+    assert Job(order, lambda event, **fields: None)._pilot_rows == 2**27 // 151936
 
 
 @pytest.mark.slow

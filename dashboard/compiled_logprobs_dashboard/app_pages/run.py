@@ -74,8 +74,8 @@ def asked() -> Request | None:
             value=None,
             placeholder="as in the preset",
             key="run_budget",
-            help="Fewer rows are timed where it would take longer; the result says so. What was left undecided gets "
-            "more when it is measured again.",
+            help="For timing, once all is compiled and checked. Fewer rows are timed where it would take longer; the "
+            "result says so. What was left undecided gets more when it is measured again.",
         )
         again = st.checkbox("Measure also what is stored already", key="run_again")
     with right:
@@ -196,7 +196,7 @@ def show_run(run: ProfileRun) -> None:
 
 def show_progress(run: ProfileRun, seen: Seen) -> None:
     elapsed = time.time() - run.started_at
-    view = outlook(seen, run.request.seconds, elapsed)
+    view = outlook(seen, run.request.seconds + runs.READY_S, elapsed)
     left = ""
     if view.seconds_left is not None:
         left = f", {'about' if view.measured else 'at most about'} {in_words(view.seconds_left)} left"

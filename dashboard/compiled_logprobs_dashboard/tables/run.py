@@ -155,16 +155,16 @@ class Outlook(NamedTuple):
     seconds_left: float | None
     """None where there is nothing to go by."""
     measured: bool
-    """Whether that rests on what this run took so far; else on the budget, which is about the most."""
+    """Whether that rests on what this run took so far; else on the limit, which is about the most."""
 
 
-def outlook(seen: Seen, budget_s: float, elapsed_s: float) -> Outlook:
-    """How far the run is `elapsed_s` after its start, and how long the rest may take, at most `budget_s` a problem."""
+def outlook(seen: Seen, limit_s: float, elapsed_s: float) -> Outlook:
+    """How far the run is `elapsed_s` after its start, and how long the rest may take, at most `limit_s` a problem."""
     total = len(seen.problems)
     if not total:
         return Outlook(0.0, None, measured=False)
     took = [decision.tuning_seconds for decision in seen.decisions[-seen.measured :]] if seen.measured else []
-    each = statistics.fmean(took) if took else budget_s
+    each = statistics.fmean(took) if took else limit_s
     left = total - seen.finished
     into = min(NEARLY * each, max(0.0, elapsed_s - sum(took))) if seen.current is not None else 0.0
     share = min(1.0, (seen.finished + into / each) / total) if each > 0 else seen.finished / total
