@@ -50,8 +50,10 @@ class FlashAttn(Backend):
             return "needs a CUDA or ROCm device"
         if problem.dtype == torch.float64:
             return "computes in float32; float64 logits are for eager"
-        if problem.entropy:
-            return "computes no entropy"
+        if problem.entropy or problem.argmax or problem.sum_p_squared:
+            return "computes log-probabilities and their logsumexp alone"
+        if problem.logsumexp and problem.needs_grad:
+            return "has no gradient of the logsumexp"
         if problem.labels_per_row != 1:
             return f"takes one label a row, not {problem.labels_per_row}"
         if problem.temperature == "per_token":
