@@ -49,7 +49,9 @@ def candidates() -> dict[str, Contender]:
         Contender("logsumexp_chunks", lambda problem: idioms.logsumexp_by_chunk),
         Contender("cross_entropy", lambda problem: idioms.cross_entropy),
         Contender(COMPILE, idioms.compiled_log_softmax),
-        Contender("liger", lambda problem: idioms.liger, why_not=_why_not_liger, overwrites=True),
+        Contender("liger", lambda problem: idioms.liger, why_not=_installed("liger_kernel"), overwrites=True),
+        Contender("quack", lambda problem: idioms.quack, why_not=_installed("quack", "quack-kernels")),
+        Contender("trl", lambda problem: idioms.trl, why_not=_installed("trl", has_entropy=True)),
         Contender("cut_cross_entropy", lambda problem: idioms.cut_cross_entropy, why_not=_why_not_cut_cross_entropy),
     ]
     return {one.name: one for one in contenders}
@@ -72,20 +74,21 @@ def _why_not_ours(name: str) -> Callable[[Problem], str | None]:
     return lambda problem: why_not(name, problem)
 
 
-def _why_not_liger(problem: Problem) -> str | None:
-    return _why_not_package("liger_kernel", "liger-kernel", problem)
-
-
 def _why_not_cut_cross_entropy(problem: Problem) -> str | None:
-    reason = _why_not_package("cut_cross_entropy", "cut-cross-entropy", problem)
+    reason = _installed("cut_cross_entropy")(problem)
     if reason is None and problem.needs_grad and problem.dtype == torch.float32:
         return "its backward takes 16-bit tensors only"
     return reason
 
 
-def _why_not_package(module: str, package: str, problem: Problem) -> str | None:
-    if problem.device_type == "cpu":
-        return "its kernels need a CUDA or ROCm device"
-    if find_spec(module) is None:
-        return f"is not installed: pip install {package}"
-    return "has no entropy beside the log-probabilities" if problem.entropy else None
+def _installed(module: str, package: str = "", *, has_entropy: bool = False) -> Callable[[Problem], str | None]:
+    """Why the kernels of a package cannot run a problem; where it has another name than its module, that."""
+
+    def why_not(problem: Problem) -> str | None:
+        if problem.device_type == "cpu":
+            return "its kernels need a CUDA or ROCm device"
+        if find_spec(module) is None:
+            return f"is not installed: pip install {package or module.replace('_', '-')}"
+        return "has no entropy beside the log-probabilities" if problem.entropy and not has_entropy else None
+
+    return why_not

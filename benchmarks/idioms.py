@@ -79,6 +79,24 @@ def liger(logits: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, Tensor
     return -liger_cross_entropy(logits, labels, reduction="none"), None
 
 
+def quack(logits: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """Minus quack's cross entropy, in float32."""
+    assert not entropy
+    from quack.cross_entropy import cross_entropy
+
+    return -cross_entropy(logits, labels, reduction="none"), None
+
+
+def trl(logits: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """TRL's own functions, which from 1.14 on take its Triton kernel on a GPU; that gives the entropy as well."""
+    from trl.trainer import utils
+
+    if entropy:
+        log_probs, entropies = utils.selective_log_softmax_and_entropy(logits, labels)
+        return log_probs, entropies
+    return utils.selective_log_softmax(logits, labels), None
+
+
 def cut_cross_entropy(logits: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
     """Minus cut-cross-entropy's loss. It takes hidden states and a head's weight, never logits: here these are the
     identity and the logits turned over, whose product are the same logits; the time of the product counts.

@@ -19,9 +19,10 @@ from benchmarks.idioms import Idiom
 from benchmarks.results import Cell, Result
 from compiled_logprobs.errors import is_out_of_memory
 from compiled_logprobs.machine import clock
+from compiled_logprobs.machine.bandwidth import measured_bandwidth
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem
-from compiled_logprobs.tuning.rounds import LONGEST_REASON
+from compiled_logprobs.tuning.rounds import AHEAD, LONGEST_REASON
 
 CHECKED_ROWS = 64
 """How many rows are held against float64: spread evenly, the first and the last among them."""
@@ -31,6 +32,8 @@ MEMORY_PASSES = 2
 """The least of them counts: on the CPU, what other threads of the process take meanwhile can only add to it."""
 LIKELY = 8
 """Tokens of a row that share most of the probability, as a language model's do."""
+CHUNK_ELEMENTS = 2**26
+"""How many logits are made at a time, in float32."""
 WRONG = 0.05
 """How far off a result may be, as a share of the row's largest |x|, and a gradient, of the upstream one: rounding to 16
 bits stays below, and another sign, label or scale does not."""
@@ -49,8 +52,16 @@ def measure(
         rounds: how many at most; each calls everybody once, in an order of its own.
         seconds: after which no further round begins, once there are `ROUNDS_OF_SLOW`.
     """
-    inputs = _Arguments(problem, device)
     results = {one.name: Result(one.name, one.ours, one.note(problem)) for one in chosen}
+    bandwidth = measured_bandwidth(device)
+    try:
+        inputs = _Arguments(problem, device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        for result in results.values():
+            result.outcome, result.reason = "oom", "there is no memory for the logits"
+        return Cell(problem, mode, results, [], bandwidth.copy)
     idioms: dict[str, Idiom] = {}
     for one in chosen:
         result = results[one.name]
@@ -75,12 +86,15 @@ def measure(
         order.shuffle(names)
         for name in names:
             if name == READ:
-                read_seconds.append(_timed(inputs.values.amax, device))
+                read_seconds.append(_timed(inputs.values.amax, device).seconds)
                 continue
-            with _failures_kept_in(results[name]):
+            result = results[name]
+            with _failures_kept_in(result):
                 call = inputs.prepared(idioms[name])
-                results[name].seconds.append(_timed(partial(_dropped, call), device))
-    return Cell(problem, mode, results, read_seconds)
+                took = _timed(partial(_dropped, call), device, AHEAD * min(result.host_seconds, default=0.0))
+                result.seconds.append(took.seconds)
+                result.host_seconds.append(took.host_seconds)
+    return Cell(problem, mode, results, read_seconds, bandwidth.copy)
 
 
 class _Arguments:
@@ -88,16 +102,20 @@ class _Arguments:
 
     def __init__(self, problem: Problem, device: torch.device) -> None:
         rows, vocab = problem.rows, problem.vocab
-        generator = torch.Generator("cpu").manual_seed(0)
-        x_NV = 2.0 * torch.randn(rows, vocab, generator=generator)
-        likely = torch.randint(vocab, (rows, min(LIKELY, vocab)), generator=generator)
-        x_NV.scatter_add_(-1, likely, 10.0 + 4.0 * torch.rand(likely.shape, generator=generator))
-        anywhere = torch.rand(rows, generator=generator) < 0.2
-        labels = torch.where(anywhere, torch.randint(vocab, (rows,), generator=generator), likely[:, 0])
+        generator = torch.Generator(device).manual_seed(0)
+        likely = torch.randint(vocab, (rows, min(LIKELY, vocab)), generator=generator, device=device)
+        self.values = torch.empty(rows, vocab, dtype=problem.dtype, device=device)
+        step = max(1, CHUNK_ELEMENTS // vocab)
+        for start in range(0, rows, step):
+            n = slice(start, start + step)
+            x_nV = 2.0 * torch.randn(self.values[n].shape, generator=generator, device=device)
+            more = 10.0 + 4.0 * torch.rand(likely[n].shape, generator=generator, device=device)
+            self.values[n] = x_nV.scatter_add_(-1, likely[n], more)
+        anywhere = torch.randint(vocab, (rows,), generator=generator, device=device)
+        is_anywhere = torch.rand(rows, generator=generator, device=device) < 0.2
+        self._labels = torch.where(is_anywhere, anywhere, likely[:, 0])
         self._problem = problem
-        self.values = x_NV.to(device, problem.dtype)
-        self._labels = labels.to(device)
-        self._upstream = torch.randn(rows, generator=generator).to(device)
+        self._upstream = torch.randn(rows, generator=generator, device=device)
         self._model = torch.zeros((), device=device, requires_grad=True)
         self._original = self.values.clone() if problem.needs_grad else None
         self._at = torch.linspace(0, rows - 1, min(CHECKED_ROWS, rows), device=device).round().long()
@@ -176,9 +194,9 @@ def _failures_kept_in(result: Result) -> Iterator[None]:
         result.reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST_REASON]
 
 
-def _timed(call: Callable[[], object], device: torch.device) -> float:
+def _timed(call: Callable[[], object], device: torch.device, ahead_s: float = 0.0) -> clock.Time:
     clock.flush_cache(device)
-    return clock.time_call(call, device).seconds
+    return clock.time_call(call, device, ahead_s=max(ahead_s, clock.AHEAD_S))
 
 
 def _dropped(call: Callable[[], object]) -> None:

@@ -28,6 +28,7 @@ from compiled_logprobs.cli.output import print_environment, print_json
 from compiled_logprobs.errors import InputError, LogProbsError
 from compiled_logprobs.machine import clock
 from compiled_logprobs.machine.environment import environment_of
+from compiled_logprobs.machine.nvml import Watch, telemetry
 from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import MODES, Problem, as_it_lies
 from compiled_logprobs.tuning import presets
@@ -101,14 +102,19 @@ def peers(
             _require_writable(html)
         if json_file not in (None, STDOUT):
             _require_writable(Path(json_file))
-    cells, interrupted = _run(problems, chosen, where, rounds, seconds, tuned)
+    provider = telemetry(where)
+    with Watch(provider) as watch:
+        cells, interrupted = _run(problems, chosen, where, rounds, seconds, tuned)
 
+    seen = watch.summary()
     report = {
         "environment": environment_of(where).to_dict(),
         "settings": {"rounds": rounds, "seconds": seconds, "tuned": tuned, "threads": torch.get_num_threads()},
         "columns": COLUMNS,
         "rows": [row for cell in cells for row in cell.to_rows()],
         "targets": [{**asdict(one), "met": one.met} for one in targets(cells)],
+        "telemetry": None if seen is None else asdict(seen),
+        "telemetry_reason": provider.reason,
         "interrupted": interrupted,
     }
     if json_file == STDOUT:

@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any, Literal
 
 from benchmarks.candidates import READ
+from compiled_logprobs.machine.bandwidth import minimum_bytes
 from compiled_logprobs.problem import Problem, short_name
 from compiled_logprobs.tuning.statistics import Interval, interval
 
@@ -14,8 +15,10 @@ CONFIDENCE = 0.95
 
 COLUMNS = {
     "ms": "milliseconds a call, the median over the rounds; each call starts with a cold cache and frees what it made",
-    "billions_of_logits_per_s": "N times V over that time",
+    "host_ms": "milliseconds until the call returned, the median; on a GPU the device may still be at work",
+    "billions_of_logits_per_s": "N times V over the first of these",
     "percent_of_read": "time of a bare read of the logits (amax, in the same rounds) in per cent of the candidate's",
+    "percent_of_copy": "time of moving the bytes that must be moved, at the speed of a copy, in per cent of it",
     "extra_bytes": "peak of the memory in use over what was there before the call; results and their gradient count",
     "extra_multiple": "the same, as a multiple of the logits",
     "error_max": "largest distance of a log-probability from float64, in nats, over some rows",
@@ -38,6 +41,8 @@ class Result:
     """Of the outcome; of a measured `auto`, why it took what it took."""
     seconds: list[float] = field(default_factory=list)
     """One a round."""
+    host_seconds: list[float] = field(default_factory=list)
+    """Of the same rounds: until the call returned."""
     extra_bytes: int | None = None
     """None where memory cannot be measured."""
     error_max: float = math.nan
@@ -65,7 +70,9 @@ class Cell:
     mode: str
     results: dict[str, Result]
     read_seconds: list[float]
-    """Of the bare read, one a round."""
+    """Of the bare read, one a round; none where there was no memory for the logits."""
+    copy_bytes_per_s: float
+    """Of a copy within the device's memory; bytes read and bytes written."""
 
     @property
     def logits_bytes(self) -> int:
@@ -85,12 +92,15 @@ class Cell:
     def percent_of_read(self, name: str) -> float:
         return 100 * _ratio(self.read_seconds, self.results[name].seconds).median
 
+    def percent_of_copy(self, seconds: float) -> float:
+        return 100 * minimum_bytes(self.problem) / self.copy_bytes_per_s / seconds
+
     def billions_per_s(self, seconds: float) -> float:
         return self.problem.rows * self.problem.vocab / seconds / 1e9
 
     def to_rows(self) -> list[dict[str, Any]]:
         """For programs: a flat row for the bare read and for each candidate; None where there is no figure."""
-        problem, read = self.problem, median(self.read_seconds)
+        problem = self.problem
         where = {
             "rows": problem.rows,
             "vocab": problem.vocab,
@@ -98,13 +108,12 @@ class Cell:
             "device": problem.device_type,
             "mode": self.mode,
         }
-        bare = {
-            "ms": read * 1e3,
-            "billions_of_logits_per_s": self.billions_per_s(read),
-            "percent_of_read": 100.0,
-            "seconds": self.read_seconds,
-        }
-        rows = [{**where, "candidate": READ, "kind": "read", "outcome": "measured", **bare}]
+        rows: list[dict[str, Any]] = []
+        if self.read_seconds:
+            read = median(self.read_seconds)
+            bare = {"ms": read * 1e3, "billions_of_logits_per_s": self.billions_per_s(read), "percent_of_read": 100.0}
+            bare_read = {"candidate": READ, "kind": "read", "outcome": "measured", "seconds": self.read_seconds}
+            rows.append({**where, **bare_read, **bare})
         return rows + [{**where, **self._row(one)} for one in self.results.values()]
 
     def _row(self, one: Result) -> dict[str, Any]:
@@ -120,8 +129,10 @@ class Cell:
         seconds, extra = median(one.seconds), one.extra_bytes
         return row | {
             "ms": seconds * 1e3,
+            "host_ms": median(one.host_seconds) * 1e3,
             "billions_of_logits_per_s": self.billions_per_s(seconds),
             "percent_of_read": self.percent_of_read(one.name),
+            "percent_of_copy": self.percent_of_copy(seconds),
             "extra_bytes": extra,
             "extra_multiple": None if extra is None else extra / self.logits_bytes,
             "error_max": one.error_max,

@@ -16,8 +16,10 @@ from compiled_logprobs.tuning.statistics import Interval
 
 TITLES = {
     "ms": "ms",
+    "host_ms": "host ms",
     "billions_of_logits_per_s": "10^9 logits/s",
     "percent_of_read": "% of read",
+    "percent_of_copy": "% of copy",
     "extra_bytes": "extra MiB",
     "extra_multiple": "x logits",
     "error_max": "max error",
@@ -54,9 +56,10 @@ def _print_figures(title: str, cells: list[Cell]) -> None:
     rows: list[tuple[str | Text, ...]] = []
     for cell in cells:
         where = short_name(cell.problem.dtype), cell.mode
-        read = median(cell.read_seconds)
-        bare = (f"{read * 1e3:.3g}", f"{cell.billions_per_s(read):.3g}", "100")
-        rows.append((*where, f"{READ}, the bare read", *bare, *[""] * (len(TITLES) - len(bare))))
+        if cell.read_seconds:
+            read = median(cell.read_seconds)
+            bare = (f"{read * 1e3:.3g}", "", f"{cell.billions_per_s(read):.3g}", "100")
+            rows.append((*where, f"{READ}, the bare read", *bare, *[""] * (len(TITLES) - len(bare))))
         done = [*cell.measured(ours=True), *cell.measured(ours=False)]
         done.sort(key=lambda one: median(one.seconds))
         rows += [(*where, _label(one), *_figures(cell, one)) for one in done]
@@ -92,8 +95,10 @@ def _figures(cell: Cell, one: Result) -> list[str]:
     seconds, extra = median(one.seconds), one.extra_bytes
     return [
         f"{seconds * 1e3:.3g}",
+        f"{median(one.host_seconds) * 1e3:.3g}",
         f"{cell.billions_per_s(seconds):.3g}",
         f"{cell.percent_of_read(one.name):.3g}",
+        f"{cell.percent_of_copy(seconds):.3g}",
         "" if extra is None else f"{extra / 2**20:.1f}",
         "" if extra is None else f"{extra / cell.logits_bytes:.3f}",
         f"{one.error_max:.1e}",
