@@ -1,5 +1,5 @@
 # make quick     set up .venv, then run the tests that start no process, no browser and no long compilation
-# make slow      set up .venv, then run the other tests
+# make slow      set up .venv, then run the other tests, those for a GPU among them
 # make test      both
 # make test-integrations  train with TRL's own trainers, patched and not, in an environment of its own
 # make profile   set up .venv, then measure which backend is fastest on this machine, store it, and show the winners
@@ -7,6 +7,7 @@
 # make example   set up .venv, then train a small language model with right and with wrong log-probabilities
 # make benchmark set up .venv, then time this library beside the idioms that people use today, for up to an hour
 # make inspect   set up .venv, then count what the code generated for a GPU does, without one
+# make gpu       on a machine with a GPU, all that it has to show, in under eight minutes; PYTHON=python takes yours
 # make check     format, lint and types, as CI does
 # make format    mend what can be mended by itself
 
@@ -23,7 +24,7 @@ endef
 # Without the constraints, pip would take the newest torch, which is larger and not the one that was tested.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup quick slow test test-integrations profile dashboard example benchmark inspect check format clean
+.PHONY: setup quick slow test test-integrations profile dashboard example benchmark inspect gpu check format clean
 
 setup: .venv/.installed-flash-attn
 
@@ -35,7 +36,7 @@ quick: .venv/.installed-flash-attn
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser and not gpu"
 
 slow: .venv/.installed-flash-attn
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or browser or gpu" --durations 25
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or browser" --durations 25
 
 test: quick slow
 
@@ -60,6 +61,10 @@ benchmark: .venv/.installed-flash-attn
 
 inspect: .venv/.installed-flash-attn
 	$(BIN)/python -m tests.gpu_code --arch sm_90 --rows 8192 --vocab 151936 --dtype bfloat16 --grad
+
+# Sets nothing up: whoever has a GPU has a torch for it, in an environment that is to be measured as it is.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .

@@ -1,0 +1,167 @@
+"""`make gpu` on a machine without one: all of its steps, on little, and what becomes of those that go wrong."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.gpu_page import page
+
+SMALL_MACHINE = Path(__file__).parent / "helpers" / "small_machine"
+
+
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    """Runs steps of programs `python -c ...`; returns the exit code, the report and the page."""
+
+    def run(programs, *, limit_s=60, device="cpu"):
+        def made(*_):
+            for name, codes in programs.items():
+                each = {key: gpu.Program(["-c", code]) for key, code in codes.items()}
+                yield gpu.Step(name, limit_s, each, gpu._printed)
+
+        monkeypatch.setattr(gpu, "steps", made)
+        code = gpu.main(["--device", device, "--out", str(tmp_path / "out")])
+        return code, *(tmp_path.joinpath("out", name).read_text() for name in ("report.json", "report.md"))
+
+    return run
+
+
+@pytest.mark.slow
+def test_every_step_runs_on_the_cpu(tmp_path, monkeypatch):
+    """The tests for a GPU are among them: what failed there is told by the report."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SMALL_MACHINE), os.environ.get("PYTHONPATH", "")]))
+    out, profiles = tmp_path / "out", tmp_path / "profiles"
+    code = gpu.main(["--device", "cpu", "--out", str(out), "--profiles", str(profiles)])
+    text = (out / "report.md").read_text()
+    report = json.loads((out / "report.json").read_text())
+    assert {step["name"]: step["outcome"] for step in report["steps"]} == dict.fromkeys(gpu.FULL.limits_s, "passed"), (
+        text
+    )
+    assert code == 0
+    programs = {name: one for step in report["steps"] for name, one in step["programs"].items()}
+    assert programs["doctor"]["figures"]["environments"] and programs["ceilings"]["figures"]["bandwidth"]["copy"] > 0
+    tests = programs["pytest"]["figures"]
+    assert tests["passed"] > 30 and not tests["failed"] and "eager, inplace, cold, x the logits" in tests["recorded"]
+    assert programs["eager"]["figures"]["reports"][0]["passed"]
+    assert programs["flash_attn"]["outcome"] == "could not run" and "CUDA" in programs["flash_attn"]["reason"]
+    assert programs["profile"]["figures"]["decisions"] and list(profiles.rglob("decisions/*.json"))
+    rows = {row["candidate"]: row for row in programs["peers"]["figures"]["rows"]}
+    assert rows["eager"]["percent_of_copy"] > 0 and rows["liger"]["outcome"] == "unavailable"
+    titles = ["Machine", "Ceilings", "Tests", "Check", "Profile", "Beside the peers", "What NVML saw"]
+    assert [line[3:] for line in text.splitlines() if line.startswith("## ")][: len(titles)] == titles
+    assert str(Path.home()) not in text and str(gpu.ROOT) not in text
+
+
+@pytest.mark.slow
+def test_a_step_that_goes_wrong_costs_only_itself(ran):
+    hangs = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('alive', flush=True); time.sleep(60)"
+    )
+    stops = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('{\"done\": 3}')"
+    began = time.monotonic()
+    code, report, text = ran(
+        {
+            "hangs": {"a": hangs, "b": stops},
+            "crashes": {"a": "import os; os.kill(os.getpid(), 11)"},
+            "lacks": {"a": "import no_such_package"},
+            "fails": {"a": "import sys; print('{}'); sys.exit('ValueError: it is | done')"},
+            "check": {"a": "print('{\"reports\": []}')", "b": "import sys; sys.exit(2)"},
+        },
+        limit_s=gpu.GRACE_S + 1,
+    )
+    assert code == 1 and time.monotonic() - began < 40
+    found = {step["name"]: step for step in json.loads(report)["steps"]}
+    assert {name: step["outcome"] for name, step in found.items()} == {
+        "hangs": "timed out",
+        "crashes": "crashed",
+        "lacks": "could not run",
+        "fails": "failed",
+        "check": "passed",
+    }
+    assert found["hangs"]["programs"]["b"]["figures"] == {"done": 3}  # what it tells when it is interrupted
+    assert found["crashes"]["programs"]["a"]["reason"] == "signal 11"
+    assert "no_such_package is not installed: pip install no_such_package" in text
+    assert "| fails | failed | 0 |" in text and "ValueError: it is \\| done" in text
+
+
+@pytest.mark.slow
+def test_interrupted_it_ends_its_programs_and_writes_what_it_has(ran, monkeypatch):
+    wait = gpu.subprocess.Popen.wait
+
+    def interrupted(process, timeout=None):
+        if "-c" in process.args and timeout > gpu.GRACE_S:
+            raise KeyboardInterrupt
+        return wait(process, timeout)
+
+    monkeypatch.setattr(gpu.subprocess.Popen, "wait", interrupted)
+    code, report, text = ran({"long": {"a": "import time; time.sleep(60)"}, "later": {"a": "print(1)"}})
+    assert code == gpu.INTERRUPTED and json.loads(report)["interrupted"]
+    assert "| long | interrupted |" in text and "later" not in text
+
+
+def test_without_a_gpu_only_the_machine_is_told_of(tmp_path, monkeypatch):
+    doctor = {"environments": [{"device_type": "cpu", "gpu_name": None}], "backends": []}
+
+    def run(step, out, device):
+        assert step.name == "machine" or step.reason
+        if step.name == "machine":
+            step.programs["doctor"].outcome, step.programs["doctor"].figures = "passed", doctor
+
+    monkeypatch.setattr(gpu, "_run", run)
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [step["outcome"] for step in report["steps"]] == ["passed", *["not run"] * 5]
+    assert "torch sees no GPU here" in (tmp_path / "report.md").read_text()
+
+
+def test_the_limits_are_below_eight_minutes_and_each_step_has_one():
+    assert sum(gpu.FULL.limits_s.values()) < 470
+    steps = list(gpu.steps("cuda", gpu.FULL, Path("out"), Path("profiles")))
+    assert [step.name for step in steps] == list(gpu.FULL.limits_s)
+    assert steps[3].programs["all"].arguments[-4:] == ["check", "--json", "--device", "cuda"]  # backends are not known
+
+
+def test_the_page_of_a_run_on_a_gpu():
+    """What a CPU's report has nothing of."""
+    seen = {"sm_clock_min_mhz": 1200, "sm_clock_median_mhz": 1980.0, "sm_clock_max_mhz": 1980}
+    seen |= {"memory_used_max_bytes": 2**30, "throttle_reasons": ["power cap"]}
+    ceilings = {"bandwidth": {"read": 4.1e12, "copy": 4.2e12}, "telemetry": seen, "telemetry_reason": None}
+    failed = {"passed": 40, "failed": {"test_graph[triton]": "not equal"}, "skipped": {"a": "one", "b": "one"}}
+    programs = {
+        name: {"figures": figures, "outcome": "passed", "reason": "", "tail": ""}
+        for name, figures in {"ceilings": ceilings, "pytest": failed | {"recorded": {}}}.items()
+    }
+    report = {
+        "began": "2026-12-01T12:00:00+00:00",
+        "seconds": 300.0,
+        "commit": "abc1234",
+        "device": "cuda",
+        "steps": [
+            {
+                "name": name,
+                "outcome": "passed",
+                "seconds": 3.2,
+                "limit_s": 20,
+                "reason": "",
+                "programs": {each: programs[each]},
+            }
+            for name, each in {"ceilings": "ceilings", "tests": "pytest"}.items()
+        ],
+        "versions": {"torch": "2.11.0", "triton": None},
+        "python": sys.version.split()[0],
+    }
+    text = page(report)
+    for line in (
+        "| read | 4100 |",
+        "40 passed, 1 failed, 2 skipped.",
+        "| test_graph[triton] | not equal |",
+        "| 2 | one |",
+        "| ceilings | 1200 | 1980 | 1980 | 1073741824 | power cap |  |",
+        "| installed | torch 2.11.0 |",
+    ):
+        assert line in text, text
