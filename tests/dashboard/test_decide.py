@@ -52,9 +52,9 @@ def test_the_four_figures_are_those_of_the_decision():
         "Bandwidth": ("40 %", "of what was measured on this device"),
         "Checks passed": ("2 of 2", "worst error 10% of its limit"),
     }
-    fewer = dataclasses.replace(with_winner(percent_of_bandwidth=None), measured_rows=128)
+    fewer = dataclasses.replace(with_winner(percent_of_bandwidth=None, host_seconds=3e-4), measured_rows=128)
     call, _, bandwidth, _ = tables.figures(fewer)
-    assert "Timed with 128 rows" in call.meaning and bandwidth.value == "not measured"
+    assert "The host takes 300 µs a call. Timed with 128 rows." in call.meaning and bandwidth.value == "not measured"
     assert "bandwidth" not in tables.sentence(fewer)
 
 

@@ -11,7 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compiled_logprobs import InputError
 from compiled_logprobs.machine import clock
-from compiled_logprobs.machine.clock import extra_peak_bytes, flush_cache, free_memory, time_call, why_no_peak
+from compiled_logprobs.machine.clock import (
+    extra_peak_bytes,
+    flush_cache,
+    free_memory,
+    time_call,
+    why_no_peak,
+    with_index,
+)
 from tests.helpers.fake_cuda import FakeCuda
 
 MIB = 2**20
@@ -92,6 +99,11 @@ def test_a_gpu_is_busy_before_the_clock_starts_so_that_it_does_not_wait_for_the_
     sleeps = cuda.calls[: cuda.calls.index("record on stream of cuda:1")]
     assert len(sleeps) == (1 if has_spin else gets / 0.05) and {call[:5] for call in sleeps} == {"sleep"}
     assert f"call after {gets:.2f} ms" in cuda.calls
+
+
+@pytest.mark.parametrize(("named", "meant"), [("cuda", "cuda:1"), ("cuda:3", "cuda:3"), ("cpu", "cpu")])
+def test_a_gpu_without_an_index_is_the_one_that_is_current_here(cuda, named, meant):
+    assert with_index(torch.device(named)) == clock.measurable(named) == torch.device(meant)
 
 
 def test_what_is_queued_is_waited_for_where_this_process_uses_the_device(cuda):

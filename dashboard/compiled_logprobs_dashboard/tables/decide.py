@@ -95,13 +95,14 @@ def figures(decision: Decision) -> list[Figure]:
     at = "" if rows == decision.problem.rows else f" Timed with {rows} rows."
     is_baseline = decision.chosen == decision.baseline
     grad = ", forward and backward" if decision.problem.needs_grad else ""
+    host = "" if winner.host_seconds is None else f" The host takes {duration(winner.host_seconds)} a call."
     name = plain_line(decision.baseline, 40)
     return [
         Figure(
             f"A call, N {rows}",
             duration(winner.seconds),
             "the baseline" if is_baseline else f"{name}: {duration(baseline.seconds)}",
-            f"Median of the timed calls{grad}.{at}",
+            f"Median of the timed calls{grad}.{host}{at}",
         ),
         Figure(
             "Extra memory",
