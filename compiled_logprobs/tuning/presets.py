@@ -86,7 +86,7 @@ PRESETS = {
     ),
     "rl": Preset(
         (MODELS["qwen3"],),
-        (512,),
+        (256,),
         (4096,),
         (torch.bfloat16,),
         (

@@ -38,12 +38,12 @@ def test_rl_is_what_a_trainer_calls():
         *("inplace", "inplace, temperature (number)"),
         *("forward, entropy, temperature (number)", "backward, entropy, temperature (number)"),
     ]
-    logits = torch.zeros(2, 257, 1024, dtype=BF16, requires_grad=True)
-    labels = torch.zeros(2, 256, 1, dtype=torch.int64)
+    logits = torch.zeros(2, 129, 1024, dtype=BF16, requires_grad=True)
+    labels = torch.zeros(2, 128, 1, dtype=torch.int64)
     called = problem_of(collapse(logits[:, :-1]), labels, 0.7)
     assert called in grid("cpu", "rl", vocabs=[1024]) and called.layout == "slice"
     (one,) = {problem[1:4] for problem in grid("cpu", "rl")}
-    assert one == (512, 151936, BF16) and {problem.rows for problem in grid("cuda", "rl")} == {4096}
+    assert one == (256, 151936, BF16) and {problem.rows for problem in grid("cuda", "rl")} == {4096}
 
 
 def test_what_is_named_replaces_that_part_of_the_preset():
