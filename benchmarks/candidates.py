@@ -18,6 +18,8 @@ COMPILE = "torch_compile"
 READ = "amax"
 """The bare read: not a candidate, but timed with them."""
 
+MOST_ROWS_AS_PRODUCT = 2048
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -78,6 +80,10 @@ def _why_not_cut_cross_entropy(problem: Problem) -> str | None:
     reason = _installed("cut_cross_entropy")(problem)
     if reason is None and problem.needs_grad and problem.dtype == torch.float32:
         return "its backward takes 16-bit tensors only"
+    if reason is None and problem.rows > MOST_ROWS_AS_PRODUCT:
+        return (
+            f"takes logits as a product with an N x N identity here, which outgrows them above {MOST_ROWS_AS_PRODUCT}"
+        )
     return reason
 
 

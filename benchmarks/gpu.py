@@ -49,6 +49,8 @@ PEERS = {"flash_attn": "flash-attn", "liger_kernel": "liger-kernel", "quack": "q
     "trl": "trl",
 }
 """What they time beside this library, where it is installed."""
+TIMED = ("log_softmax", "liger", "quack", "trl", "cut_cross_entropy")
+"""Candidates of `benchmarks.peers`. Of torch.compile each shape is compiled anew, for which there is no time."""
 WRITTEN = ("report.md", "report.json", "tests.xml", "peers.json")
 INTERRUPTED = 130
 
@@ -68,14 +70,14 @@ class Sizes:
 
 
 FULL = Sizes(
-    {"machine": 20, "ceilings": 20, "tests": 95, "check": 60, "profile": 155, "peers": 110},
-    "--preset rl --vocab 151936 --dtype bfloat16 --budget 8",
+    {"machine": 30, "ceilings": 20, "tests": 100, "check": 60, "profile": 150, "peers": 110},
+    "--preset rl --vocab 151936 --dtype bfloat16 --budget 6",
     "--shape 8192x151936,1024x151936,16384x151936 --dtype bfloat16 --mode forward,backward,entropy --seconds 1.5",
 )
 SMALL = Sizes(
     dict.fromkeys(FULL.limits_s, 400),
     "--preset rl --vocab 257 --rows 4 --mode forward --layout flat --temperature none --backend eager --budget 1",
-    "--shape 4x257 --dtype bfloat16 --mode backward --only eager,log_softmax,liger --rounds 6 --seconds 0",
+    "--shape 4x257 --dtype bfloat16 --mode backward --rounds 6 --seconds 0",
     ("eager", "flash_attn"),
 )
 """A rehearsal on the CPU: every line of the steps, on little."""
@@ -163,6 +165,7 @@ def steps(device: str, sizes: Sizes, out: Path, profiles: Path) -> Iterator[Step
     pytest = ["-m", *["pytest", "tests/gpu", "-q", "-rs", "-p", "no:cacheprovider"], f"--junitxml={tests}"]
     profile = ["profile", *sizes.profile.split(), *["--again", "--json", "--progress", "none", "--device"], device]
     timed = ["benchmarks.peers", *sizes.peers.split(), "--no-tune", "--device", device, "--json", str(peers)]
+    timed += ["--only", ",".join(("auto", *names, *TIMED))]
     later = [
         step("ceilings", _printed, ceilings=["-m", "benchmarks.ceilings", device]),
         step("tests", lambda printed: _tests(tests), pytest=pytest),
@@ -253,7 +256,8 @@ def _outcome(program: Program, said: str) -> str:
 def _reason(program: Program, said: str) -> str:
     """In one line, what is wrong."""
     if program.outcome == "could not run" and (missing := _missing(said)):
-        return f"{missing} is not installed: pip install {NEEDED.get(missing, missing)}"
+        absent = [name for module, name in NEEDED.items() if module == missing or _version(module, name) is None]
+        return f"{missing} is not installed: pip install {' '.join(absent) or missing}"
     if program.outcome == "crashed":
         return f"signal {-(program.exit_code or 0)}"
     failed = (program.figures or {}).get("failed") if isinstance(program.figures, dict) else None

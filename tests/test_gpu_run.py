@@ -120,7 +120,7 @@ def test_without_a_gpu_only_the_machine_is_told_of(tmp_path, monkeypatch):
 
 
 def test_the_limits_are_below_eight_minutes_and_each_step_has_one():
-    assert sum(gpu.FULL.limits_s.values()) < 470
+    assert sum(gpu.FULL.limits_s.values()) <= 470
     steps = list(gpu.steps("cuda", gpu.FULL, Path("out"), Path("profiles")))
     assert [step.name for step in steps] == list(gpu.FULL.limits_s)
     assert steps[3].programs["all"].arguments[-4:] == ["check", "--json", "--device", "cuda"]  # backends are not known
