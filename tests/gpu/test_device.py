@@ -6,13 +6,14 @@ Shapes: N rows, B x T rows of a slice, V vocabulary, K labels a row.
 """
 
 from itertools import count
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from compiled_logprobs import BackendUnavailable, InputError, LogProbs, backends, log_probs_from_logits
+from compiled_logprobs import BackendUnavailable, InputError, backends, log_probs_from_logits
 from compiled_logprobs.backends.eager import CHUNK_ELEMENTS_ELSEWHERE
 from compiled_logprobs.machine.clock import MIB, extra_peak_bytes, free_memory
 from compiled_logprobs.operation.reference import reference
@@ -45,6 +46,13 @@ SIZES = count(VOCAB + 16 if IS_GPU else VOCAB, 16)
 """Vocabularies that nothing was compiled for yet, but the first on a CPU, where that would only take time."""
 
 
+class Results(NamedTuple):
+    """What a call returned; None for what was not asked for."""
+
+    log_probs: Tensor
+    entropy: Tensor | None = None
+
+
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
     torch.manual_seed(0)
@@ -55,13 +63,13 @@ def device(monkeypatch):
         torch.cuda.empty_cache()
 
 
-def run(backend: str, logits: Tensor, labels: Tensor, **options) -> LogProbs:
-    """The log-probabilities, and the entropy or None; the test is skipped where the backend cannot."""
+def run(backend: str, logits: Tensor, labels: Tensor, **options) -> Results:
+    """What the public function returns; the test is skipped where the backend cannot."""
     try:
         results = log_probs_from_logits(logits, labels, backend=backend, **options)
     except BackendUnavailable as error:
         pytest.skip(f"{backend}: {str(error).splitlines()[0].rpartition(': ')[2]}")
-    return results if isinstance(results, tuple) else LogProbs(results, None)
+    return Results(*results) if isinstance(results, tuple) else Results(results)
 
 
 def logits_of(*rows: int, vocab: int = VOCAB) -> Tensor:
@@ -86,15 +94,18 @@ def lay(values_BTV: Tensor, layout: str) -> Tensor:
     return values_BTV.new_empty(b, t + 1, v)[:, :-1].copy_(values_BTV)
 
 
-def hold_against_float64(logits: Tensor, labels: Tensor, got: LogProbs, g: Tensor, h: Tensor | None, **options) -> None:
-    """Results, signs and gradient of `got`, computed from `logits` [..., V] and `labels` [..., K], with g and h."""
-    (gradient,) = torch.autograd.grad(got if h is not None else got[:1], logits, (g, h) if h is not None else (g,))
+def hold_against_float64(logits: Tensor, labels: Tensor, got: Results, **options) -> None:
+    """Results, signs and gradient of `got`, computed from `logits` [..., V] and `labels` [...] or [..., K]."""
+    g = torch.randn(labels.shape, device=DEVICE)
+    h = None if got.entropy is None else torch.randn(logits.shape[:-1], device=DEVICE)
+    upstream = {result: grad for result, grad in ((got.log_probs, g), (got.entropy, h)) if result is not None}
+    (gradient,) = torch.autograd.grad([*upstream], logits, [*upstream.values()])
     assert gradient.dtype == logits.dtype
     hold(logits.detach(), labels, got, gradient, g, h, **options)
 
 
 def hold(
-    logits: Tensor, labels: Tensor, got: LogProbs, gradient: Tensor, g: Tensor, h: Tensor | None, temperature=1.0
+    logits: Tensor, labels: Tensor, got: Results, gradient: Tensor, g: Tensor, h: Tensor | None, temperature=1.0
 ) -> None:
     many = labels.ndim == logits.ndim
     columns, g_K, got_K = (x if many else x.unsqueeze(-1) for x in (labels, g, got.log_probs.detach()))
@@ -122,7 +133,7 @@ def test_the_contract_in_every_layout(backend, layout, vocab):
     before = logits.detach().clone()
     labels = labels_of(*logits.shape[:-1], vocab=vocab)
     got = run(backend, logits, labels, temperature=0.7)
-    hold_against_float64(logits, labels, got, torch.randn(labels.shape, device=DEVICE), None, temperature=0.7)
+    hold_against_float64(logits, labels, got, temperature=0.7)
     assert torch.equal(logits.detach(), before)
 
 
@@ -131,11 +142,10 @@ def test_the_contract_in_every_layout(backend, layout, vocab):
 def test_the_contract_with_the_entropy_and_a_temperature_for_each_row(backend, rows, labels_per_row):
     logits, temperature = logits_of(rows).requires_grad_(), torch.rand(rows, device=DEVICE) + 0.5
     labels = torch.randint(VOCAB, (rows, *labels_per_row), device=DEVICE)
-    g, h = torch.randn(labels.shape, device=DEVICE), torch.randn(rows, device=DEVICE)
     got = run(backend, logits, labels, temperature=temperature, return_entropy=True)
     assert got.log_probs.shape == labels.shape and got.entropy.shape == (rows,)
     if rows:
-        hold_against_float64(logits, labels, got, g, h, temperature=temperature)
+        hold_against_float64(logits, labels, got, temperature=temperature)
     else:
         assert torch.autograd.grad(got.log_probs.sum(), logits)[0].shape == logits.shape
 
@@ -150,7 +160,7 @@ def test_a_row_with_an_invalid_label_is_nan_and_the_others_are_not(backend):
         assert not IS_GPU
         labels[4] = 0
         got = run(backend, logits, labels)
-    hold_against_float64(logits, labels, got, torch.randn(6, device=DEVICE), None)
+    hold_against_float64(logits, labels, got)
 
 
 def test_in_place_the_gradient_lies_over_the_logits_and_is_the_same(backend):
@@ -172,7 +182,7 @@ def test_more_logits_than_32_bits_count(backend):
     got = run(backend, logits, labels)
     (gradient,) = torch.autograd.grad(got.log_probs, logits, g)
     some = torch.tensor([0, 1, BEYOND // VOCAB - 1, BEYOND // VOCAB, rows - 1], device=DEVICE)  # the border is in one
-    hold(logits.detach()[some], labels[some], LogProbs(got.log_probs[some], None), gradient[some], g[some], None)
+    hold(logits.detach()[some], labels[some], Results(got.log_probs[some]), gradient[some], g[some], None)
 
 
 def test_a_graph_captured_after_a_warm_call_computes_anew(backend):
