@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 GRACE_S = 5.0
 """Of a step's limit, what its programs have to end after an interruption, before they are killed."""
 TAIL_LINES = 25
+LONGEST_REASON = 300
 NEEDED = {
     "torch": "torch",
     "triton": "triton",
@@ -171,7 +172,7 @@ def steps(device: str, sizes: Sizes, out: Path, profiles: Path) -> Iterator[Step
         step("tests", lambda printed: _tests(tests), pytest=pytest),
         step("check", _printed, **({name: [*check, name] for name in names} or {"all": check})),
         step("profile", _printed, profile=[*cli, *profile, "--out", str(profiles)]),
-        step("peers", lambda printed: _printed(peers), peers=["-m", *timed]),
+        step("peers", lambda printed: _timed(peers), peers=["-m", *timed]),
     ]
     types = [row["device_type"] for row in doctor.get("environments", ())]
     for one in later:
@@ -250,7 +251,7 @@ def _outcome(program: Program, said: str) -> str:
     code = program.exit_code or 0
     if code <= 0:
         return "crashed" if code else "passed"
-    return "could not run" if _missing(said) or (code == 2 and "pytest" not in program.arguments) else "failed"
+    return "could not run" if program.figures is None and (code == 2 or _missing(said)) else "failed"
 
 
 def _reason(program: Program, said: str) -> str:
@@ -260,13 +261,13 @@ def _reason(program: Program, said: str) -> str:
         return f"{missing} is not installed: pip install {' '.join(absent) or missing}"
     if program.outcome == "crashed":
         return f"signal {-(program.exit_code or 0)}"
-    failed = (program.figures or {}).get("failed") if isinstance(program.figures, dict) else None
+    failed = program.figures.get("failed") if isinstance(program.figures, dict) else None
     if failed:
-        return f"{len(failed)} failed, the first: {next(iter(failed))}"
+        first = next(iter(failed))
+        return f"{len(failed)} failed, the first: {first}" + (f": {failed[first]}" if isinstance(failed, dict) else "")
     lines = [line.strip() for line in program.tail.splitlines() if line.strip()]
-    return next((line for line in lines if re.match(r"\w*(Error|Unavailable)\b", line)), lines[-1] if lines else "")[
-        :300
-    ]
+    errors = [line for line in lines if re.match(r"\w*(Error|Unavailable)\b", line)]
+    return next(iter(errors or lines[-1:]), "")[:LONGEST_REASON]
 
 
 def _missing(said: str) -> str | None:
@@ -295,6 +296,17 @@ def _tests(file: Path) -> dict[str, Any]:
                 said[kind][case.get("name", "")] = found.get("message", "")[:500]
     recorded = {each.get("name", ""): each.get("value", "") for case in cases for each in case.iter("property")}
     return {"passed": len(cases) - len(said["failed"]) - len(said["skipped"]), **said, "recorded": recorded}
+
+
+def _timed(file: Path) -> dict[str, Any]:
+    """Of `benchmarks.peers`, with those of this library that failed."""
+    found: dict[str, Any] = _printed(file)
+    failed = {
+        f"{row['candidate']}, {row['mode']}, {row['rows']} rows": f"{row['outcome']}: {row['reason']}"
+        for row in found["rows"]
+        if row["kind"] == "ours" and row["outcome"] not in ("measured", "unavailable")
+    }
+    return found | {"failed": failed}
 
 
 def _write(out: Path, report: dict[str, Any]) -> None:

@@ -70,6 +70,7 @@ def test_a_step_that_goes_wrong_costs_only_itself(ran):
             "crashes": {"a": "import os; os.kill(os.getpid(), 11)"},
             "lacks": {"a": "import no_such_package"},
             "fails": {"a": "import sys; print('{}'); sys.exit('ValueError: it is | done')"},
+            "counts": {"a": 'print(\'{"failed": ["one", "two"]}\'); raise SystemExit(2)'},
             "check": {"a": "print('{\"reports\": []}')", "b": "import sys; sys.exit(2)"},
         },
         limit_s=gpu.GRACE_S + 1,
@@ -81,11 +82,13 @@ def test_a_step_that_goes_wrong_costs_only_itself(ran):
         "crashes": "crashed",
         "lacks": "could not run",
         "fails": "failed",
+        "counts": "failed",
         "check": "passed",
     }
     assert found["hangs"]["programs"]["b"]["figures"] == {"done": 3}  # what it tells when it is interrupted
     assert found["crashes"]["programs"]["a"]["reason"] == "signal 11"
     assert "no_such_package is not installed: pip install no_such_package" in text
+    assert found["counts"]["programs"]["a"]["reason"] == "2 failed, the first: one"
     assert "| fails | failed | 0 |" in text and "ValueError: it is \\| done" in text
 
 
@@ -124,6 +127,18 @@ def test_the_limits_are_below_eight_minutes_and_each_step_has_one():
     steps = list(gpu.steps("cuda", gpu.FULL, Path("out"), Path("profiles")))
     assert [step.name for step in steps] == list(gpu.FULL.limits_s)
     assert steps[3].programs["all"].arguments[-4:] == ["check", "--json", "--device", "cuda"]  # backends are not known
+
+
+def test_a_candidate_of_ours_that_fails_beside_the_peers_is_the_reason(tmp_path):
+    rows = [
+        {"candidate": "triton", "kind": "ours", "mode": "backward", "rows": 8192, "outcome": "oom", "reason": "full"},
+        {"candidate": "flash_attn", "kind": "ours", "mode": "entropy", "rows": 8192, "outcome": "unavailable"},
+        {"candidate": "liger", "kind": "peer", "mode": "backward", "rows": 8192, "outcome": "wrong", "reason": "sign"},
+    ]
+    (tmp_path / "peers.json").write_text(json.dumps({"rows": rows}))
+    figures = gpu._timed(tmp_path / "peers.json")
+    reason = gpu._reason(gpu.Program([], "failed", figures=figures), "")
+    assert reason == "1 failed, the first: triton, backward, 8192 rows: oom: full"
 
 
 def test_the_page_of_a_run_on_a_gpu():
