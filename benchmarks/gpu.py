@@ -223,11 +223,11 @@ def _run(step: Step, out: Path, device: str) -> None:
         late = wait(set(running), began + step.limit_s - GRACE_S)
     except KeyboardInterrupt:
         is_interrupted, late = True, wait(set(running), 0.0)
-    for which in (signal.SIGINT, signal.SIGKILL):
+    for which, patience_s in ((signal.SIGINT, GRACE_S - 1), (signal.SIGKILL, 1)):
         for name in wait(late, 0.0):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(running[name].pid, which)
-        wait(late, time.monotonic() + GRACE_S - 1)
+        wait(late, time.monotonic() + patience_s)
     for name, process in running.items():
         program = step.programs[name]
         program.exit_code = process.returncode
