@@ -1,6 +1,7 @@
 # make quick     set up .venv, then run the tests that start no process, no browser and no long compilation
 # make slow      set up .venv, then run the other tests, those for a GPU among them
 # make test      both
+# make test-torch VERSION=2.8.0 [SLOW=no]  the tests, without browser, with another torch, in an environment of its own
 # make test-integrations  train with TRL's own trainers, patched and not, in an environment of its own
 # make profile   set up .venv, then measure which backend is fastest on this machine, store it, and show the winners
 # make dashboard set up .venv, then show the profiles in a browser, until Ctrl-C
@@ -13,6 +14,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+TORCH := .venv-torch-$(VERSION)
 INTEGRATIONS := .venv-integrations
 # Together eight minutes, which is what CI has for them. In the foreground, so that Ctrl-C ends them as well.
 INTEGRATIONS_LIMIT := 5m
@@ -24,14 +26,14 @@ endef
 # Without the constraints, pip would take the newest torch, which is larger and not the one that was tested.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup quick slow test test-integrations profile dashboard example benchmark inspect gpu check format clean
+.PHONY: setup quick slow test test-torch test-integrations profile dashboard example benchmark inspect gpu check format clean
 
 setup: .venv/.installed-flash-attn
 
 # A process for each of two cores, with a thread each: threads that share a core, and that spin while they wait, make torch
 # several times slower. The tests of a file stay together, since they share what they compiled and the servers they started.
-quick slow: export OMP_WAIT_POLICY := PASSIVE
-quick slow: export OMP_NUM_THREADS := 1
+quick slow test-torch: export OMP_WAIT_POLICY := PASSIVE
+quick slow test-torch: export OMP_NUM_THREADS := 1
 quick: .venv/.installed-flash-attn
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser and not gpu"
 
@@ -39,6 +41,9 @@ slow: .venv/.installed-flash-attn
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or browser" --durations 25
 
 test: quick slow
+
+test-torch: $(TORCH)/.installed
+	$(TORCH)/bin/python -m pytest -n 2 --dist loadfile -m "not browser and not gpu$(if $(filter no,$(SLOW)), and not slow)"
 
 test-integrations: export OMP_WAIT_POLICY := PASSIVE
 test-integrations: $(INTEGRATIONS)/.installed
@@ -76,7 +81,7 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-integrations build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-integrations .venv-torch-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find benchmarks compiled_logprobs dashboard examples tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -88,9 +93,20 @@ $(BIN)/python:
 
 # flash-attn's Triton kernels are plain Python: its CUDA extension, which takes long to build, is left out. Its setup.py
 # imports torch, hence no build isolation; it depends on einops, which these kernels do not use.
+FLASH_ATTENTION := --no-build-isolation --no-deps flash-attn
+.venv/.installed-flash-attn $(TORCH)/.installed: export FLASH_ATTENTION_FORCE_BUILD := TRUE
+.venv/.installed-flash-attn $(TORCH)/.installed: export FLASH_ATTENTION_SKIP_CUDA_BUILD := TRUE
 .venv/.installed-flash-attn: .venv/.installed
-	FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE \
-		$(INSTALL) --no-build-isolation --no-deps flash-attn
+	$(INSTALL) $(FLASH_ATTENTION)
+	touch $@
+
+# Each release of torch that is built for CUDA, as PyPI's are, pins the triton that it needs. They take some 6 GB each.
+$(TORCH)/.installed: pyproject.toml constraints.txt
+	test -n "$(VERSION)" || { echo "Say which torch, e.g. make test-torch VERSION=2.8.0" >&2; exit 1; }
+	$(PYTHON) -m venv $(TORCH)
+	grep -vE '^(torch|triton)==' constraints.txt > $(TORCH)/constraints.txt
+	$(TORCH)/bin/python -m pip install --disable-pip-version-check -c $(TORCH)/constraints.txt torch==$(VERSION) wheel -e '.[test]'
+	$(TORCH)/bin/python -m pip install --disable-pip-version-check -c $(TORCH)/constraints.txt $(FLASH_ATTENTION)
 	touch $@
 
 # TRL 1.14, the last version whose trainers call the functions that are replaced, and the versions around it, without their

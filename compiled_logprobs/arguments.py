@@ -4,12 +4,12 @@ Values are looked at on the CPU alone: on an accelerator that would wait for it,
 """
 
 import numbers
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from compiled_logprobs.errors import InputError, ProfileError
 from compiled_logprobs.problem import (
@@ -27,13 +27,33 @@ NO_LABEL = -(2**63)
 _FLOAT32 = torch.finfo(torch.float32)
 
 
+def find_private(name: str, otherwise: Any) -> Any:
+    """What torch has under a private name; `otherwise` in a release that has no such name."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(import_module(module), attribute)
+    except (AttributeError, ImportError):
+        return otherwise
+
+
+dispatch_modes: Callable[[], list[Any]] = find_private(
+    "torch.utils._python_dispatch._get_current_dispatch_mode_stack", list
+)
+"""The modes that see each operation of this thread, such as a fake mode, or a profiler of operations."""
+_is_transformed = find_private("torch._C._functorch.is_functorch_wrapped_tensor", lambda tensor: False)
+_WITHOUT_VALUES = (
+    find_private("torch._subclasses.fake_tensor.FakeTensor", type(None)),
+    find_private("torch._subclasses.functional_tensor.FunctionalTensor", type(None)),
+)
+
+
 def is_traced(logits: Tensor) -> bool:
     """Whether a compiler, an exporter or a fake mode records the operations, so that values may not exist."""
     return (
         torch.compiler.is_compiling()
         or logits.is_meta
-        or isinstance(logits, (FakeTensor, FunctionalTensor))  # no union: torch 2.8 cannot trace one
-        or any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+        or isinstance(logits, _WITHOUT_VALUES)
+        or any(mode.is_infra_mode() for mode in dispatch_modes())
     )
 
 
@@ -45,7 +65,7 @@ def check_logits(logits: Tensor) -> None:
             "got logits that are a DTensor; a plain tensor is valid. "
             "Pass logits.full_tensor(), or logits.to_local() where the vocabulary is not sharded."
         )
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(logits):
+    if not torch.compiler.is_compiling() and _is_transformed(logits):
         raise InputError(
             "got logits inside torch.func.grad, vmap or another of its transforms; plain tensors are valid. "
             "Use torch.autograd.grad, or torch.log_softmax and gather."
@@ -213,8 +233,9 @@ def checked_device(device: torch.device | str) -> torch.device:
 
 
 def check_not_leaf(logits: Tensor) -> None:
-    base = logits._base if logits._is_view() else logits
-    if base is not None and base.is_leaf and base.requires_grad:
+    base = getattr(logits, "_base", None)
+    base = logits if base is None else base
+    if base.is_leaf and base.requires_grad:
         raise InputError(
             "got inplace_backward=True for logits that are a leaf (or a view of one) and require a gradient: the "
             "gradient would overwrite their value, and be their .grad as well. Logits computed by a model are valid; "

@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
 
+from compiled_logprobs.arguments import dispatch_modes
 from compiled_logprobs.backends import EAGER, get_backend, why_not
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.choose import memory, rule
@@ -113,4 +113,4 @@ def _remembered(problem: Problem, device: torch.device, under: Policy) -> Choice
 
 def _is_observed(logits: Tensor) -> bool:
     """Whether something else than torch itself sees each operation: a profiler of operations, or a tensor subclass."""
-    return bool(_len_torch_dispatch_stack()) or type(logits) not in (Tensor, torch.nn.Parameter)
+    return bool(dispatch_modes()) or type(logits) not in (Tensor, torch.nn.Parameter)

@@ -169,7 +169,10 @@ def _names(wanted: Wanted) -> list[str]:
     return [name for name, is_wanted in zip(Wanted._fields, wanted, strict=True) if is_wanted]
 
 
+_VIEW = getattr(torch.ops.aten, "_unsafe_view", torch.ops.aten.view_copy)
+
+
 def _unmerged(result: Tensor, shape: torch.Size) -> Tensor:
     """`result` in `shape`, as a tensor that is no view: autograd refuses to have views that were made in here written
     into."""
-    return result if result.shape == shape else torch.ops.aten._unsafe_view(result, shape)
+    return result if result.shape == shape else _VIEW(result, shape)

@@ -240,9 +240,12 @@ def _unsqueezed(number: float | Tensor) -> float | Tensor:
     return number.unsqueeze(-1) if isinstance(number, Tensor) and number.ndim else number
 
 
+_INDEX = getattr(torch.ops.aten, "_unsafe_index", torch.ops.aten.index)
+
+
 def _at(logits: Tensor, labels: Tensor) -> Tensor:
     """`logits` [..., V] at `labels` [..., K], which are in range: unlike gather, compiled without an assertion on the
     device."""
     rows = torch.meshgrid(*(torch.arange(n, device=labels.device) for n in labels.shape[:-1]), indexing="ij")
-    picked: Tensor = torch.ops.aten._unsafe_index(logits, [*(r.unsqueeze(-1) for r in rows), labels])
+    picked: Tensor = _INDEX(logits, [*(r.unsqueeze(-1) for r in rows), labels])
     return picked

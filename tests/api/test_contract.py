@@ -73,7 +73,7 @@ def calls(
     if mask != "none":
         values[..., {"half": vocab // 2, "all but one": 1, "all": 0}[mask] :] = -math.inf
     for value in draw(st.lists(st.sampled_from([math.nan, math.inf, -math.inf]), max_size=3)):
-        values[torch.rand(rows) < 0.3, torch.randint(vocab, ())] = value
+        values[..., int(torch.randint(vocab, ()))].masked_fill_(torch.rand(rows) < 0.3, value)
     logits = logits_with_strides(draw, rows, vocab, dtype).copy_(values)
 
     ignore_index = draw(st.sampled_from([-100, -1, 0, vocab + 5]))
