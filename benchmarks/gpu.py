@@ -143,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report["seconds"] = time.monotonic() - began
         report["steps"] = [asdict(one) | {"read": None, "outcome": outcome_of(one)} for one in done]
         _write(options.out, report)
-        _say(f"{step.name}: {outcome_of(step)}, {step.seconds:.0f} s")
+        reasons = [step.reason, *(one.reason for one in step.programs.values())]
+        _say(f"{step.name}: {outcome_of(step)}, {step.seconds:.0f} s. {next(filter(None, reasons), '')}".rstrip())
         if report["interrupted"]:
             return INTERRUPTED
     _say(f"wrote {options.out / 'report.md'} and report.json: send both")
