@@ -73,7 +73,7 @@ class Sizes:
 FULL = Sizes(
     {"machine": 30, "ceilings": 20, "tests": 100, "check": 60, "profile": 150, "peers": 110},
     "--preset rl --vocab 151936 --dtype bfloat16 --budget 6",
-    "--shape 8192x151936,1024x151936,16384x151936 --dtype bfloat16 --mode forward,backward,entropy --seconds 1.5",
+    "--shape 8192x151936,1024x151936,16384x151936 --dtype bfloat16 --mode forward,backward,entropy,inplace --seconds 1",
 )
 SMALL = Sizes(
     dict.fromkeys(FULL.limits_s, 400),
