@@ -198,17 +198,16 @@ def problem_from_dict(fields: object) -> Problem:
 
     Earlier releases wrote no results but the entropy: what they left out was not asked for.
     """
-    if isinstance(fields, dict):
-        fields = dict.fromkeys(RESULTS[1:], False) | fields
-    if not isinstance(fields, dict) or fields.keys() != _KINDS.keys():
+    complete = dict.fromkeys(RESULTS[1:], False) | fields if isinstance(fields, dict) else {}
+    if complete.keys() != _KINDS.keys():
         got = ", ".join(map(str, fields)) if isinstance(fields, dict) else f"a {type(fields).__name__}"
         raise ProfileError(f"a problem is {got:.200}; valid is an object of {', '.join(_KINDS)}")
-    for name, value in fields.items():
+    for name, value in complete.items():
         right, valid = _judged(_KINDS[name], value)
         if not right:
             raise ProfileError(f"the problem's {name} is {value!r:.80}; valid is {valid}")
     values: dict[str, Any] = {
-        name: _DTYPES.get(value) if _KINDS[name] is torch.dtype else value for name, value in fields.items()
+        name: _DTYPES.get(value) if _KINDS[name] is torch.dtype else value for name, value in complete.items()
     }
     return Problem(**values)
 
