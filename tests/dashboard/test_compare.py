@@ -96,7 +96,7 @@ def test_the_history_goes_over_versions_of_one_device(load):
 
 def test_each_measurement_has_a_place_of_its_own_in_the_history(scenario, load):
     where = scenario("one")
-    for number, cuda in enumerate(("12.8", "13.0")):  # the same device, day and torch
+    for number, cuda in enumerate(("10.1", "10.2")):  # the same device, day and torch, for another CUDA
         stores.publish(where, stores.good(scale=2 + number), dataclasses.replace(stores.here(), cuda=cuda))
     found = tables.history(load()[0], stores.problem(), device_name(stores.here().to_dict()))
     measured = found[found["backend"] == "cpp"]
