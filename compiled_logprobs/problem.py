@@ -198,7 +198,7 @@ def problem_from_dict(fields: object) -> Problem:
 
     Earlier releases wrote no results but the entropy: what they left out was not asked for.
     """
-    complete = dict.fromkeys(RESULTS[1:], False) | fields if isinstance(fields, dict) else {}
+    complete: dict[str, Any] = dict.fromkeys(RESULTS[1:], False) | fields if isinstance(fields, dict) else {}
     if complete.keys() != _KINDS.keys():
         got = ", ".join(map(str, fields)) if isinstance(fields, dict) else f"a {type(fields).__name__}"
         raise ProfileError(f"a problem is {got:.200}; valid is an object of {', '.join(_KINDS)}")
