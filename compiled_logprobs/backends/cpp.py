@@ -4,6 +4,7 @@ Shapes: N rows, V vocabulary, K labels a row.
 """
 
 import ctypes
+import struct
 import sys
 from functools import cache, lru_cache
 from pathlib import Path
@@ -15,14 +16,15 @@ from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.backends.cpp_build import is_kept, shared_library, why_not_compile
 from compiled_logprobs.backends.fingerprint import digest_of
 from compiled_logprobs.errors import BackendUnavailable
-from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted, clean, clean_upstream, finish
-from compiled_logprobs.operation.formula import Saved
+from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
 from compiled_logprobs.problem import Problem
 
-SOURCE = Path(__file__).with_name("cpp_kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp")
+SOURCE, VECTORS = (Path(__file__).with_name(name) for name in ("cpp_kernels.cpp", "cpp_vectors.h"))
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-ffp-contract=off")
+"""Nothing is contracted but what says so, since a row has the same bits whatever else is computed of it."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-PARTIAL_FLOATS = 4
+CALL = [f"=6qd11q{2 * dimensions}q" for dimensions in range(64)]
+"""The layout of a `Call` of cpp_kernels.cpp, by the number of leading dimensions."""
 ALONE = 32768
 """Logits up to which a second thread takes longer to wake than it saves."""
 
@@ -48,42 +50,27 @@ class Cpp(Backend):
         return self._broken is None and (_library.cache_info().currsize > 0 or _is_kept())
 
     def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
-        library, logits, cleaned, entropy = self._loaded(), inputs.logits, clean(inputs), wanted.entropy
-        labels = cleaned.labels
-        rows = _Rows.of(logits, labels, cleaned.temperature)
-        leading = logits.shape[:-1]
-        log_probs = logits.new_empty(labels.shape, dtype=torch.float32)
-        m, log_s, *entropies = logits.new_empty(2 + entropy, *leading, 1, dtype=torch.float32)
-        tiles = -(-rows.vocab // ctypes.c_int64.in_dll(library, "tile").value)
-        partials = logits.new_empty(rows.n, tiles, PARTIAL_FLOATS, dtype=torch.float32)
-        library.log_probs_forward(
-            *(DTYPES[logits.dtype], logits.data_ptr(), rows, partials.data_ptr(), log_probs.data_ptr()),
-            *(m.data_ptr(), log_s.data_ptr(), entropies[0].data_ptr() if entropy else None),
+        library, rows = self._loaded(), inputs.labels.shape[:-1]
+        log_probs = inputs.logits.new_empty(inputs.labels.shape, dtype=torch.float32)
+        results = Results(
+            log_probs,
+            log_probs.new_empty((3 if wanted.entropy else 2, *rows)),
+            log_probs.new_empty(rows) if wanted.entropy else None,
+            log_probs.new_empty(rows) if wanted.logsumexp else None,
+            log_probs.new_empty(rows, dtype=torch.int64) if wanted.argmax else None,
+            log_probs.new_empty(rows) if wanted.sum_p_squared else None,
         )
-        h = entropies[0].squeeze(-1) if entropy else None
-        return finish(cleaned, wanted, log_probs, m.squeeze(-1), log_s.squeeze(-1), h)
+        library.log_probs_forward(_packed(inputs, results, None))
+        return results
 
     def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
-        logits, cleaned = inputs.logits, clean(inputs)
-        labels, upstream = cleaned.labels, clean_upstream(cleaned, upstream)
-        saved = Saved(logits, labels, cleaned.temperature, tuple(stats.unbind(0)), cleaned.dropped)
-        rows = _Rows.of(logits, labels, saved.temperature)
-        gradient = logits if inplace else logits.new_empty(logits.shape)
-        at_labels = logits.new_empty(labels.shape)
-        self._loaded().log_probs_backward(
-            *(
-                DTYPES[logits.dtype],
-                logits.data_ptr(),
-                rows,
-                _Upstream.of(saved, upstream),
-                gradient.data_ptr(),
-                at_labels.data_ptr(),
-            )
-        )
+        gradient = inputs.logits if inplace else inputs.logits.new_empty(inputs.logits.shape)
+        g, entropy, logsumexp = upstream
+        self._loaded().log_probs_backward(_packed(inputs, Results(g, stats, entropy, logsumexp), gradient))
         return gradient
 
     def fingerprint(self) -> str:
-        return digest_of(Path(__file__), SOURCE)
+        return digest_of(Path(__file__), SOURCE, VECTORS)
 
     def _loaded(self) -> ctypes.CDLL:
         if self._broken is not None:
@@ -95,79 +82,42 @@ class Cpp(Backend):
             raise
 
 
-class _Rows(ctypes.Structure):
-    """`Rows` of cpp_kernels.cpp."""
-
-    _fields_ = (
-        ("n", ctypes.c_int64),
-        ("vocab", ctypes.c_int64),
-        ("labels_per_row", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-        ("offsets", ctypes.c_void_p),
-        ("labels", ctypes.c_void_p),
-        ("temperatures", ctypes.c_void_p),
-        ("temperature", ctypes.c_float),
-        ("threads", ctypes.c_int64),
+def _packed(inputs: Inputs, rows: Results, gradient: Tensor | None) -> bytes:
+    """A `Call` of cpp_kernels.cpp: one argument, since ctypes converts each by itself."""
+    logits, labels, temperature, ignore_index = inputs
+    log_probs, stats, entropy, logsumexp, argmax, sum_p_squared = rows
+    number, per_token = (1.0, temperature.data_ptr()) if isinstance(temperature, Tensor) else (temperature, 0)
+    *sizes, vocab = logits.shape
+    return struct.pack(
+        CALL[len(sizes)],
+        DTYPES[logits.dtype],
+        1 if logits.numel() <= ALONE else torch.get_num_threads(),
+        vocab,
+        labels.shape[-1],
+        labels.element_size(),
+        ignore_index,
+        number,
+        per_token,
+        logits.data_ptr(),
+        labels.data_ptr(),
+        stats.data_ptr(),
+        log_probs.data_ptr(),
+        0 if entropy is None else entropy.data_ptr(),
+        0 if logsumexp is None else logsumexp.data_ptr(),
+        0 if argmax is None else argmax.data_ptr(),
+        0 if sum_p_squared is None else sum_p_squared.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        len(sizes),
+        *sizes,
+        *logits.stride()[:-1],
     )
-
-    @classmethod
-    def of(cls, logits: Tensor, labels: Tensor, temperature: float | Tensor) -> "_Rows":
-        offsets = _offsets(logits) if logits.ndim > 2 else None
-        temperatures = temperature.contiguous() if isinstance(temperature, Tensor) else None
-        rows = cls(
-            n=logits.numel() // logits.shape[-1],
-            vocab=logits.shape[-1],
-            labels_per_row=labels.shape[-1],
-            stride=logits.stride(0),
-            offsets=None if offsets is None else offsets.data_ptr(),
-            labels=labels.data_ptr(),
-            temperatures=None if temperatures is None else temperatures.data_ptr(),
-            temperature=temperature if temperatures is None else 1.0,
-            threads=1 if logits.numel() <= ALONE else torch.get_num_threads(),
-        )
-        rows.kept = offsets, labels, temperatures  # a pointer keeps nothing alive
-        return rows
-
-
-class _Upstream(ctypes.Structure):
-    """`Upstream` of cpp_kernels.cpp."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_void_p) for name in ("m", "log_s", "entropy", "ignored", "grad_log_probs", "grad_entropy")
-    )
-
-    @classmethod
-    def of(cls, saved: Saved, upstream: Upstream) -> "_Upstream":
-        m, log_s, *entropy = (residual.contiguous() for residual in saved.residuals)
-        tensors = {
-            "m": m,
-            "log_s": log_s,
-            "entropy": entropy[0] if entropy else None,
-            "ignored": saved.ignored.contiguous(),
-            "grad_log_probs": upstream.log_probs.contiguous(),
-            "grad_entropy": None if upstream.entropy is None else upstream.entropy.contiguous(),
-        }
-        pointers = cls(**{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()})
-        pointers.kept = tensors
-        return pointers
-
-
-def _offsets(logits: Tensor) -> Tensor:
-    """Where each row begins, in elements: [N] int64."""
-    offsets = torch.zeros((), dtype=torch.int64, device=logits.device)
-    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
-        offsets = offsets.unsqueeze(-1) + torch.arange(size, device=logits.device) * stride
-    return offsets.reshape(-1)
 
 
 @cache
 def _library() -> ctypes.CDLL:
     library = shared_library(SOURCE, _flags())
-    pointer = ctypes.c_void_p
-    rows, upstream = ctypes.POINTER(_Rows), ctypes.POINTER(_Upstream)
-    library.log_probs_forward.argtypes = (ctypes.c_int32, pointer, rows, *[pointer] * 5)
-    library.log_probs_backward.argtypes = (ctypes.c_int32, pointer, rows, upstream, pointer, pointer)
-    library.log_probs_forward.restype = library.log_probs_backward.restype = None
+    for function in (library.log_probs_forward, library.log_probs_backward):
+        function.argtypes, function.restype = (ctypes.c_char_p,), None
     return library
 
 

@@ -7,6 +7,7 @@ container, whose cache nobody may write to.
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -83,13 +84,16 @@ def _load(file: Path) -> ctypes.CDLL | str:
 
 
 def _digest(source: Path, flags: Sequence[str]) -> str:
-    """Of everything that decides what comes out; `-march=native` also asks the processor.
+    """Of everything that decides what comes out, what lies beside the source and is included by it too; `-march=native`
+    also asks the processor.
 
     But for the compiler: what another version made of the same is as good, and where the library is brought along there
     is none to ask.
     """
     facts = (*flags, torch.__version__, _processor())
-    return hashlib.sha256(repr(facts).encode() + source.read_bytes()).hexdigest()[:16]
+    text = source.read_bytes()
+    included = [source.with_name(name.decode()).read_bytes() for name in re.findall(rb'^#include "(.+)"', text, re.M)]
+    return hashlib.sha256(b"".join((repr(facts).encode(), text, *included))).hexdigest()[:16]
 
 
 def _processor() -> list[str]:

@@ -1,214 +1,291 @@
-// Log-probabilities, entropy and their gradient on a CPU. The logits are read once forward and once backward.
+// Log-probabilities, what else a row tells, and the gradient, on a CPU: the whole contract, with finished numbers. Logits are read once
+// forward and once backward; rows that are ignored are not read at all.
 //
 // N rows, V vocabulary, K labels a row. A tile is a stretch of a row that fits the first-level cache. Tiles, not rows, are shared out
 // among the threads, so that one long row keeps all of them busy; and as the sums of a tile know nothing of other rows, a row has
 // the same bits whatever rows it came with. Exponentials are powers of two: with c = log2(e) / temperature,
 // exp((x - m) / temperature) = 2 ** ((x - m) c).
 
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
+#include "cpp_vectors.h"
+
 #include <omp.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <limits>
-#include <type_traits>
+#include <cstring>
+#include <memory>
 
 namespace {
 
-using Floats = at::vec::Vectorized<float>;
-using Ints = at::vec::Vectorized<int32_t>;
-
-constexpr int64_t WIDTH = 2 * Floats::size();  // a vector of 16-bit numbers gives two vectors of float
 constexpr int64_t TILE = 4096;
-constexpr int64_t SAMPLE = 512;  // columns of a tile, whose maximum is the reference of its exponentials
-constexpr float HEADROOM = 8;    // how far, in powers of two, the reference may lie below the maximum: an exponent's error grows with it
-constexpr float LEAST = -127;    // an exponent whose bits are those of 0: a power that is bounded by it is 0
+constexpr int64_t BLOCK = 8 * WIDTH;  // columns that are summed by themselves: a lane adds few numbers, so that 1 swallows no tail
+constexpr int64_t SHORT = 4 * WIDTH;  // columns for which it takes longer to ask for the faster way than to go the other
+#if defined(CPU_CAPABILITY_DEFAULT) && !defined(__ARM_NEON)
+constexpr float FAR = 0;  // products are rounded before they are added to
+#else
+constexpr float FAR = 1e5f;  // in bits, from 0: from there on the sum of an exponent and an offset loses digits
+#endif
+constexpr float RANGE = 120;  // in bits, below the maximum: what `Powers` has, and more than a sum can tell
+constexpr float RANGE_P = 90;  // of probabilities, backward: what lies below is nothing beside the row's others
+constexpr int64_t FEW = 16;  // labels a row
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LN_2 = 0.693147180559945309f;
-constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr int64_t LARGE = 32 << 20;  // bytes from which on an allocation has pages of its own
 
-struct Pair {
-  Floats low, high;
-};
+// A call, as cpp.py packs it: whole numbers and pointers, null for what is not wanted or not there.
+struct Call {
+  int64_t dtype, threads, vocab, labels_per_row, label_bytes, ignore_index;
+  double temperature;
+  const float* temperatures;  // [N], instead of the one
+  const void* logits;
+  const void* labels;   // [N, K]
+  float* stats;         // [2 or 3, N]: maximum, log of the sum, entropy
+  float* log_probs;     // [N, K]; backward, their upstream
+  float* entropy;       // [N]; backward, its upstream
+  float* logsumexp;     // [N]; backward, its upstream
+  int64_t* argmax;      // [N]
+  float* sum_p_squared; // [N]
+  void* gradient;       // [N, V] contiguous, or `logits`
+  int64_t dimensions;   // leading ones of the logits
+  int64_t sizes_and_strides[];  // of these
 
-template <typename T>
-Pair read(const T* x) {
-  if constexpr (std::is_same_v<T, float>) {
-    return {Floats::loadu(x), Floats::loadu(x + Floats::size())};
-  } else {
-    const auto [low, high] = at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(x));
-    return {low, high};
+  int64_t n() const {
+    int64_t n = 1;
+    for (int64_t d = 0; d < dimensions; ++d) n *= sizes_and_strides[d];
+    return n;
   }
-}
-
-template <typename T>
-void write(T* x, Pair values) {
-  if constexpr (std::is_same_v<T, float>) {
-    values.low.store(x);
-    values.high.store(x + Floats::size());
-  } else {
-    at::vec::convert_from_float<T>(values.low, values.high).store(x);
-  }
-}
-
-// Calls body(values, column of the first) for all columns; where they end within a vector, the rest of it is -inf.
-template <typename T, typename Body>
-void for_each(const T* x, int64_t columns, const Body& body) {
-  int64_t i = 0;
-  for (; i + WIDTH <= columns; i += WIDTH) body(read(x + i), i);
-  if (i < columns) {
-    T rest[WIDTH];
-    std::fill(std::copy(x + i, x + columns, rest), rest + WIDTH, static_cast<T>(-INF));
-    body(read(rest), i);
-  }
-}
-
-// The larger of both; NaN, or `bound`, where x is NaN.
-Floats larger(Floats x, Floats bound) { return at::vec::clamp_min(x, bound); }
-
-float largest(Floats v) {
-  return at::vec::vec_reduce_all<float>([](Floats a, Floats b) { return larger(a, b); }, v);
-}
-
-float sum(Floats v) {
-  return at::vec::vec_reduce_all<float>([](Floats a, Floats b) { return a + b; }, v);
-}
-
-// 2 ** u for LEAST < u < 128, 0 for LEAST, and NaN for NaN. The integer part of u becomes the exponent; for the rest, in [-0.5, 0.5], the
-// polynomial of degree 5 with the least relative error, 9e-8, found by iterated weighted least squares.
-Floats exp2(Floats u) {
-  const Floats shift(1.5f * (1 << 23) + 127);  // an addend that leaves the integer, and the bias of exponents, in the lowest bits
-  const Floats shifted = u + shift;
-  const Floats rest = u - (shifted - shift);
-  const Floats power = at::vec::cast<float>(at::vec::cast<int32_t>(shifted) << Ints(23));
-  Floats p = at::vec::fmadd(rest, Floats(1.3264727e-3f), Floats(9.6715130e-3f));
-  p = at::vec::fmadd(p, rest, Floats(5.5507336e-2f));
-  p = at::vec::fmadd(p, rest, Floats(2.4022242e-1f));
-  p = at::vec::fmadd(p, rest, Floats(6.9314700e-1f));
-  p = at::vec::fmadd(p, rest, Floats(1.0f));
-  return p * power;
-}
-
-// What the rows are; mirrored by `_Rows` in cpp.py.
-struct Rows {
-  int64_t n, vocab, labels_per_row;
-  int64_t stride;          // from row to row, in elements
-  const int64_t* offsets;  // or that of each row, where one stride does not say it; else null
-  const int64_t* labels;   // [N, K]
-  const float* temperatures;  // [N], or null
-  float temperature;
-  int64_t threads;
-
   int64_t tiles() const { return (vocab + TILE - 1) / TILE; }
-  int64_t offset(int64_t row) const { return offsets ? offsets[row] : row * stride; }
-  float t(int64_t row) const { return temperatures ? temperatures[row] : temperature; }
-  float c(int64_t row) const { return LOG2_E / t(row); }
+  int64_t label(int64_t i) const {
+    return label_bytes == 4 ? static_cast<const int32_t*>(labels)[i] : static_cast<const int64_t*>(labels)[i];
+  }
 };
 
-// Calls body(item) for the items that the calling thread gets. torch counts on teams of one size, so spare threads sit by.
-template <typename Body>
-void share(int64_t items, int64_t threads, const Body& body) {
-  const int64_t team = std::min<int64_t>(omp_get_num_threads(), threads), me = omp_get_thread_num();
-  if (me >= team) return;
-  for (int64_t i = items * me / team; i < items * (me + 1) / team; ++i) body(i);
+enum class Kind { COMPUTED, IGNORED, INVALID };
+
+Kind kind_of(const Call& call, int64_t row, float t) {
+  const int64_t K = call.labels_per_row;
+  bool ignored = true, valid = true;
+  for (int64_t k = row * K; k < (row + 1) * K; ++k) {
+    const int64_t label = call.label(k);
+    if (label == call.ignore_index) continue;
+    ignored = false;
+    valid &= label >= 0 && label < call.vocab;
+  }
+  valid &= t >= std::numeric_limits<float>::min() && t <= std::numeric_limits<float>::max();
+  return ignored ? Kind::IGNORED : valid ? Kind::COMPUTED : Kind::INVALID;
 }
 
-// What is known of a tile, with u = (x - reference) c; mirrored by PARTIAL_FLOATS in cpp.py.
-struct Partial {
-  float max, reference, sum /* of 2 ** u */, weighted /* of u 2 ** u */;
+struct Row {
+  int64_t index, offset;  // where it begins, in elements
+  Kind kind;
+  float t, c;
 };
 
-template <bool ENTROPY, typename T>
-Partial sums(const T* x, int64_t columns, float c, float reference) {
-  Floats max_low(-INF), max_high(-INF), sum_low(0.f), sum_high(0.f), weighted_low(0.f), weighted_high(0.f);
-  for_each(x, columns, [&](Pair v, int64_t) {
-    max_low = larger(v.low, max_low);
-    max_high = larger(v.high, max_high);
-    // Bounded, so that a masked logit adds 0 to either sum, and not 0 times infinity.
-    const Floats u_low = larger((v.low - Floats(reference)) * Floats(c), Floats(LEAST));
-    const Floats u_high = larger((v.high - Floats(reference)) * Floats(c), Floats(LEAST));
-    const Floats e_low = exp2(u_low), e_high = exp2(u_high);
-    sum_low = sum_low + e_low;
-    sum_high = sum_high + e_high;
-    if constexpr (ENTROPY) {
-      weighted_low = at::vec::fmadd(e_low, u_low, weighted_low);
-      weighted_high = at::vec::fmadd(e_high, u_high, weighted_high);
+// All rows of a call: first those that are computed, so that these can be shared out evenly.
+struct Rows {
+  explicit Rows(const Call& call) : n(call.n()), list(new Row[n]) {
+    const int64_t D = call.dimensions, *sizes = call.sizes_and_strides, *strides = sizes + D;
+    int64_t others = n;
+    for (int64_t row = 0; row < n; ++row) {
+      int64_t offset = 0, left = row;
+      for (int64_t d = D - 1; d > 0; left /= sizes[d--]) offset += left % sizes[d] * strides[d];
+      offset += left * strides[0];
+      const float t = call.temperatures ? call.temperatures[row] : static_cast<float>(call.temperature);
+      const Kind kind = kind_of(call, row, t);
+      list[kind == Kind::COMPUTED ? computed++ : --others] = {row, offset, kind, t, LOG2_E / t};
     }
-  });
-  return {largest(larger(max_low, max_high)), reference, sum(sum_low + sum_high),
-          ENTROPY ? sum(weighted_low + weighted_high) : 0.f};
+  }
+
+  int64_t n, computed = 0;
+  std::unique_ptr<Row[]> list;
+};
+
+// Calls body(row, tile) for the tiles that the calling thread gets. torch counts on teams of one size, so spare threads sit by.
+template <typename Body>
+void share(int64_t rows, int64_t tiles, int64_t threads, const Body& body) {
+  const int64_t team = std::min<int64_t>(omp_get_num_threads(), threads), me = omp_get_thread_num(), items = rows * tiles;
+  if (me >= team || items == 0) return;
+  int64_t i = items * me / team, row = i / tiles, tile = i % tiles;
+  for (; i < items * (me + 1) / team; ++i) {
+    body(row, tile);
+    if (++tile == tiles) ++row, tile = 0;
+  }
 }
 
-// One pass over memory: exponentials are held against the maximum of a sample, and computed anew, from the cache, where that is too
-// low to serve. A NaN makes the sums NaN whatever the reference.
-template <bool ENTROPY, typename T>
+// What is wanted beside the log-probabilities, each with all before it; the sums that all have in common do not depend on it.
+enum Level { SUM, ENTROPY, SQUARES };
+
+// The exponents of a tile, in bits: (x - reference) c - offset, and 0 instead of the power where x - reference is not above `least`.
+struct Exponents {
+  float c, reference, offset, least;
+};
+
+// By `bits` below x, but finite.
+float below(float x, float bits, float c) { return std::max(x - bits / c, std::numeric_limits<float>::lowest()); }
+
+template <Level LEVEL>
+struct Sums {  // of e = 2 ** u, of u e, and of e ** 2
+  Floats e{0.f}, weighted{0.f}, squares{0.f};
+
+  template <bool SAFE>
+  void add(Floats x, const Powers& powers, const Exponents& exponents) {
+    Floats d = x;
+    if constexpr (SAFE) d = larger(x - Floats(exponents.reference), Floats(exponents.least));
+    auto [power, rest] = powers(d);
+    if constexpr (SAFE) power = where_above(d, Floats(exponents.least), power);
+    e = at::vec::fmadd(power, rest, e);
+    if constexpr (LEVEL >= ENTROPY) {
+      const Floats own = power * rest;
+      weighted = at::vec::fmadd(own, at::vec::fmsub(d, Floats(exponents.c), Floats(exponents.offset)), weighted);
+      if constexpr (LEVEL >= SQUARES) squares = at::vec::fmadd(own, own, squares);
+    }
+  }
+
+  void operator+=(const Sums& other) {
+    e = e + other.e;
+    weighted = weighted + other.weighted;
+    squares = squares + other.squares;
+  }
+};
+
+// What is known of a tile, with u = (x - max) c - excess: its sums are not quite relative to its maximum.
+struct Partial {
+  float max, excess, sum, weighted, squares;
+};
+
+template <Level LEVEL, bool SAFE, typename T>
+Partial sums(const T* x, int64_t columns, float max, const Exponents& exponents) {
+  const Powers powers(exponents.c, exponents.offset);
+  Sums<LEVEL> a, b;
+  for (int64_t start = 0; start < columns; start += BLOCK) {
+    Sums<LEVEL> block_a, block_b;
+    for_each(
+        x + start, std::min(BLOCK, columns - start),
+        [&](Pair v, int64_t i) {
+          __builtin_prefetch(x + start + i + columns);
+          if constexpr (sizeof(T) == 4) __builtin_prefetch(x + start + i + columns + Floats::size());
+          block_a.template add<SAFE>(v.a, powers, exponents);
+          block_b.template add<SAFE>(v.b, powers, exponents);
+        },
+        [&](Pair v, int64_t) {
+          block_a.template add<true>(v.a, powers, exponents);
+          block_b.template add<true>(v.b, powers, exponents);
+        });
+    a += block_a;
+    b += block_b;
+  }
+  a += b;
+  return {max, 0, sum(a.e), LEVEL >= ENTROPY ? sum(a.weighted) : 0, LEVEL >= SQUARES ? sum(a.squares) : 0};
+}
+
+// One pass over memory: the extent of the tile brings it into the cache, and tells whether all exponents are in reach of `Powers`.
+template <Level LEVEL, typename T>
 Partial reduce(const T* x, int64_t columns, float c) {
-  Floats max(-INF);
-  for_each(x, std::min(columns, SAMPLE), [&](Pair v, int64_t) { max = larger(v.high, larger(v.low, max)); });
-  const float sample = largest(max);
-  const Partial first = sums<ENTROPY>(x, columns, c, sample == -INF ? 0.f : sample);
-  if (first.max == -INF) return {-INF, -INF, 0 * first.sum, 0};  // all of the tile is masked, or NaN
-  if (sample != -INF && (first.max - sample) * c <= HEADROOM) return first;
-  return sums<ENTROPY>(x, columns, c, first.max);
+  const auto [max, min] = extent(x, columns);
+  if (!(max < INF) || std::isnan(min)) return {max, 0, NOT_A_NUMBER, NOT_A_NUMBER, NOT_A_NUMBER};
+  if (max == -INF) return {max, 0, 0, 0, 0};
+  if (columns > SHORT && std::abs(max * c) < FAR && (max - min) * c < RANGE) {
+    const float offset = rounded_offset(max * c);
+    Partial partial = sums<LEVEL, false>(x, columns, max, {c, 0, offset, below(max, RANGE, c)});
+    partial.excess = std::fma(-max, c, offset);
+    return partial;
+  }
+  return sums<LEVEL, true>(x, columns, max, {c, max, 0, below(0, RANGE, c)});
 }
 
-template <bool ENTROPY, typename T>
-void forward(const T* logits, const Rows& rows, Partial* partials, float* log_probs, float* m, float* log_s, float* entropy) {
-  const int64_t tiles = rows.tiles(), K = rows.labels_per_row;
-#pragma omp parallel if (rows.threads > 1)
+template <typename T>
+int64_t first_maximum(const T* x, int64_t vocab, const Partial* tiles, float max) {
+  int64_t start = 0;
+  for (; tiles->max != max; ++tiles) start += TILE;
+  const T* end = x + std::min(start + TILE, vocab);
+  return std::find_if(x + start, end, [max](T value) { return static_cast<float>(value) == max; }) - x;
+}
+
+// The finished numbers of a row.
+template <typename T>
+void finish(const Call& call, const Rows& rows, const Row& row, const Partial* of) {
+  const int64_t i = row.index, K = call.labels_per_row;
+  const float missing = row.kind == Kind::IGNORED ? 0.f : NOT_A_NUMBER;
+  const T* x = static_cast<const T*>(call.logits) + row.offset;
+  float max = -INF, log_s = missing, entropy = missing, logsumexp = missing, sum_p_squared = missing;
+  int64_t argmax = -1;
+  if (row.kind == Kind::COMPUTED) {
+    const int64_t tiles = call.tiles();
+    double sum = 0, weighted = 0, squares = 0;
+    for (int64_t j = 0; j < tiles; ++j) max = std::max(max, of[j].max);
+    for (int64_t j = 0; j < tiles; ++j) {
+      const float u = std::max((of[j].max - max) * row.c + of[j].excess, -2 * RANGE);
+      const double e = u == 0 ? 1 : std::exp2(u);
+      sum += of[j].sum * e;
+      if (call.entropy) weighted += (of[j].weighted + static_cast<double>(of[j].sum) * u) * e;
+      if (call.sum_p_squared) squares += of[j].squares * e * e;
+    }
+    if (sum > 0) {  // else all is -inf, or something NaN
+      log_s = std::log(static_cast<float>(sum));
+      if (call.entropy) entropy = std::max(0., log_s - LN_2 * weighted / sum);
+      if (call.logsumexp) logsumexp = max / row.t + log_s;
+      if (call.sum_p_squared) sum_p_squared = squares / (sum * sum);
+      if (call.argmax) argmax = first_maximum(x, call.vocab, of, max);
+    }
+  }
+  call.stats[i] = max;
+  call.stats[rows.n + i] = log_s;
+  if (call.entropy) call.stats[2 * rows.n + i] = call.entropy[i] = entropy;
+  if (call.logsumexp) call.logsumexp[i] = logsumexp;
+  if (call.argmax) call.argmax[i] = argmax;
+  if (call.sum_p_squared) call.sum_p_squared[i] = sum_p_squared;
+  for (int64_t k = i * K; k < (i + 1) * K; ++k) {
+    const int64_t label = call.label(k);
+    float log_p = missing;
+    if (label == call.ignore_index) log_p = 0;
+    else if (row.kind == Kind::COMPUTED) log_p = (static_cast<float>(x[label]) - max) / row.t - log_s;
+    call.log_probs[k] = log_p > 0 ? 0 : log_p;
+  }
+}
+
+template <Level LEVEL, typename T>
+void forward(const Call& call) {
+  const Rows rows(call);
+  const int64_t tiles = call.tiles();
+  const std::unique_ptr<Partial[]> partials(new Partial[rows.computed * tiles]);
+#pragma omp parallel if (call.threads > 1)
   {
-    share(rows.n * tiles, rows.threads, [&](int64_t i) {
-      const int64_t row = i / tiles, start = i % tiles * TILE;
-      partials[i] = reduce<ENTROPY>(logits + rows.offset(row) + start, std::min(TILE, rows.vocab - start), rows.c(row));
+    share(rows.computed, tiles, call.threads, [&](int64_t i, int64_t tile) {
+      const int64_t start = tile * TILE;
+      const Row& row = rows.list[i];
+      const T* x = static_cast<const T*>(call.logits) + row.offset + start;
+      partials[i * tiles + tile] = reduce<LEVEL>(x, std::min(TILE, call.vocab - start), row.c);
     });
 #pragma omp barrier
-    share(rows.n, rows.threads, [&](int64_t row) {
-      const Partial* own = partials + row * tiles;
-      const float c = rows.c(row);
-      float max = -INF, sum = 0, weighted = 0;
-      for (int64_t i = 0; i < tiles; ++i) max = own[i].max > max ? own[i].max : max;
-      for (int64_t i = 0; i < tiles; ++i) {
-        if (own[i].sum == 0) continue;
-        const float u = (own[i].reference - max) * c;
-        const float bounded = u < LEAST ? LEAST : u, e = u < LEAST ? 0 : std::exp2(u);
-        sum += own[i].sum * e;
-        weighted += (own[i].weighted + own[i].sum * bounded) * e;
-      }
-      m[row] = max;
-      log_s[row] = std::log(sum);
-      if constexpr (ENTROPY) entropy[row] = log_s[row] - LN_2 * weighted / sum;
-      const T* x = logits + rows.offset(row);
-      for (int64_t k = row * K; k < (row + 1) * K; ++k)
-        log_probs[k] = (static_cast<float>(x[rows.labels[k]]) - max) / rows.t(row) - log_s[row];
-    });
+    share(rows.n, 1, call.threads, [&](int64_t i, int64_t) { finish<T>(call, rows, rows.list[i], &partials[i * tiles]); });
   }
 }
 
-// What forward left of the rows, and the gradients that come from above; mirrored by `_Upstream` in cpp.py.
-struct Upstream {
-  const float *m, *log_s, *entropy;  // [N]; entropy may be null where grad_entropy is
-  const bool* ignored;               // [N]
-  const float* grad_log_probs;       // [N, K]
-  const float* grad_entropy;         // [N], or null
-};
-
-// The gradient of a row at logits x; `own` is that of the label there, if one is.
+// The gradient of a row at logits x, (own - p (total + h (log p + H))) / T; `own` is the upstream of the label there, if one is.
 template <bool ENTROPY>
 struct Gradient {
-  float m, log2_s, c, inverse_t, total, grad_entropy, entropy;
+  Powers powers;  // p, but for a factor that is in `weight` and `slope`
+  float m, c, offset, least, weight, slope, inverse_t;
+
+  // `stats` are those of the row, n apart.
+  Gradient(const Row& row, const float* stats, int64_t n, float total, float h)
+      : Gradient(row, stats[0], stats[n] * static_cast<double>(LOG2_E), ENTROPY ? stats[2 * n] : 0.f, total, h) {}
+
+  Gradient(const Row& row, float m, double log2_s, float entropy, float total, float h)
+      : powers(row.c, rounded_offset(log2_s)), m(m), c(row.c), offset(rounded_offset(log2_s)), least(below(0, RANGE_P, row.c)),
+        inverse_t(1 / row.t) {
+    const float excess = offset - log2_s, factor = std::exp2(excess);
+    weight = factor * (ENTROPY ? total + h * (entropy + LN_2 * excess) : total);
+    slope = factor * h * LN_2;
+  }
 
   Floats operator()(Floats x, Floats own = Floats(0.f)) const {
-    const Floats log2_p = at::vec::fmsub(x - Floats(m), Floats(c), Floats(log2_s));
-    const Floats bounded = larger(log2_p, Floats(LEAST)), p = exp2(bounded);
-    Floats weight(total);
-    if constexpr (ENTROPY)
-      weight = at::vec::fmadd(Floats(grad_entropy), at::vec::fmadd(bounded, Floats(LN_2), Floats(entropy)), weight);
-    return (own - p * weight) * Floats(inverse_t);
+    const Floats d = larger(x - Floats(m), Floats(least));
+    const auto [power, rest] = powers(d);
+    const Floats p = where_above(d, Floats(least), power) * rest;
+    Floats w(weight);
+    if constexpr (ENTROPY) w = at::vec::fmadd(at::vec::fmsub(d, Floats(c), Floats(offset)), Floats(slope), w);
+    return (own - p * w) * Floats(inverse_t);
   }
 
   float at_label(float x, float own) const {
@@ -219,42 +296,67 @@ struct Gradient {
 };
 
 template <bool ENTROPY, typename T>
-void backward(const T* logits, const Rows& rows, const Upstream& upstream, T* gradient, T* at_labels, bool inplace) {
-  const int64_t tiles = rows.tiles(), K = rows.labels_per_row;
-#pragma omp parallel if (rows.threads > 1)
-  share(rows.n * tiles, rows.threads, [&](int64_t i) {
-    const int64_t row = i / tiles, start = i % tiles * TILE, end = std::min(start + TILE, rows.vocab);
-    const T* x = logits + rows.offset(row);
-    T* out = gradient + (inplace ? rows.offset(row) : row * rows.vocab);
-    if (upstream.ignored[row]) {
-      std::fill(out + start, out + end, static_cast<T>(0.f));
-      return;
-    }
-    const int64_t* labels = rows.labels + row * K;
-    const float* g = upstream.grad_log_probs + row * K;
-    float total = 0;
-    for (int64_t k = 0; k < K; ++k) total += g[k];
-    const float inverse_t = 1 / rows.t(row);
-    const Gradient<ENTROPY> at{upstream.m[row], upstream.log_s[row] * LOG2_E, rows.c(row), inverse_t, total,
-                               ENTROPY ? upstream.grad_entropy[row] : 0.f, ENTROPY ? upstream.entropy[row] : 0.f};
-    // In place, the logits at the labels have to be read before they are overwritten.
-    for (int64_t k = 0; k < K; ++k) {
-      if (labels[k] < start || labels[k] >= end) continue;
-      float own = 0;  // a repeated label gets the sum of its gradients, each time
-      for (int64_t j = 0; j < K; ++j) own += labels[j] == labels[k] ? g[j] : 0.f;
-      at_labels[row * K + k] = static_cast<T>(at.at_label(static_cast<float>(x[labels[k]]), own));
-    }
-    for_each(x + start, end - start, [&](Pair v, int64_t column) {
-      const Pair result{at(v.low), at(v.high)};
-      T* target = out + start + column;
-      if (target + WIDTH <= out + end) return write(target, result);
-      T rest[WIDTH];
-      write(rest, result);
-      std::copy(rest, rest + (out + end - target), target);
+void backward_tile(const Call& call, const Row& row, int64_t n, const T* x, T* out, int64_t start, int64_t end) {
+  const int64_t i = row.index, K = call.labels_per_row;
+  const float* g = call.log_probs + i * K;
+  const auto counts = [&](int64_t k) { return call.label(i * K + k) != call.ignore_index; };
+  float total = call.logsumexp ? -call.logsumexp[i] : 0.f;
+  for (int64_t k = 0; k < K; ++k) total += counts(k) ? g[k] : 0.f;
+  const float h = ENTROPY ? call.entropy[i] : 0.f;
+  const float m = call.stats[i], log_s = call.stats[n + i];
+  if (!std::isfinite(m) || !std::isfinite(log_s) || std::isnan(total) || std::isnan(h)) {
+    std::fill(out + start, out + end, static_cast<T>(NOT_A_NUMBER));
+    return;
+  }
+  const Gradient<ENTROPY> at(row, call.stats + i, n, total, h);
+  // In place, the logits at the labels have to be read before they are overwritten.
+  T few[FEW];
+  const std::unique_ptr<T[]> many(K > FEW ? new T[K] : nullptr);
+  T* const at_labels = many ? many.get() : few;
+  const auto is_here = [&](int64_t k) {
+    const int64_t label = call.label(i * K + k);
+    return counts(k) && label >= start && label < end;
+  };
+  for (int64_t k = 0; k < K; ++k) {
+    if (!is_here(k)) continue;
+    const int64_t label = call.label(i * K + k);
+    float own = 0;  // a repeated label gets the sum of its gradients, each time
+    for (int64_t j = 0; j < K; ++j) own += call.label(i * K + j) == label ? g[j] : 0.f;
+    at_labels[k] = static_cast<T>(at.at_label(static_cast<float>(x[label]), own));
+  }
+  const auto compute = [&](Pair v) { return Pair{at(v.a), at(v.b)}; };
+  for_each(
+      x + start, end - start, [&](Pair v, int64_t column) { write(out + start + column, compute(v)); },
+      [&](Pair v, int64_t column) {
+        T rest[WIDTH];
+        write(rest, compute(v));
+        std::copy(rest, rest + (end - start - column), out + start + column);
+      });
+  for (int64_t k = 0; k < K; ++k)
+    if (is_here(k)) out[call.label(i * K + k)] = at_labels[k];
+}
+
+template <bool ENTROPY, typename T>
+void backward(const Call& call) {
+  const Rows rows(call);
+  const int64_t tiles = call.tiles();
+  const T* logits = static_cast<const T*>(call.logits);
+  T* gradient = static_cast<T*>(call.gradient);
+  const auto at = [&](const Row& row) { return gradient + (call.gradient == call.logits ? row.offset : row.index * call.vocab); };
+#pragma omp parallel if (call.threads > 1)
+  {
+    share(rows.computed, tiles, call.threads, [&](int64_t i, int64_t tile) {
+      const Row& row = rows.list[i];
+      const int64_t start = tile * TILE;
+      backward_tile<ENTROPY>(call, row, rows.n, logits + row.offset, at(row), start, std::min(start + TILE, call.vocab));
     });
-    for (int64_t k = 0; k < K; ++k)
-      if (labels[k] >= start && labels[k] < end) out[labels[k]] = at_labels[row * K + k];
-  });
+    share(rows.n - rows.computed, tiles, call.threads, [&](int64_t i, int64_t tile) {
+      const Row& row = rows.list[rows.computed + i];
+      const int64_t start = tile * TILE, end = std::min(start + TILE, call.vocab);
+      if (row.kind == Kind::IGNORED) std::memset(at(row) + start, 0, (end - start) * sizeof(T));
+      else std::fill(at(row) + start, at(row) + end, static_cast<T>(NOT_A_NUMBER));
+    });
+  }
 }
 
 // A new gradient is written to memory that the system has yet to provide, which in pages of 4 KiB takes longer than the computation.
@@ -269,7 +371,7 @@ void ask_for_huge_pages(void* memory, int64_t bytes) {
 
 // Calls body with a null pointer of the type that `dtype` stands for, as DTYPES in cpp.py has it.
 template <typename Body>
-void with_type(int32_t dtype, const Body& body) {
+void with_type(int64_t dtype, const Body& body) {
   if (dtype == 0) body(static_cast<float*>(nullptr));
   if (dtype == 1) body(static_cast<c10::BFloat16*>(nullptr));
   if (dtype == 2) body(static_cast<c10::Half*>(nullptr));
@@ -279,33 +381,19 @@ void with_type(int32_t dtype, const Body& body) {
 
 extern "C" {
 
-extern const int64_t tile = TILE;
-
-// partials [N, tiles a row]; log_probs [N, K]; m, log_s and entropy, which may be null, [N].
-void log_probs_forward(int32_t dtype, const void* logits, const Rows* rows, Partial* partials, float* log_probs, float* m,
-                       float* log_s, float* entropy) {
-  with_type(dtype, [&]<typename T>(T*) {
-    const T* x = static_cast<const T*>(logits);
-    if (entropy) {
-      forward<true>(x, *rows, partials, log_probs, m, log_s, entropy);
-    } else {
-      forward<false>(x, *rows, partials, log_probs, m, log_s, entropy);
-    }
+void log_probs_forward(const Call* call) {
+  with_type(call->dtype, [&]<typename T>(T*) {
+    if (call->sum_p_squared) forward<SQUARES, T>(*call);
+    else if (call->entropy) forward<ENTROPY, T>(*call);
+    else forward<SUM, T>(*call);
   });
 }
 
-// gradient [N, V], contiguous unless it is `logits`; at_labels [N, K] is scratch memory. Both in the dtype of the logits.
-void log_probs_backward(int32_t dtype, const void* logits, const Rows* rows, const Upstream* upstream, void* gradient,
-                        void* at_labels) {
-  const bool inplace = gradient == logits;
-  with_type(dtype, [&]<typename T>(T*) {
-    const T* x = static_cast<const T*>(logits);
-    if (!inplace) ask_for_huge_pages(gradient, rows->n * rows->vocab * static_cast<int64_t>(sizeof(T)));
-    if (upstream->grad_entropy) {
-      backward<true>(x, *rows, *upstream, static_cast<T*>(gradient), static_cast<T*>(at_labels), inplace);
-    } else {
-      backward<false>(x, *rows, *upstream, static_cast<T*>(gradient), static_cast<T*>(at_labels), inplace);
-    }
+void log_probs_backward(const Call* call) {
+  with_type(call->dtype, [&]<typename T>(T*) {
+    if (call->gradient != call->logits) ask_for_huge_pages(call->gradient, call->n() * call->vocab * static_cast<int64_t>(sizeof(T)));
+    if (call->entropy) backward<true, T>(*call);
+    else backward<false, T>(*call);
   });
 }
 }

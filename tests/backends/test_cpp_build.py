@@ -37,10 +37,14 @@ def test_it_is_built_once_and_kept(cache, tmp_path, monkeypatch):
 def test_another_source_flag_or_processor_is_another_library_and_another_compiler_is_none(cache, tmp_path, monkeypatch):
     shared_library(source(tmp_path), ())
     assert shared_library(source(tmp_path, 43), ()).answer() == 43
+    (tmp_path / "including.cpp").write_text('#include "answer.cpp"\n')
+    for answer in (44, 45):
+        source(tmp_path, answer)
+        assert shared_library(tmp_path / "including.cpp", ()).answer() == answer
     shared_library(source(tmp_path), ("-O1",))
     monkeypatch.setattr(module, "_processor", lambda: ["flags : fewer"])
     shared_library(source(tmp_path), ())
-    assert len(list(cache.iterdir())) == 4
+    assert len(list(cache.iterdir())) == 6
 
 
 def test_a_library_in_the_cache_needs_no_compiler_and_no_place_to_write(cache, tmp_path, monkeypatch):
