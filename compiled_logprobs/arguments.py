@@ -1,8 +1,11 @@
 """Which arguments are valid: every message says what was got, what is valid and what to do.
 
-Values are looked at on the CPU alone: on an accelerator that would wait for it, and while tracing there are none.
+Values of labels and temperatures are looked at on the CPU alone: on an accelerator that would wait for it, and while
+tracing there are none. Even there it is done afterwards, and only where a result is NaN, as the contract has it for
+every bad value that counts: looking first would take as long as the rest of a small call.
 """
 
+import math
 import numbers
 from collections.abc import Callable
 from importlib import import_module
@@ -108,25 +111,44 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
         )
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
         raise InputError(f"got ignore_index={ignore_index!r}; an integer of 64 bits is valid, e.g. -100.")
-    if logits.device.type == "cpu" and not is_traced(logits):
-        vocab = logits.shape[-1]
-        bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
-        if bad.any():
-            got, valid = _first("labels", labels, bad), f"0 to {vocab - 1} (the vocabulary has {vocab})"
-            if ignore_index == NO_LABEL:
-                raise InputError(
-                    f"got {got}; {valid} are valid. Correct it, or put any token where a position does not count, and "
-                    "mask the result."
-                )
+
+
+def is_nan(log_probs: Tensor) -> bool:
+    """Whether one of them is NaN: as none is positive, their sum is NaN then, and only then."""
+    return math.isnan((log_probs.detach() if log_probs.requires_grad else log_probs).sum().item())
+
+
+def check_values(logits: Tensor, labels: Tensor, temperature: float | Tensor, ignore_index: int) -> None:
+    """Raise InputError for a label that is out of range, or a temperature of a row that counts."""
+    vocab = logits.shape[-1]
+    counts = labels != ignore_index
+    bad = ((labels < 0) | (labels >= vocab)) & counts
+    if bad.any():
+        got, valid = _first("labels", labels, bad), f"0 to {vocab - 1} (the vocabulary has {vocab})"
+        if ignore_index == NO_LABEL:
             raise InputError(
-                f"got {got}; {valid} and ignore_index={ignore_index} are valid. Correct it, or mark positions that do "
-                "not count with ignore_index."
+                f"got {got}; {valid} are valid. Correct it, or put any token where a position does not count, and "
+                "mask the result."
+            )
+        raise InputError(
+            f"got {got}; {valid} and ignore_index={ignore_index} are valid. Correct it, or mark positions that do "
+            "not count with ignore_index."
+        )
+    if isinstance(temperature, Tensor):
+        rows_count = counts.any(-1) if labels.ndim == logits.ndim else counts
+        bad = ~((temperature >= _FLOAT32.tiny) & (temperature <= _FLOAT32.max)) & rows_count
+        if bad.any():
+            raise InputError(
+                f"got {_first('temperature', temperature, bad)}; "
+                f"numbers from {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g} are valid. "
+                "Use temperature.clamp(min=...), and ignore_index where a position does not count."
             )
 
 
 def _first(name: str, values: Tensor, bad: Tensor) -> str:
-    """The first of the `values` that is `bad`, and where it stands: 'labels[1, 2] = 9999'."""
-    index = bad.nonzero()[0].tolist()
+    """The first of the `values`, broadcastable to `bad`, that is so, and where it stands: 'labels[1, 2] = 9999'."""
+    place = bad.nonzero()[0].tolist()[bad.ndim - values.ndim :]
+    index = [min(at, size - 1) for at, size in zip(place, values.shape, strict=True)]
     value = values[tuple(index)].item()
     return f"{name}{index or ''} = {f'{value:.6g}' if isinstance(value, float) else value}"
 
@@ -172,14 +194,6 @@ def _checked_temperature_tensor(logits: Tensor, temperature: Tensor) -> Tensor:
             f"a shape broadcastable to {list(rows)} is valid (one temperature a token). "
             "For one a sequence use temperature.unsqueeze(-1)."
         )
-    if temperature.device.type == "cpu" and not is_traced(logits):
-        bad = ~((temperature >= _FLOAT32.tiny) & (temperature <= _FLOAT32.max))
-        if bad.any():
-            raise InputError(
-                f"got {_first('temperature', temperature, bad)}; "
-                f"numbers from {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g} are valid. "
-                "Use temperature.clamp(min=...), and ignore_index where a position does not count."
-            )
     return temperature
 
 

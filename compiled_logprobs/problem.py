@@ -102,7 +102,8 @@ def collapse(logits: Tensor) -> Tensor:
     stride: only where the last stride is another one is anything copied.
     """
     vocab = logits.shape[-1]
-    logits = logits.resolve_neg()  # of a view that only says that its memory is to be negated
+    if logits.is_neg():  # a view that only says that its memory is to be negated
+        logits = logits.resolve_neg()
     if logits.is_contiguous():
         return logits if logits.ndim == 2 and logits.stride(0) == vocab else logits.view(-1, vocab)
     if logits.stride(-1) != 1 and vocab > 1:

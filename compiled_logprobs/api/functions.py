@@ -11,9 +11,11 @@ from compiled_logprobs.arguments import (
     check_logits,
     check_not_leaf,
     check_problem,
+    check_values,
     checked_device,
     checked_out_dtype,
     checked_temperature,
+    is_nan,
     is_traced,
 )
 from compiled_logprobs.backends import backends, get_backend, require_backend
@@ -92,10 +94,9 @@ def log_probs_from_logits(
     out_dtype = checked_out_dtype(logits, out_dtype)
     if backend != "auto" and backend not in backends():
         get_backend(backend)  # raises
-    many = labels.ndim == logits.ndim
-    columns = labels if many else labels.unsqueeze(-1)
     serving: ForwardBackward
-    if is_traced(logits):
+    has_values = not is_traced(logits)
+    if not has_values:
         serving, inplace_backward = _PLAIN, False
     else:
         if inplace_backward:
@@ -105,13 +106,16 @@ def log_probs_from_logits(
     log_probs, *others = compute(
         serving,
         logits,
-        columns,
+        labels,
         temperature,
         ignore_index=int(ignore_index),
         wanted=Wanted(entropy=return_entropy),
         inplace_backward=inplace_backward,
     )
-    log_probs = (log_probs if many else log_probs.squeeze(-1)).to(out_dtype)
+    if has_values and logits.is_cpu and is_nan(log_probs):
+        check_values(logits, labels, temperature, ignore_index)
+    if log_probs.dtype != out_dtype:
+        log_probs = log_probs.to(out_dtype)
     return LogProbs(log_probs, others[0].to(out_dtype)) if others else log_probs
 
 
@@ -284,10 +288,13 @@ def _problem_posed(
 ) -> Problem:
     check_logits(logits)
     check_labels(logits, labels, ignore_index)
+    temperature = checked_temperature(logits, temperature)
+    if logits.is_cpu and not is_traced(logits):
+        check_values(logits, labels, temperature, ignore_index)
     return problem_of(
         logits,
         labels,
-        checked_temperature(logits, temperature),
+        temperature,
         return_entropy,
         masked_logits,
         inplace_backward,

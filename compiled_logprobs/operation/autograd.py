@@ -59,7 +59,8 @@ def compute(
     Args:
         backend: the pair of functions.
         logits: [..., V].
-        labels: [..., K], int64 or int32: those outside [0, V), unless they are `ignore_index`, make their row NaN.
+        labels: [...] or [..., K], int64 or int32: those outside [0, V), unless they are `ignore_index`, make their row
+            NaN.
         temperature: a number, or a tensor broadcastable to [...]; values that are not positive and finite make their
             row NaN.
         ignore_index: the label that counts 0.
@@ -67,16 +68,68 @@ def compute(
         inplace_backward: whether the gradient may be written over `logits`.
 
     Returns:
-        log_probs [..., K] and, each [...], what is wanted, in its order; in float32 (float64 for float64 logits), but
-        argmax int64.
+        log_probs in the shape of `labels` and, each [...], what is wanted, in its order; in float32 (float64 for
+        float64 logits), but argmax int64.
     """
     if isinstance(temperature, Tensor):
         dtype = accumulation_dtype(logits.dtype)
         temperature = temperature.to(dtype).expand(logits.shape[:-1])
+    if _needs_no_graph(logits):  # whose making takes as long as a small call
+        return _in_shape(
+            _forward(backend, logits, labels, temperature, ignore_index, wanted)[1], wanted, logits, labels
+        )
     results: Any = _LogProbs.apply(  # type: ignore[no-untyped-call]  # torch's gap
         logits, labels, temperature, backend, ignore_index, wanted, inplace_backward
     )
     return results if isinstance(results, tuple) else (results,)
+
+
+def _needs_no_graph(logits: Tensor) -> bool:
+    """Whether no derivative can be asked for of this call, so that no autograd.Function has to refuse or compute it."""
+    if (logits.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return False
+    return torch.autograd.forward_ad.unpack_dual(logits).tangent is None  # type: ignore[no-untyped-call]  # torch's gap
+
+
+def _forward(
+    backend: ForwardBackward,
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    ignore_index: int,
+    wanted: Wanted,
+) -> tuple[Inputs | None, Results]:
+    """What `backend` was given, with merged leading dimensions, and what it returned; no inputs where there are no
+    rows."""
+    if logits.numel() == 0:  # V is at least 1
+        return None, _empty(logits, labels)
+    if torch.compiler.is_compiling():
+        x = logits  # merging would look at strides, and put guards on them
+    else:
+        x = collapse(logits.detach() if logits.requires_grad else logits)  # which shares memory and version counter
+    rows = x.shape[:-1]
+    y = _reshaped(labels, (*rows, labels.shape[-1] if labels.ndim == logits.ndim else 1))
+    t = _reshaped(temperature, rows) if isinstance(temperature, Tensor) else temperature
+    inputs = Inputs(x, y, t, ignore_index)
+    return inputs, backend.forward(inputs, wanted)
+
+
+def _empty(logits: Tensor, labels: Tensor) -> Results:
+    dtype = accumulation_dtype(logits.dtype)
+    of_rows = logits.new_empty(logits.shape[:-1], dtype=dtype)
+    argmax = logits.new_empty(logits.shape[:-1], dtype=torch.int64)
+    stats = logits.new_empty(0)
+    return Results(
+        logits.new_empty(labels.shape, dtype=dtype), stats, of_rows, of_rows.clone(), argmax, of_rows.clone()
+    )
+
+
+def _in_shape(results: Results, wanted: Wanted, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """The log-probabilities in the shape of the labels, and what is wanted in that of the rows."""
+    log_probs = _unmerged(results.log_probs, labels.shape)
+    if wanted == PLAIN:
+        return (log_probs,)
+    return log_probs, *(_unmerged(getattr(results, name), logits.shape[:-1]) for name in _names(wanted))
 
 
 class _LogProbs(torch.autograd.Function):
@@ -94,36 +147,21 @@ class _LogProbs(torch.autograd.Function):
         inplace_backward: bool,
     ) -> Tensor | tuple[Tensor, ...]:  # no None among several: torch 2.6 cannot trace that
         ctx.set_materialize_grads(False)
+        inputs, results = _forward(backend, logits, labels, temperature, ignore_index, wanted)
         ctx.backend, ctx.inplace, ctx.shape, ctx.spent, ctx.wanted = backend, False, logits.shape, False, wanted
-        rows = logits.shape[:-1]
-        if logits.numel() == 0:  # V is at least 1, so there are no rows
-            ctx.empty = logits.dtype, logits.device
-            dtype = accumulation_dtype(logits.dtype)
-            results = Results(
-                logits.new_empty(labels.shape, dtype=dtype),
-                logits.new_empty(0),
-                *(logits.new_empty(rows, dtype=dtype) for _ in wanted),
-            )
-            results = results._replace(argmax=logits.new_empty(rows, dtype=torch.int64))
-        else:
-            ctx.empty = None
-            if torch.compiler.is_compiling():
-                x = logits  # merging would look at strides, and put guards on them
-            else:
-                x = collapse(logits.detach())  # which shares memory and version counter
-                ctx.inplace = inplace_backward and x.data_ptr() == logits.data_ptr() and not overlaps(x)
-            merged = x.shape[:-1]
-            y = labels.reshape(*merged, labels.shape[-1]).contiguous()
-            t = temperature.reshape(merged).contiguous() if isinstance(temperature, Tensor) else temperature
-            results = backend.forward(Inputs(x, y, t, ignore_index), wanted)
+        ctx.empty = (logits.dtype, logits.device) if inputs is None else None
+        if inputs is not None:
+            x, y, t, _ = inputs
+            if inplace_backward and not torch.compiler.is_compiling():
+                ctx.inplace = x.data_ptr() == logits.data_ptr() and not overlaps(x)
             ctx.number, ctx.ignore_index = None if isinstance(t, Tensor) else t, ignore_index
             ctx.save_for_backward(x, y, t if isinstance(t, Tensor) else None, results.stats)
-        log_probs = _unmerged(results.log_probs, labels.shape)
-        others = {name: _unmerged(getattr(results, name), rows) for name in _names(wanted)}
+        log_probs, *others = _in_shape(results, wanted, logits, labels)
         if not others:
             return log_probs
-        ctx.mark_non_differentiable(*(result for name, result in others.items() if name not in _DIFFERENTIABLE))
-        return (log_probs, *others.values())
+        named = zip(_names(wanted), others, strict=True)
+        ctx.mark_non_differentiable(*(result for name, result in named if name not in _DIFFERENTIABLE))
+        return (log_probs, *others)
 
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor | None, *grad_others: Tensor | None) -> Any:
@@ -145,21 +183,17 @@ class _LogProbs(torch.autograd.Function):
         x, y, temperature, stats = ctx.saved_tensors
         if grad_log_probs is None:
             grad_log_probs = torch.zeros(y.shape, dtype=stats.dtype, device=x.device)
-        of_rows = dict(zip(_names(ctx.wanted), grad_others, strict=True))
-        upstream = Upstream(
-            grad_log_probs.reshape(y.shape).contiguous(),
-            *(
-                None if (grad := of_rows.get(name)) is None else grad.reshape(y.shape[:-1]).contiguous()
-                for name in _DIFFERENTIABLE
-            ),
-        )
+        upstream = Upstream(_reshaped(grad_log_probs, y.shape))
+        for name, grad in zip(_names(ctx.wanted), grad_others, strict=True) if grad_others else ():
+            if grad is not None:
+                upstream = upstream._replace(**{name: _reshaped(grad, y.shape[:-1])})
         inputs = Inputs(x, y, ctx.number if temperature is None else temperature, ctx.ignore_index)
         gradient = ctx.backend.backward(inputs, stats, upstream, inplace=ctx.inplace)
         if ctx.inplace:
             ctx.spent = True
             # Kernels write without telling autograd; whoever saved the logits must hear of it.
             torch.autograd.graph.increment_version(x)
-        return gradient.view(ctx.shape), *[None] * 6
+        return gradient if gradient.shape == ctx.shape else gradient.view(ctx.shape), *[None] * 6
 
 
 _DIFFERENTIABLE = Upstream._fields[1:]
@@ -172,7 +206,17 @@ def _names(wanted: Wanted) -> list[str]:
 _VIEW = getattr(torch.ops.aten, "_unsafe_view", torch.ops.aten.view_copy)
 
 
+def _reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Contiguous, in `shape`: `tensor` itself where it is so already, since each operation counts in a small call."""
+    return (tensor if tensor.shape == shape else tensor.reshape(*shape)).contiguous()
+
+
 def _unmerged(result: Tensor, shape: torch.Size) -> Tensor:
     """`result` in `shape`, as a tensor that is no view: autograd refuses to have views that were made in here written
     into."""
-    return result if result.shape == shape else _VIEW(result, shape)
+    if result.shape == shape:
+        return result
+    if torch.compiler.is_compiling() or not result.is_contiguous():
+        copy: Tensor = _VIEW(result.contiguous(), shape)
+        return copy
+    return result.resize_(shape)  # of the same size, so that nothing moves
