@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -45,9 +45,12 @@ NEEDED = {
     "typer": "typer",
 }
 """What the steps import, and the package that has it."""
-PEERS = {"flash_attn": "flash-attn", "liger_kernel": "liger-kernel", "quack": "quack-kernels"} | {
-    "cut_cross_entropy": "cut-cross-entropy",
+PEERS = {
+    "flash_attn": "flash-attn",
+    "liger_kernel": "liger-kernel",
+    "quack": "quack-kernels",
     "trl": "trl",
+    "cut_cross_entropy": "cut-cross-entropy",
 }
 """What they time beside this library, where it is installed."""
 TIMED = ("log_softmax", "liger", "quack", "trl", "cut_cross_entropy")
@@ -109,8 +112,23 @@ class Step:
     read: Callable[[Path], Any]
     """Finds a program's figures in what it printed, or in the file beside it."""
     seconds: float = 0.0
-    reason: str = field(default="", kw_only=True)
+    reason: str = ""
     """Why it was not run."""
+
+    @property
+    def outcome(self) -> str:
+        """The worst of its programs'; a backend that cannot run here has done nothing wrong."""
+        outcomes = [one.outcome for one in self.programs.values()]
+        if self.name == "check" and "passed" in outcomes:
+            outcomes = [one for one in outcomes if one != "could not run"]
+        worst = ("interrupted", "crashed", "timed out", "failed", "could not run", "not run")
+        return next((outcome for outcome in worst if outcome in outcomes), "passed")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report."""
+        programs = {name: asdict(program) for name, program in self.programs.items()}
+        plain = {name: getattr(self, name) for name in ("name", "outcome", "reason", "seconds", "limit_s")}
+        return {**plain, "programs": programs}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,10 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profiles", type=Path, default=ROOT / "profiles", help="folder that the profile is stored in")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses it with small sizes")
     options = parser.parse_args(arguments)
-    began = time.monotonic()
-    options.out.mkdir(parents=True, exist_ok=True)
+    out, profiles, began = options.out.resolve(), options.profiles.resolve(), time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
     for name in WRITTEN:
-        (options.out / name).unlink(missing_ok=True)  # that of an earlier run
+        (out / name).unlink(missing_ok=True)  # that of an earlier run
     report: dict[str, Any] = {
         "schema": 1,
         "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -134,21 +152,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "interrupted": False,
     }
     done: list[Step] = []
-    for step in steps(options.device, FULL if options.device == "cuda" else SMALL, options.out, options.profiles):
+    for step in steps(options.device, FULL if options.device == "cuda" else SMALL, out, profiles):
         _say(f"{step.name}, {step.limit_s} s at most")
         with contextlib.suppress(KeyboardInterrupt):
-            _run(step, options.out, options.device)
+            _run(step, out, options.device)
         done.append(step)
         report["interrupted"] = any(one.outcome == "interrupted" for one in step.programs.values())
         report["seconds"] = time.monotonic() - began
-        report["steps"] = [asdict(one) | {"read": None, "outcome": outcome_of(one)} for one in done]
-        _write(options.out, report)
+        report["steps"] = [one.to_dict() for one in done]
+        _write(out, report)
         reasons = [step.reason, *(one.reason for one in step.programs.values())]
-        _say(f"{step.name}: {outcome_of(step)}, {step.seconds:.0f} s. {next(filter(None, reasons), '')}".rstrip())
+        _say(f"{step.name}: {step.outcome}, {step.seconds:.0f} s. {next(filter(None, reasons), '')}".rstrip())
         if report["interrupted"]:
             return INTERRUPTED
-    _say(f"wrote {options.out / 'report.md'} and report.json: send both")
-    return 0 if all(outcome_of(step) == "passed" for step in done) else 1
+    _say(f"wrote {out / 'report.md'} and report.json: send both")
+    return 0 if all(step.outcome == "passed" for step in done) else 1
 
 
 def steps(device: str, sizes: Sizes, out: Path, profiles: Path) -> Iterator[Step]:
@@ -180,15 +198,6 @@ def steps(device: str, sizes: Sizes, out: Path, profiles: Path) -> Iterator[Step
         if doctor and device not in types:
             one.reason = "torch sees no GPU here; --device cpu rehearses the steps"
         yield one
-
-
-def outcome_of(step: Step) -> str:
-    """The worst of its programs'; a backend that cannot run here has done nothing wrong."""
-    outcomes = [one.outcome for one in step.programs.values()]
-    if step.name == "check" and "passed" in outcomes:
-        outcomes = [one for one in outcomes if one != "could not run"]
-    worst = ("interrupted", "crashed", "timed out", "failed", "could not run", "not run")
-    return next((outcome for outcome in worst if outcome in outcomes), "passed")
 
 
 def _run(step: Step, out: Path, device: str) -> None:
@@ -240,7 +249,7 @@ def _run(step: Step, out: Path, device: str) -> None:
             if not text.strip() and program.figures is None:
                 text = (out / f"{step.name}-{name}.out").read_text(encoding="utf-8", errors="replace")
             program.tail = "\n".join(text.rstrip().splitlines()[-TAIL_LINES:])
-            program.reason = _reason(program, text)
+            program.reason = _reason(program, text) if name not in late else f"ended at its limit of {step.limit_s} s"
     step.seconds = time.monotonic() - began
 
 
@@ -313,7 +322,7 @@ def _timed(file: Path) -> dict[str, Any]:
 def _write(out: Path, report: dict[str, Any]) -> None:
     """Both files, without this machine's paths."""
     text = json.dumps(report, indent=2)
-    for path, name in ((ROOT, "."), (Path(sys.prefix), "python"), (Path.home(), "~")):
+    for path, name in ((ROOT, "."), (Path(sys.prefix), "python"), (Path(os.path.expanduser("~")), "~")):
         if path != Path(path.anchor):
             text = text.replace(json.dumps(str(path))[1:-1], name)
     (out / "report.json").write_text(text + "\n", encoding="utf-8")
