@@ -13,6 +13,7 @@ from compiled_logprobs.api.functions import (
     explain,
     log_probs_from_logits,
     tune,
+    warm,
 )
 from compiled_logprobs.backends import backends, register_backend
 from compiled_logprobs.check.report import CheckReport
@@ -42,4 +43,5 @@ __all__ = [
     "log_probs_from_logits",
     "register_backend",
     "tune",
+    "warm",
 ]

@@ -23,6 +23,7 @@ from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.choose.auto import Auto, is_capturing
 from compiled_logprobs.choose.explain import Explanation, explain_problem
 from compiled_logprobs.choose.tune import tune as tune_alone
+from compiled_logprobs.choose.warm import warm as warm_here
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import BackendUnavailable, InputError
 from compiled_logprobs.operation.autograd import ForwardBackward, PlainFormula, compute
@@ -276,6 +277,32 @@ def explain(
     return explain_problem(problem, logits.device, policy())
 
 
+def warm(
+    problems: Problem | Iterable[Problem], *, device: torch.device | str | None = None, backend: str = "auto"
+) -> dict[Problem, str]:
+    """Choose, check, compile and load now what calls of these problems need, so that the first of them finds it ready.
+
+    For a first step that may not wait, or before the capture of a CUDA graph, in which nothing can be compiled. Each
+    problem is run on zeros of its size, with backward where it needs the gradient. Nothing is measured: what no profile
+    decides is served by the nearest decision or the default rule, and not measured by this process any more; `tune`
+    first where it shall be. No collective is called: each rank warms itself.
+
+    Args:
+        problems: as for `tune`. Labels are taken to be int64.
+        device: where; by default the current device of their type.
+        backend: "auto", or the name that will be called.
+
+    Returns:
+        By problem, the backend that serves it.
+
+    Raises:
+        InputError: the arguments do not fit together.
+        BackendUnavailable: the named backend is unknown or cannot run a problem.
+        LogProbsError: a CUDA graph is being captured.
+    """
+    return warm_here(*_problems_on_one_device(problems, None, device), backend)
+
+
 def _problem_posed(
     logits: Tensor,
     labels: Tensor,
@@ -326,7 +353,7 @@ def _named(name: str, problem: Problem) -> Backend:
     if is_capturing(problem) and not backend.is_warm(problem):
         raise BackendUnavailable(
             f"backend {name!r} has not run {problem} yet, and cannot compile while a CUDA graph is captured. "
-            "Call the function once before the capture, as torch.cuda.graphs asks of every function."
+            f"Call warm(problem, backend={name!r}) before the capture, or the function once."
         )
     return backend
 

@@ -1,5 +1,7 @@
 """`backend="auto"`: a backend that chooses another one for each call, and has eager take over where that one fails."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,9 @@ from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.choose import memory, rule
 from compiled_logprobs.choose.explain import refusal
 from compiled_logprobs.choose.memory import Choice
+from compiled_logprobs.choose.rule import Context
 from compiled_logprobs.choose.tune import tune_in_call
+from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import BackendUnavailable, nothing_can_serve_after, warn
 from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
 from compiled_logprobs.policy import Policy, policy
@@ -39,18 +43,24 @@ class Auto(Backend):
             pair = memory.MEMORY.hot.get((problem, under))
             self._chosen, self._backend = choose(problem, logits.device, under) if pair is None else pair
 
+    @property
+    def chosen(self) -> str:
+        """The name of the backend that serves; after `forward`, of the one that served."""
+        return self._chosen
+
     def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
         try:
             return self._backend.forward(inputs, wanted)
         except Exception as error:
             if self._chosen == EAGER or nothing_can_serve_after(error):
                 raise
-            is_first, reason = memory.MEMORY.put_aside(self._chosen, self._problem, error), str(error)
-        self._backend = get_backend(EAGER)
+            failed, reason = self._chosen, str(error)
+            is_first = memory.MEMORY.put_aside(failed, self._problem, error)
+        self._chosen, self._backend = EAGER, get_backend(EAGER)
         results = self._backend.forward(inputs, wanted)
         if is_first:
             warn(
-                f"backend {self._chosen!r} failed on {self._problem} and is set aside for such problems in this "
+                f"backend {failed!r} failed on {self._problem} and is set aside for such problems in this "
                 f"process: {reason}\neager serves the call. To see the whole error, name the backend."
             )
         return results
@@ -59,13 +69,23 @@ class Auto(Backend):
         return self._backend.backward(inputs, stats, upstream, inplace=inplace)
 
 
-def choose(problem: Problem, device: torch.device, under: Policy) -> tuple[str, Backend]:
-    """What serves `problem` on `device`, by the steps of `rule`; remembered for the next call. Raises as `Auto`."""
+def choose(
+    problem: Problem,
+    device: torch.device,
+    under: Policy,
+    tune: Callable[[Context, Decision | None], Choice | str] = tune_in_call,
+) -> tuple[str, Backend]:
+    """What serves `problem` on `device`, by the steps of `rule`; remembered for the next call. Raises as `Auto`.
+
+    Args:
+        problem, device, under: as for a `Context`.
+        tune: what measures, or says why it does not.
+    """
     process = memory.MEMORY
     choice = _remembered(problem, device, under)
     if not isinstance(choice, Choice):
         with process.lock:
-            context = rule.context_of(problem, device, under, tune_in_call)
+            context = rule.context_of(problem, device, under, tune)
             *_, (step, outcome) = rule.walk(context)
             if not isinstance(outcome, Choice):
                 raise refusal(context)
@@ -100,7 +120,7 @@ def _warm_choice(problem: Problem, under: Policy) -> tuple[str, Backend]:
     if under.row_invariant and not (is_warm and isinstance(choice, Choice)):
         raise BackendUnavailable(
             f"no backend has served {problem} with row_invariant=True yet, and none can be checked or compiled while "
-            "a CUDA graph is captured. Call the function once before the capture, or set row_invariant=False."
+            "a CUDA graph is captured. Call warm(problem) before the capture, or set row_invariant=False."
         )
     return (name, backend) if is_warm else (EAGER, get_backend(EAGER))
 

@@ -223,7 +223,7 @@ class _Inputs:
         # Of the CPU everywhere, so that a seed makes the same inputs on every device.
         generator = torch.Generator("cpu").manual_seed(seed)
         overwritten = problem.inplace_backward and problem.needs_grad
-        self._logits = [_empty_logits(problem, device) for _ in range(buffers)]
+        self._logits = [empty_logits(problem, device) for _ in range(buffers)]
         rows = self._logits[0].shape[:-1]
         self.logits_bytes = self._logits[0].numel() * problem.dtype.itemsize
         labels = [_fill(logits, problem, generator) for logits in self._logits[: 1 if overwritten else buffers]]
@@ -266,7 +266,7 @@ class _Inputs:
         return call
 
 
-def _empty_logits(problem: Problem, device: torch.device) -> Tensor:
+def empty_logits(problem: Problem, device: torch.device) -> Tensor:
     """[R, V] memory with the layout and the alignment that the problem has."""
     rows, vocab = problem.rows, problem.vocab
     row_stride = vocab
