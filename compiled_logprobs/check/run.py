@@ -92,8 +92,7 @@ def check_backend(
         with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
             _check(subject, checked, notes, short, ignore_index, torch.Generator(place).manual_seed(seed))
             result = notes.report(checked)
-            wanted = problem is None or isinstance(subject, Function)
-            return notes, result, _causes(subject, result, place, seed, ignore_index) if wanted else []
+            return notes, result, _causes(subject, result, place, seed, ignore_index)
 
     outcomes: Future[list[tuple[Notes, ProblemReport, list[str]]]] = Future()
 

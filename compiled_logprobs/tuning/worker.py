@@ -195,7 +195,8 @@ class Job:
         )
         if not report.passed:
             detail = next(check.detail for check in result.checks if not check.passed)
-            self._lose(name, "wrong", f"{', '.join(report.reasons)}: {detail}")
+            failed = f"{', '.join(report.reasons)}: {detail}"
+            self._lose(name, "wrong", f"{report.causes[0]} ({failed})" if report.causes else failed)
         return report.passed
 
     def _report(self, name: str) -> tuple[Problem, CheckReport]:

@@ -69,7 +69,7 @@ def test_winners_that_became_wrong_or_crash_are_found(tmp_path, monkeypatch):
         result = run("--store", str(store.root), "--json", "--progress", "none", "--budget", "1")
     assert result.exit_code == 1 and "Traceback" not in result.stderr, result.output
     wrong, crashes = json.loads(result.stdout, parse_constant=pytest.fail)["decisions"]
-    assert wrong["outcome"] == "wrong" and wrong["why"].startswith("log_prob_error, ")
+    assert wrong["outcome"] == "wrong" and wrong["why"].startswith("returns the loss: ")
     assert crashes["outcome"] == "failed" and crashes["why"].startswith("crashed: compile: ")
     assert files(store) == before
 

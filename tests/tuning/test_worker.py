@@ -42,7 +42,7 @@ PROBLEM = Problem("cpu", rows=256, vocab=4096, dtype=torch.float32, layout="rows
 REASONS = {  # first those that end the program, which the others then begin anew
     "exits": ("crashed", r"compile: ended with exit code 3; it said: .*no device"),
     "hangs_in_import": ("timeout", r"import: no end after 3 s"),
-    "wrong_sign": ("wrong", r"log_prob_error, .*: normal: \S+, limit \S+"),
+    "wrong_sign": ("wrong", r"returns the loss: .* \(log_prob_sign, .*\)"),
     "meddles_with_streams": ("failed", r"compile: RuntimeError: it is done"),
     "only_here": ("failed", r"compile: RuntimeError: it is done"),
     "raises_from_home": ("failed", r"compile: FileNotFoundError: no caf\? in my tables/fast.bin, nor in \w+\.py"),
