@@ -12,6 +12,7 @@ from compiled_logprobs.problem import Problem
 BUILT_IN = {
     "cpp": "compiled_logprobs.backends.cpp:Cpp",
     "compiled": "compiled_logprobs.backends.compiled:Compiled",
+    "triton": "compiled_logprobs.backends.triton:Triton",
     "flash_attn": "compiled_logprobs.backends.flash_attn:FlashAttn",
     "eager": "compiled_logprobs.backends.eager:Eager",
 }

@@ -36,7 +36,9 @@ def changed(decision: Decision) -> dict[str, str]:
 
 def _how_it_changed(decision: Decision, name: str) -> str | None:
     if name not in decision.candidates:
-        return "was registered after this was measured"
+        can_be_asked = name in BUILT_IN or is_loaded(name)
+        is_unable = can_be_asked and why_not(name, decision.problem) is not None  # and so changes nothing
+        return None if is_unable else "was registered after this was measured"
     candidate = decision.candidates[name]
     a_day_ago = (datetime.now(timezone.utc) - TRANSIENT_FOR).strftime(TIME)
     if candidate.outcome in TRANSIENT and (candidate.measured_at or decision.measured_at) < a_day_ago:

@@ -25,11 +25,11 @@ class Look(NamedTuple):
 BACKENDS = {
     "cpp": Look("#0072B2", "P", "square", "solid"),
     "compiled": Look("#E69F00", "C", "circle", "dash"),
+    "triton": Look("#56B4E9", "T", "star", "longdash"),
     "flash_attn": Look("#009E73", "F", "diamond", "dot"),
     "eager": Look("#CC79A7", "E", "triangle-up", "dashdot"),
 }
 _OTHERS = (
-    Look("#56B4E9", "", "star", "longdash"),
     Look("#D55E00", "", "cross", "longdashdot"),
     Look("#B3A400", "", "pentagon", "solid"),
     Look("#8F6BC1", "", "hexagon", "dash"),

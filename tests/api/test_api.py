@@ -140,7 +140,8 @@ def test_named_backends_run_or_raise():
         "Backends that can: cpp, compiled, eager. Name one of them, or use backend='auto'."
     )
     with pytest.raises(
-        clp.BackendUnavailable, match="backend 'fastest' is unknown. Registered: cpp, compiled, flash_attn, eager"
+        clp.BackendUnavailable,
+        match="backend 'fastest' is unknown. Registered: cpp, compiled, triton, flash_attn, eager",
     ):
         clp.log_probs_from_logits(logits, labels, backend="fastest")
 

@@ -35,6 +35,6 @@ def test_importing_says_nothing_where_numpy_is_not_installed():
 
 def test_the_public_names():
     assert compiled_logprobs.__all__ == PUBLIC.split()
-    assert compiled_logprobs.backends() == ["cpp", "compiled", "flash_attn", "eager"]
+    assert compiled_logprobs.backends() == ["cpp", "compiled", "triton", "flash_attn", "eager"]
     for name in compiled_logprobs.__all__:
         assert getattr(compiled_logprobs, name).__doc__

@@ -143,7 +143,7 @@ def test_where_row_invariance_is_not_declared_it_is_recorded_and_no_failure():
 
 
 def test_which_backends_declare_row_invariance():
-    assert [name for name in BUILT_IN if get_backend(name).row_invariant] == ["cpp", "compiled", "flash_attn"]
+    assert [name for name in BUILT_IN if get_backend(name).row_invariant] == ["cpp", "compiled", "triton", "flash_attn"]
 
 
 def test_a_backend_that_cannot_run_the_problem():

@@ -75,7 +75,8 @@ def test_a_problem_that_the_default_rule_takes_says_before_and_after_why_nothing
     explanation = explained()
     assert list(explanation.steps) == list(rule.STEPS) and explanation.backend is None
     assert explanation.why == (
-        "the next call takes the first of cpp, compiled, flash_attn, eager that can run it and passes a short check; "
+        "the next call takes the first of cpp, compiled, triton, flash_attn, eager that can run it and passes a short "
+        "check; "
         f"nothing is measured now, because the mode is '{name}'"
     )
     call()
@@ -122,6 +123,7 @@ def test_a_decision_with_all_that_is_known_of_it():
         "  eager       slower: slower, as it was",
         "  flash_attn  unavailable: needs a GPU",
         "  log_softmax and gather, which people use today: 4 ms a call",
+        "  triton      unavailable: needs a GPU",
     ]
     assert (
         "              1 ms a call, 4.00x (3.80 to 4.20) the speed of log_softmax and gather, 1.00x (0.90 to 1.10) the "

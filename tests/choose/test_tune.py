@@ -261,7 +261,7 @@ def test_the_checks_of_what_was_carried_over_stay_in_the_evidence():
 # Only what has changed
 
 
-ALL = {"eager", "cpp", "compiled", "flash_attn"}
+ALL = {"eager", "cpp", "compiled", "triton", "flash_attn"}
 CHANGED = {name: measured(name, fingerprint=NEW) for name in ALL}
 
 

@@ -45,7 +45,10 @@ def all_measured() -> dict[str, Candidate]:
         "eager": measured("eager"),
         "cpp": measured("cpp"),
         "compiled": measured("compiled"),
-        "flash_attn": Candidate("unavailable", "needs a GPU", get_backend("flash_attn").fingerprint()),
+        **{
+            name: Candidate("unavailable", "needs a GPU", get_backend(name).fingerprint())
+            for name in ("triton", "flash_attn")
+        },
     }
 
 

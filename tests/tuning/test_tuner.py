@@ -72,7 +72,7 @@ def test_events_become_a_decision_that_is_written_and_read_as_it_is(scripted):
     assert evidence.seconds == {"eager": [2.0] * 20, "a": [1.0] * 20, PLAIN: [3.0] * 20}
     assert evidence.cases["a"][0].checks[0].figure == 0.5
     assert (evidence.seed, evidence.measured_at) == (decision.seed, decision.measured_at)
-    assert decision.left_out == ("cpp", "compiled", "flash_attn") and decision.rounds == 20
+    assert decision.left_out == ("cpp", "compiled", "triton", "flash_attn") and decision.rounds == 20
     assert decision.bandwidth == {} and "before it was asked for" in decision.telemetry_reason
     assert Decision.from_json(decision.to_json()) == decision and Evidence.from_json(evidence.to_json()) == evidence
 
