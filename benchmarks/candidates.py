@@ -65,7 +65,7 @@ def _library(name: str) -> Callable[[Problem], Idiom]:
             result = log_probs_from_logits(
                 logits, labels, return_entropy=entropy, inplace_backward=problem.inplace_backward, backend=name
             )
-            return (result, None) if isinstance(result, Tensor) else result
+            return (result, None) if isinstance(result, Tensor) else (result.log_probs, result.entropy)
 
         return call
 

@@ -7,7 +7,6 @@ with warnings.catch_warnings():  # of torch, at each command where numpy is not 
     import torch as _torch  # noqa: F401
 
 from compiled_logprobs.api.functions import (
-    LogProbs,
     cross_entropy_from_logits,
     entropy_from_logits,
     explain,
@@ -15,6 +14,7 @@ from compiled_logprobs.api.functions import (
     tune,
     warm,
 )
+from compiled_logprobs.api.log_probs import LogProbs
 from compiled_logprobs.backends import backends, register_backend
 from compiled_logprobs.check.report import CheckReport
 from compiled_logprobs.check.run import check_backend

@@ -30,7 +30,7 @@ QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 """The form of `measured_at`: UTC."""
 
-Kind = Literal["log_prob", "entropy", "gradient"]
+Kind = Literal["log_prob", "entropy", "logsumexp", "sum_p_squared", "gradient"]
 Number = float | Literal["nan", "inf", "-inf"]
 """As JSON can hold it."""
 

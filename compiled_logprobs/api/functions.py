@@ -1,11 +1,12 @@
 """The public functions: check the arguments, choose a backend, call it."""
 
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from compiled_logprobs.api.log_probs import LogProbs, log_probs_with
 from compiled_logprobs.arguments import (
     check_labels,
     check_logits,
@@ -26,21 +27,12 @@ from compiled_logprobs.choose.tune import tune as tune_alone
 from compiled_logprobs.choose.warm import warm as warm_here
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import BackendUnavailable, InputError
-from compiled_logprobs.operation.autograd import ForwardBackward, PlainFormula, compute
-from compiled_logprobs.operation.contract import Wanted
+from compiled_logprobs.operation.autograd import PLAIN, ForwardBackward, PlainFormula, compute
+from compiled_logprobs.operation.contract import Wanted, in_dtype
 from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import Problem, Temperature, as_it_lies, layout_of
 
 _PLAIN = PlainFormula()
-
-
-class LogProbs(NamedTuple):
-    """What `log_probs_from_logits(..., return_entropy=True)` returns."""
-
-    log_probs: Tensor
-    """[...] or [..., K], in nats, never positive."""
-    entropy: Tensor
-    """[...], in nats, never negative."""
 
 
 def log_probs_from_logits(
@@ -50,6 +42,9 @@ def log_probs_from_logits(
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    return_logsumexp: bool = False,
+    return_argmax: bool = False,
+    return_sum_p_squared: bool = False,
     masked_logits: bool = False,
     inplace_backward: bool = False,
     out_dtype: torch.dtype | None = torch.float32,
@@ -65,9 +60,12 @@ def log_probs_from_logits(
         labels: [...] or [..., K], int64 or int32, in [0, V) or `ignore_index`, on the device of `logits`.
         temperature: dimensionless, > 0; a number, or a tensor broadcastable to [...] (one a token) that needs no
             gradient.
-        ignore_index: a label that counts 0: result 0, gradient 0 (entropy 0 too where all K labels of a row are
-            ignored).
-        return_entropy: also return the entropy of each row, from the same pass.
+        ignore_index: a label that counts 0: result 0, gradient 0. Where all K labels of a row are ignored, its other
+            results are 0 too, and its argmax is -1.
+        return_entropy: also return the entropy of each row, from the same pass, as with the next three.
+        return_logsumexp: also return the logsumexp of logits / temperature, as a z-loss takes it.
+        return_argmax: also return the first column that holds the maximum: its equality with the label is the accuracy.
+        return_sum_p_squared: also return the sum of all squared probabilities.
         masked_logits: whole regions of the vocabulary are -inf, as top-k and top-p filtering leave them.
         inplace_backward: write the gradient over `logits`, which saves its memory. Nothing else may need their values
             by then: whoever saved them for its own backward gets autograd's error (a second slice of the same tensor
@@ -80,10 +78,11 @@ def log_probs_from_logits(
             fuse. Under other dispatch modes (such as a counter of operations) "auto" is eager.
 
     Returns:
-        [...] (or [..., K]) log-probabilities in nats, never positive, differentiable in `logits` once; with
-        `return_entropy` a `LogProbs`, whose entropy [...] is never negative and differentiable too. Rows that are all
-        -inf, or hold NaN or +inf, are NaN. On an accelerator, and while tracing, no value is looked at: a label outside
-        [0, V) or a temperature that is not > 0 makes its row NaN.
+        [...] (or [..., K]) log-probabilities in nats, never positive, differentiable in `logits` once. With any
+        `return_...=True` a `LogProbs`, which unpacks into what was asked for: the entropy, never negative, and the
+        logsumexp are differentiable too; argmax, in int64, and the sum are not. Rows that are all -inf, or hold NaN or
+        +inf, are NaN, their argmax -1. On an accelerator, and while tracing, no value is looked at: a label outside
+        [0, V) or a temperature that is not > 0 makes its row so.
 
     Raises:
         InputError: shapes, dtypes, devices, labels or temperature do not fit together.
@@ -95,6 +94,7 @@ def log_probs_from_logits(
     out_dtype = checked_out_dtype(logits, out_dtype)
     if backend != "auto" and backend not in backends():
         get_backend(backend)  # raises
+    wanted = Wanted(return_entropy, return_logsumexp, return_argmax, return_sum_p_squared)
     serving: ForwardBackward
     has_values = not is_traced(logits)
     if not has_values:
@@ -102,7 +102,7 @@ def log_probs_from_logits(
     else:
         if inplace_backward:
             check_not_leaf(logits)
-        problem = problem_of(logits, labels, temperature, return_entropy, masked_logits, inplace_backward, out_dtype)
+        problem = problem_of(logits, labels, temperature, wanted, masked_logits, inplace_backward, out_dtype)
         serving = Auto(problem, logits) if backend == "auto" else _named(backend, problem)
     log_probs, *others = compute(
         serving,
@@ -110,14 +110,16 @@ def log_probs_from_logits(
         labels,
         temperature,
         ignore_index=int(ignore_index),
-        wanted=Wanted(entropy=return_entropy),
+        wanted=wanted,
         inplace_backward=inplace_backward,
     )
     if has_values and logits.is_cpu and is_nan(log_probs):
         check_values(logits, labels, temperature, ignore_index)
     if log_probs.dtype != out_dtype:
         log_probs = log_probs.to(out_dtype)
-    return LogProbs(log_probs, others[0].to(out_dtype)) if others else log_probs
+    if not others:
+        return log_probs
+    return log_probs_with(wanted, log_probs, *(in_dtype(result, out_dtype) for result in others))
 
 
 def cross_entropy_from_logits(
@@ -176,18 +178,15 @@ def entropy_from_logits(
     Arguments and errors are those of `log_probs_from_logits`. A token of probability 0 counts 0.
     """
     check_logits(logits)
-    _, entropy = cast(
-        LogProbs,
-        log_probs_from_logits(
-            logits,
-            torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device),
-            temperature=temperature,
-            return_entropy=True,
-            masked_logits=masked_logits,
-            inplace_backward=inplace_backward,
-            out_dtype=out_dtype,
-            backend=backend,
-        ),
+    _, entropy = log_probs_from_logits(
+        logits,
+        torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device),
+        temperature=temperature,
+        return_entropy=True,
+        masked_logits=masked_logits,
+        inplace_backward=inplace_backward,
+        out_dtype=out_dtype,
+        backend=backend,
     )
     return entropy
 
@@ -198,6 +197,9 @@ def tune(
     *,
     temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
+    return_logsumexp: bool = False,
+    return_argmax: bool = False,
+    return_sum_p_squared: bool = False,
     masked_logits: bool = False,
     inplace_backward: bool = False,
     out_dtype: torch.dtype | None = torch.float32,
@@ -213,7 +215,7 @@ def tune(
     Args:
         problems_or_logits: problems; or logits, whose shape, layout and options count, not their values. A problem with
             flat rows of an odd V is taken as not aligned, whatever it says.
-        labels: with logits: as for `log_probs_from_logits`, whose options the next five are.
+        labels: with logits: as for `log_probs_from_logits`, whose options the next eight are.
         device: with problems: where to measure; by default the current device of their type.
         budget_s: seconds for the rounds of each problem, by default 20, after it was compiled and checked; N shrinks
             where they would take longer.
@@ -239,8 +241,9 @@ def tune(
                 f"got logits {got}; logits and labels on the device to measure, or problems, are valid. "
                 "Pass tune(logits, labels)."
             )
+        wanted = Wanted(return_entropy, return_logsumexp, return_argmax, return_sum_p_squared)
         problem = _problem_posed(
-            problems_or_logits, labels, temperature, return_entropy, masked_logits, inplace_backward, out_dtype
+            problems_or_logits, labels, temperature, wanted, masked_logits, inplace_backward, out_dtype
         )
         return [problem], problems_or_logits.device
 
@@ -259,6 +262,9 @@ def explain(
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    return_logsumexp: bool = False,
+    return_argmax: bool = False,
+    return_sum_p_squared: bool = False,
     masked_logits: bool = False,
     inplace_backward: bool = False,
     out_dtype: torch.dtype | None = torch.float32,
@@ -271,8 +277,9 @@ def explain(
     Returns:
         An `Explanation`: `str()` for people, `.to_dict()` for programs.
     """
+    wanted = Wanted(return_entropy, return_logsumexp, return_argmax, return_sum_p_squared)
     problem = _problem_posed(
-        logits, labels, temperature, return_entropy, masked_logits, inplace_backward, out_dtype, ignore_index
+        logits, labels, temperature, wanted, masked_logits, inplace_backward, out_dtype, ignore_index
     )
     return explain_problem(problem, logits.device, policy())
 
@@ -307,7 +314,7 @@ def _problem_posed(
     logits: Tensor,
     labels: Tensor,
     temperature: float | Tensor,
-    return_entropy: bool,
+    wanted: Wanted,
     masked_logits: bool,
     inplace_backward: bool,
     out_dtype: torch.dtype | None,
@@ -322,7 +329,7 @@ def _problem_posed(
         logits,
         labels,
         temperature,
-        return_entropy,
+        wanted,
         masked_logits,
         inplace_backward,
         checked_out_dtype(logits, out_dtype),
@@ -362,7 +369,7 @@ def problem_of(
     logits: Tensor,
     labels: Tensor,
     temperature: float | Tensor,
-    entropy: bool = False,
+    wanted: Wanted = PLAIN,
     masked_logits: bool = False,
     inplace_backward: bool = False,
     out_dtype: torch.dtype = torch.float32,
@@ -380,10 +387,7 @@ def problem_of(
         out_dtype,
         labels.shape[-1] if labels.ndim == len(shape) else 1,
         needs_grad,
-        entropy,
-        False,
-        False,
-        False,
+        *wanted,
         kind,
         masked_logits,
         inplace_backward and needs_grad,

@@ -89,10 +89,10 @@ class Compiled(Backend):
             return "computes in float32; float64 logits are for eager"
         if _is_disabled():
             return "torch.compile is disabled here: unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE"
-        if problem.device_type == "cpu":
-            return _why_no_cpp_compiler()
-        if problem.device_type == "cuda":
-            return _why_no_triton()
+        if problem.logsumexp or problem.argmax or problem.sum_p_squared:
+            return "computes log-probabilities and their entropy alone"
+        if problem.device_type in ("cpu", "cuda"):
+            return _why_no_cpp_compiler() if problem.device_type == "cpu" else _why_no_triton()
         return f"is not tested on {problem.device_type}"
 
     def is_warm(self, problem: Problem) -> bool:

@@ -34,8 +34,8 @@ class Case:
     """Holds NaN or infinities."""
     ignored: float = 0.2
     """The share of rows whose labels are all ignored."""
-    through_entropy: bool = True
-    """Whether, where there is an entropy, a gradient comes through it."""
+    through_others: bool = True
+    """Whether a gradient comes through the entropy and the logsumexp, where there are any."""
     first_column_is_a_label: bool = False
     """Of every second row: the column that `fill` does something special to."""
 
@@ -55,10 +55,12 @@ def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
     bottom = max(1, next(n for n in range(top, 0, -1) if n == 1 or bucket(problem._replace(rows=n - 1)).rows < top))
     most = [
         Case("normal", few),
-        Case("shifted up by 1e4", few, lambda x_NV, _: x_NV.add_(1e4), through_entropy=False),
+        Case("shifted up by 1e4", few, lambda x_NV, _: x_NV.add_(1e4), through_others=False),
         Case("one dominant logit", few, _dominate, ignored=0.0, first_column_is_a_label=True),
         Case("-inf and NaN", few, _special, special=True, ignored=0.0, first_column_is_a_label=True),
     ]
+    if problem.argmax:
+        most.append(Case("equal maxima", few, _equal_maxima, through_others=False))
     if not foreign:
         # In the last column of every second row, which is a label of row 1.
         most.append(Case("+inf", few, lambda x_NV, _: x_NV[1::2, -1].fill_(torch.inf), special=True, ignored=0.0))
@@ -69,13 +71,13 @@ def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
         return most
     return [
         Case("no rows", 0),
-        Case("one row", 1, ignored=0.0, through_entropy=False),
+        Case("one row", 1, ignored=0.0, through_others=False),
         *most,
         Case("shifted down by 1e4", few, lambda x_NV, _: x_NV.sub_(1e4)),
-        Case("all equal", few, lambda x_NV, _: x_NV.copy_(x_NV[:, :1].clone()), through_entropy=False),
+        Case("all equal", few, lambda x_NV, _: x_NV.copy_(x_NV[:, :1].clone()), through_others=False),
         Case("wide", few, lambda x_NV, _: x_NV.mul_(20.0)),
         *([Case("strided and misaligned", few, strided=True)] if foreign else []),
-        *(Case(f"{n} rows", n, through_entropy=n == top) for n in dict.fromkeys((bottom, top)) if n not in (1, few)),
+        *(Case(f"{n} rows", n, through_others=n == top) for n in dict.fromkeys((bottom, top)) if n not in (1, few)),
     ]
 
 
@@ -85,6 +87,14 @@ def _dominate(x_NV: Tensor, generator: torch.Generator) -> None:
     rows = torch.arange(len(x_NV), device=device)
     columns = torch.randint(x_NV.shape[1], rows.shape, generator=generator, device=device).masked_fill(rows % 2 == 1, 0)
     x_NV[rows, columns] += 20.0 + 80.0 * torch.rand(rows.shape, generator=generator, device=device)
+
+
+def _equal_maxima(x_NV: Tensor, generator: torch.Generator) -> None:
+    """The maximum in several columns, far apart in one row and side by side in the next."""
+    rows, vocab = x_NV.shape
+    columns = torch.randint(vocab, (rows, 3), generator=generator, device=x_NV.device)
+    columns[1::2] = (columns[1::2, :1] + torch.arange(3, device=x_NV.device)).clamp(max=vocab - 1)
+    x_NV.scatter_(-1, columns, x_NV.amax(-1, keepdim=True).expand(-1, 3))
 
 
 def _special(x_NV: Tensor, generator: torch.Generator) -> None:
@@ -166,6 +176,8 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether all numbers are equal in every bit, and NaN stands where NaN stands."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
+    if not left.is_floating_point():
+        return torch.equal(left, right)
     return _same_memory(*(x.detach().masked_fill(x.isnan(), torch.nan).contiguous() for x in (left, right)))
 
 

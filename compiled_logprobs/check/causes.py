@@ -18,7 +18,7 @@ from compiled_logprobs.check.cases import IGNORE_INDEX
 from compiled_logprobs.check.function import CALL, Function
 from compiled_logprobs.check.readings import CLOSE, COARSELY, LOSS, TOLERANCES, imprecision, log_probs_of, read, same
 from compiled_logprobs.errors import nothing_can_serve_after
-from compiled_logprobs.problem import Problem, short_name
+from compiled_logprobs.problem import RESULTS, Problem, short_name
 
 NUMBER_A_TOKEN = "a number a token is expected, as torch's losses give with reduction='none'"
 ROWS = 12
@@ -94,7 +94,7 @@ class _Got(NamedTuple):
         first = self.first()
         return first.detach().double().reshape(-1) if first is not None and first.numel() == len(self.model) else None
 
-    def entropy(self) -> Tensor | None:
+    def other(self) -> Tensor | None:
         """What is returned beside the log-probabilities, if it is a number a row."""
         pair = self.result if isinstance(self.result, tuple) and len(self.result) == 2 else (None, None)
         return pair[1] if isinstance(pair[1], Tensor) and pair[1].shape == (len(self.model),) else None
@@ -127,17 +127,18 @@ class _Probe:
         shape = ROWS, self.problem.vocab
         return (3.0 * torch.randn(shape, generator=self.generator, device=self.device)).to(self.problem.dtype)
 
-    def run(self, logits: Tensor | None = None, labels: Tensor | None = None, *, entropy: bool = False) -> _Got:
-        """Call it; raises _Raised."""
+    def run(self, logits: Tensor | None = None, labels: Tensor | None = None, *, asked: str = "") -> _Got:
+        """Call it, for log-probabilities and what is asked for beside them; raises _Raised."""
         model = (self.logits if logits is None else logits).clone().requires_grad_()
         labels = self.labels if labels is None else labels
         given = model.clone()  # not a leaf, since a function may write into what a model gave it
-        result = self.call(given, labels.clone(), entropy=entropy)
+        result = self.call(given, labels.clone(), asked=asked)
         return _Got(result, given.detach(), model)
 
-    def call(self, logits: Tensor, labels: Tensor, *, entropy: bool = False) -> Any:
+    def call(self, logits: Tensor, labels: Tensor, *, asked: str = "") -> Any:
         """What it returns, as it is; raises _Raised."""
-        problem = self.problem._replace(entropy=entropy)
+        results: dict[str, Any] = {name: name == asked for name in RESULTS}
+        problem = self.problem._replace(**results)
         try:
             return self.function.returned(logits, labels.unsqueeze(-1), self.temperature, problem)
         except (Exception, SystemExit) as error:  # whatever a function raises is what is looked into here
@@ -304,8 +305,8 @@ def _about_gradient(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
 def _about_entropy(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     if not probe.problem.entropy or not failed & (ENTROPY | {"gradient_flows"}):
         return
-    got = probe.run(entropy=True)
-    entropy, x = got.entropy(), got.model.detach().double()
+    got = probe.run(asked="entropy")
+    entropy, x = got.other(), got.model.detach().double()
     if entropy is None:
         return
     if "gradient_flows" in failed and not entropy.requires_grad:
@@ -324,7 +325,7 @@ def _about_ignored(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     rows, ignored = probe.run(labels=probe.some_ignored).rows(), probe.some_ignored == IGNORE_INDEX
     remedy = "Mask them, or check with --no-ignore-index"
     if probe.problem.entropy:
-        entropy = probe.run(labels=probe.some_ignored, entropy=True).entropy()
+        entropy = probe.run(labels=probe.some_ignored, asked="entropy").other()
         if entropy is not None and bool((entropy[ignored] != 0).any()):
             yield f"does not give an entropy of 0 for labels of {IGNORE_INDEX}. {remedy}"
     if rows is None:
@@ -348,7 +349,7 @@ def _about_nan(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     logits[2, probe.labels[2]] = -math.inf
     if probe.raises(logits, probe.labels):
         return
-    entropy = probe.run(logits, entropy=True).entropy() if probe.problem.entropy else None
+    entropy = probe.run(logits, asked="entropy").other() if probe.problem.entropy else None
     if entropy is not None and bool(entropy[2].isnan()):
         yield "gives NaN as the entropy where a logit is -inf: 0 times infinity, which has to count 0"
     rows = probe.run(logits).rows()

@@ -15,12 +15,14 @@ from compiled_logprobs.backends import get_backend, require_backend, why_not
 from compiled_logprobs.check.cases import IGNORE_INDEX
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.operation.autograd import compute
-from compiled_logprobs.operation.contract import wanted_by
-from compiled_logprobs.problem import Problem
+from compiled_logprobs.operation.contract import Wanted, in_dtype, wanted_by
+from compiled_logprobs.problem import RESULTS, Problem
 
 Returns = Literal["log_prob", "loss"]
 """What the numbers that a function returns are: log-probabilities, or losses, which are minus that."""
-OPTIONS = ("temperature", "ignore_index", "return_entropy", "masked_logits", "inplace_backward", "out_dtype")
+RETURNS = {f"return_{name}": name for name in RESULTS}
+"""Fields of a problem by the options that ask for them."""
+OPTIONS = ("temperature", "ignore_index", *RETURNS, "masked_logits", "inplace_backward", "out_dtype")
 """What a call may name beside f, logits and labels."""
 
 CALL = "--call"
@@ -61,14 +63,15 @@ class Function:
     def within(self, problem: Problem) -> Problem:
         """`problem` without the options that the function does not have."""
         has = self._options
+        asked: dict[str, Any] = {name: getattr(problem, name) and option in has for option, name in RETURNS.items()}
         return problem._replace(
             temperature=problem.temperature if "temperature" in has else "none",
-            entropy=problem.entropy and "return_entropy" in has,
             masked_logits=problem.masked_logits and "masked_logits" in has,
             inplace_backward=problem.inplace_backward and "inplace_backward" in has,
             out_dtype=problem.out_dtype if "out_dtype" in has else torch.float32,
             labels_per_row=1,
             layout="rows" if problem.layout == "slice" else problem.layout,
+            **asked,
         )
 
     def default_problems(self, plain: Problem) -> list[Problem]:
@@ -76,7 +79,7 @@ class Function:
         problems = []
         for dtype in (torch.float32, torch.bfloat16):
             bare = plain._replace(dtype=dtype)
-            rich = self.within(bare._replace(entropy=True, temperature="number", masked_logits=True))
+            rich = self.within(with_all_results(bare)._replace(temperature="number", masked_logits=True))
             in_place = self.within(bare._replace(inplace_backward=True))
             problems += list(dict.fromkeys((bare, rich, in_place)))
         return problems
@@ -85,16 +88,17 @@ class Function:
         """What it returns for labels [N, 1], with log-probabilities [N, 1] where that can be."""
         result = self.returned(logits, labels, temperature, problem)
         parts = tuple(result) if isinstance(result, tuple) else (result,)
-        if not all(isinstance(part, Tensor) for part in parts) or len(parts) > 2:
+        if not all(isinstance(part, Tensor) for part in parts) or len(parts) > 1 + len(RESULTS):
             return result
-        log_probs, *entropy = parts
+        log_probs, *others = parts
         log_probs = log_probs if self.returns == "log_prob" else 0.0 - log_probs  # no -0 of an ignored label's 0
-        return (log_probs.unsqueeze(-1), *entropy) if entropy else log_probs.unsqueeze(-1)
+        return (log_probs.unsqueeze(-1), *others) if others else log_probs.unsqueeze(-1)
 
     def returned(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, problem: Problem) -> Any:
         """What it returns for labels [N, 1], as it is, but for a batch dimension that a given call has added."""
         values = {"f": self._function, "logits": logits, "labels": labels.squeeze(-1), "temperature": temperature}
-        values |= {"ignore_index": IGNORE_INDEX, "return_entropy": problem.entropy}
+        values |= {"ignore_index": IGNORE_INDEX}
+        values |= {option: getattr(problem, name) for option, name in RETURNS.items()}
         values |= {name: getattr(problem, name) for name in ("masked_logits", "inplace_backward", "out_dtype")}
         result = eval(self._code, values)
         if not self._may_batch:
@@ -105,6 +109,11 @@ class Function:
         """The same function, called with these expressions in the places of logits and labels."""
         call = _Instead({"logits": logits, "labels": labels}).visit(_parsed(self.call))
         return Function(self._function, ast.unparse(call), self.returns)
+
+
+def with_all_results(problem: Problem) -> Problem:
+    """`problem` with everything asked for that a call can return."""
+    return problem._replace(**dict.fromkeys(RESULTS, True))  # type: ignore[arg-type]  # all of them are switches
 
 
 def _without_batch(part: Any) -> Any:
@@ -196,7 +205,7 @@ class NamedBackend:
         problems = []
         for bare in (plain, plain._replace(dtype=torch.bfloat16, layout="rows", aligned=False)):
             tempered = bare._replace(temperature="number")
-            richest_first = (tempered._replace(entropy=True), tempered, bare)
+            richest_first = (with_all_results(tempered), tempered._replace(entropy=True), tempered, bare)
             problems += [problem for problem in richest_first if why_not(self.name, problem) is None][:1]
         if not problems:
             require_backend(self.name, plain)  # raises
@@ -212,15 +221,25 @@ class NamedBackend:
             wanted=wanted_by(problem),
             inplace_backward=problem.inplace_backward,
         )
-        returned = tuple(result.to(problem.out_dtype) for result in results)
-        return returned if problem.entropy else returned[0]
+        returned = tuple(in_dtype(result, problem.out_dtype) for result in results)
+        return returned if len(returned) > 1 else returned[0]
 
     def as_function(self, problem: Problem) -> Callable[..., Any]:
         """The same as a function of logits [N, V] and labels [N], with the options that `problem` has."""
 
-        def function(logits: Tensor, labels: Tensor, temperature: float = 1.0, return_entropy: bool = False) -> Any:
-            result = self(logits, labels.unsqueeze(-1), temperature, problem._replace(entropy=return_entropy))
-            return (result[0].squeeze(-1), result[1]) if isinstance(result, tuple) else result.squeeze(-1)
+        def function(
+            logits: Tensor,
+            labels: Tensor,
+            temperature: float = 1.0,
+            return_entropy: bool = False,
+            return_logsumexp: bool = False,
+            return_argmax: bool = False,
+            return_sum_p_squared: bool = False,
+        ) -> Any:
+            wanted = Wanted(return_entropy, return_logsumexp, return_argmax, return_sum_p_squared)
+            asked = problem._replace(**wanted._asdict())
+            result = self(logits, labels.unsqueeze(-1), temperature, asked)
+            return (result[0].squeeze(-1), *result[1:]) if isinstance(result, tuple) else result.squeeze(-1)
 
         return function
 

@@ -16,15 +16,20 @@ from compiled_logprobs.problem import Problem
 
 MEANING = {
     "runs": "every call returns",
-    "result_type": "returns a tensor, or (log_probs, entropy) where the entropy is asked for",
-    "shape": "the results have the shape of the labels, the entropy that of the rows",
-    "dtype": "the results have the dtype that was asked for, the gradient that of the logits",
+    "result_type": "returns a tensor, or (log_probs, ...) with what else is asked for, in order",
+    "shape": "the log-probabilities have the shape of the labels, all else that of the rows",
+    "dtype": "the results have the dtype that was asked for (argmax int64), the gradient that of the logits",
     "log_prob_sign": "no log-probability is positive, no cross entropy negative",
     "log_prob_error": "largest error of a log-probability against float64, in nats",
     "log_prob_rmse": "root mean square error of the log-probabilities against float64, in nats",
     "entropy_sign": "no entropy is negative",
     "entropy_error": "largest error of an entropy against float64, in nats",
     "entropy_rmse": "root mean square error of the entropies against float64, in nats",
+    "logsumexp_error": "largest error of a logsumexp against float64, in nats",
+    "logsumexp_rmse": "root mean square error of the logsumexps against float64, in nats",
+    "argmax": "argmax is the first column that holds the maximum; -1 where the row is ignored or NaN",
+    "sum_p_squared_error": "largest error of a sum of squared probabilities against float64",
+    "sum_p_squared_rmse": "root mean square error of these sums against float64",
     "gradient_flows": "the results carry a gradient to the logits",
     "gradient_error": "largest error of the gradient against float64",
     "gradient_rmse": "root mean square error of the gradient against float64",
@@ -179,7 +184,7 @@ class Errors:
         return [
             Token(
                 int(n),
-                None if self.what == "entropy" else int(v),
+                int(v) if self.what in ("log_prob", "gradient") else None,
                 number(_rounded(got, 9, got)),
                 number(_rounded(true, 9, true)),
                 _rounded(off, 4),

@@ -47,9 +47,8 @@ def check_backend(
 
     Args:
         name_or_callable: a registered backend's name; or a function that takes logits [N, V], labels [N] int64 and
-            whichever of `temperature`, `ignore_index`, `return_entropy`, `masked_logits`, `inplace_backward`,
-            `out_dtype` its signature names, and returns log-probabilities [N] (with `return_entropy=True` also the
-            entropy [N]).
+            whichever of the options of `log_probs_from_logits` but `backend` its signature names, and returns
+            log-probabilities [N], with any `return_...=True` a tuple of them and what that asks for, each [N].
         problem: what to check it for; by default a few small problems in float32 and bfloat16 with what it supports.
         short: fewer inputs, for a check right before the first use.
         ignore_index: whether labels of -100 are among the inputs.
@@ -181,8 +180,7 @@ def _check_case(subject: Subject, inputs: CaseInputs, notes: Notes, generator: t
         judge(inputs, second, notes)
         if second.gradient is not None:
             earlier["gradient"] = second.gradient, second.gradient.clone()
-        pairs = [(second.log_probs, kept.log_probs), (second.entropy, kept.entropy)]
-        same = all(same_bits(left, right) for left, right in pairs if left is not None and right is not None)
+        same = all(map(same_bits, second.results, kept.results))
         notes.add("grad_mode_bits", same, "the bits differ")
     if inputs.case.name != "normal":
         return
@@ -229,8 +227,7 @@ def _check_rows_alone(
                 raise
             notes.require("runs", False, f"{count} of the rows alone: {type(error).__name__}: {error}")
         parts: tuple[Tensor, ...] = (part,) if isinstance(part, Tensor) else tuple(part)
-        among_all = [tensor[:count] for tensor in (whole.log_probs, whole.entropy) if tensor is not None]
-        same = all(map(same_bits, parts, among_all))
+        same = all(map(same_bits, parts, [result[:count] for result in whole.results]))
         notes.rows_alone.append(same)
         # A single row of strided ones lies as if it were contiguous: another problem, and perhaps another kernel.
         if subject.row_invariant and layout_of(logits[:count]) == layout_of(logits):

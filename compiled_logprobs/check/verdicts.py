@@ -4,7 +4,7 @@ Shapes: N rows, n of them compared, V vocabulary, K labels a row; R one or two l
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor
 from compiled_logprobs.check.cases import IGNORE_INDEX, Arena, Case, labels_for
 from compiled_logprobs.check.function import Function, Subject
 from compiled_logprobs.check.report import Errors, Notes, Stop
+from compiled_logprobs.decision import Kind
 from compiled_logprobs.errors import nothing_can_serve_after
+from compiled_logprobs.operation.contract import Upstream, in_dtype
 from compiled_logprobs.operation.reference import reference
-from compiled_logprobs.problem import Problem, accumulation_dtype, short_name
+from compiled_logprobs.problem import Problem, accumulation_dtype, results_of, short_name
 
 EPS = torch.finfo(torch.float32).eps
 BUDGET = 2.0
@@ -30,12 +32,25 @@ YARDSTICK_ELEMENTS = 2**22
 """How many logits tell how far plain torch is off on ordinary rows."""
 
 
+DIFFERENTIABLE = Upstream._fields
+OF_ROWS: tuple[Kind, ...] = ("entropy", "logsumexp", "sum_p_squared")
+"""Numbers that are returned one a row."""
+
+
 class Returned(NamedTuple):
     """What a call returned, and the gradient that came of it."""
 
     log_probs: Tensor
-    entropy: Tensor | None
+    entropy: Tensor | None = None
+    logsumexp: Tensor | None = None
+    argmax: Tensor | None = None
+    sum_p_squared: Tensor | None = None
     gradient: Tensor | None = None
+
+    @property
+    def results(self) -> list[Tensor]:
+        """All but the gradient, in the order in which they are returned."""
+        return [tensor for tensor in self[:-1] if tensor is not None]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Returned":
         """All of them changed so."""
@@ -57,9 +72,11 @@ class CaseInputs:
             self.temperature = float(torch.empty((), device=device).uniform_(0.5, 2.0, generator=generator))
         elif problem.temperature == "per_token":
             self.temperature = torch.empty(rows, device=device).uniform_(0.5, 2.0, generator=generator)
-        self.grad_log_probs = torch.randn(self.labels.shape, generator=generator, device=device)
-        through_entropy = problem.entropy and case.through_entropy
-        self.grad_entropy = torch.randn(rows, generator=generator, device=device) if through_entropy else None
+        self.upstream = {"log_probs": torch.randn(self.labels.shape, generator=generator, device=device)}
+        """The gradients that come from above, by the name of the result."""
+        for name in DIFFERENTIABLE[1:]:
+            if getattr(problem, name) and case.through_others:
+                self.upstream[name] = torch.randn(rows, generator=generator, device=device)
         count = math.prod(rows)
         self.sample = torch.arange(count, device=device)
         """Which rows, of N, are compared with the reference."""
@@ -76,24 +93,26 @@ class CaseInputs:
 
     def solve(self) -> None:
         """Compute the truth, and what plain torch makes of the same rows."""
-        problem, h = self.problem, self.grad_entropy
+        problem = self.problem
         logits = self.sampled(self.arena.logits, problem.vocab)
         labels = self.sampled(self.labels, problem.labels_per_row)
         t = self.row_temperature.squeeze(-1) if isinstance(self.row_temperature, Tensor) else self.row_temperature
         self.scale = row_scale(logits, self.row_temperature)
-        g = self.sampled(self.grad_log_probs, problem.labels_per_row)
-        h = None if h is None else self.sampled(h, 1).squeeze(-1)
-        upstream: dict[str, Any] = {"grad_log_probs": g, "grad_entropy": h} if problem.needs_grad else {}
+        upstream: dict[str, Any] = {}
+        if problem.needs_grad:
+            upstream = {
+                f"grad_{name}": grad.flatten(0, -2 if name == "log_probs" else -1)
+                for name, grad in self.upstream.items()
+            }
+            upstream = {name: grad[self.sample] for name, grad in upstream.items()}
         self.true = reference(logits, labels, t, ignore_index=IGNORE_INDEX, **upstream)
         # What comes from above a result has its dtype.
-        rounded = {name: None if grad is None else grad.to(problem.out_dtype) for name, grad in upstream.items()}
+        rounded = {name: grad.to(problem.out_dtype) for name, grad in upstream.items()}
         dtype = accumulation_dtype(problem.dtype)
         plain = reference(logits, labels, t, ignore_index=IGNORE_INDEX, dtype=dtype, **rounded)
-        self.plain = Returned(
-            plain.log_probs.to(problem.out_dtype),
-            plain.entropy.to(problem.out_dtype) if problem.entropy else None,
-            None if plain.gradient is None else plain.gradient.to(problem.dtype),
-        )
+        asked = {name: in_dtype(getattr(plain, name), problem.out_dtype) for name in names_of(problem)}
+        gradient = None if plain.gradient is None else plain.gradient.to(problem.dtype)
+        self.plain = Returned(**asked, gradient=gradient)
 
 
 class _NotALeaf(torch.autograd.Function):
@@ -125,10 +144,11 @@ def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradie
         with torch.set_grad_enabled(with_gradient):
             results = _typed(subject, subject(logits, labels, t, problem), inputs, notes)
         if with_gradient:
-            for what, tensor in (("log-probabilities do", results.log_probs), ("entropy does", results.entropy)):
+            for name in DIFFERENTIABLE:
+                tensor, what = getattr(results, name), "log-probabilities do" if name == "log_probs" else f"{name} does"
                 flows = tensor is None or tensor.requires_grad
                 notes.require("gradient_flows", flows, f"the {what} not require a gradient")
-            gradient = gradient_of(logits, results, inputs.grad_log_probs, inputs.grad_entropy)
+            gradient = gradient_of(logits, results, inputs.upstream)
     except Stop:
         raise
     except (Exception, SystemExit) as error:  # whatever a backend raises is its verdict
@@ -159,24 +179,30 @@ def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradie
 def _typed(subject: Subject, result: Any, inputs: CaseInputs, notes: Notes) -> Returned:
     problem = inputs.problem
     parts = tuple(result) if isinstance(result, tuple) else (result,)
-    kinds = all(isinstance(part, Tensor) for part in parts) and len(parts) == (2 if problem.entropy else 1)
+    names = names_of(problem)
+    kinds = all(isinstance(part, Tensor) for part in parts) and len(parts) == len(names)
     notes.require("result_type", kinds, f"got {', '.join(type(part).__name__ for part in parts)}")
-    expected, dtype = (inputs.labels.shape, inputs.labels.shape[:-1]), problem.out_dtype
-    for part, shape in zip(parts, expected, strict=False):
-        own = -1 if isinstance(subject, Function) and part is parts[0] else None  # which has no K labels a row
+    for name, part in zip(names, parts, strict=True):
+        of_labels = name == "log_probs"
+        shape = inputs.labels.shape if of_labels else inputs.labels.shape[:-1]
+        own = -1 if isinstance(subject, Function) and of_labels else None  # which has no K labels a row
         sizes = f"got {list(part.shape[:own])}, expected {list(shape[:own])}"
         notes.require("shape", part.shape == shape, sizes)
+        dtype = torch.int64 if name == "argmax" else problem.out_dtype
         notes.add("dtype", part.dtype == dtype, f"got {short_name(part.dtype)}, expected {short_name(dtype)}")
-    return Returned(parts[0], parts[1] if problem.entropy else None)
+    return Returned(**dict(zip(names, parts, strict=True)))
 
 
-def gradient_of(logits: Tensor, results: Returned, grad_log_probs: Tensor, grad_entropy: Tensor | None) -> Tensor:
+def names_of(problem: Problem) -> tuple[str, ...]:
+    """Of the results that a call returns, in order."""
+    return ("log_probs", *results_of(problem))
+
+
+def gradient_of(logits: Tensor, results: Returned, upstream: Mapping[str, Tensor]) -> Tensor:
     """The gradient in the logits that comes of these upstream gradients."""
-    outputs, upstream = [results.log_probs], [grad_log_probs.to(results.log_probs.dtype)]
-    if results.entropy is not None and grad_entropy is not None:
-        outputs.append(results.entropy)
-        upstream.append(grad_entropy.to(results.entropy.dtype))
-    return torch.autograd.grad(outputs, [logits], upstream)[0]
+    outputs = {name: getattr(results, name) for name in upstream}
+    gradients = [grad.to(outputs[name].dtype) for name, grad in upstream.items()]
+    return torch.autograd.grad([*outputs.values()], [logits], gradients)[0]
 
 
 def judge(inputs: CaseInputs, results: Returned, notes: Notes) -> None:
@@ -193,6 +219,8 @@ def judge(inputs: CaseInputs, results: Returned, notes: Notes) -> None:
     if results.entropy is not None:
         smallest = float(results.entropy.nan_to_num(nan=1.0).min()) if results.entropy.numel() else 0.0
         notes.add("entropy_sign", smallest >= 0.0, f"smallest entropy {smallest:.4g}", -smallest)
+    if results.argmax is not None:
+        _judge_argmax(inputs, results.argmax, notes)
     if results.gradient is not None:
         gradient = inputs.sampled(results.gradient, problem.vocab)
         all_ignored = inputs.sampled(ignored, problem.labels_per_row).all(-1)
@@ -220,17 +248,21 @@ def _errors(inputs: CaseInputs, results: Returned) -> Iterator[tuple[Errors, Ten
     errors = Errors("log_prob", log_probs, true.log_probs, kept, inputs.sample, labels)
     yield errors, plain.log_probs, at_least_the_largest(errors)
     kept_rows = kept.any(-1, keepdim=True)
-    if results.entropy is not None and plain.entropy is not None:
-        entropy = inputs.sampled(results.entropy, 1)
-        errors = Errors("entropy", entropy, true.entropy[:, None], kept_rows, inputs.sample)
-        yield errors, plain.entropy[:, None], at_least_the_largest(errors)
+    for name in OF_ROWS:
+        if (result := getattr(results, name)) is None:
+            continue
+        errors = Errors(name, inputs.sampled(result, 1), getattr(true, name)[:, None], kept_rows, inputs.sample)
+        # A sum of squares is off by twice what its logarithms are, relative to itself.
+        scale = 2 * x_scale * errors.truth if name == "sum_p_squared" else at_least_the_largest(errors)
+        yield errors, getattr(plain, name)[:, None], scale
     if results.gradient is not None and plain.gradient is not None and true.gradient is not None:
         gradient = inputs.sampled(results.gradient, problem.vocab)
         # Of a row that is NaN, logsumexp's own gradient is NaN in some places only; that is warning enough.
         gradient = gradient.masked_fill(gradient.isnan().any(-1, keepdim=True), torch.nan)
-        upstream = inputs.sampled(inputs.grad_log_probs, problem.labels_per_row).abs().sum(-1, keepdim=True)
-        if inputs.grad_entropy is not None:
-            upstream = upstream + inputs.sampled(inputs.grad_entropy, 1).abs() * (1 + math.log(problem.vocab))
+        upstream = inputs.sampled(inputs.upstream["log_probs"], problem.labels_per_row).abs().sum(-1, keepdim=True)
+        for name, factor in (("entropy", 1 + math.log(problem.vocab)), ("logsumexp", 1)):
+            if name in inputs.upstream:
+                upstream = upstream + inputs.sampled(inputs.upstream[name], 1).abs() * factor
         scale = x_scale * (upstream / inputs.row_temperature)
         yield Errors("gradient", gradient, true.gradient, kept_rows, inputs.sample), plain.gradient, scale.double()
 
@@ -283,13 +315,22 @@ def row_scale(logits: Tensor, temperature: float | Tensor) -> Tensor:
     return (largest / temperature).clamp(min=1.0)
 
 
+def _judge_argmax(inputs: CaseInputs, argmax: Tensor, notes: Notes) -> None:
+    """Every row, exactly: of equal maxima the first one counts."""
+    got, true = inputs.sampled(argmax, 1).squeeze(-1), inputs.true.argmax
+    wrong = (got != true).nonzero()
+    row = int(wrong[0]) if len(wrong) else 0
+    detail = f"row {int(inputs.sample[row])}: got {int(got[row])}, expected {int(true[row])}" if len(wrong) else ""
+    notes.add("argmax", not len(wrong), detail)
+
+
 def _judge_gradient_sign(inputs: CaseInputs, gradient: Tensor, notes: Notes) -> None:
     """In the direction of the upstream gradient, where all of it comes from one label a row."""
-    if inputs.case.special or inputs.grad_entropy is not None or inputs.problem.labels_per_row != 1:
+    if inputs.case.special or len(inputs.upstream) > 1 or inputs.problem.labels_per_row != 1:
         return
     vocab = inputs.problem.vocab
     gradient = gradient.float()
-    upstream, labels = inputs.sampled(inputs.grad_log_probs, 1), inputs.sampled(inputs.labels, 1)
+    upstream, labels = inputs.sampled(inputs.upstream["log_probs"], 1), inputs.sampled(inputs.labels, 1)
     kept = (labels != IGNORE_INDEX).squeeze(-1)
     gradient, upstream, labels = gradient[kept], upstream[kept], labels[kept]
     if not len(gradient):

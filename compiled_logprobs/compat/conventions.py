@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from compiled_logprobs import LogProbs, entropy_from_logits, log_probs_from_logits
+from compiled_logprobs import entropy_from_logits, log_probs_from_logits
 from compiled_logprobs.arguments import NO_LABEL, check_not_leaf
 from compiled_logprobs.errors import InputError
 
@@ -22,8 +22,15 @@ def gathered_log_probs(logits: Tensor, labels: Tensor, **options: Any) -> Tensor
 
 def gathered_log_probs_and_entropy(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """As `gathered_log_probs`, with the entropy of each row from the same pass."""
-    both = cast(LogProbs, log_probs_from_logits(logits, labels, ignore_index=NO_LABEL, return_entropy=True, **options))
-    return both.log_probs, both.entropy
+    log_probs, entropy = log_probs_from_logits(logits, labels, ignore_index=NO_LABEL, return_entropy=True, **options)
+    return log_probs, entropy
+
+
+def sum_p_squared(logits: Tensor, **options: Any) -> Tensor:
+    """Sum of the squared probabilities of each row, without a gradient."""
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    _, result = log_probs_from_logits(logits, labels, ignore_index=NO_LABEL, return_sum_p_squared=True, **options)
+    return result
 
 
 def overwriting_log_probs(logits: Tensor, labels: Tensor, inplace_backward: bool) -> Tensor:

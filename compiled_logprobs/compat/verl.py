@@ -55,13 +55,14 @@ def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) ->
 def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
     """Sum of the squared probabilities of each row of `logits` [..., V], [...] in their dtype, differentiable.
 
-    At temperature 1/2 the probability of y is q(y) = p(y)^2 / sum, so the sum is exp(2 log p(y) - log q(y)) for any
-    y. The most likely y is taken, for which both logarithms are smallest.
+    Where a gradient is needed: at temperature 1/2 the probability of y is q(y) = p(y)^2 / sum, so the sum is
+    exp(2 log p(y) - log q(y)) for any y. The most likely y is taken, for which both logarithms are smallest.
     """
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return conventions.sum_p_squared(logits, out_dtype=None)
     labels = logits.detach().argmax(-1)
     dtype = conventions.at_least_float32(logits)
-    # Widened for a gradient: the two gradients nearly cancel, so they are rounded after their sum.
-    x = logits.to(dtype) if logits.requires_grad else logits
+    x = logits.to(dtype)  # the two gradients nearly cancel, so they are rounded after their sum
     log_p = conventions.log_probs(x, labels, out_dtype=dtype)
     log_q = conventions.log_probs(x, labels, temperature=0.5, out_dtype=dtype)
     return torch.exp(2 * log_p - log_q).to(logits.dtype)

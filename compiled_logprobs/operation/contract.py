@@ -59,6 +59,11 @@ class Results(NamedTuple):
     """[...]: the sum of the squares of the probabilities."""
 
 
+def in_dtype(result: Tensor, dtype: torch.dtype) -> Tensor:
+    """A result as it is returned to a caller who asked for `dtype`: a column stays an integer."""
+    return result.to(dtype) if result.is_floating_point() else result
+
+
 class Upstream(NamedTuple):
     """The gradients that come from above, contiguous, in the accumulation dtype; None where none comes."""
 

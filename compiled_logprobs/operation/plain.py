@@ -6,26 +6,38 @@ Shapes: ... leading dimensions (rows), V vocabulary, K labels a row.
 import torch
 from torch import Tensor
 
+from compiled_logprobs.operation.autograd import PLAIN
+from compiled_logprobs.operation.contract import Wanted
 from compiled_logprobs.operation.formula import per_row
 from compiled_logprobs.problem import Problem, accumulation_dtype
 
 
-def plain(logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> tuple[Tensor, ...]:
-    """Log-probabilities [..., K], and the entropy [...] if asked for.
+def plain(logits: Tensor, labels: Tensor, temperature: float | Tensor, *, wanted: Wanted = PLAIN) -> tuple[Tensor, ...]:
+    """Log-probabilities [..., K], and what is wanted beside them, [...], in order.
 
     Args:
         logits: [..., V].
         labels: [..., K] int64 in [0, V).
         temperature: a number, or a tensor [...].
-        entropy: whether to compute the entropy.
+        wanted: what else to compute; as elsewhere, only the entropy and the logsumexp carry a gradient.
     """
     x = logits.to(accumulation_dtype(logits.dtype))
     if isinstance(temperature, Tensor) or temperature != 1.0:
         x = x / per_row(temperature)
+    of_x = []
+    if wanted.logsumexp:
+        of_x.append(x.logsumexp(-1))
+    if wanted.argmax:
+        of_x.append(x.argmax(-1))
     log_p = torch.log_softmax(x, -1)
     del x  # memory is what this takes most of
-    log_probs = log_p.gather(-1, labels)
-    return (log_probs, -(log_p.exp() * log_p).sum(-1)) if entropy else (log_probs,)
+    results = [log_p.gather(-1, labels)]
+    if wanted.entropy:
+        results.append(-(log_p.exp() * log_p).sum(-1))
+    results += of_x
+    if wanted.sum_p_squared:
+        results.append(log_p.detach().exp().square_().sum(-1))
+    return tuple(results)
 
 
 def bytes_of_plain(problem: Problem) -> int:

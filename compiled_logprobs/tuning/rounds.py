@@ -23,7 +23,7 @@ from compiled_logprobs.decision import PLAIN
 from compiled_logprobs.errors import is_out_of_memory
 from compiled_logprobs.machine import clock
 from compiled_logprobs.operation.autograd import compute
-from compiled_logprobs.operation.contract import wanted_by
+from compiled_logprobs.operation.contract import Upstream, in_dtype, wanted_by
 from compiled_logprobs.operation.plain import bytes_of_plain, plain
 from compiled_logprobs.problem import Problem
 
@@ -53,7 +53,7 @@ STATE: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
 """What a candidate must leave as it was: how to get it, and how to set it."""
 
 Forward = Callable[[Tensor, Tensor, float | Tensor], tuple[Tensor, ...]]
-"""Logits, labels, temperature -> log-probabilities, entropy."""
+"""Logits, labels, temperature -> log-probabilities, and what else is wanted."""
 
 
 @dataclass
@@ -211,7 +211,7 @@ class Measurement:
     def _forward(self, name: str) -> Forward:
         wanted, inplace = wanted_by(self.problem), self.problem.inplace_backward
         if name == PLAIN:
-            return partial(plain, entropy=wanted.entropy)
+            return partial(plain, wanted=wanted)
         return partial(compute, self._candidates[name], wanted=wanted, inplace_backward=inplace)
 
 
@@ -235,10 +235,10 @@ class _Inputs:
             self._temperature = 0.7
         elif problem.temperature == "per_token":
             self._temperature = torch.empty(rows).uniform_(0.5, 1.5, generator=generator).to(device)
-        upstream = [torch.randn(labels[0].shape, generator=generator)]
-        if problem.entropy:
-            upstream.append(torch.randn(rows, generator=generator))
-        self._upstream = [gradient.to(device, problem.out_dtype) for gradient in upstream]
+        upstream = {"log_probs": torch.randn(labels[0].shape, generator=generator)}
+        others = [name for name in Upstream._fields if getattr(problem, name, False)]
+        upstream |= {name: torch.randn(rows, generator=generator) for name in others}
+        self._upstream = {name: gradient.to(device, problem.out_dtype) for name, gradient in upstream.items()}
 
     def what_is_wrong(self, index: int, results: list[Tensor], gradients: tuple[Tensor, ...]) -> str | None:
         """The same of what `call(..., index)` returned, looked at in a few rows; None if nothing is."""
@@ -259,9 +259,11 @@ class _Inputs:
         def call() -> tuple[list[Tensor], tuple[Tensor, ...]]:
             with torch.set_grad_enabled(problem.needs_grad):
                 parts = forward(logits, labels, self._temperature)
-                results = [part.to(problem.out_dtype) for part in parts]
-            gradients = torch.autograd.grad(results, [logits], self._upstream) if problem.needs_grad else ()
-            return results, gradients
+                results = [in_dtype(part, problem.out_dtype) for part in parts]
+            if not problem.needs_grad:
+                return results, ()
+            differentiable = [result for result in results if result.requires_grad]
+            return results, torch.autograd.grad(differentiable, [logits], [*self._upstream.values()])
 
         return call
 

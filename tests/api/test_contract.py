@@ -14,6 +14,7 @@ from compiled_logprobs.backends import get_backend
 from compiled_logprobs.operation.autograd import PlainFormula, compute
 from compiled_logprobs.operation.contract import Wanted
 from compiled_logprobs.operation.reference import reference
+from compiled_logprobs.problem import RESULTS, Problem
 
 EPS = torch.finfo(torch.float32).eps
 RELAXED = settings(
@@ -26,10 +27,10 @@ class Call:
     logits: Tensor
     labels: Tensor
     temperature: float | Tensor
-    entropy: bool
+    wanted: Wanted
     ignore_index: int
-    grad_log_probs: Tensor | None
-    grad_entropy: Tensor | None
+    upstream: dict[str, Tensor]
+    """By the name of the result; at least one."""
     inplace: bool
 
 
@@ -58,7 +59,7 @@ def calls(
     max_dims=3,
     max_labels=3,
     temperatures=("number", "per token"),
-    entropies=(False, True),
+    results=("entropy", "logsumexp", "argmax", "sum_p_squared"),
     inplaces=(False, True),
 ):
     torch.manual_seed(draw(st.integers(0, 2**31 - 1)))
@@ -88,19 +89,16 @@ def calls(
         temperature = (torch.rand(rows[::-1]) * 2 + 0.1).permute(tuple(reversed(range(len(rows)))))
         bad = draw(st.sampled_from([0.0, -1.0, math.nan, math.inf, 1.0]))
         temperature = torch.where(torch.rand(rows) < 0.1, bad, temperature)
-    entropy = draw(st.sampled_from(entropies))
-    through = draw(st.sampled_from(["both", "log_probs", "entropy"] if entropy else ["log_probs"]))
-    upstream = st.sampled_from([0.0, 1.0, 10.0])
-    return Call(
-        logits,
-        labels,
-        temperature,
-        entropy,
-        ignore_index,
-        torch.randn(k, *rows).movedim(0, -1) * draw(upstream) if through != "entropy" else None,
-        torch.randn(rows) * draw(upstream) if through != "log_probs" else None,
-        draw(st.sampled_from(inplaces)),
-    )
+    wanted = Wanted(**{name: draw(st.booleans()) for name in results})
+    differentiable = ["log_probs", *(name for name in ("entropy", "logsumexp") if getattr(wanted, name))]
+    through = draw(st.sets(st.sampled_from(differentiable), min_size=1))
+    upstream = {
+        name: (torch.randn(k, *rows).movedim(0, -1) if name == "log_probs" else torch.randn(rows))
+        * draw(st.sampled_from([0.0, 1.0, 10.0]))
+        for name in differentiable
+        if name in through
+    }
+    return Call(logits, labels, temperature, wanted, ignore_index, upstream, draw(st.sampled_from(inplaces)))
 
 
 def bits(x: Tensor) -> Tensor:
@@ -124,20 +122,19 @@ def assert_close(got: Tensor, true: Tensor, tolerance: Tensor) -> None:
 def hold_against_the_reference(backend, call: Call) -> None:
     logits = call.logits.detach().requires_grad_()
     before, labels, version = bits(logits), call.labels.clone(), logits._version
-    log_probs, *others = compute(
+    log_probs, *_ = results = compute(
         backend,
         logits,
         call.labels,
         call.temperature,
         ignore_index=call.ignore_index,
-        wanted=Wanted(entropy=call.entropy),
+        wanted=call.wanted,
         inplace_backward=call.inplace,
     )
-    entropy = others[0] if others else None
+    names = ["log_probs", *(name for name, is_wanted in call.wanted._asdict().items() if is_wanted)]
+    got = dict(zip(names, results, strict=True))
     assert torch.equal(bits(logits), before)
-    g, h = call.grad_log_probs, call.grad_entropy
-    upstream = [(result, grad) for result, grad in ((log_probs, g), (entropy, h)) if grad is not None]
-    (gradient,) = torch.autograd.grad([result for result, _ in upstream], logits, [grad for _, grad in upstream])
+    (gradient,) = torch.autograd.grad([got[name] for name in call.upstream], logits, [*call.upstream.values()])
     original = before.view(logits.dtype).view(logits.shape)
     if call.inplace:
         gradient = gradient.clone()  # which lies in the memory of the logits
@@ -147,21 +144,27 @@ def hold_against_the_reference(backend, call: Call) -> None:
     assert call.inplace or logits._version == version
     with torch.no_grad():
         again, *_ = compute(backend, logits, call.labels, call.temperature, ignore_index=call.ignore_index)
-    assert torch.equal(bits(again), bits(log_probs))  # with and without gradient, and with and without entropy
+    assert torch.equal(bits(again), bits(log_probs))  # with and without gradient, and whatever else is asked for
 
-    options = {"ignore_index": call.ignore_index, "grad_log_probs": g, "grad_entropy": h}
+    options = {"ignore_index": call.ignore_index, **{f"grad_{name}": grad for name, grad in call.upstream.items()}}
     true = reference(original, call.labels, call.temperature, **options)
     assert not (log_probs > 0).any() and (log_probs[call.labels == call.ignore_index] == 0).all()
     t = torch.as_tensor(call.temperature, dtype=torch.float64).expand(logits.shape[:-1]).unsqueeze(-1)
     t = torch.where((t > 0) & t.isfinite(), t, 1.0)
     x_scale = (original.double().nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True) / t).clamp(min=1.0)
     assert_close(log_probs, true.log_probs, 8 * EPS * x_scale)
-    if entropy is not None:
-        assert not (entropy < 0).any()
-        assert_close(entropy.unsqueeze(-1), true.entropy.unsqueeze(-1), 8 * EPS * x_scale)
-    size = 0.0 if g is None else g.abs().sum(-1, keepdim=True).double()
-    if h is not None:  # an entropy, and so log p + entropy where p counts, is under 6 nats here
-        size = size + 6 * h.abs().unsqueeze(-1)
+    for name in set(got).intersection(("entropy", "logsumexp", "sum_p_squared")):
+        assert name == "logsumexp" or not (got[name] < 0).any()
+        truth = getattr(true, name).unsqueeze(-1)
+        size = 2 * truth.nan_to_num() if name == "sum_p_squared" else 1.0
+        assert_close(got[name].unsqueeze(-1), truth, 8 * EPS * x_scale * size)
+    assert torch.equal(got.get("argmax", true.argmax), true.argmax)
+    size = torch.zeros(())
+    # An entropy, and so log p + entropy where p counts, is under 6 nats here.
+    for name, factor in (("log_probs", 1), ("entropy", 6), ("logsumexp", 1)):
+        if name in call.upstream:
+            grad = call.upstream[name].double().abs()
+            size = size + factor * (grad.sum(-1, keepdim=True) if name == "log_probs" else grad.unsqueeze(-1))
     info = torch.finfo(gradient.dtype)
     rounding = info.eps * true.gradient.nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True) + info.tiny * info.eps
     assert_close(gradient, true.gradient, rounding + 16 * EPS * x_scale * size / t)
@@ -169,15 +172,18 @@ def hold_against_the_reference(backend, call: Call) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "cpp", "the formula"])
 @RELAXED
-@given(calls())
-def test_the_contract_is_kept(backend, call):
+@given(data=st.data())
+def test_the_contract_is_kept(backend, data):
     """The formula is what `compiled` compiles and a user's graph inlines; here it runs operation by operation."""
     if backend == "the formula":
-        call.inplace = False
-    hold_against_the_reference(PlainFormula() if backend == "the formula" else get_backend(backend), call)
+        hold_against_the_reference(PlainFormula(), data.draw(calls(inplaces=(False,))))
+        return
+    problem = Problem("cpu", 8, 67, torch.float32, needs_grad=True)
+    able = [name for name in RESULTS if get_backend(backend).why_not(problem._replace(**{name: True})) is None]
+    hold_against_the_reference(get_backend(backend), data.draw(calls(results=able)))
 
 
-FEW = {"max_dims": 1, "max_labels": 1, "temperatures": ("per token",), "entropies": (True,), "inplaces": (False,)}
+FEW = {"max_dims": 1, "max_labels": 1, "temperatures": ("per token",), "results": ("entropy",), "inplaces": (False,)}
 
 
 @pytest.mark.slow

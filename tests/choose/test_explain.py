@@ -168,7 +168,6 @@ def test_where_a_decision_comes_from(source, why, elsewhere):
         ({"rows": 8192}, "related", "N = 8192"),
         ({"temperature": "number", "layout": "rows"}, "related", "layout rows, temperature number at N = 1024"),
         ({"entropy": True, "aligned": True}, "related", "entropy, aligned to 16 bytes at N = 1024"),
-        ({"sum_p_squared": True}, "related", "sum p squared at N = 1024"),
     ],
 )
 def test_the_decision_for_the_nearest_kind_of_problem(other, source, measured_for, mode, checks):

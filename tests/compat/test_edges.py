@@ -108,7 +108,7 @@ def test_trl_returns_float32_where_trl_has_a_kernel(monkeypatch, device, rows, i
 
     def ask(*_, out_dtype, **__):
         asked.append(out_dtype)
-        return SimpleNamespace(log_probs=None, entropy=None)
+        return None, None
 
     monkeypatch.setattr(conventions, "log_probs_from_logits", ask)
     with torch._subclasses.FakeTensorMode():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from compiled_logprobs.machine.clock import extra_peak_bytes, why_no_peak
+from compiled_logprobs.operation.contract import Wanted
 from compiled_logprobs.operation.plain import bytes_of_plain, plain
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem
@@ -15,12 +16,13 @@ TEMPERATURES = {"none": 1.0, "number": 0.7, "per_token": torch.linspace(0.5, 1.5
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_computes_what_the_reference_does(dtype, temperature):
     logits, labels = torch.randn(128, 33).to(dtype), torch.randint(33, (128, 2))
-    log_probs, entropy = plain(logits, labels, TEMPERATURES[temperature], entropy=True)
+    *numbers, argmax, sums = plain(logits, labels, TEMPERATURES[temperature], wanted=Wanted(True, True, True, True))
     true = reference(logits, labels, TEMPERATURES[temperature])
-    torch.testing.assert_close(log_probs.double(), true.log_probs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(entropy.double(), true.entropy, rtol=1e-5, atol=1e-5)
-    assert log_probs.dtype == torch.float32
-    assert len(plain(logits, labels, 1.0, entropy=False)) == 1
+    truths = true.log_probs, true.entropy, true.logsumexp, true.sum_p_squared
+    for number, truth in zip((*numbers, sums), truths, strict=True):
+        torch.testing.assert_close(number.double(), truth, rtol=1e-5, atol=1e-5)
+    assert torch.equal(argmax, true.argmax) and numbers[0].dtype == torch.float32
+    assert len(plain(logits, labels, 1.0)) == 1
 
 
 @pytest.mark.slow
@@ -32,7 +34,7 @@ def test_it_takes_as_much_memory_as_is_reckoned_with(needs_grad):
     labels = torch.randint(problem.vocab, (problem.rows, 1))
 
     def call():
-        results = plain(logits, labels, 0.7, entropy=needs_grad)
+        results = plain(logits, labels, 0.7, wanted=Wanted(entropy=needs_grad))
         return torch.autograd.grad(results, logits, [*map(torch.ones_like, results)]) if needs_grad else results
 
     call()

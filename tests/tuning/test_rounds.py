@@ -164,7 +164,7 @@ def test_fresh_logits_are_made_outside_of_the_clock(monkeypatch):
 def test_where_plain_torch_cannot_be_timed_it_is_left_out_and_nothing_else_changes(monkeypatch, why):
     calls = []
 
-    def plain(*arguments, entropy):
+    def plain(*arguments, wanted):
         calls.append(arguments)
         if why == "fails at first" or (why == "fails later" and len(calls) > 3):
             raise MemoryError

@@ -22,9 +22,15 @@ CHECKS = ["backend", "dtype", "input", "check", "verdict", "figure", "limit", "d
 QUANTILE = [f"q{round(share * 100)}" for share in QUANTILES]
 ERRORS = ["backend", "dtype", "input", "what", "count", "limit", *QUANTILE]
 TOKENS = ["backend", "dtype", "input", "what", "row", "token", "got", "float64", "error"]
-UNITS = {"log_prob": "nats", "entropy": "nats", "gradient": "of the gradient's unit"}
-KINDS = {"log_prob": "log-probability", "entropy": "entropy", "gradient": "gradient"}
+KINDS = {
+    "log_prob": "log-probability",
+    "entropy": "entropy",
+    "logsumexp": "logsumexp",
+    "sum_p_squared": "sum of squared probabilities",
+    "gradient": "gradient",
+}
 """What the kinds of results are called."""
+UNITS = dict.fromkeys(KINDS, "nats") | {"sum_p_squared": "1", "gradient": "of the gradient's unit"}
 
 
 class Checked(NamedTuple):
