@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from compiled_logprobs.arguments import find_private
 from compiled_logprobs.backends import EAGER
 from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.memory import Choice
@@ -38,12 +39,16 @@ def tune_together(asked: Asked, group: Any, *, budget_s: float | None, again: bo
             f"got group={group!r:.80}; a process group of torch.distributed that this process belongs to is valid, "
             "e.g. torch.distributed.group.WORLD. On a rank outside of it, do not call."
         )
-    if not hasattr(group, "get_group_store"):
+    find_store = getattr(distributed.ProcessGroup, "get_group_store", None) or find_private(
+        "torch.distributed.distributed_c10d._get_process_group_store",
+        None,  # torch 2.8 and older
+    )
+    if find_store is None:
         raise LogProbsError(
             f"got torch {torch.__version__}, whose process groups do not give their store; newer releases do. Upgrade, "
             "or call tune(...) without group on one process, and give all ranks its profiles."
         )
-    rank, store = group.rank(), group.get_group_store()
+    rank, store = group.rank(), find_store(group)
     # The n-th calls of all ranks share a cell. The store counts them: it may have been another group's before.
     cell = f"compiled_logprobs/{group.size()}/{store.add(f'compiled_logprobs/{group.size()}/of rank {rank}', 1)}"
     problems: list[Problem] | None = None

@@ -40,7 +40,8 @@ def test_all_ranks_that_are_left_hold_what_the_first_measured_or_eager(tmp_path)
         for process in processes:
             process.kill()
             process.wait()
-    results = [list(map(json.loads, text.splitlines())) for text in printed]
+    # Gloo prints there, too, in torch 2.8.
+    results = [[json.loads(line) for line in text.splitlines() if line.startswith("{")] for text in printed]
     assert list(map(len, results)) == [2, 3, 1], errors  # until it was killed
 
     first, *others = [of_rank[0] for of_rank in results]
