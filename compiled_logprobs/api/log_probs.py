@@ -45,7 +45,8 @@ def _class_of(wanted: Wanted) -> type:
     names = [name for name, is_wanted in zip(Wanted._fields, wanted, strict=True) if is_wanted]
     made: Any = namedtuple("LogProbs", ["log_probs", *names], module=__name__)  # type: ignore[misc]
     for name in set(Wanted._fields).difference(names):
-        setattr(made, name, None)
+        # It reads as None. A graph of a torch before 2.11 takes a plain None for something, and refuses this.
+        setattr(made, name, staticmethod(None))  # type: ignore[arg-type]
     # No module holds the class under its name, so pickles and copies say what it is made of.
     made.__reduce__ = lambda self: (log_probs_with, (wanted, *self))  # type: ignore[method-assign,misc]
     made.__doc__ = LogProbs.__doc__

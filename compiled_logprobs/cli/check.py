@@ -42,8 +42,9 @@ def check(
             show_default=False,
             help="How to call the function, if not as f(logits, labels): an expression such as "
             "\"f(labels, logits, temp=temperature, reduction='none')\". It may name temperature, ignore_index, "
-            "return_entropy, masked_logits, inplace_backward and out_dtype, which are then tried. With f(logits[None], "
-            "labels[None]) the results lose the batch dimension again.",
+            "return_entropy, return_logsumexp, return_argmax, return_sum_p_squared, masked_logits, inplace_backward "
+            "and out_dtype, which are then tried. With f(logits[None], labels[None]) the results lose the batch "
+            "dimension again.",
         ),
     ] = None,
     returns: Annotated[

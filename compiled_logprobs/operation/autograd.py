@@ -183,10 +183,12 @@ class _LogProbs(torch.autograd.Function):
         x, y, temperature, stats = ctx.saved_tensors
         if grad_log_probs is None:
             grad_log_probs = torch.zeros(y.shape, dtype=stats.dtype, device=x.device)
-        upstream = Upstream(_reshaped(grad_log_probs, y.shape))
-        for name, grad in zip(_names(ctx.wanted), grad_others, strict=True) if grad_others else ():
-            if grad is not None:
-                upstream = upstream._replace(**{name: _reshaped(grad, y.shape[:-1])})
+        of_rows: list[Tensor | None] = [None, None]
+        if grad_others:
+            grads = dict(zip(_names(ctx.wanted), grad_others, strict=True))
+            given = (grads.get(name) for name in _DIFFERENTIABLE)  # a graph makes up one for the others, too
+            of_rows = [None if grad is None else _reshaped(grad, y.shape[:-1]) for grad in given]
+        upstream = Upstream(_reshaped(grad_log_probs, y.shape), *of_rows)
         inputs = Inputs(x, y, ctx.number if temperature is None else temperature, ctx.ignore_index)
         gradient = ctx.backend.backward(inputs, stats, upstream, inplace=ctx.inplace)
         if ctx.inplace:

@@ -76,15 +76,38 @@ def test_an_invalid_label_or_temperature_makes_its_row_nan_in_a_graph():
         torch.testing.assert_close(gradient.double(), 2 * true.gradient, atol=1e-5, rtol=0, equal_nan=True)
 
 
+def test_a_graph_takes_every_result_and_sees_what_was_not_asked_for():
+    logits, labels = inputs(4)
+    labels[1] = -100
+    options = dict.fromkeys(("return_logsumexp", "return_argmax", "return_sum_p_squared"), True)
+
+    @compiled
+    def graph(logits, labels):
+        out = clp.log_probs_from_logits(logits * 2, labels, **options)
+        assert isinstance(out, clp.LogProbs) and out.logsumexp is not None
+        return out
+
+    out = graph(logits, labels)
+    (gradient,) = torch.autograd.grad(out.logsumexp.sum() + out.log_probs.sum(), logits)
+    ones = {"grad_log_probs": torch.ones(4, 1), "grad_logsumexp": torch.ones(4)}
+    true = reference(logits.detach() * 2, labels[:, None], **ones)
+    assert isinstance(out, clp.LogProbs) and out._fields == ("log_probs", "logsumexp", "argmax", "sum_p_squared")
+    assert torch.equal(out.argmax, true.argmax)
+    for name in ("logsumexp", "sum_p_squared"):
+        torch.testing.assert_close(getattr(out, name).double(), getattr(true, name), atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradient.double(), 2 * true.gradient, atol=1e-5, rtol=0)
+
+
 def test_export():
     class Model(torch.nn.Module):
         def forward(self, logits, labels):
-            return clp.log_probs_from_logits(logits, labels, temperature=0.7)
+            return clp.log_probs_from_logits(logits, labels, temperature=0.7, return_argmax=True)
 
     logits, labels = inputs(4)
     logits = logits.detach()
-    exported = torch.export.export(Model(), (logits, labels)).module()
-    torch.testing.assert_close(exported(logits, labels), Model()(logits, labels))
+    exported = torch.export.export(Model(), (logits, labels)).module()(logits, labels)
+    assert isinstance(exported, clp.LogProbs)
+    torch.testing.assert_close(exported, Model()(logits, labels))
 
 
 @pytest.mark.slow
