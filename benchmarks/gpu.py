@@ -4,7 +4,7 @@ Each step runs as programs of their own, within a limit: one that fails, hangs o
 What is known is written after each step. Nothing but Python's standard library is imported here, so that what is
 missing on a machine shows in the report.
 
-Exit codes: 0 all steps passed; 1 some did not; 130 interrupted.
+Exit codes: 0 all steps passed; 1 some did not; 2 there is no place for the report; 130 interrupted.
 """
 
 import argparse
@@ -139,9 +139,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses it with small sizes")
     options = parser.parse_args(arguments)
     out, profiles, began = options.out.resolve(), options.profiles.resolve(), time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
-    for name in WRITTEN:
-        (out / name).unlink(missing_ok=True)  # that of an earlier run
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in WRITTEN:
+            (out / name).unlink(missing_ok=True)  # that of an earlier run
+            (out / name).touch()
+            (out / name).unlink()
+    except OSError as error:
+        parser.error(f"got --out {options.out}, in which nothing can be written: {error}. Name another folder.")
     report: dict[str, Any] = {
         "schema": 1,
         "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -154,10 +159,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done: list[Step] = []
     for step in steps(options.device, FULL if options.device == "cuda" else SMALL, out, profiles):
         _say(f"{step.name}, {step.limit_s} s at most")
-        with contextlib.suppress(KeyboardInterrupt):
+        try:
             _run(step, out, options.device)
+        except KeyboardInterrupt:  # another one, while its programs were being ended
+            report["interrupted"] = True
         done.append(step)
-        report["interrupted"] = any(one.outcome == "interrupted" for one in step.programs.values())
+        report["interrupted"] |= any(one.outcome == "interrupted" for one in step.programs.values())
         report["seconds"] = time.monotonic() - began
         report["steps"] = [one.to_dict() for one in done]
         _write(out, report)
@@ -217,7 +224,7 @@ def _run(step: Step, out: Path, device: str) -> None:
                 running[name].wait(max(0.0, end - time.monotonic()))
         return {name for name in names if running[name].poll() is None}
 
-    is_interrupted = False
+    is_interrupted, late = False, set[str]()
     try:
         for name, program in step.programs.items():
             with (out / f"{step.name}-{name}.out").open("wb") as printed, _said(step, name, out).open("wb") as said:
@@ -233,18 +240,24 @@ def _run(step: Step, out: Path, device: str) -> None:
         late = wait(set(running), began + step.limit_s - GRACE_S)
     except KeyboardInterrupt:
         is_interrupted, late = True, wait(set(running), 0.0)
+    except OSError as error:  # there is no memory, or no room, for another program
+        step.reason = f"a program could not be started: {error}"
+        late = wait(set(running), 0.0)
     for which, patience_s in ((signal.SIGINT, GRACE_S - 1), (signal.SIGKILL, 1)):
         for name in wait(late, 0.0):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(running[name].pid, which)
         wait(late, time.monotonic() + patience_s)
-    for name, process in running.items():
-        program = step.programs[name]
-        program.exit_code = process.returncode
-        with contextlib.suppress(OSError, ValueError, ElementTree.ParseError):
+    for name, program in step.programs.items():
+        program.outcome = "interrupted" if is_interrupted else program.outcome
+        if name not in running:
+            continue
+        program.exit_code = running[name].returncode
+        with contextlib.suppress(OSError, ValueError, LookupError, ElementTree.ParseError):
             program.figures = step.read(out / f"{step.name}-{name}.out")
         text = _said(step, name, out).read_text(encoding="utf-8", errors="replace")
-        program.outcome = "interrupted" if is_interrupted else "timed out" if name in late else _outcome(program, text)
+        if not is_interrupted:
+            program.outcome = "timed out" if name in late else _outcome(program, text)
         if program.outcome != "passed":
             if not text.strip() and program.figures is None:
                 text = (out / f"{step.name}-{name}.out").read_text(encoding="utf-8", errors="replace")
@@ -326,7 +339,11 @@ def _write(out: Path, report: dict[str, Any]) -> None:
         if path != Path(path.anchor):
             text = text.replace(json.dumps(str(path))[1:-1], name)
     (out / "report.json").write_text(text + "\n", encoding="utf-8")
-    (out / "report.md").write_text(page(json.loads(text)), encoding="utf-8")
+    try:
+        shown = page(json.loads(text))
+    except Exception as error:  # noqa: BLE001 - what the page does not expect costs the page, and no later step
+        shown = f"The page could not be made ({type(error).__name__}: {error}); report.json has all.\n"
+    (out / "report.md").write_text(shown, encoding="utf-8")
 
 
 def _version(module: str, package: str) -> str | None:
@@ -349,4 +366,6 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    for which in (signal.SIGINT, signal.SIGTERM):  # as Ctrl-C also where it is ignored, as in the background of a shell
+        signal.signal(which, signal.default_int_handler)
     sys.exit(main())

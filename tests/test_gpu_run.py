@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,18 @@ from benchmarks import gpu
 from benchmarks.gpu_page import page
 
 SMALL_MACHINE = Path(__file__).parent / "helpers" / "small_machine"
+
+LASTS = """
+import os, sys, time
+
+if "compiled_logprobs" in sys.orig_argv:
+    print("begun", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        os._exit(7)
+"""
+"""On the import path of a program, this has it last until it is interrupted."""
 
 
 @pytest.fixture
@@ -105,6 +118,56 @@ def test_interrupted_it_ends_its_programs_and_writes_what_it_has(ran, monkeypatc
     code, report, text = ran({"long": {"a": "import time; time.sleep(60)"}, "later": {"a": "print(1)"}})
     assert code == gpu.INTERRUPTED and json.loads(report)["interrupted"]
     assert "| long | interrupted |" in text and "later" not in text
+
+
+@pytest.mark.slow
+def test_a_signal_to_end_it_ends_its_programs_too(tmp_path):
+    """Also where it was started with Ctrl-C ignored, as a shell starts what is to run in the background."""
+    (tmp_path / "sitecustomize.py").write_text(LASTS)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--out", str(out)]
+    process = subprocess.Popen(
+        ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command],
+        cwd=gpu.ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    printed, end = out / "machine-doctor.out", time.monotonic() + 60
+    while not (printed.is_file() and printed.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == gpu.INTERRUPTED
+    report = json.loads((out / "report.json").read_text())
+    assert report["interrupted"] and report["steps"][0]["programs"]["doctor"]["exit_code"] == 7
+
+
+def test_a_second_interruption_ends_it_and_a_page_that_fails_costs_no_step(ran, monkeypatch):
+    def interrupted(step, out, device):
+        if step.name == "second":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "_run", interrupted)
+    monkeypatch.setattr(gpu, "page", lambda report: report["no such key"])
+    code, report, text = ran({name: {"a": ""} for name in ("first", "second", "third")})
+    assert code == gpu.INTERRUPTED and [step["name"] for step in json.loads(report)["steps"]] == ["first", "second"]
+    assert text == "The page could not be made (KeyError: 'no such key'); report.json has all.\n"
+
+
+def test_a_program_that_cannot_be_started_costs_its_step_alone(ran, monkeypatch):
+    def refused(*_, **__):
+        raise OSError("no memory")
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", refused)
+    code, report, text = ran({"first": {"a": ""}, "second": {"a": ""}})
+    assert code == 1 and [step["outcome"] for step in json.loads(report)["steps"]] == ["not run"] * 2
+    assert "a program could not be started: no memory" in text
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_that_says_so(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as raised:
+        gpu.main(["--device", "cpu", "--out", str(tmp_path / "file")])
+    said = capsys.readouterr().err
+    assert raised.value.code == 2 and "file, in which nothing can be written" in said and "Name another folder" in said
 
 
 def test_without_a_gpu_only_the_machine_is_told_of(tmp_path, monkeypatch):
