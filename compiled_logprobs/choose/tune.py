@@ -19,6 +19,7 @@ from compiled_logprobs.problem import Problem, bucket
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.process import Event
+from compiled_logprobs.tuning.tally import GET_READY_S
 from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on
 
 WAIT_S = 600.0
@@ -168,8 +169,8 @@ def tune_in_call(context: Context, standing: Decision | None) -> Choice | str:
     began, seconds = time.monotonic(), context.policy.budget_s
     problem, device = context.problem, context.device
     say(
-        f"measuring which backend is fastest for {describe(bucket(problem))}, for at most {seconds:.0f} s once all are "
-        "compiled and checked (COMPILED_LOGPROBS_MODE=lookup prevents it)"
+        f"measuring which backend is fastest for {describe(bucket(problem))}: at most {GET_READY_S:.0f} s to compile "
+        f"and check them, then {seconds:.0f} s to time them (COMPILED_LOGPROBS_MODE=lookup prevents it)"
     )
     try:
         with alone_on(device, seconds) as is_alone:

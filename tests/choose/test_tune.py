@@ -45,8 +45,8 @@ def test_a_new_problem_is_measured_once(fake, capsys, monkeypatch):
     assert chosen(LARGE._replace(rows=1020)) == ("eager", "tuned here") and fake.asked == [LARGE._replace(rows=1020)]
     said = capsys.readouterr().err.splitlines()
     assert said == [
-        "compiled_logprobs: measuring which backend is fastest for 1024 x 1031 float32 on cpu (not 16-byte aligned), "
-        "for at most 20 s once all are compiled and checked (COMPILED_LOGPROBS_MODE=lookup prevents it)",
+        "compiled_logprobs: measuring which backend is fastest for 1024 x 1031 float32 on cpu (not 16-byte aligned)"
+        ": at most 60 s to compile and check them, then 20 s to time them (COMPILED_LOGPROBS_MODE=lookup prevents it)",
         "compiled_logprobs: eager serves it: eager is faster",
     ]
     for rows in (1020, 1024, 1018):
