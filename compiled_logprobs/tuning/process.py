@@ -24,6 +24,8 @@ Event = dict[str, Any]
 
 GRACE_S = 0.5
 """For the last events of a process that has ended."""
+END_S = 10.0
+"""How long a process that was killed is waited for."""
 TAIL_LINES, TAIL_CHARACTERS = 20, 2000
 """What is kept of standard error, for the reason of a crash."""
 LONGEST_LINE = 2**22
@@ -107,7 +109,8 @@ class Worker:
         for stray in strays:  # those that have left the group
             with contextlib.suppress(psutil.Error):
                 stray.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs can hold up even that
+            self._process.wait(END_S)
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()

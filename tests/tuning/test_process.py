@@ -43,6 +43,25 @@ def test_a_program_that_cannot_be_started_is_lost(monkeypatch, executable):
     assert caught.value.outcome == "crashed"
 
 
+def test_a_process_that_nothing_ends_holds_nobody_up(monkeypatch):
+    """As one that waits within a driver."""
+
+    def wait(timeout):
+        raise subprocess.TimeoutExpired("worker", timeout)
+
+    closed = []
+    worker = object.__new__(Worker)
+    worker._process = SimpleNamespace(
+        pid=2**30,  # nobody's
+        poll=lambda: 0,
+        kill=lambda: None,
+        wait=wait,
+        stdin=SimpleNamespace(close=lambda: closed.append(True)),
+    )
+    worker.end()
+    assert closed
+
+
 @pytest.mark.slow
 def test_silence_is_a_timeout_and_a_job_that_is_none_ends_it_with_what_it_said(monkeypatch, tmp_path):
     (tmp_path / "json.py").write_text("raise SystemExit('a file in the current folder hides no module')")
