@@ -52,12 +52,10 @@ _WITHOUT_VALUES = (
 
 def is_traced(logits: Tensor) -> bool:
     """Whether a compiler, an exporter or a fake mode records the operations, so that values may not exist."""
-    return (
-        torch.compiler.is_compiling()
-        or logits.is_meta
-        or isinstance(logits, _WITHOUT_VALUES)
-        or any(mode.is_infra_mode() for mode in dispatch_modes())
-    )
+    if torch.compiler.is_compiling() or logits.is_meta or isinstance(logits, _WITHOUT_VALUES):
+        return True
+    modes = dispatch_modes()
+    return bool(modes) and any(mode.is_infra_mode() for mode in modes)
 
 
 def check_logits(logits: Tensor) -> None:

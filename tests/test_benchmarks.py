@@ -7,13 +7,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import chart, idioms, peers
+from benchmarks import chart, idioms, overhead, peers
 from benchmarks import measure as measurement
 from benchmarks.candidates import AUTO, COMPILE, Contender, candidates
 from benchmarks.measure import measure
 from benchmarks.results import COLUMNS, Cell, Result
 from benchmarks.targets import targets
 from compiled_logprobs import backends
+from compiled_logprobs.backends import get_backend
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.machine import clock
 from compiled_logprobs.machine.bandwidth import Bandwidth, minimum_bytes
@@ -114,6 +115,20 @@ def test_it_prints_nothing_but_json_where_that_is_asked_for():
     assert [row["candidate"] for row in rows] == ["amax", "eager", "log_softmax"]
     ratio = rows[1]["times_as_fast_as"]["log_softmax"]  # two rounds give no interval
     assert ratio["low"] is None and ratio["median"] > 0 and ratio["high"] is None
+
+
+def test_the_overhead_of_small_calls_has_all_figures(tmp_path):
+    file = tmp_path / "new" / "overhead.json"
+    asked = ["--shape", "8x16", "--rounds", "2", "--only", "eager", "--json", str(file)]
+    ran = CliRunner().invoke(overhead.app, asked)
+    assert ran.exit_code == 0, ran.output
+    rows = json.loads(file.read_text())["rows"]
+    names = ["log_softmax", "auto", "auto, off", "eager"]
+    assert [(row["gradient"], row["name"]) for row in rows] == [(g, name) for g in (False, True) for name in names]
+    assert all(row["us"] > 0 and row["times_as_long_as_plain"] > 0 for row in rows)
+    assert {row["best"] for row in rows if row["name"].startswith("auto")} == {"eager"}
+    assert all(row["us_before_the_kernel"] > 0 for row in rows if "best" in row)
+    assert "forward" not in vars(get_backend("eager"))  # what marked the kernel is gone
 
 
 def test_every_registered_backend_takes_part_by_name():

@@ -380,7 +380,7 @@ def problem_of(
     kind: Temperature = "per_token" if isinstance(temperature, Tensor) else "none" if temperature == 1.0 else "number"
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
     return Problem(
-        logits.device.type,
+        "cpu" if logits.is_cpu else logits.device.type,  # a device's name takes a while to make
         logits.numel() // shape[-1],
         shape[-1],
         logits.dtype,

@@ -88,7 +88,12 @@ def _needs_no_graph(logits: Tensor) -> bool:
     """Whether no derivative can be asked for of this call, so that no autograd.Function has to refuse or compute it."""
     if (logits.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return False
-    return torch.autograd.forward_ad.unpack_dual(logits).tangent is None  # type: ignore[no-untyped-call]  # torch's gap
+    return _forward_ad_level() < 0  # else the autograd.Function refuses
+
+
+def _forward_ad_level() -> int:
+    """How deep this is in forward-mode differentiation: -1 outside of it; 0 also where torch does not tell."""
+    return getattr(torch.autograd.forward_ad, "_current_level", 0)
 
 
 def _forward(
