@@ -30,7 +30,7 @@ constexpr float RANGE_P = 90;  // of probabilities, backward: what lies below is
 constexpr int64_t FEW = 16;  // labels a row
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LN_2 = 0.693147180559945309f;
-constexpr int64_t LARGE = 32 << 20;  // bytes from which on an allocation has pages of its own
+constexpr int64_t LARGE = 32 << 20;  // bytes of a gradient that no cache keeps, and that has pages of its own where it is new
 
 // A call, as cpp.py packs it: whole numbers and pointers, null for what is not wanted or not there.
 struct Call {
@@ -54,6 +54,7 @@ struct Call {
     for (int64_t d = 0; d < dimensions; ++d) n *= sizes_and_strides[d];
     return n;
   }
+  int64_t gradient_bytes() const { return n() * vocab * (dtype == 0 ? 4 : 2); }
   int64_t tiles() const { return (vocab + TILE - 1) / TILE; }
   int64_t label(int64_t i) const {
     return label_bytes == 4 ? static_cast<const int32_t*>(labels)[i] : static_cast<const int64_t*>(labels)[i];
@@ -295,6 +296,15 @@ struct Gradient {
   }
 };
 
+// A new gradient is written to memory that the system has yet to provide, which in pages of 4 KiB takes longer than the computation.
+void ask_for_huge_pages(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = sysconf(_SC_PAGESIZE), address = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (address + page - 1) / page * page;
+  madvise(reinterpret_cast<void*>(first), bytes - (first - address), MADV_HUGEPAGE);
+#endif
+}
+
 template <bool ENTROPY, typename T>
 void backward_tile(const Call& call, const Row& row, int64_t n, const T* x, T* out, int64_t start, int64_t end) {
   const int64_t i = row.index, K = call.labels_per_row;
@@ -342,7 +352,9 @@ void backward(const Call& call) {
   const int64_t tiles = call.tiles();
   const T* logits = static_cast<const T*>(call.logits);
   T* gradient = static_cast<T*>(call.gradient);
-  const auto at = [&](const Row& row) { return gradient + (call.gradient == call.logits ? row.offset : row.index * call.vocab); };
+  const bool inplace = call.gradient == call.logits, large = call.gradient_bytes() >= LARGE;
+  if (large && !inplace) ask_for_huge_pages(gradient, call.gradient_bytes());
+  const auto at = [&](const Row& row) { return gradient + (inplace ? row.offset : row.index * call.vocab); };
 #pragma omp parallel if (call.threads > 1)
   {
     share(rows.computed, tiles, call.threads, [&](int64_t i, int64_t tile) {
@@ -353,20 +365,11 @@ void backward(const Call& call) {
     share(rows.n - rows.computed, tiles, call.threads, [&](int64_t i, int64_t tile) {
       const Row& row = rows.list[rows.computed + i];
       const int64_t start = tile * TILE, end = std::min(start + TILE, call.vocab);
-      if (row.kind == Kind::IGNORED) std::memset(at(row) + start, 0, (end - start) * sizeof(T));
+      if (row.kind == Kind::IGNORED) fill(at(row) + start, end - start, large);
       else std::fill(at(row) + start, at(row) + end, static_cast<T>(NOT_A_NUMBER));
     });
+    end_of_streams();
   }
-}
-
-// A new gradient is written to memory that the system has yet to provide, which in pages of 4 KiB takes longer than the computation.
-void ask_for_huge_pages(void* memory, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  if (bytes < LARGE) return;
-  const uintptr_t page = sysconf(_SC_PAGESIZE), address = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t first = (address + page - 1) / page * page;
-  madvise(reinterpret_cast<void*>(first), bytes - (first - address), MADV_HUGEPAGE);
-#endif
 }
 
 // Calls body with a null pointer of the type that `dtype` stands for, as DTYPES in cpp.py has it.
@@ -391,7 +394,6 @@ void log_probs_forward(const Call* call) {
 
 void log_probs_backward(const Call* call) {
   with_type(call->dtype, [&]<typename T>(T*) {
-    if (call->gradient != call->logits) ask_for_huge_pages(call->gradient, call->n() * call->vocab * static_cast<int64_t>(sizeof(T)));
     if (call->entropy) backward<true, T>(*call);
     else backward<false, T>(*call);
   });

@@ -10,6 +10,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -60,6 +61,28 @@ void write(T* x, Pair values) {
   } else {
     at::vec::convert_from_float<T>(values.a, values.b).store(x);
   }
+}
+
+// Zeros, past the caches where they are `streamed`: else memory is read before it is overwritten. `end_of_streams` makes them seen.
+template <typename T>
+void fill(T* to, int64_t columns, bool streamed) {
+#ifdef __SSE2__
+  if (streamed) {
+    int64_t i = 0;
+    for (; i < columns && reinterpret_cast<uintptr_t>(to + i) % 64; ++i) to[i] = 0;
+    constexpr int64_t STEP = 16 / sizeof(T);
+    for (; i + STEP <= columns; i += STEP) _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_setzero_si128());
+    std::fill(to + i, to + columns, static_cast<T>(0.f));
+    return;
+  }
+#endif
+  std::memset(static_cast<void*>(to), 0, columns * sizeof(T));
+}
+
+inline void end_of_streams() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
 }
 
 // Calls body(values, column of the first) for all columns but those that end within a vector: tail(values, column), where the rest

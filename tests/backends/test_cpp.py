@@ -16,7 +16,7 @@ import compiled_logprobs as clp
 from compiled_logprobs.backends import cpp, cpp_build
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.errors import BackendUnavailable
-from compiled_logprobs.operation.contract import Inputs, Wanted
+from compiled_logprobs.operation.contract import Inputs, Upstream, Wanted
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem
 
@@ -184,6 +184,18 @@ def test_many_labels_a_row_some_of_them_the_same(inplace):
     out = clp.log_probs_from_logits(logits, labels, backend="cpp", inplace_backward=inplace)
     (gradient,) = torch.autograd.grad(out, leaf, g)
     torch.testing.assert_close(gradient.double(), true, atol=1e-4, rtol=0)
+
+
+def test_a_gradient_that_no_cache_keeps():
+    """Its zeros go past the caches, from whatever address on."""
+    logits, labels = torch.randn(3, 2**23 + 3).to(torch.bfloat16), torch.tensor([[5], [-100], [2**23 + 2]])
+    inputs = Inputs(logits, labels, 1.0, -100)
+    stats, before = CPP.forward(inputs, Wanted()).stats, logits.clone()
+    for inplace in (False, True):
+        gradient = CPP.backward(inputs, stats, Upstream(torch.ones(3, 1)), inplace=inplace)
+        assert (gradient[1] == 0).all() and (gradient[[0, 2], [5, -1]] > 0.9).all() and (gradient[::2, 9:-9] <= 0).all()
+        assert gradient.nbytes > 2**25
+        assert inplace or torch.equal(logits, before)
 
 
 ANOTHER_WIDTH = """
