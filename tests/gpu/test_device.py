@@ -54,6 +54,9 @@ class Results(NamedTuple):
 
     log_probs: Tensor
     entropy: Tensor | None = None
+    logsumexp: Tensor | None = None
+    argmax: Tensor | None = None
+    sum_p_squared: Tensor | None = None
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +75,9 @@ def run(backend: str, logits: Tensor, labels: Tensor, **options) -> Results:
         results = log_probs_from_logits(logits, labels, backend=backend, **options)
     except BackendUnavailable as error:
         pytest.skip(f"{backend}: {str(error).splitlines()[0].rpartition(': ')[2]}")
-    return Results(*results) if isinstance(results, tuple) else Results(results)
+    if not isinstance(results, tuple):
+        return Results(results)
+    return Results(*(getattr(results, name) for name in Results._fields))
 
 
 def logits_of(*rows: int, vocab: int = VOCAB) -> Tensor:
@@ -99,31 +104,39 @@ def lay(values_BTV: Tensor, layout: str) -> Tensor:
 
 def hold_against_float64(logits: Tensor, labels: Tensor, got: Results, **options) -> None:
     """Results, signs and gradient of `got`, computed from `logits` [..., V] and `labels` [...] or [..., K]."""
-    g = torch.randn(labels.shape, device=DEVICE)
-    h = None if got.entropy is None else torch.randn(logits.shape[:-1], device=DEVICE)
-    upstream = {result: grad for result, grad in ((got.log_probs, g), (got.entropy, h)) if result is not None}
+    upstream = {result: torch.randn(result.shape, device=DEVICE) for result in got[:3] if result is not None}
     (gradient,) = torch.autograd.grad([*upstream], logits, [*upstream.values()])
     assert gradient.dtype == logits.dtype
-    hold(logits.detach(), labels, got, gradient, g, h, **options)
+    hold(logits.detach(), labels, got, gradient, *(upstream.get(result) for result in got[:3]), **options)
 
 
 def hold(
-    logits: Tensor, labels: Tensor, got: Results, gradient: Tensor, g: Tensor, h: Tensor | None, temperature=1.0
+    logits: Tensor,
+    labels: Tensor,
+    got: Results,
+    gradient: Tensor,
+    g: Tensor,
+    h: Tensor | None = None,
+    z: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
 ) -> None:
+    """The same, with the gradient for g, h and z at the log-probabilities, the entropy and the logsumexp."""
     many = labels.ndim == logits.ndim
     columns, g_K, got_K = (x if many else x.unsqueeze(-1) for x in (labels, g, got.log_probs.detach()))
-    true = reference(logits, columns, temperature, grad_log_probs=g_K, grad_entropy=h)
+    true = reference(logits, columns, temperature, grad_log_probs=g_K, grad_entropy=h, grad_logsumexp=z)
     coldest = float(torch.as_tensor(temperature).min())
     bound = 2 * EPS * max(16.0, LARGEST_LOGIT / coldest)
-    for result, what in ((got_K, true.log_probs), (got.entropy, true.entropy)):
+    for name, result in got._replace(log_probs=got_K, argmax=None)._asdict().items():
         if result is not None:
             assert result.dtype == torch.float32
+            what = getattr(true, name)
             torch.testing.assert_close(result.detach().double(), what, atol=bound, rtol=16 * EPS, equal_nan=True)
+    assert got.argmax is None or torch.equal(got.argmax, true.argmax)
     assert not (got_K > 0).any() and (got_K[columns == -100] == 0).all()
-    ignored = (columns == -100).all(-1)
-    assert not gradient[ignored].any()
+    assert not gradient[(columns == -100).all(-1)].any()
     rounding = torch.finfo(gradient.dtype).eps * true.gradient.nan_to_num().abs()
-    upstream = g_K.abs().sum(-1, keepdim=True) + (0 if h is None else 20 * h.abs().unsqueeze(-1))
+    upstream = g_K.abs().sum(-1, keepdim=True)
+    upstream = upstream + sum(weight * x.abs().unsqueeze(-1) for x, weight in ((h, 20), (z, 1)) if x is not None)
     off = (gradient.double() - true.gradient).abs() - rounding - 4 * bound * upstream / coldest
     assert torch.equal(gradient.isnan(), true.gradient.isnan()) and off.nan_to_num().max() <= 1e-7
 
@@ -141,14 +154,18 @@ def test_the_contract_in_every_layout(backend, layout, vocab):
     assert torch.equal(logits.detach(), before)
 
 
+ENTROPY = {"return_entropy": True}
+ALL = ENTROPY | {"return_logsumexp": True, "return_argmax": True, "return_sum_p_squared": True}
+
+
 @each_backend
-@pytest.mark.parametrize("labels_per_row", [(), (3,)] if IS_GPU else [(3,)])
+@pytest.mark.parametrize(("options", "labels_per_row"), [*[(ENTROPY, ())] * IS_GPU, (ALL, (3,))])
 @pytest.mark.parametrize("rows", [0, 1, 7])
-def test_the_contract_with_the_entropy_and_a_temperature_for_each_row(backend, rows, labels_per_row):
+def test_the_contract_of_other_results_and_a_temperature_for_each_row(backend, rows, options, labels_per_row):
     logits, temperature = logits_of(rows).requires_grad_(), torch.rand(rows, device=DEVICE) + 0.5
     labels = torch.randint(VOCAB, (rows, *labels_per_row), device=DEVICE)
-    got = run(backend, logits, labels, temperature=temperature, return_entropy=True)
-    assert got.log_probs.shape == labels.shape and got.entropy.shape == (rows,)
+    got = run(backend, logits, labels, temperature=temperature, **options)
+    assert got.log_probs.shape == labels.shape and {x.shape for x in got[1:] if x is not None} == {(rows,)}
     if rows:
         hold_against_float64(logits, labels, got, temperature=temperature)
     else:
@@ -190,7 +207,7 @@ def test_more_logits_than_32_bits_count(backend):
     got = run(backend, logits, labels)
     (gradient,) = torch.autograd.grad(got.log_probs, logits, g)
     some = torch.tensor([0, 1, BEYOND // VOCAB - 1, BEYOND // VOCAB, rows - 1], device=DEVICE)  # the border is in one
-    hold(logits.detach()[some], labels[some], Results(got.log_probs[some]), gradient[some], g[some], None)
+    hold(logits.detach()[some], labels[some], Results(got.log_probs[some]), gradient[some], g[some])
 
 
 @pytest.mark.parametrize("backend", [*backends(), "auto"])
