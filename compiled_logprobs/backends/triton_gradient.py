@@ -22,9 +22,8 @@ from compiled_logprobs.backends.triton_kernels import (
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _write_gradient(  # type: ignore[no-untyped-def]
+def _gradient_at(  # type: ignore[no-untyped-def]
     x_ptr,
-    gradient_ptr,
     labels_K_ptr,
     upstream_K_ptr,
     offsets,
@@ -53,7 +52,7 @@ def _write_gradient(  # type: ignore[no-untyped-def]
         y = tl.load(labels_K_ptr + k).to(tl.int64)
         if (y >= first) & (y < end) & (y != ignore_index):
             total += tl.where(columns == (y - first).to(tl.int32), tl.load(upstream_K_ptr + k), 0.0)
-    tl.store(gradient_ptr + offsets, (total * inverse_t).to(gradient_ptr.dtype.element_ty), mask=inside)
+    return total * inverse_t
 
 
 @jit
@@ -107,12 +106,14 @@ def differentiate(  # type: ignore[no-untyped-def]
         edge = tl.arange(0, 2 * VECTOR)
         edge_columns = tl.where(edge < VECTOR, edge, peel + body - VECTOR + edge)
         edge_inside = (edge_columns < V) & ((edge < peel) | (edge >= VECTOR))
+        edge_total = tl.zeros([2 * VECTOR], tl.float32)
         x_ptr, gradient_ptr = tl.multiple_of(row_V_ptr + peel, 16), tl.multiple_of(gradient_V_ptr + peel, 16)
     elif ALIGNED:
         x_ptr, gradient_ptr = tl.multiple_of(row_V_ptr, 16), tl.multiple_of(gradient_V_ptr, 16)
     else:
         x_ptr, gradient_ptr = row_V_ptr, gradient_V_ptr
     inside = offsets < body
+    total = tl.zeros([BLOCK], tl.float32)
 
     y_K, ignored_K = labels_of(labels_NK_ptr, row, ignore_index, K, KP)
     if tl.min(ignored_K.to(tl.int32), 0) == 0:
@@ -136,20 +137,19 @@ def differentiate(  # type: ignore[no-untyped-def]
         constant *= inverse_s
         labels_K_ptr, upstream_K_ptr = labels_NK_ptr + row * K, upstream_NK_ptr + row * K
         # fmt: off
-        _write_gradient(
-            x_ptr, gradient_ptr, labels_K_ptr, upstream_K_ptr, offsets, inside, tl.arange(0, BLOCK),
-            peel + block * BLOCK, tl.minimum(peel + (block + 1) * BLOCK, peel + body), ignore_index, m, bits,
-            inverse_t, constant, slope, K, ENTROPY,
+        total = _gradient_at(
+            x_ptr, labels_K_ptr, upstream_K_ptr, offsets, inside, tl.arange(0, BLOCK), peel + block * BLOCK,
+            tl.minimum(peel + (block + 1) * BLOCK, peel + body), ignore_index, m, bits, inverse_t, constant, slope, K,
+            ENTROPY,
         )
         if PEELED:  # noqa: SIM102  this is known when it is compiled, and what is inside only then
             if block == 0:
-                _write_gradient(
-                    row_V_ptr, gradient_V_ptr, labels_K_ptr, upstream_K_ptr, edge_columns, edge_inside, edge_columns, 0,
-                    V, ignore_index, m, bits, inverse_t, constant, slope, K, ENTROPY,
+                edge_total = _gradient_at(
+                    row_V_ptr, labels_K_ptr, upstream_K_ptr, edge_columns, edge_inside, edge_columns, 0, V,
+                    ignore_index, m, bits, inverse_t, constant, slope, K, ENTROPY,
                 )
         # fmt: on
-    else:
-        tl.store(gradient_ptr + offsets, tl.zeros([BLOCK], tl.float32), mask=inside)
-        if PEELED:  # noqa: SIM102  this is known when it is compiled, and what is inside only then
-            if block == 0:
-                tl.store(gradient_V_ptr + edge_columns, tl.zeros([2 * VECTOR], tl.float32), mask=edge_inside)
+    tl.store(gradient_ptr + offsets, total.to(gradient_NV_ptr.dtype.element_ty), mask=inside)
+    if PEELED:
+        edge_inside &= block == 0
+        tl.store(gradient_V_ptr + edge_columns, edge_total.to(gradient_NV_ptr.dtype.element_ty), mask=edge_inside)

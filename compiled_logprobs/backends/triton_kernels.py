@@ -72,23 +72,27 @@ def temperature_of(temperature, bits, row, PER_TOKEN: tl.constexpr):  # type: ig
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _vectors(row_V_ptr, first, V: tl.constexpr, R: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """R vectors of 8 columns from the column `first` on: their even and odd columns, float32 [R, 4] each.
+    """R vectors of 8 columns from the column `first` on: their left and right halves, float32 [R, 4] each.
 
-    A thread has whole vectors either way, so that sums have the same bits however a row lies in memory.
+    A thread has whole vectors in each case, so that sums have the same bits however a row lies in memory.
     """
     at_R = first + tl.arange(0, R) * 8
-    if ALIGNED:
+    left = at_R[:, None] + tl.arange(0, 4)[None, :]
+    if ALIGNED and row_V_ptr.dtype.element_ty == tl.float32:  # of which 16 bytes, as much as a load takes, are 4
+        left_R4 = tl.load(row_V_ptr + left, mask=left < V, other=float("-inf"), eviction_policy="evict_first")
+        right_R4 = tl.load(row_V_ptr + left + 4, mask=left + 4 < V, other=float("-inf"), eviction_policy="evict_first")
+    elif ALIGNED:
         columns = at_R[:, None] + tl.arange(0, 8)[None, :]
         x_R8 = tl.load(row_V_ptr + columns, mask=columns < V, other=float("-inf"), eviction_policy="evict_first")
-        even_R4, odd_R4 = tl.split(tl.reshape(x_R8, [R, 4, 2]))
+        left_R4, right_R4 = tl.split(tl.permute(tl.reshape(x_R8, [R, 2, 4]), 0, 2, 1))
     else:
-        x04_R2 = tl.join(_column(row_V_ptr, at_R, V), _column(row_V_ptr, at_R + 4, V))
-        x26_R2 = tl.join(_column(row_V_ptr, at_R + 2, V), _column(row_V_ptr, at_R + 6, V))
-        x15_R2 = tl.join(_column(row_V_ptr, at_R + 1, V), _column(row_V_ptr, at_R + 5, V))
-        x37_R2 = tl.join(_column(row_V_ptr, at_R + 3, V), _column(row_V_ptr, at_R + 7, V))
-        even_R4 = tl.reshape(tl.join(x04_R2, x26_R2), [R, 4])
-        odd_R4 = tl.reshape(tl.join(x15_R2, x37_R2), [R, 4])
-    return even_R4.to(tl.float32), odd_R4.to(tl.float32)
+        x02_R2 = tl.join(_column(row_V_ptr, at_R, V), _column(row_V_ptr, at_R + 2, V))
+        x13_R2 = tl.join(_column(row_V_ptr, at_R + 1, V), _column(row_V_ptr, at_R + 3, V))
+        x46_R2 = tl.join(_column(row_V_ptr, at_R + 4, V), _column(row_V_ptr, at_R + 6, V))
+        x57_R2 = tl.join(_column(row_V_ptr, at_R + 5, V), _column(row_V_ptr, at_R + 7, V))
+        left_R4 = tl.reshape(tl.join(x02_R2, x13_R2), [R, 4])
+        right_R4 = tl.reshape(tl.join(x46_R2, x57_R2), [R, 4])
+    return left_R4.to(tl.float32), right_R4.to(tl.float32)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

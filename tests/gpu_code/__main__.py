@@ -14,7 +14,8 @@ from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.problem import Layout, Problem
 from compiled_logprobs.tuning.presets import dtype_of, rows_of, vocab_of
 from tests.gpu_code.data_sheets import GPUS, data_sheet
-from tests.gpu_code.inspection import NOT_MEASURED, Inspection, inspect
+from tests.gpu_code.hand_written import inspect_triton
+from tests.gpu_code.inspection import NOT_MEASURED, Direction, Inspection, inspect
 
 PASSED, COULD_NOT_RUN = 0, 2
 
@@ -35,10 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         with redirect_stdout(sys.stderr):  # whatever compilers say
             inspection = inspect(problem, data_sheet(options.arch, options.gpu))
+            triton = inspect_triton(problem, inspection.gpu)
     except LogProbsError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return COULD_NOT_RUN
-    print(json.dumps(inspection.to_dict(), indent=2) if options.json else _table(inspection))
+    of_triton = {name: None if direction is None else asdict(direction) for name, direction in triton.items()}
+    as_json = {**inspection.to_dict(), "triton": of_triton}
+    print(json.dumps(as_json, indent=2) if options.json else _table(inspection, triton))
     return PASSED
 
 
@@ -60,10 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _table(inspection: Inspection) -> str:
+def _table(inspection: Inspection, triton: dict[str, Direction | None]) -> str:
     """A column for each direction of each backend, and below it what is no number."""
     columns, notes = {}, []
-    for backend, directions in (("compiled", vars(inspection)), ("flash_attn", inspection.flash_attn)):
+    for backend, directions in (
+        ("compiled", vars(inspection)),
+        ("triton", triton),
+        ("flash_attn", inspection.flash_attn),
+    ):
         if isinstance(directions, str):
             notes.append(f"{backend}: {directions}")
             continue

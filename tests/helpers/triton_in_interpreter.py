@@ -44,9 +44,9 @@ def check_that_the_gate_lets_it_pass() -> None:
     plain = Problem("cpu", rows=5, vocab=311, dtype=torch.float32, needs_grad=True, aligned=False)
     for problem in (
         plain._replace(vocab=7, entropy=True),
-        plain._replace(temperature="number", labels_per_row=3, masked_logits=True),
+        plain._replace(temperature="number", labels_per_row=3, masked_logits=True, logsumexp=True, argmax=True),
         plain._replace(entropy=True, layout="slice", dtype=torch.bfloat16, vocab=304, aligned=True),
-        plain._replace(inplace_backward=True, temperature="per_token", dtype=torch.float16),
+        plain._replace(inplace_backward=True, temperature="per_token", dtype=torch.float16, sum_p_squared=True),
         plain._replace(inplace_backward=True, entropy=True, layout="rows", dtype=torch.bfloat16),
     ):
         report = check_backend("interpreted_triton", problem)
