@@ -3,28 +3,20 @@
 Shapes: N rows, V vocabulary.
 """
 
-import itertools
 import math
-import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from compiled_logprobs.check.cases import IGNORE_INDEX
-from compiled_logprobs.check.function import CALL, Function
+from compiled_logprobs.check.function import Function
+from compiled_logprobs.check.probe import ROWS, Got, Probe, Raised
 from compiled_logprobs.check.readings import CLOSE, COARSELY, LOSS, TOLERANCES, imprecision, log_probs_of, read, same
-from compiled_logprobs.errors import nothing_can_serve_after
-from compiled_logprobs.problem import RESULTS, Problem, short_name
+from compiled_logprobs.problem import Problem, results_of, short_name
 
 NUMBER_A_TOKEN = "a number a token is expected, as torch's losses give with reduction='none'"
-ROWS = 12
-TORCH = Path(torch.__file__).parent
-TEMPERATURE = 1.7
-"""Its square, its inverse and 1 are far from it and from one another."""
 ALWAYS = {
     "outside_write": "writes beyond what it may: a kernel without a mask at the end of a row, or strided rows taken "
     "for contiguous ones",
@@ -38,7 +30,6 @@ ALWAYS = {
 
 VALUES = frozenset({"log_prob_error", "log_prob_rmse"})
 GRADIENT = frozenset({"gradient_flows", "gradient_error", "gradient_rmse", "gradient_sign", "gradient_row_sum"})
-ENTROPY = frozenset({"entropy_sign", "entropy_error", "entropy_rmse"})
 
 
 def likely_causes(
@@ -48,7 +39,7 @@ def likely_causes(
 
     It is called a few times more, with ordinary inputs. Where nothing is recognised the list is empty.
     """
-    probe = _Probe(function, problem._replace(masked_logits=False, inplace_backward=False), device, seed)
+    probe = Probe(function, problem._replace(masked_logits=False, inplace_backward=False), device, seed)
     causes: list[str] = []
     try:
         causes += _about_calling(probe, failed, ignore_index)
@@ -60,111 +51,18 @@ def likely_causes(
             return causes
         causes += _about_values(probe, failed)
         if not overwrites and probe.formula_is_right:  # otherwise what follows would tell only what comes of that
-            for about in (_about_gradient, _about_entropy, _about_nan):
+            for about in (_about_gradient, _about_others, _about_nan):
                 causes += about(probe, failed)
         causes += _about_ignored(probe, failed)
         failed -= {"stale_result", "grad_mode_bits"} if overwrites else set()  # which are consequences
-    except _Raised as raised:
+    except Raised as raised:
         if not causes and "outside_write" not in failed:  # where a write that goes nowhere here has been seen
             causes.append(f"raises for an ordinary input: {raised}")
     causes += [words for name, words in ALWAYS.items() if name in failed]
     return list(dict.fromkeys(causes))
 
 
-class _Raised(Exception):
-    """The function raised; says what."""
-
-
-class _Got(NamedTuple):
-    """What came of one call."""
-
-    result: Any
-    logits: Tensor
-    """As they are afterwards."""
-    model: Tensor
-    """What the logits were computed from, and a gradient can be taken in; it keeps its values."""
-
-    def first(self) -> Tensor | None:
-        """The first tensor among the results."""
-        parts = self.result if isinstance(self.result, (tuple, list)) else (self.result,)
-        return next((part for part in parts if isinstance(part, Tensor)), None)
-
-    def rows(self) -> Tensor | None:
-        """[N] float64, if there is a number a row."""
-        first = self.first()
-        return first.detach().double().reshape(-1) if first is not None and first.numel() == len(self.model) else None
-
-    def other(self) -> Tensor | None:
-        """What is returned beside the log-probabilities, if it is a number a row."""
-        pair = self.result if isinstance(self.result, tuple) and len(self.result) == 2 else (None, None)
-        return pair[1] if isinstance(pair[1], Tensor) and pair[1].shape == (len(self.model),) else None
-
-
-@dataclass
-class _Probe:
-    """A function, and ordinary inputs for it."""
-
-    function: Function
-    problem: Problem
-    device: torch.device
-    seed: int
-    formula_is_right: bool = True
-    """Whether what it returns is the log-probability, but for precision; as far as is known."""
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator(self.device).manual_seed(self.seed)
-        self.sign = -1 if self.function.returns == "loss" else 1
-        self.temperature = 1.0 if self.problem.temperature == "none" else TEMPERATURE
-        self.logits = self.new_logits()
-        vocab = self.problem.vocab
-        # Half of them from the upper half, where an index that is too narrow and a forgotten block show.
-        labels = torch.randint(vocab, (ROWS,), generator=self.generator, device=self.device)
-        self.labels = torch.where(torch.arange(ROWS, device=self.device) % 2 == 0, labels, vocab - 1 - labels // 2)
-        self.some_ignored = self.labels.clone()
-        self.some_ignored[1::3] = IGNORE_INDEX
-
-    def new_logits(self) -> Tensor:
-        shape = ROWS, self.problem.vocab
-        return (3.0 * torch.randn(shape, generator=self.generator, device=self.device)).to(self.problem.dtype)
-
-    def run(self, logits: Tensor | None = None, labels: Tensor | None = None, *, asked: str = "") -> _Got:
-        """Call it, for log-probabilities and what is asked for beside them; raises _Raised."""
-        model = (self.logits if logits is None else logits).clone().requires_grad_()
-        labels = self.labels if labels is None else labels
-        given = model.clone()  # not a leaf, since a function may write into what a model gave it
-        result = self.call(given, labels.clone(), asked=asked)
-        return _Got(result, given.detach(), model)
-
-    def call(self, logits: Tensor, labels: Tensor, *, asked: str = "") -> Any:
-        """What it returns, as it is; raises _Raised."""
-        results: dict[str, Any] = {name: name == asked for name in RESULTS}
-        problem = self.problem._replace(**results)
-        try:
-            return self.function.returned(logits, labels.unsqueeze(-1), self.temperature, problem)
-        except (Exception, SystemExit) as error:  # whatever a function raises is what is looked into here
-            if nothing_can_serve_after(error):
-                raise
-            raise _Raised(_in_words(error)) from error
-
-    def raises(self, logits: Tensor, labels: Tensor) -> str | None:
-        """What it raises for these, if it does."""
-        try:
-            self.run(logits, labels)
-        except _Raised as raised:
-            return str(raised)
-        return None
-
-
-def _in_words(error: BaseException) -> str:
-    """What was raised and, where that can be told from its traceback, by which line."""
-    said = str(error).strip().splitlines()[:1]
-    frames = itertools.dropwhile(lambda frame: frame.filename != CALL, traceback.extract_tb(error.__traceback__))
-    own = [frame for frame in frames if frame.filename != CALL and not Path(frame.filename).is_relative_to(TORCH)]
-    where = f" (line {own[-1].lineno} of {Path(own[-1].filename).name}: {own[-1].line})" if own else ""
-    return ": ".join([type(error).__name__, *said]) + where
-
-
-def _about_calling(probe: _Probe, failed: frozenset[str], ignore_index: bool) -> Iterator[str]:
+def _about_calling(probe: Probe, failed: frozenset[str], ignore_index: bool) -> Iterator[str]:
     if "runs" not in failed:
         return
     if probe.raises(probe.logits, probe.labels) is not None:
@@ -189,7 +87,7 @@ def _about_calling(probe: _Probe, failed: frozenset[str], ignore_index: bool) ->
             yield f"raises for {what} ({raised})"
 
 
-def _about_kind(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
+def _about_kind(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
     got = probe.run()
     first = got.first()
     if first is None:
@@ -226,7 +124,7 @@ def _about_kind(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
         yield f"returns {short_name(first.dtype)}{steps}: give float32"
 
 
-def _about_values(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
+def _about_values(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
     got = probe.run()
     rows = got.rows()
     if rows is None:
@@ -246,7 +144,7 @@ def _about_values(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
         yield "lets rounding carry a log-probability above 0, where a token is certain: clamp it"
 
 
-def _about_state(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
+def _about_state(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
     if not failed & VALUES:
         return
     memory = probe.logits.clone()
@@ -254,7 +152,7 @@ def _about_state(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
     def numbers() -> Tensor:
         with torch.no_grad():
             result = probe.call(memory, probe.labels.clone())
-        rows = _Got(result, memory, memory).rows()
+        rows = Got(result, memory, memory).rows()
         return torch.empty(0) if rows is None else rows.clone()
 
     calls = [numbers() for _ in range(4)]
@@ -268,7 +166,7 @@ def _about_state(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
         yield "gives the old result for new values in the same memory: it remembers results by address or shape"
 
 
-def _about_gradient(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
+def _about_gradient(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
     if not failed & GRADIENT or failed & (VALUES | {"log_prob_sign"}):
         return  # where the values are wrong, so is their gradient, and for the same reason
     got = probe.run()
@@ -302,32 +200,81 @@ def _about_gradient(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
         yield f"the values are right, and the gradient {words}"
 
 
-def _about_entropy(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
-    if not probe.problem.entropy or not failed & (ENTROPY | {"gradient_flows"}):
-        return
-    got = probe.run(asked="entropy")
-    entropy, x = got.other(), got.model.detach().double()
-    if entropy is None:
-        return
-    if "gradient_flows" in failed and not entropy.requires_grad:
-        yield "the entropy is detached from the logits: no gradient flows through it"
-    true, untempered = (torch.special.entr((x / s).softmax(-1)).sum(-1) for s in (probe.temperature, 1.0))
-    values = entropy.detach().double().reshape(-1)
-    if same(values, -true, COARSELY):
-        yield "returns the sum of p log p as the entropy: negative where an entropy must be positive. Negate it"
-    elif probe.temperature != 1.0 and same(values, untempered, COARSELY):
-        yield "the entropy is that of the logits before the temperature divides them"
+def _about_others(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
+    """What is returned beside the log-probabilities."""
+    for name in results_of(probe.problem):
+        if not failed & {name, f"{name}_sign", f"{name}_error", f"{name}_rmse", "gradient_flows"}:
+            continue
+        got = probe.run(asked=name)
+        result = got.other()
+        if result is None:
+            continue
+        x, what = got.model.detach().double(), name.replace("_", " ")
+        if name in ("entropy", "logsumexp") and not result.requires_grad:
+            yield f"the {what} is detached from the logits: no gradient flows through it"
+        if name == "argmax":
+            yield from _about_argmax(probe)
+            continue
+        true, *wrong = OF_ROWS[name](x, probe.temperature)
+        values = result.detach().double() / true[1]
+        fitting = (words for words, number in (true, *wrong) if same(values, number / true[1], COARSELY))
+        if words := next(fitting, ""):
+            yield words
+        elif probe.temperature != 1.0 and same(values, OF_ROWS[name](x, 1.0)[0][1] / true[1], COARSELY):
+            yield f"the {what} is that of the logits before the temperature divides them"
 
 
-def _about_ignored(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
+def _entropies(x_NV: Tensor, t: float) -> list[tuple[str, Tensor]]:
+    """The truth, and what is commonly returned in its place."""
+    true = torch.special.entr((x_NV / t).softmax(-1)).sum(-1)
+    return [
+        ("", true),
+        ("returns the sum of p log p as the entropy: negative where an entropy must be positive. Negate it", -true),
+        ("returns the entropy in bits, not in nats", true / math.log(2)),
+    ]
+
+
+def _logsumexps(x_NV: Tensor, t: float) -> list[tuple[str, Tensor]]:
+    x = x_NV / t
+    true = x.logsumexp(-1)
+    return [
+        ("", true),
+        ("the logsumexp lacks the maximum that was subtracted before: add it again", true - x.amax(-1)),
+        ("returns minus the logsumexp", -true),
+    ]
+
+
+def _sums_of_squares(x_NV: Tensor, t: float) -> list[tuple[str, Tensor]]:
+    true = (x_NV / t).softmax(-1).square().sum(-1)
+    return [
+        ("", true),
+        ("returns 1 minus the sum of squared probabilities", 1 - true),
+        ("returns the square root of the sum of squared probabilities", true.sqrt()),
+        ("returns the logarithm of the sum of squared probabilities", true.log()),
+    ]
+
+
+OF_ROWS = {"entropy": _entropies, "logsumexp": _logsumexps, "sum_p_squared": _sums_of_squares}
+
+
+def _about_argmax(probe: Probe) -> Iterator[str]:
+    logits, last = probe.logits.clone(), probe.problem.vocab - 1
+    logits[:, [0, last]] = logits.amax(-1, keepdim=True)
+    result = probe.run(logits, asked="argmax").other()
+    if result is not None and bool((result == last).all()):
+        yield "takes the last of equal maxima as the argmax, where the first counts"
+
+
+def _about_ignored(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
     if "ignored_rows" not in failed:
         return
     rows, ignored = probe.run(labels=probe.some_ignored).rows(), probe.some_ignored == IGNORE_INDEX
     remedy = "Mask them, or check with --no-ignore-index"
-    if probe.problem.entropy:
-        entropy = probe.run(labels=probe.some_ignored, asked="entropy").other()
-        if entropy is not None and bool((entropy[ignored] != 0).any()):
-            yield f"does not give an entropy of 0 for labels of {IGNORE_INDEX}. {remedy}"
+    for name in results_of(probe.problem):
+        result, due = probe.run(labels=probe.some_ignored, asked=name).other(), -1 if name == "argmax" else 0
+        if result is not None and bool((result[ignored] != due).any()):
+            what = f"a{'n' if name[0] in 'ae' else ''} {name.replace('_', ' ')}"
+            yield f"does not give {what} of {due} for labels of {IGNORE_INDEX}. {remedy}"
     if rows is None:
         return
     got, logits = rows[ignored], probe.logits[ignored]
@@ -340,7 +287,7 @@ def _about_ignored(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
         yield f"does not give 0 for labels of {IGNORE_INDEX}. {remedy}"
 
 
-def _about_nan(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
+def _about_nan(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
     if "nan_pattern" not in failed:
         return
     logits = probe.logits.clone()
@@ -363,7 +310,7 @@ def _about_nan(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
         yield "gives NaN for a label at -inf, whose log-probability is -inf: 0 times infinity on the way"
 
 
-def _about_inputs(probe: _Probe, failed: frozenset[str]) -> Iterator[str]:
+def _about_inputs(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
     if "inputs_changed" not in failed:
         return
     got = probe.run()

@@ -216,6 +216,10 @@ def judge(inputs: CaseInputs, results: Returned, notes: Notes) -> None:
     ignored = inputs.labels == IGNORE_INDEX
     zero = results.log_probs[ignored] == 0
     notes.add("ignored_rows", bool(zero.all()), "an ignored label does not give 0")
+    for name in results_of(problem):
+        expected = -1 if name == "argmax" else 0
+        right = getattr(results, name)[ignored.all(-1)] == expected
+        notes.add("ignored_rows", bool(right.all()), f"the {name} of an ignored row is not {expected}")
     if results.entropy is not None:
         smallest = float(results.entropy.nan_to_num(nan=1.0).min()) if results.entropy.numel() else 0.0
         notes.add("entropy_sign", smallest >= 0.0, f"smallest entropy {smallest:.4g}", -smallest)

@@ -23,8 +23,7 @@ def test_a_wrong_function_is_stopped_for_the_right_reason_and_given_the_right_ca
 def test_each_kind_of_check_stops_one():
     # Each error has a twin, the mean square, which the same mistakes trip. Row invariance is for backends that declare
     # it; see test_run.py for both.
-    alone = {"entropy_rmse", "gradient_rmse", "row_invariance"}
-    alone |= {"logsumexp_error", "logsumexp_rmse", "argmax", "sum_p_squared_error", "sum_p_squared_rmse"}
+    alone = {"entropy_rmse", "logsumexp_rmse", "sum_p_squared_rmse", "gradient_rmse", "row_invariance"}
     assert set(MEANING) - {wrong.reason for wrong in WRONG_FUNCTIONS} == alone
 
 

@@ -3,8 +3,10 @@
 Each takes (logits, labels), here often x and y, or more of the check's options.
 """
 
+import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from compiled_logprobs.backends.eager import Eager
+from compiled_logprobs.check.function import with_all_results
 from compiled_logprobs.problem import Problem
 
 IGNORE_INDEX = -100
-PROBLEM = Problem("cpu", 12, 3001, torch.float32, needs_grad=True, entropy=True, temperature="number")
+PROBLEM = with_all_results(Problem("cpu", 12, 3001, torch.float32, needs_grad=True, temperature="number"))
 
 
 class Wrong(NamedTuple):
@@ -51,6 +54,23 @@ def zero_ignored(result: Tensor, labels: Tensor) -> Tensor:
     return result.masked_fill(labels == IGNORE_INDEX, 0.0)
 
 
+OTHERS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "entropy": lambda x, t: entropy_of(x / t),
+    "logsumexp": lambda x, t: (x / t).logsumexp(-1),
+    "argmax": lambda x, t: x.argmax(-1),
+    "sum_p_squared": lambda x, t: (x / t).softmax(-1).square().sum(-1).detach(),
+}
+"""Of logits and temperature: what may be asked for beside log-probabilities."""
+
+
+def of_rows(result: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+    """One of `OTHERS` as it has to be returned: of rows that are ignored, and of those without probabilities."""
+    special = torch.log_softmax(x, -1).isnan().any(-1)
+    if not result.is_floating_point():
+        return result.masked_fill(special | (labels == IGNORE_INDEX), -1)
+    return zero_ignored(result.masked_fill(special, math.nan), labels).float()
+
+
 class _Replaced(torch.autograd.Function):
     """The value of one tensor with the gradient of another."""
 
@@ -84,10 +104,25 @@ def in_chunks_of_three_rows(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(parts) if parts else good(logits, labels)
 
 
-def float64_throughout(logits: Tensor, labels: Tensor, temperature: float = 1.0, return_entropy: bool = False) -> Any:
+def float64_throughout(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    return_logsumexp: bool = False,
+    return_argmax: bool = False,
+    return_sum_p_squared: bool = False,
+) -> Any:
     x = logits.double() / temperature
     log_probs = zero_ignored(label_values(torch.log_softmax(x, -1), labels), labels).float()
-    return (log_probs, zero_ignored(entropy_of(x), labels).float()) if return_entropy else log_probs
+    others = {
+        "entropy": return_entropy,
+        "logsumexp": return_logsumexp,
+        "argmax": return_argmax,
+        "sum_p_squared": return_sum_p_squared,
+    }
+    asked = [name for name, is_asked in others.items() if is_asked]
+    return (log_probs, *(of_rows(OTHERS[name](x, 1.0), x, labels) for name in asked)) if asked else log_probs
 
 
 def online_softmax_over_blocks(logits: Tensor, labels: Tensor) -> Tensor:
@@ -172,14 +207,26 @@ def remembered_by_address(logits: Tensor, labels: Tensor) -> Tensor:
     return _Replaced.apply(value, first.clone())
 
 
-def with_entropy(entropy: Callable[[Tensor, float], Tensor]) -> Callable[..., Any]:
-    """A function that returns `entropy(logits, temperature)` beside right log-probabilities."""
+def beside(name: str, result: Callable[[Tensor, float], Tensor], finish: Any = of_rows) -> Callable[..., Any]:
+    """A function that returns `result(logits, temperature)` beside right log-probabilities, asked for by that name."""
+    option = f"return_{name}"
 
-    def function(logits: Tensor, labels: Tensor, temperature: float = 1.0, return_entropy: bool = False) -> Any:
-        log_probs = good(logits.float() / temperature, labels)
-        return (log_probs, zero_ignored(entropy(logits.float(), temperature), labels)) if return_entropy else log_probs
+    def function(logits: Tensor, labels: Tensor, temperature: float = 1.0, **asked: bool) -> Any:
+        x = logits.float()
+        log_probs = good(x / temperature, labels)
+        return (log_probs, finish(result(x, temperature), x, labels)) if asked[option] else log_probs
 
+    kinds = dict.fromkeys(("logits", "labels", "temperature", option), inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [inspect.Parameter(each, kind) for each, kind in kinds.items()]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return function
+
+
+with_entropy = partial(beside, "entropy", finish=lambda result, x, labels: zero_ignored(result, labels))
+
+
+def last_of_equal_maxima(x: Tensor, temperature: float) -> Tensor:
+    return x.shape[-1] - 1 - x.flip(-1).argmax(-1)
 
 
 def entropy_that_multiplies_0_and_infinity(x: Tensor, temperature: float) -> Tensor:
@@ -344,9 +391,27 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
     "entropy_error": [
         ("the entropy is that of the logits before the temperature", with_entropy(lambda x, t: entropy_of(x)))
     ],
+    "logsumexp_error": [
+        (
+            "the logsumexp is that of the logits before the temperature",
+            beside("logsumexp", lambda x, t: x.logsumexp(-1)),
+        ),
+        (
+            "the logsumexp lacks the maximum",
+            beside("logsumexp", lambda x, t: ((x - x.amax(-1, keepdim=True)) / t).logsumexp(-1)),
+        ),
+    ],
+    "argmax": [("takes the last of equal maxima as the argmax", beside("argmax", last_of_equal_maxima))],
+    "sum_p_squared_error": [
+        (
+            "returns the square root of the sum of squared probabilities",
+            beside("sum_p_squared", lambda x, t: (x / t).softmax(-1).norm(dim=-1)),
+        ),
+    ],
     "gradient_flows": [
         ("is detached from the logits", lambda x, y: good(x.detach(), y)),
         ("the entropy is detached", with_entropy(lambda x, t: entropy_of(x.detach() / t))),
+        ("the logsumexp is detached", beside("logsumexp", lambda x, t: (x.detach() / t).logsumexp(-1))),
     ],
     "gradient_sign": [(GRADIENT + "is of the loss", lambda x, y: _Replaced.apply(positive(x, y), good(x, y).detach()))],
     "gradient_error": [
@@ -357,6 +422,7 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
     "ignored_rows": [
         ("does not know ignored labels: -100 counts as token 0", lambda x, y: good(x, y.clamp(min=0))),
         ("does not give an entropy of 0 for labels of -100", entropy_of_ignored_rows),
+        ("does not give an argmax of -1 for labels of -100", beside("argmax", OTHERS["argmax"], lambda y, *_: y)),
     ],
     "nan_pattern": [
         ("gives NaN as the entropy where a logit is -inf", with_entropy(entropy_that_multiplies_0_and_infinity)),
