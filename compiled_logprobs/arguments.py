@@ -43,6 +43,10 @@ dispatch_modes: Callable[[], list[Any]] = find_private(
     "torch.utils._python_dispatch._get_current_dispatch_mode_stack", list
 )
 """The modes that see each operation of this thread, such as a fake mode, or a profiler of operations."""
+count_dispatch_modes: Callable[[], int] = find_private(
+    "torch._C._len_torch_dispatch_stack", lambda: len(dispatch_modes())
+)
+"""How many these are, which is 0 in nearly every call: cheaper to ask for."""
 _is_transformed = find_private("torch._C._functorch.is_functorch_wrapped_tensor", lambda tensor: False)
 _WITHOUT_VALUES = (
     find_private("torch._subclasses.fake_tensor.FakeTensor", type(None)),
@@ -54,8 +58,7 @@ def is_traced(logits: Tensor) -> bool:
     """Whether a compiler, an exporter or a fake mode records the operations, so that values may not exist."""
     if torch.compiler.is_compiling() or logits.is_meta or isinstance(logits, _WITHOUT_VALUES):
         return True
-    modes = dispatch_modes()
-    return bool(modes) and any(mode.is_infra_mode() for mode in modes)
+    return count_dispatch_modes() > 0 and any(mode.is_infra_mode() for mode in dispatch_modes())
 
 
 def check_logits(logits: Tensor) -> None:
