@@ -10,9 +10,9 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]  
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]  # likewise
 
 from compiled_logprobs.backends.triton_kernels import (
-    LEAST,
     LN_2,
     LOG2_E,
+    bounded,
     is_valid,
     jit,
     labels_of,
@@ -44,7 +44,7 @@ def _gradient_at(  # type: ignore[no-untyped-def]
     x = tl.load(x_ptr + offsets, mask=inside, eviction_policy="evict_first").to(tl.float32)
     d = (x - m) * bits
     if ENTROPY:
-        d = tl.maximum(d, LEAST)
+        d = bounded(d)
         total = tl.exp2(d) * tl.fma(d, slope, constant)
     else:
         total = tl.exp2(d) * constant

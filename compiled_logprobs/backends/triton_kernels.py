@@ -71,6 +71,12 @@ def temperature_of(temperature, bits, row, PER_TOKEN: tl.constexpr):  # type: ig
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def bounded(d):  # type: ignore[no-untyped-def]
+    """`d`, bounded from below; NaN stays, which a GPU's own maximum drops."""
+    return tl.maximum(d, LEAST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _vectors(row_V_ptr, first, V: tl.constexpr, R: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """R vectors of 8 columns from the column `first` on: their left and right halves, float32 [R, 4] each.
 
@@ -162,7 +168,7 @@ def reduce_chunks(  # type: ignore[no-untyped-def]
                 top = tl.maximum(m, peak)
                 d0_R4, d1_R4 = (x0_R4 - top[:, None]) * bits, (x1_R4 - top[:, None]) * bits
                 if ENTROPY:
-                    d0_R4, d1_R4 = tl.maximum(d0_R4, LEAST), tl.maximum(d1_R4, LEAST)
+                    d0_R4, d1_R4 = bounded(d0_R4), bounded(d1_R4)
                 e0_R4, e1_R4 = tl.exp2(d0_R4), tl.exp2(d1_R4)
                 back = (m - top) * bits
                 w = tl.exp2(back)

@@ -1,7 +1,7 @@
 """Run real Triton kernels on CPU tensors, in a process that was started with TRITON_INTERPRET=1.
 
 Triton decides when a kernel is defined whether it is interpreted, so a test spawns such a process. The interpreter (of
-triton 3.7) then differs from a GPU in four ways that matter here; `like_a_gpu` mends them.
+triton 3.7) then differs from a GPU in five ways that matter here; `like_a_gpu` mends them.
 """
 
 import os
@@ -65,6 +65,11 @@ def _call(self, *arguments, **options):
     return self.rewrite()(*arguments, **options)
 
 
+def _max(builder, a, b):
+    """A GPU's maximum of NaN and a number is the number, unless NaN is asked for; numpy's is NaN."""
+    return builder.binary_op(a, b, np.fmax)
+
+
 @contextmanager
 def like_a_gpu() -> Iterator[None]:
     """Kernels launched within it compute what they would on a GPU, up to float32 rounding."""
@@ -77,6 +82,7 @@ def like_a_gpu() -> Iterator[None]:
         patch.object(libdevice, "log", _log),
         patch.object(interpreter, "_implicit_cvt", _convert_argument),
         patch.object(interpreter.InterpreterBuilder, "cast_impl", _cast),
+        patch.object(interpreter.InterpreterBuilder, "create_maxnumf", _max),
         patch.object(interpreter.InterpretedFunction, "__call__", _call),
         np.errstate(invalid="ignore", divide="ignore"),  # NaN and infinity are among what is tested
     ):
