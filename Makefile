@@ -100,12 +100,12 @@ FLASH_ATTENTION := --no-build-isolation --no-deps flash-attn
 	$(INSTALL) $(FLASH_ATTENTION)
 	touch $@
 
-# Each release of torch pins the triton that it needs where it is built for CUDA, as PyPI's are, and torch 2.11 refuses a new
-# setuptools. They take some 6 GB each.
+# Each release of torch pins the triton that it needs where it is built for CUDA, as PyPI's are. torch 2.11 refuses a new
+# setuptools, and the interpreter of triton 3.6 and older cannot take numpy 2.4. They take some 6 GB each.
 $(TORCH)/.installed: pyproject.toml constraints.txt
 	test -n "$(VERSION)" || { echo "Say which torch, e.g. make test-torch VERSION=2.8.0" >&2; exit 1; }
 	$(PYTHON) -m venv $(TORCH)
-	grep -vE '^(setuptools|torch|triton)==' constraints.txt > $(TORCH)/constraints.txt
+	{ echo "numpy<2.4"; grep -vE '^(numpy|setuptools|torch|triton)==' constraints.txt; } > $(TORCH)/constraints.txt
 	$(TORCH)/bin/python -m pip install --disable-pip-version-check -c $(TORCH)/constraints.txt torch==$(VERSION) wheel -e '.[test]'
 	$(TORCH)/bin/python -m pip install --disable-pip-version-check -c $(TORCH)/constraints.txt $(FLASH_ATTENTION)
 	touch $@
