@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_logprobs.arguments import check_problem, checked_device
+from compiled_logprobs.arguments import check_problem, checked_device, find_private
 from compiled_logprobs.check.cases import Case, cases, same_bits
 from compiled_logprobs.check.causes import likely_causes
 from compiled_logprobs.check.function import Function, NamedBackend, Returns, Subject
@@ -101,6 +101,9 @@ def check_backend(
         except BaseException as error:  # noqa: BLE001 - raised again where they are waited for
             outcomes.set_exception(error)
 
+    if torch.version.cuda is not None and not torch.cuda.is_available():
+        # torch 2.11 keeps an object of the first thread that compiles so, and crashes once that thread has ended.
+        find_private("torch._C._ensureCUDADeviceGuardSet", bool)()
     # As if nothing surrounded it: inference mode, hooks on saved tensors, autocast and a default device belong to a
     # thread. Anomaly mode does not, and would take the NaN that is among the inputs for a mistake. An interrupt does
     # not wait for the thread, whose function may hang.
