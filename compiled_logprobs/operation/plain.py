@@ -42,5 +42,6 @@ def plain(logits: Tensor, labels: Tensor, temperature: float | Tensor, *, wanted
 
 def bytes_of_plain(problem: Problem) -> int:
     """What a call takes beside its inputs, backward included where the problem needs the gradient."""
-    copies = 2 + problem.entropy + problem.needs_grad * (1 + 2 * problem.entropy)  # as measured, of the logits
+    # As measured, in copies of the logits.
+    copies = 2 + problem.entropy + problem.needs_grad * (1 + max(2 * problem.entropy, 3 * problem.logsumexp))
     return copies * problem.rows * problem.vocab * accumulation_dtype(problem.dtype).itemsize

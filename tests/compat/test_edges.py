@@ -34,6 +34,16 @@ X = torch.linspace(-2, 2, 30).view(2, 3, 5)
 LABELS = torch.tensor([[0, 1, 2], [3, 4, 0]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verls_sum_of_squares_is_the_same_with_and_without_a_gradient(dtype):
+    x = X.to(dtype)
+    one_pass, two_passes = (
+        verl.calculate_sum_pi_squared_from_logits(x.clone().requires_grad_(n)) for n in (False, True)
+    )
+    assert two_passes.requires_grad and one_pass.dtype == dtype
+    torch.testing.assert_close(one_pass, two_passes.detach())
+
+
 @pytest.mark.parametrize("function", [verl.logprobs_from_logits, skyrl.logprobs_from_logits])
 def test_the_gradient_is_written_over_the_logits_where_the_option_asks_for_it(function):
     leaf = X.clone().requires_grad_()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compiled_logprobs.machine.clock import extra_peak_bytes, why_no_peak
-from compiled_logprobs.operation.contract import Wanted
+from compiled_logprobs.operation.contract import Wanted, wanted_by
 from compiled_logprobs.operation.plain import bytes_of_plain, plain
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem
@@ -29,12 +29,14 @@ def test_it_computes_what_the_reference_does(dtype, temperature):
 @pytest.mark.skipif(why_no_peak("cpu") is not None, reason=str(why_no_peak("cpu")))
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_it_takes_as_much_memory_as_is_reckoned_with(needs_grad):
-    problem = Problem("cpu", 128, 2**16, torch.bfloat16, needs_grad=needs_grad, entropy=needs_grad)
+    problem = Problem(
+        "cpu", 128, 2**16, torch.bfloat16, needs_grad=needs_grad, entropy=needs_grad, logsumexp=needs_grad
+    )
     logits = torch.randn(problem.rows, problem.vocab).to(problem.dtype).requires_grad_(needs_grad)
     labels = torch.randint(problem.vocab, (problem.rows, 1))
 
     def call():
-        results = plain(logits, labels, 0.7, wanted=Wanted(entropy=needs_grad))
+        results = plain(logits, labels, 0.7, wanted=wanted_by(problem))
         return torch.autograd.grad(results, logits, [*map(torch.ones_like, results)]) if needs_grad else results
 
     call()
