@@ -51,7 +51,7 @@ class Cpp(Backend):
 
     def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
         library, rows = self._loaded(), inputs.labels.shape[:-1]
-        log_probs = inputs.logits.new_empty(inputs.labels.shape, dtype=torch.float32)
+        log_probs = torch.empty_like(inputs.labels, dtype=torch.float32)  # a microsecond less than new_empty
         results = Results(
             log_probs,
             log_probs.new_empty((3 if wanted.entropy else 2, *rows)),
