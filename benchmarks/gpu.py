@@ -13,13 +13,16 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,7 +58,8 @@ PEERS = {
 """What they time beside this library, where it is installed."""
 TIMED = ("log_softmax", "liger", "quack", "trl", "cut_cross_entropy")
 """Candidates of `benchmarks.peers`. Of torch.compile each shape is compiled anew, for which there is no time."""
-WRITTEN = ("report.md", "report.json", "tests.xml", "peers.json")
+PYTEST = ("pytest", "tests/gpu", "-q", "-rs", "-p", "no:cacheprovider")
+WRITTEN = ("report.md", "report.json", "tests-small.xml", "tests-large.xml", "peers.json")
 INTERRUPTED = 130
 
 
@@ -139,14 +143,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses it with small sizes")
     options = parser.parse_args(arguments)
     out, profiles, began = options.out.resolve(), options.profiles.resolve(), time.monotonic()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in WRITTEN:
-            (out / name).unlink(missing_ok=True)  # that of an earlier run
-            (out / name).touch()
-            (out / name).unlink()
-    except OSError as error:
-        parser.error(f"got --out {options.out}, in which nothing can be written: {error}. Name another folder.")
+    for option, folder in (("--out", out), ("--profiles", profiles)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            parser.error(f"got {option} {folder}, in which nothing can be written: {error}. Name another folder.")
+    for name in WRITTEN:
+        (out / name).unlink(missing_ok=True)  # that of an earlier run
+    shutil.rmtree(out / "profiles", ignore_errors=True)
     report: dict[str, Any] = {
         "schema": 1,
         "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -188,16 +193,20 @@ def steps(device: str, sizes: Sizes, out: Path, profiles: Path) -> Iterator[Step
     doctor = machine.programs["doctor"].figures or {}
     names = sizes.checked or tuple(dict.fromkeys(row["name"] for row in doctor.get("backends", ())))
     check = [*cli, "check", "--json", "--device", device]
-    tests, peers = out / "tests.xml", out / "peers.json"
-    pytest = ["-m", *["pytest", "tests/gpu", "-q", "-rs", "-p", "no:cacheprovider"], f"--junitxml={tests}"]
-    profile = ["profile", *sizes.profile.split(), *["--again", "--json", "--progress", "none", "--device"], device]
+    large, peers = "peak or 32_bits", out / "peers.json"
+    tests = {
+        name: ["-m", *PYTEST, "-k", which, f"--junitxml={out / f'tests-{name}.xml'}"]
+        for name, which in {"small": f"not ({large})", "large": large}.items()
+    }
+    profile = ["profile", *sizes.profile.split(), "--json", "--progress", "none", "--device", device]
+    profile += ["--out", str(out / "profiles")]
     timed = ["benchmarks.peers", *sizes.peers.split(), "--no-tune", "--device", device, "--json", str(peers)]
     timed += ["--only", ",".join(("auto", *names, *TIMED))]
     later = [
         step("ceilings", _printed, ceilings=["-m", "benchmarks.ceilings", device]),
-        step("tests", lambda printed: _tests(tests), pytest=pytest),
+        step("tests", _tests, **tests),  # a fault of the device ends all that a program does there
         step("check", _printed, **({name: [*check, name] for name in names} or {"all": check})),
-        step("profile", _printed, profile=[*cli, *profile, "--out", str(profiles)]),
+        step("profile", partial(_profiled, out / "profiles", profiles), profile=[*cli, *profile]),
         step("peers", lambda printed: _timed(peers), peers=["-m", *timed]),
     ]
     types = [row["device_type"] for row in doctor.get("environments", ())]
@@ -309,9 +318,9 @@ def _printed(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"), object_hook=shorter)
 
 
-def _tests(file: Path) -> dict[str, Any]:
+def _tests(printed: Path) -> dict[str, Any]:
     """Of pytest's XML: how many passed, and what was said of the others."""
-    cases = list(ElementTree.parse(file).iter("testcase"))
+    cases = list(ElementTree.parse(printed.with_suffix(".xml")).iter("testcase"))
     said: dict[str, dict[str, str]] = {"failed": {}, "skipped": {}}
     for case in cases:
         for kind, tags in {"failed": ("failure", "error"), "skipped": ("skipped",)}.items():
@@ -319,6 +328,14 @@ def _tests(file: Path) -> dict[str, Any]:
                 said[kind][case.get("name", "")] = found.get("message", "")[:500]
     recorded = {each.get("name", ""): each.get("value", "") for case in cases for each in case.iter("property")}
     return {"passed": len(cases) - len(said["failed"]) - len(said["skipped"]), **said, "recorded": recorded}
+
+
+def _profiled(measured: Path, profiles: Path, printed: Path) -> Any:
+    """What `profile` printed. What it measured goes over what an earlier run did, which it does not look at: it would
+    give three times as long to what that left undecided."""
+    if measured.is_dir():
+        shutil.copytree(measured, profiles, dirs_exist_ok=True)
+    return _printed(printed)
 
 
 def _timed(file: Path) -> dict[str, Any]:

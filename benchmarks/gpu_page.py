@@ -21,7 +21,7 @@ def page(report: Report) -> str:
     sections = (
         ("Machine", [*_machine(figures.get("machine", {}).get("doctor", {}), report)]),
         ("Ceilings", [*_ceilings(figures.get("ceilings", {}).get("ceilings"))]),
-        ("Tests", [*_tests(figures.get("tests", {}).get("pytest"))]),
+        ("Tests", [*_tests(figures.get("tests", {}))]),
         ("Check", _check(programs.get("check", {}))),
         ("Profile", _profile(figures.get("profile", {}).get("profile"))),
         ("Beside the peers", [*_peers(figures.get("peers", {}).get("peers"))]),
@@ -74,17 +74,23 @@ def _ceilings(found: Report | None) -> Iterator[str]:
         yield from _table(("what", "GB/s, or GB"), rows)
 
 
-def _tests(found: Report | None) -> Iterator[str]:
-    if found is None:
+def _tests(found: Report) -> Iterator[str]:
+    """Of both programs as of one."""
+    if not found:
         return
-    yield f"{found['passed']} passed, {len(found['failed'])} failed, {len(found['skipped'])} skipped."
+    failed, skipped, recorded = (
+        {name: said for one in found.values() for name, said in one[kind].items()}
+        for kind in ("failed", "skipped", "recorded")
+    )
+    passed = sum(one["passed"] for one in found.values())
+    yield f"{passed} passed, {len(failed)} failed, {len(skipped)} skipped."
     yield ""
-    yield from _table(("failed", "message"), found["failed"].items())
+    yield from _table(("failed", "message"), failed.items())
     why: dict[str, int] = {}
-    for reason in found["skipped"].values():
+    for reason in skipped.values():
         why[reason] = why.get(reason, 0) + 1
     yield from _table(("skipped", "because"), [(times, reason) for reason, times in why.items()])
-    yield from _table(("peak of memory", "is"), found["recorded"].items())
+    yield from _table(("peak of memory", "is"), recorded.items())
 
 
 def _check(programs: Report) -> list[str]:

@@ -58,8 +58,9 @@ def test_every_step_runs_on_the_cpu(tmp_path, monkeypatch):
     assert code == 0
     programs = {name: one for step in report["steps"] for name, one in step["programs"].items()}
     assert programs["doctor"]["figures"]["environments"] and programs["ceilings"]["figures"]["bandwidth"]["copy"] > 0
-    tests = programs["pytest"]["figures"]
-    assert tests["passed"] > 30 and not tests["failed"] and "eager, inplace, cold, x the logits" in tests["recorded"]
+    small, large = programs["small"]["figures"], programs["large"]["figures"]
+    assert small["passed"] > 30 and large["passed"] > 5 and not small["failed"] | large["failed"]
+    assert "eager, inplace, cold, x the logits" in large["recorded"]
     assert programs["eager"]["figures"]["reports"][0]["passed"]
     assert programs["flash_attn"]["outcome"] == "could not run" and "CUDA" in programs["flash_attn"]["reason"]
     assert programs["profile"]["figures"]["decisions"] and list(profiles.rglob("decisions/*.json"))
@@ -162,10 +163,11 @@ def test_a_program_that_cannot_be_started_costs_its_step_alone(ran, monkeypatch)
     assert "a program could not be started: no memory" in text
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_that_says_so(tmp_path, capsys):
+@pytest.mark.parametrize("option", ["--out", "--profiles"])
+def test_a_folder_that_cannot_be_written_is_an_error_that_says_so(tmp_path, capsys, option):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as raised:
-        gpu.main(["--device", "cpu", "--out", str(tmp_path / "file")])
+        gpu.main(["--device", "cpu", "--out", str(tmp_path / "out"), option, str(tmp_path / "file")])
     said = capsys.readouterr().err
     assert raised.value.code == 2 and "file, in which nothing can be written" in said and "Name another folder" in said
 
@@ -204,15 +206,34 @@ def test_a_candidate_of_ours_that_fails_beside_the_peers_is_the_reason(tmp_path)
     assert reason == "1 failed, the first: triton, backward, 8192 rows: oom: full"
 
 
+def test_a_second_profile_goes_over_the_first_and_beside_others(tmp_path):
+    measured, profiles = tmp_path / "out" / "profiles", tmp_path / "profiles"
+    for folder, text in ((profiles, "first"), (measured, "second")):
+        (folder / "v1" / "a").mkdir(parents=True)
+        (folder / "v1" / "a" / "one.json").write_text(text)
+    (profiles / "v1" / "a" / "other.json").write_text("first")
+    (tmp_path / "printed").write_text('{"decisions": []}')
+    (step,) = (step for step in gpu.steps("cuda", gpu.FULL, tmp_path / "out", profiles) if step.name == "profile")
+    assert step.programs["profile"].arguments[-1] == str(measured)
+    assert step.read(tmp_path / "printed") == {"decisions": []}
+    assert {file.name: file.read_text() for file in profiles.rglob("*.json")} == {
+        "one.json": "second",
+        "other.json": "first",
+    }
+
+
 def test_the_page_of_a_run_on_a_gpu():
     """What a CPU's report has nothing of."""
     seen = {"sm_clock_min_mhz": 1200, "sm_clock_median_mhz": 1980.0, "sm_clock_max_mhz": 1980}
     seen |= {"memory_used_max_bytes": 2**30, "throttle_reasons": ["power cap"]}
     ceilings = {"bandwidth": {"read": 4.1e12, "copy": 4.2e12}, "telemetry": seen, "telemetry_reason": None}
-    failed = {"passed": 40, "failed": {"test_graph[triton]": "not equal"}, "skipped": {"a": "one", "b": "one"}}
+    small = {"passed": 40, "failed": {"test_graph[triton]": "not equal"}, "skipped": {"a": "one"}, "recorded": {}}
+    large = {"passed": 3, "failed": {}, "skipped": {"b": "one"}, "recorded": {"eager, warm": 0.02}}
     programs = {
-        name: {"figures": figures, "outcome": "passed", "reason": "", "tail": ""}
-        for name, figures in {"ceilings": ceilings, "pytest": failed | {"recorded": {}}}.items()
+        step: {
+            name: {"figures": figures, "outcome": "passed", "reason": "", "tail": ""} for name, figures in ran.items()
+        }
+        for step, ran in {"ceilings": {"ceilings": ceilings}, "tests": {"small": small, "large": large}}.items()
     }
     report = {
         "began": "2026-12-01T12:00:00+00:00",
@@ -226,9 +247,9 @@ def test_the_page_of_a_run_on_a_gpu():
                 "seconds": 3.2,
                 "limit_s": 20,
                 "reason": "",
-                "programs": {each: programs[each]},
+                "programs": each,
             }
-            for name, each in {"ceilings": "ceilings", "tests": "pytest"}.items()
+            for name, each in programs.items()
         ],
         "versions": {"torch": "2.11.0", "triton": None},
         "python": sys.version.split()[0],
@@ -236,7 +257,8 @@ def test_the_page_of_a_run_on_a_gpu():
     text = page(report)
     for line in (
         "| read | 4100 |",
-        "40 passed, 1 failed, 2 skipped.",
+        "43 passed, 1 failed, 2 skipped.",
+        "| eager, warm | 0.02 |",
         "| test_graph[triton] | not equal |",
         "| 2 | one |",
         "| ceilings | 1200 | 1980 | 1980 | 1073741824 | power cap |  |",
