@@ -1,77 +1,44 @@
-"""torch.compile over the formula: one fused forward pass, one fused pointwise backward.
+"""torch.compile over the formula: one fused pass forward, one fused pointwise pass backward, the contract inside.
 
-N is dynamic and V static: one compilation a direction serves every N and every temperature. Each combination of V,
-dtype, K and options (`Key`) has a compiled function of its own, which knows nothing of the others.
+N is dynamic and V static: one compilation a direction serves every N, every temperature and every `ignore_index`. Each
+combination of V, dtype, K and options (`Key`) has a compiled function of its own, which knows nothing of the others.
+What is compiled, and in which form for which device, is in `compiled_logprobs.backends.compiled_code`.
 
-Which form of the formula is compiled depends on the device:
+On a GPU logits beyond 2^31 are computed in parts, and slices through a map of their rows or, where none fits, outer
+index by outer index. None of this was timed on one: `python -m tests.gpu_code` shows what the generated code does.
 
-* On a CPU `formula.forward_at_once`, in one level: the two-level form is slower there as Inductor writes it.
-* On a GPU `formula.forward_in_blocks`, where a row is longer than a block: two kernels, of which the first reads the
-  logits, once, and the second combines a few numbers a block. The one-level form makes two loops over the row, and a
-  row rarely stays in a GPU's cache until the second. Inductor's online softmax would read once as well, without the
-  entropy, but with two exponentials a logit: an H100 has 132 SMs with 16 a clock each, and at the 1.5e12 logits a
-  second that its memory brings in bfloat16 two of them take 81 % of these units, one 40 %.
-* Backward on a GPU is `formula.gradient` for one label a row, a single kernel; for several, and on a CPU,
-  `formula.backward_at_once` and a write to the label columns. On a CPU the comparison of each column with the label
-  would cost more than that write.
-
-None of this was timed on a GPU: `python -m tests.gpu_code` shows what the generated code does.
-
-Shapes: N rows (or A x B, where two strides lead from row to row), V vocabulary, K labels a row.
+Shapes: N rows (or A x S, where two strides lead from row to row), V vocabulary, K labels a row.
 """
 
-import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache, lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from compiled_logprobs.backends import compiled_code
 from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.backends.compiled_code import Key, mark, number, options, parameters, takes_hints
+from compiled_logprobs.backends.fingerprint import digest_of
 from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.machine.environment import cpp_compiler
 from compiled_logprobs.operation import contract, formula
 from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
-from compiled_logprobs.operation.formula import Computed, Saved
-from compiled_logprobs.problem import Layout, Problem, layout_of
+from compiled_logprobs.problem import Problem, layout_of
 
 RECOMPILE_LIMIT = 32
-"""Per `Key`. Another row stride or number of threads, inference mode and 64-bit indexing add a compilation each."""
-
-BLOCKS_TO_COMPILE_FOR = 1024
-"""How many blocks Inductor is told of on a GPU, whatever N comes first.
-
-It chooses between kernels by this number. From 64 a multiprocessor on, of which an A100 has 108, it no longer looks at
-strides, takes the blocks for scattered, and loads each twice. From 1024 on it finds one warp enough for a block, and
-offers just that to its autotuner. In between, every N has the same kernel, and one that reads once.
-"""
+"""Per `Key`. Another row stride or number of threads, inference mode and the labels' dtype add a compilation each."""
 INT32_MAX = 2**31 - 1
 COMPILER_ERRORS = ("torch._dynamo.exc", "torch._inductor.exc")
 """The modules whose exceptions say that something could not be compiled."""
 DISABLED = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
-OPTIONS = {"triton.autotune_pointwise": False}
-"""Of Inductor on a GPU. To choose between two configurations it would run both at the first call, and copy the logits
-before each run of a kernel that writes over them. The one that is left is the first of both, and takes fewer
-instructions a logit."""
-
-
-class Key(NamedTuple):
-    """What a compiled function is specialised on."""
-
-    device_type: str
-    vocab: int
-    dtype: torch.dtype
-    labels_per_row: int
-    per_token_temperature: bool
-    layout: Layout
-    aligned: bool
-    """Inductor copies a misaligned input on an accelerator, unless it saw a misaligned one when it compiled."""
 
 
 class Compiled(Backend):
@@ -97,75 +64,33 @@ class Compiled(Backend):
 
     def is_warm(self, problem: Problem) -> bool:
         key = key_for(problem)
-        forward = ("forward", key, problem.entropy)
-        # Whether a gradient will come through the entropy is not known; whoever warms up does what they do later.
-        backward = [("backward", key, entropy, problem.inplace_backward) for entropy in (False, True)]
-        return forward in self._warm and (not problem.needs_grad or any(b in self._warm for b in backward))
+        # Whether a gradient will come through each result is not known; whoever warms up does what they do later.
+        backward = "backward", key, problem.inplace_backward
+        return ("forward", key, contract.wanted_by(problem)) in self._warm and (
+            not problem.needs_grad or backward in self._warm
+        )
+
+    def fingerprint(self) -> str:
+        return digest_of(
+            *(Path(str(file)) for file in (__file__, compiled_code.__file__, formula.__file__, contract.__file__))
+        )
 
     def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
-        rows = contract.clean(inputs)
-        computed = self._forward(inputs.logits, rows.labels, rows.temperature, entropy=wanted.entropy)
-        m, log_s = (residual.squeeze(-1) for residual in computed.residuals[:2])
-        return contract.finish(rows, wanted, computed.log_probs, m, log_s, computed.entropy)
-
-    def _forward(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
-        t = _as_tensor(temperature, logits)
-        key = _key_of(logits, labels, t)
-        hints = None
-        if reads_blocks(key.device_type, key.vocab):
-            if rows_within_int32(logits) < len(logits):
-                return self._forward_in_parts(logits, labels, t, entropy=entropy)
-            hints = hints_for(logits)
-        log_probs, entropies, residuals = _run(_compiled_forward(key, entropy), logits, labels, t, hints=hints)
-        self._warm.add(("forward", key, entropy))
-        if logits.shape[0] > 1:
-            return Computed(log_probs, entropies, residuals)
-        return Computed(log_probs[:1], None if entropies is None else entropies[:1], tuple(r[:1] for r in residuals))
+        key = key_of(inputs)
+        results = _forward(inputs, wanted, key)
+        self._warm.add(("forward", key._replace(starts_aligned=True), wanted))
+        return results
 
     def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
-        logits, rows = inputs.logits, contract.clean(inputs)
-        labels, upstream = rows.labels, contract.clean_upstream(rows, upstream)
-        t = _as_tensor(rows.temperature, logits)
-        key = _key_of(logits, labels, t)
-        m, log_s, *entropy = stats.unsqueeze(-1).unbind(0)
-        through_entropy = () if upstream.entropy is None else (entropy[0], upstream.entropy)
-        gradient: Tensor
-        gradient, at_labels = _run(
-            _compiled_backward(key, upstream.entropy is not None, inplace),
-            *(logits, labels, t, m, log_s, rows.dropped, upstream.log_probs, *through_entropy),
-        )
-        self._warm.add(("backward", key, upstream.entropy is not None, inplace))
-        if logits.shape[0] == 1:
-            gradient = logits.copy_(gradient[:1]) if inplace else gradient[:1].clone()
-            at_labels = None if at_labels is None else at_labels[:1]
-        if at_labels is not None:
-            formula.write_label_columns(gradient, labels, at_labels)
+        key = key_of(inputs)
+        gradient = _backward(inputs, stats, upstream, key, inplace)
+        self._warm.add(("backward", key._replace(starts_aligned=True), inplace))
         return gradient
-
-    def _forward_in_parts(self, logits: Tensor, labels: Tensor, temperature: Tensor, *, entropy: bool) -> Computed:
-        """Forward over parts of the rows that 32-bit indices reach; what it returns is small, and put together again.
-
-        Inductor indexes with 32 bits where it is told of few blocks, and guards that these suffice.
-        """
-        rows = rows_at_a_time(logits)
-        pieces: list[Any] = list(range(len(logits)))
-        if rows > 1:
-            pieces = [slice(start, start + rows) for start in range(0, len(logits), rows)]
-        parts = [
-            self._forward(logits[p], labels[p], temperature[p] if temperature.ndim else temperature, entropy=entropy)
-            for p in pieces
-        ]
-        together = torch.cat if rows > 1 else torch.stack
-        log_probs, entropies, residuals = zip(*parts, strict=True)
-        return Computed(
-            together(log_probs),
-            together(entropies) if entropy else None,
-            tuple(together(parts) for parts in zip(*residuals, strict=True)),
-        )
 
 
 def key_for(problem: Problem) -> Key:
     """The key of the calls that `problem` stands for."""
+    on_cpu = problem.device_type == "cpu"
     return Key(
         problem.device_type,
         problem.vocab,
@@ -173,67 +98,125 @@ def key_for(problem: Problem) -> Key:
         problem.labels_per_row,
         problem.temperature == "per_token",
         problem.layout,
-        problem.aligned or problem.device_type == "cpu",
+        problem.aligned or on_cpu,
+        True,
     )
 
 
-def _key_of(logits: Tensor, labels: Tensor, temperature: Tensor) -> Key:
+def key_of(inputs: Inputs) -> Key:
+    """The key of a call."""
+    logits, labels, temperature, _ = inputs
     layout, aligned = layout_of(logits)
+    device_type, starts_aligned = logits.device.type, True
+    if device_type == "cpu":
+        aligned = True
+    else:
+        starts_aligned = logits.data_ptr() % 16 == 0
+        aligned = aligned and (layout == "flat" or all(stride % 16 == 0 for stride in logits.stride()[:-1]))
+    per_token = isinstance(temperature, Tensor)
     return Key(
-        logits.device.type,
-        logits.shape[-1],
-        logits.dtype,
-        labels.shape[-1],
-        temperature.ndim > 0,
-        layout,
-        aligned or logits.device.type == "cpu",
+        device_type, logits.shape[-1], logits.dtype, labels.shape[-1], per_token, layout, aligned, starts_aligned
     )
 
 
-@cache
-def _compiled_forward(key: Key, entropy: bool) -> Callable[..., Any]:
-    return _compile(forward_function(key, entropy), f"forward_{key}_{entropy}", key.device_type)
+def _forward(inputs: Inputs, wanted: Wanted, key: Key) -> Results:
+    if key.device_type != "cpu" and (pieces := pieces_of(inputs.logits, key, maps=key.reads_blocks)):
+        return _together([_forward(part, wanted, key_of(part)) for part in _parts(inputs, pieces)], pieces)
+    arguments = arguments_of(inputs)
+    if inputs.labels.shape[0] == 1:
+        arguments = doubled(arguments)
+    if key.layout == "slice" and key.reads_blocks:
+        arguments = mapped(arguments)
+    results = Results(*_call(_compiled_forward(key, wanted), arguments, key, "forward"))
+    rows = inputs.labels.shape[:-1]
+    if rows[0] == 1:  # and not two, as it was computed
+        return _of_each(results, lambda result, dimension: result.narrow(dimension, 0, 1).clone())
+    if results.log_probs.shape[:-1] == rows:
+        return results
+    return _of_each(
+        results, lambda result, dimension: result.view(*result.shape[:dimension], *rows, *result.shape[dimension + 1 :])
+    )
+
+
+def _of_each(results: Results, function: Callable[[Tensor, int], Tensor]) -> Results:
+    """What `function` makes of each result and the dimension in which its rows begin."""
+    made = (
+        None if result is None else function(result, int(name == "stats")) for name, result in results._asdict().items()
+    )
+    return Results(*made)  # type: ignore[arg-type]  # the first two are never None
+
+
+def _backward(
+    inputs: Inputs, stats: Tensor, upstream: Upstream, key: Key, inplace: bool, out: Tensor | None = None
+) -> Tensor:
+    logits, maps = inputs.logits, key.reads_blocks and key.in_one_pass and not inplace
+    if key.device_type != "cpu" and (pieces := pieces_of(logits, key, maps=maps)):
+        gradient = logits if inplace else logits.new_empty(logits.shape) if out is None else out
+        for piece, part in zip(pieces, _parts(inputs, pieces), strict=True):
+            grads = Upstream(*(None if grad is None else grad[piece] for grad in upstream))  # type: ignore[arg-type]
+            _backward(part, stats[:, piece], grads, key_of(part), inplace, gradient[piece])
+        return gradient
+    others = ("grad_entropy", upstream.entropy), ("grad_logsumexp", upstream.logsumexp)
+    arguments = {**arguments_of(inputs), "stats": stats, "grad_log_probs": upstream.log_probs}
+    arguments |= {name: grad for name, grad in others if grad is not None}
+    rows = logits.shape[:-1]
+    if rows[0] == 1:
+        arguments = doubled(arguments)
+    elif out is not None and not inplace:
+        arguments["out"] = out
+    if key.layout == "slice" and maps:
+        arguments = mapped(arguments)
+    through = upstream.entropy is not None, upstream.logsumexp is not None
+    compiled = _compiled_backward(key, inplace, "out" in arguments, *through)
+    gradient, values, positions = _call(compiled, arguments, key, "backward")
+    target = logits if inplace else out
+    if rows[0] == 1:
+        row = (arguments["logits"] if inplace else gradient)[:1]
+        gradient = row.clone() if target is None else target.copy_(row)
+    else:
+        gradient = gradient.view(*rows, -1) if target is None else target
+    if values is not None:
+        values, positions = values[: rows[0]], positions[: rows[0]]
+        if gradient.is_contiguous():
+            torch.ops.aten.index_put_(gradient.view(-1), [positions], values)
+        else:
+            formula.write_label_columns(gradient, positions % key.vocab, values)
+    return gradient
+
+
+def arguments_of(inputs: Inputs) -> dict[str, Tensor]:
+    """What compiled functions take, by name."""
+    logits, labels, temperature, ignore_index = inputs
+    t = temperature if isinstance(temperature, Tensor) else number(temperature)
+    return {"logits": logits, "labels": labels, "temperature": t, "ignore_index": number(ignore_index, torch.int64)}
+
+
+def mapped(arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`arguments` with the rows of a slice one after another, and where each lies in memory."""
+    found = compiled_code.map_rows(arguments["logits"])
+    assert found is not None
+    memory, row_map = found
+    flat = {
+        name: argument.flatten(int(name == "stats"), 1 + int(name == "stats")) if argument.ndim else argument
+        for name, argument in arguments.items()
+        if name != "logits"
+    }
+    return {"logits": memory, **flat, **row_map._asdict()}
 
 
 @cache
-def _compiled_backward(key: Key, through_entropy: bool, inplace: bool) -> Callable[..., Any]:
-    return _compile(backward_function(key, inplace), f"backward_{key}_{through_entropy}_{inplace}", key.device_type)
+def _compiled_forward(key: Key, wanted: Wanted) -> Callable[..., Any]:
+    return compile_function(compiled_code.forward_function(key, wanted), f"forward_{key}_{wanted}", key.device_type)
 
 
-def forward_function(key: Key, entropy: bool) -> Callable[..., Any]:
-    """What is compiled for the forward pass."""
-    chosen = formula.forward_in_blocks if reads_blocks(key.device_type, key.vocab) else formula.forward_at_once
-
-    def forward(logits: Tensor, labels: Tensor, temperature: Tensor) -> Any:
-        return chosen(logits, labels, temperature, entropy=entropy)
-
-    return forward
+@cache
+def _compiled_backward(key: Key, inplace: bool, *variant: bool) -> Callable[..., Any]:
+    """`variant`: whether the gradient goes into a tensor, and comes through the entropy and the logsumexp."""
+    function = compiled_code.backward_function(key, inplace)
+    return compile_function(function, f"backward_{key}_{inplace}_{variant}", key.device_type)
 
 
-def backward_function(key: Key, inplace: bool) -> Callable[..., Any]:
-    """What is compiled for backward: gradient, and the values at the labels where these are written afterwards."""
-    in_one_pass = key.device_type != "cpu" and key.labels_per_row == 1
-
-    def backward(
-        logits: Tensor,
-        labels: Tensor,
-        temperature: Tensor,
-        m: Tensor,
-        log_s: Tensor,
-        ignored: Tensor,
-        grad_log_probs: Tensor,
-        entropy: Tensor | None = None,
-        grad_entropy: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        residuals = (m, log_s) if entropy is None else (m, log_s, entropy)
-        bundles = Saved(logits, labels, temperature, residuals, ignored), Upstream(grad_log_probs, grad_entropy)
-        gradient, at_labels = (formula.gradient(*bundles), None) if in_one_pass else formula.backward_at_once(*bundles)
-        return logits.copy_(gradient) if inplace else gradient, at_labels
-
-    return backward
-
-
-def _compile(function: Callable[..., Any], name: str, device_type: str) -> Callable[..., Any]:
+def compile_function(function: Callable[..., Any], name: str, device_type: str) -> Callable[..., Any]:
     """Compile a copy of `function` that has a code object and a name of its own.
 
     torch.compile remembers by these which sizes have changed so far, and takes them for dynamic from then on: to one
@@ -242,87 +225,93 @@ def _compile(function: Callable[..., Any], name: str, device_type: str) -> Calla
     assert isinstance(function, FunctionType)
     code = function.__code__.replace(co_name=name)
     own = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
-    options: Any = {} if device_type == "cpu" else {"options": OPTIONS}
-    if "recompile_limit" in _parameters(torch.compile):
-        options["recompile_limit"] = RECOMPILE_LIMIT
-    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, **options)
+    how: Any = {} if device_type == "cpu" else {"options": options()}
+    if "recompile_limit" in parameters(torch.compile):
+        how["recompile_limit"] = RECOMPILE_LIMIT
+    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, **how)
     return compiled
 
 
-def _run(function: Callable[..., Any], logits: Tensor, *others: Tensor, hints: list[int] | None = None) -> Any:
-    """Call a compiled function with the leading dimensions dynamic, in the one mode that it was compiled for.
+def doubled(arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`arguments` of a single row, twice: torch.compile never treats a size of 1 as dynamic, and would compile once
+    more for it, with another order of summation."""
+    return {name: torch.cat([a, a], int(name == "stats")) if a.ndim else a for name, a in arguments.items()}
 
-    `hints` are the sizes that it is optimised for when it is compiled, in place of those that it is called with.
 
-    A single row is computed twice, and the results have two rows: torch.compile never treats a size of 1 as dynamic,
-    and would compile once more for it, with another order of summation.
-    """
+def _call(function: Callable[..., Any], arguments: dict[str, Tensor], key: Key, direction: str) -> Any:
+    """Call a compiled function with the leading dimensions dynamic, in the one mode that it was compiled for."""
+    logits, stats = arguments["logits"], arguments.get("stats")
     # `.data` is no view: of a view, the compiler also looks at the tensor that it was made from, and at its sizes. And
     # it is a new object: marks stay on one, and those of forward are not for backward.
-    arguments = [argument.data for argument in (logits, *others)]
-    if logits.shape[0] == 1:
-        arguments = [torch.cat([a, a]) if a.ndim else a for a in arguments]
-    leading = logits.ndim - 1
-    with torch.no_grad(), _no_autocast(logits.device.type), _translated_errors():
-        if hints is not None and not _takes_hints() and function not in _OPTIMISED:
-            function(*_dummies(arguments, leading, hints))
-            _OPTIMISED.add(function)
-        mark(arguments, leading, hints)
-        return function(*arguments)
+    arguments = {name: argument.data if argument.ndim else argument for name, argument in arguments.items()}
+    # Marks take half as long as the call, and matter where it compiles.
+    compiles_for = (
+        *(function, arguments["labels"].dtype, logits.is_inference(), torch.is_inference_mode_enabled()),
+        *(torch.get_num_threads(), stats is None or stats.is_contiguous()),
+    )
+    with _in_its_mode(key.device_type) if _is_in_another_mode(key.device_type) else _AS_IT_IS:
+        try:
+            if compiles_for not in _COMPILED:
+                hints = compiled_code.hints_for(key, arguments["logits"], direction)
+                if hints is not None and not takes_hints():
+                    function(**dummies(arguments, hints))
+                mark(arguments, hints)
+            results = function(**arguments)
+        except Exception as error:  # noqa: BLE001  raised again, translated or as it is
+            raise_translated(error)
+    _COMPILED.add(compiles_for)
+    return results
 
 
-_OPTIMISED: set[Callable[..., Any]] = set()
-"""The functions that were compiled by a call with the sizes that they are optimised for."""
+_AS_IT_IS = nullcontext()
+_COMPILED: set[tuple[object, ...]] = set()
+"""What functions were compiled for: themselves, and what they are compiled anew for."""
 
 
-def _takes_hints() -> bool:
-    """Whether torch can be told of sizes that it is not called with; torch 2.8 and older cannot."""
-    return "hint_override" in _parameters(torch._dynamo.mark_dynamic)
-
-
-def _dummies(arguments: Sequence[Tensor], leading: int, hints: list[int]) -> list[Tensor]:
+def dummies(arguments: dict[str, Tensor], hints: list[int]) -> dict[str, Tensor]:
     """Arguments of the sizes `hints`, of the same kind and layout as `arguments`, for torch to compile by."""
-    logits = arguments[0]
-    if logits.is_contiguous():
-        dummy = logits.new_zeros(*hints, logits.shape[-1])
-    elif leading == 1:
-        dummy = logits.new_zeros(*hints, logits.shape[-1] + 16)[:, : logits.shape[-1]]
-    else:
-        dummy = logits.new_zeros(hints[0], hints[1] + 1, logits.shape[-1])[:, : hints[1]]
-    dummies = [dummy, *(a.new_zeros(*hints, *a.shape[leading:]) if a.ndim else a for a in arguments[1:])]
-    mark(dummies, leading, None)
-    return dummies
+    logits, leading = arguments["logits"], len(hints)
+    made = {}
+    for name, a in arguments.items():
+        first = a.shape[:1] if name == "stats" else ()
+        made[name] = a.new_zeros(*first, *hints, *a.shape[len(first) + leading :]) if a.ndim else torch.zeros_like(a)
+    if leading > 1:
+        made["logits"] = logits.new_zeros(hints[0], hints[1] + 1, logits.shape[-1])[:, : hints[1]]
+    elif not logits.is_contiguous():
+        made["logits"] = logits.new_zeros(*hints, logits.shape[-1] + 16)[:, : logits.shape[-1]]
+    mark(made, None)
+    return made
 
 
-@cache
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
-    """The names of what `function` takes, which differ between releases of torch."""
-    return frozenset(inspect.signature(function).parameters)
+def pieces_of(logits: Tensor, key: Key, *, maps: bool) -> list[Any]:
+    """Indices of the parts that logits on a GPU are computed in; empty where they are computed at once.
 
-
-def mark(arguments: Sequence[Tensor], leading: int, hints: list[int] | None) -> None:
-    """Tell the compiler that the first `leading` dimensions of all but 0-d `arguments` are dynamic.
-
-    On every call: an unmarked one that recompiles, for whatever reason, would compile N as a constant.
+    32-bit indices have to reach all of a part: Inductor uses these where it is told of few rows, and guards that they
+    suffice. A slice whose rows cannot be mapped is computed outer index by outer index.
     """
-    for argument in arguments:
-        if argument.ndim and (hints is None or not _takes_hints()):
-            torch._dynamo.mark_dynamic(argument, list(range(leading)))
-        elif argument.ndim:
-            for dimension, hint in enumerate(hints or ()):
-                torch._dynamo.mark_dynamic(argument, dimension, hint_override=hint)
+    is_slice = logits.ndim > 2
+    if is_slice and (logits.ndim > 3 or (key.reads_blocks and (not maps or compiled_code.map_rows(logits) is None))):
+        return list(range(len(logits)))
+    rows = rows_at_a_time(logits)
+    if rows >= len(logits):
+        return []
+    if rows <= 1:
+        return list(range(len(logits))) if is_slice else [slice(n, n + 1) for n in range(len(logits))]
+    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 
 
-def hints_for(logits: Tensor) -> list[int]:
-    """Sizes of the leading dimensions that make `BLOCKS_TO_COMPILE_FOR` blocks, or little more."""
-    blocks = -(-logits.shape[-1] // formula.BLOCK)
-    outer = [2] * (logits.ndim - 2)
-    return [*outer, max(2, -(-BLOCKS_TO_COMPILE_FOR // (blocks * 2 ** len(outer))))]
+def _parts(inputs: Inputs, pieces: list[Any]) -> Iterator[Inputs]:
+    logits, labels, t, ignore_index = inputs
+    for piece in pieces:
+        yield Inputs(logits[piece], labels[piece], t[piece] if isinstance(t, Tensor) else t, ignore_index)
 
 
-def reads_blocks(device_type: str, vocab: int) -> bool:
-    """Whether forward reads the logits in blocks; a row no longer than one needs no second level."""
-    return device_type != "cpu" and vocab > formula.BLOCK
+def _together(parts: list[Results], pieces: list[Any]) -> Results:
+    """The results of all parts, which are small."""
+    together = torch.cat if isinstance(pieces[0], slice) else torch.stack
+    columns = zip(Results._fields, zip(*parts, strict=True), strict=True)
+    joined = (None if each[0] is None else together(each, int(name == "stats")) for name, each in columns)
+    return Results(*joined)  # type: ignore[arg-type]  # the first two are never None
 
 
 def rows_at_a_time(logits: Tensor) -> int:
@@ -342,39 +331,26 @@ def rows_within_int32(logits: Tensor) -> int:
     return max(0, min(INT32_MAX // padded, in_memory))
 
 
-@contextmanager
-def _no_autocast(device_type: str) -> Iterator[None]:
-    """Autocast changes nothing here, but compiled functions are guarded on it."""
-    if torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            yield
-    else:
-        yield
+def _is_in_another_mode(device_type: str) -> bool:
+    return torch.is_grad_enabled() or torch.is_autocast_enabled(device_type)
 
 
 @contextmanager
-def _translated_errors() -> Iterator[None]:
-    try:
+def _in_its_mode(device_type: str) -> Iterator[None]:
+    """Without gradients and autocast, which change nothing here, but compiled functions are guarded on them."""
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):
         yield
-    except Exception as error:
-        if not any(cls.__module__ in COMPILER_ERRORS for cls in type(error).__mro__):
-            raise
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise BackendUnavailable(
-            f"backend 'compiled' could not be compiled here: {first_line} The whole error is above. "
-            "Mend what it names, or use backend='eager' or backend='auto'."
-        ) from error
 
 
-def _as_tensor(temperature: float | Tensor, logits: Tensor) -> Tensor:
-    """As a tensor, since compiled code treats each number as a constant of its own.
-
-    A fill on the device, where a copy from the host would wait for it; and a new one for each call, since memory that
-    was filled while a CUDA graph was captured, or on another stream, may hold nothing yet.
-    """
-    if isinstance(temperature, Tensor):
-        return temperature
-    return torch.full((), temperature, dtype=torch.float32, device=logits.device)
+def raise_translated(error: Exception) -> NoReturn:
+    """Raise `error`, and what a compiler raised as a reason why this backend cannot run."""
+    if not any(cls.__module__ in COMPILER_ERRORS for cls in type(error).__mro__):
+        raise error
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    raise BackendUnavailable(
+        f"backend 'compiled' could not be compiled here: {first_line} The whole error is above. "
+        "Mend what it names, or use backend='eager' or backend='auto'."
+    ) from error
 
 
 def _is_disabled() -> bool:
@@ -390,11 +366,15 @@ def _why_no_cpp_compiler() -> str | None:
     return "torch.compile needs a C++ compiler on CPU, and there is none on the PATH: install one, or name it in CXX"
 
 
-@lru_cache(maxsize=1)
 def _why_no_triton() -> str | None:
     if find_spec("triton") is None:
         return "torch.compile needs triton on CUDA, and it is not installed"
-    major, minor = torch.cuda.get_device_capability()
+    return _why_not_on(torch.cuda.current_device())
+
+
+@cache
+def _why_not_on(device: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
     if major < 7:
         return f"torch.compile needs compute capability 7.0 or newer, and this device has {major}.{minor}"
     return None

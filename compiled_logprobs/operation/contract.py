@@ -95,14 +95,14 @@ def clean(inputs: Inputs) -> Clean:
     labels = inputs.labels.to(torch.int64)
     ignored = labels == inputs.ignore_index
     in_range = labels.clamp(0, inputs.logits.shape[-1] - 1)
-    outside = (in_range != labels) & ~ignored
+    outside = (in_range != labels) & (labels != inputs.ignore_index)
     one = labels.shape[-1] == 1  # of which a reduction would be a launch for nothing
     invalid = outside.squeeze(-1) if one else outside.any(-1)
     t = inputs.temperature
-    if isinstance(t, Tensor):
+    if isinstance(t, Tensor) and t.ndim:
         limits = torch.finfo(torch.float32)
         usable = (t >= limits.tiny) & (t <= limits.max)
-        invalid = invalid | ~usable
+        invalid = invalid | usable.logical_not()
         t = torch.where(usable, t, 1.0)
     return Clean(in_range, t, ignored, ignored.squeeze(-1) if one else ignored.all(-1), invalid)
 

@@ -13,16 +13,13 @@ where g is the upstream gradient of the log-probabilities, g_y its part at the l
 cancels: m and log s stay apart, because their sum would round a log-sum-exp of 1e4 to 1e-3, and the
 subtraction comes before the division, so that a shift of the whole row costs nothing.
 
-There are two forms of each direction, of which `compiled` takes one for a device:
-
-* `forward_at_once` and `backward_at_once` need the whole row's maximum before the first exponential, which a compiler
-  turns into two loops over the row. On a CPU these are the faster ones, and a row that was just read is still in its
-  cache.
-* `forward_in_blocks` and `gradient` are for GPUs: a block of the row is read once, while it lies in registers.
+A row's maximum comes before its first exponential, which a compiler turns into two loops over the row. On a CPU a row
+that was just read is still in its cache; `compiled_logprobs.backends.compiled_code` has forms for GPUs, which read it
+once. Sums are taken in blocks, since one long float32 sum loses the tail of a row, and exponents are in bits: Inductor
+stores each exponential that two sums share for a CPU, and not each power of two.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,34 +37,9 @@ from compiled_logprobs.operation.contract import (
 from compiled_logprobs.problem import accumulation_dtype
 
 BLOCK = 1024
-"""Columns that `forward_in_blocks` reads at a time: as many as Inductor keeps in registers (a persistent reduction)."""
+"""Columns that are added up by themselves; as many as Inductor keeps in a GPU's registers (a persistent reduction)."""
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
-
-
-class Computed(NamedTuple):
-    """What is computed of clean inputs, in float32 (float64 for float64 logits)."""
-
-    log_probs: Tensor
-    """[..., K], in nats."""
-    entropy: Tensor | None
-    """[...], in nats; None where it was not asked for."""
-    residuals: tuple[Tensor, ...]
-    """What the backward needs of each row."""
-
-
-class Saved(NamedTuple):
-    """What the forward leaves for the backward: its arguments, and what it found."""
-
-    logits: Tensor
-    """[..., V]."""
-    labels: Tensor
-    """[..., K] int64 in [0, V)."""
-    temperature: float | Tensor
-    residuals: tuple[Tensor, ...]
-    """As forward returned them."""
-    ignored: Tensor
-    """[...] bool: rows whose gradient is exactly 0, whatever they hold."""
 
 
 def per_row(temperature: float | Tensor) -> float | Tensor:
@@ -84,149 +56,56 @@ def finite(log_p: Tensor) -> Tensor:
 
 
 def forward(inputs: Inputs, wanted: Wanted) -> Results:
-    """Finished results, as a user's graph inlines them."""
-    rows = clean(inputs)
-    log_probs, entropy, (m, log_s, *_) = forward_at_once(
-        inputs.logits, rows.labels, rows.temperature, entropy=wanted.entropy
-    )
-    argmax = inputs.logits.argmax(-1) if wanted.argmax else None
-    sum_p_squared = None
+    """Finished results. The temperature of `inputs` may also be a 0-d tensor, and `ignore_index` one."""
+    logits, rows = inputs.logits, clean(inputs)
+    x, t = logits.to(accumulation_dtype(logits.dtype)), per_row(rows.temperature)
+    m = x.amax(-1, keepdim=True)
+    bits = LOG2_E / t
+    d = [(part - m) * bits if part.ndim == m.ndim else (part - m.unsqueeze(-1)) * per_row(bits) for part in _split(x)]
+    e = [part.exp2() for part in d]
+    s = _sum(e, x.ndim - 1)
+    log_s = s.log()
+    log_probs = (logits.gather(-1, rows.labels).to(x.dtype) - m) / t - log_s.unsqueeze(-1)
+    entropy = first = sum_p_squared = None
+    if wanted.entropy:
+        q = _sum([ee * finite(dd) for ee, dd in zip(e, d, strict=True)], x.ndim - 1)
+        entropy = log_s - q * LN_2 / s
+    if wanted.argmax:
+        columns = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+        first = torch.where(x == m, columns, x.shape[-1]).amin(-1).to(torch.int64)
     if wanted.sum_p_squared:
-        d = (inputs.logits.to(m.dtype) - m) * (1.0 / per_row(rows.temperature))
-        sum_p_squared = (2.0 * (d - log_s)).exp().sum(-1)
-    return finish(rows, wanted, log_probs, m.squeeze(-1), log_s.squeeze(-1), entropy, argmax, sum_p_squared)
+        sum_p_squared = _sum([part * part for part in e], x.ndim - 1) / s / s
+    return finish(rows, wanted, log_probs, m.squeeze(-1), log_s, entropy, first, sum_p_squared)
 
 
 def backward(inputs: Inputs, stats: Tensor, upstream: Upstream) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient [..., V] but for the label columns, and what belongs there: values and columns, [..., K]."""
-    rows = clean(inputs)
-    residuals = tuple(stats.unsqueeze(-1).unbind(0))
-    saved = Saved(inputs.logits, rows.labels, rows.temperature, residuals, rows.dropped)
-    gradient, at_labels = backward_at_once(saved, clean_upstream(rows, upstream))
-    return gradient, at_labels, rows.labels
-
-
-def forward_at_once(logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
-    """Log-probabilities, entropy, and the row statistics that the backward needs.
-
-    Args:
-        logits: [..., V].
-        labels: [..., K] int64 in [0, V).
-        temperature: a number, or a tensor [] or [...] in the accumulation dtype.
-        entropy: whether to compute the entropy.
+    """The gradient in the logits: one pointwise pass that leaves the labels out, and what belongs at the labels.
 
     Returns:
-        With the residuals m [..., 1], log s [..., 1] and, if computed, the entropy [..., 1].
+        gradient [..., V] in the dtype of the logits, right everywhere but in the label columns;
+        the gradient at the label columns, [..., K], in the same dtype; and these columns, [..., K].
     """
-    x = logits.to(accumulation_dtype(logits.dtype))
-    t = per_row(temperature)
-    # An amax that keeps its dimension, a subtraction, an exp and a sum are what Inductor fuses into one online-softmax
-    # read.
-    m = x.amax(-1, keepdim=True)
-    d = (x - m) * (1.0 / t)
-    e = d.exp()
-    s = e.sum(-1, keepdim=True)
-    log_s = s.log()
-    log_probs = (logits.gather(-1, labels).to(x.dtype) - m) / t - log_s
-    if not entropy:
-        return Computed(log_probs, None, (m, log_s))
-    h = log_s - (e * finite(d)).sum(-1, keepdim=True) / s
-    return Computed(log_probs, h.squeeze(-1), (m, log_s, h))
-
-
-def forward_in_blocks(logits: Tensor, labels: Tensor, temperature: float | Tensor, *, entropy: bool) -> Computed:
-    """As `forward_at_once`, in two levels: each block of `BLOCK` columns by itself, then the blocks of a row together.
-
-    With B a block, m_B its maximum and d_B = (x - m_B) / T:
-
-        s_B = sum_B exp(d_B)                       w_B = exp((m_B - m) / T) <= 1
-        q_B = sum_B exp(d_B) d_B <= 0              s   = sum_B w_B s_B
-        sum_v exp(d_v) d_v = sum_B w_B (q_B + s_B (m_B - m) / T)
-
-    All terms of a sum have one sign, so that nothing cancels here either. The logits are read once, with or without the
-    entropy, and each costs one exponential: a sum that follows a running maximum through the row costs two. What the
-    first level leaves for the second is two or three numbers a block. Exponents are in bits, for exp2 is a GPU's own
-    instruction.
-    """
-    x = logits.to(accumulation_dtype(logits.dtype))
-    inverse_t = 1.0 / per_row(temperature)
-    bits = inverse_t * LOG2_E
-    vocab = x.shape[-1]
-    blocks = -(-vocab // BLOCK)
-    if vocab % BLOCK:
-        # No copy: it is fused, as a load with a mask.
-        x = torch.nn.functional.pad(x, (0, blocks * BLOCK - vocab), value=-torch.inf)
-    x = x.view(*x.shape[:-1], blocks, BLOCK)
-    block_m = x.amax(-1, keepdim=True)
-    # A block that is all -inf has the sum 0; subtracting its maximum would make that NaN. Its weight is 0, too, unless
-    # the row is all -inf: there the subtraction of m, below, gives the NaN that is due.
-    d = (x - block_m.masked_fill(block_m == -torch.inf, 0.0)) * _unsqueezed(bits)
-    e = d.exp2()
-    block_s = e.sum(-1)
-    block_m = block_m.squeeze(-1)
-    m = block_m.amax(-1, keepdim=True)
-    shift = (block_m - m) * bits
-    weight = shift.exp2()
-    weighted_s = weight * block_s
-    s = weighted_s.sum(-1, keepdim=True)
-    log_s = s.log()
-    log_probs = (_at(logits, labels).to(m.dtype) - m) * inverse_t - log_s
-    if not entropy:
-        return Computed(log_probs, None, (m, log_s))
-    block_q = (e * finite(d)).sum(-1)
-    q = (weight * block_q + weighted_s * finite(shift)).sum(-1, keepdim=True)
-    h = log_s - q * LN_2 / s
-    return Computed(log_probs, h.squeeze(-1), (m, log_s, h))
-
-
-def gradient(saved: Saved, upstream: Upstream) -> Tensor:
-    """The gradient in the logits, [..., V] in their dtype, in one pointwise pass for one label a row.
-
-    With K = 1. A GPU waits for memory here, and compares each column with the label meanwhile.
-    """
-    logits, labels, temperature, residuals, ignored = saved
-    m, log_s = residuals[:2]
-    inverse_t = 1.0 / per_row(temperature)
-    log2_p = (logits.to(m.dtype) - m) * (inverse_t * LOG2_E) - log_s * LOG2_E
-    weight = weight_of_all(upstream)
-    if upstream.entropy is not None:
-        weight = weight + upstream.entropy.unsqueeze(-1) * (finite(log2_p) * LN_2 + residuals[2])
-    columns = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
-    at_label = torch.where(columns == labels.to(torch.int32), upstream.log_probs, 0.0)
-    whole = (at_label - log2_p.exp2() * weight) * inverse_t
-    return whole.masked_fill(ignored.unsqueeze(-1), 0.0).to(logits.dtype)
-
-
-def backward_at_once(saved: Saved, upstream: Upstream) -> tuple[Tensor, Tensor]:
-    """The gradient in the logits: one pointwise pass that leaves the labels out, and the values at the labels.
-
-    Returns:
-        gradient [..., V] in the dtype of `logits`, right everywhere but in the label columns; and
-        the gradient at the label columns, [..., K], in the same dtype, for `write_label_columns`.
-    """
-    logits, labels, temperature, residuals, ignored = saved
-    m, log_s = residuals[:2]
-    t = per_row(temperature)
-    inverse_t = 1.0 / t
-    total = weight_of_all(upstream)
-    drop = ignored.unsqueeze(-1)
+    logits, rows = inputs.logits, clean(inputs)
+    labels, upstream = rows.labels, clean_upstream(rows, upstream)
+    m, log_s, *entropy = stats.unsqueeze(-1).unbind(0)
+    inverse_t = 1.0 / per_row(rows.temperature)
+    total, drop = weight_of_all(upstream), rows.dropped.unsqueeze(-1)
 
     def without_label_term(columns: Tensor) -> Tensor:
         log_p = (columns.to(m.dtype) - m) * inverse_t - log_s
         weight = total
         if upstream.entropy is not None:
-            weight = total + upstream.entropy.unsqueeze(-1) * (finite(log_p) + residuals[2])
+            weight = total + upstream.entropy.unsqueeze(-1) * (finite(log_p) + entropy[0])
         return -(log_p.exp() * weight) * inverse_t
 
     gradient = without_label_term(logits).masked_fill(drop, 0.0).to(logits.dtype)
-    # A repeated label writes the whole sum each time, so that the order of the writes does not matter.
-    same_label = labels.unsqueeze(-1) == labels.unsqueeze(-2)
-    label_term = (
-        upstream.log_probs.unsqueeze(-2).expand_as(same_label).masked_fill(same_label.logical_not(), 0.0).sum(-1)
-        * inverse_t
-    )
-    at_labels = without_label_term(logits.gather(-1, labels)) + label_term
-    return gradient, at_labels.masked_fill(drop, 0.0).to(logits.dtype)
+    label_term = upstream.log_probs
+    if labels.shape[-1] > 1:
+        # A repeated label writes the whole sum each time, so that the order of the writes does not matter.
+        same_label = labels.unsqueeze(-1) == labels.unsqueeze(-2)
+        label_term = torch.where(same_label, label_term.unsqueeze(-2), 0.0).sum(-1)
+    at_labels = without_label_term(logits.gather(-1, labels)) + label_term * inverse_t
+    return gradient, at_labels.masked_fill(drop, 0.0).to(logits.dtype), labels
 
 
 def write_label_columns(gradient: Tensor, labels: Tensor, at_labels: Tensor) -> None:
@@ -236,16 +115,18 @@ def write_label_columns(gradient: Tensor, labels: Tensor, at_labels: Tensor) -> 
     gradient[(*(r.unsqueeze(-1) for r in rows), labels)] = at_labels
 
 
-def _unsqueezed(number: float | Tensor) -> float | Tensor:
-    return number.unsqueeze(-1) if isinstance(number, Tensor) and number.ndim else number
+def _split(x: Tensor) -> list[Tensor]:
+    """`x` [..., V] as whole blocks [..., blocks, BLOCK] and the columns that are left, [..., columns], whichever there
+    are: two tensors cost a compiler nothing, where padding would cost the time of an addition to each column."""
+    vocab = x.shape[-1]
+    whole = vocab // BLOCK * BLOCK
+    if not whole:
+        return [x]
+    blocks = x.narrow(-1, 0, whole).view(*x.shape[:-1], -1, BLOCK)
+    return [blocks, x.narrow(-1, whole, vocab - whole)] if whole < vocab else [blocks]
 
 
-_INDEX = getattr(torch.ops.aten, "_unsafe_index", torch.ops.aten.index)
-
-
-def _at(logits: Tensor, labels: Tensor) -> Tensor:
-    """`logits` [..., V] at `labels` [..., K], which are in range: unlike gather, compiled without an assertion on the
-    device."""
-    rows = torch.meshgrid(*(torch.arange(n, device=labels.device) for n in labels.shape[:-1]), indexing="ij")
-    picked: Tensor = _INDEX(logits, [*(r.unsqueeze(-1) for r in rows), labels])
-    return picked
+def _sum(parts: list[Tensor], rows: int) -> Tensor:
+    """[...], of as many dimensions as there are of `rows`: the sum of all columns, each block by itself first."""
+    sums = [part.sum(-1) if part.ndim == rows + 1 else part.sum(-1).sum(-1) for part in parts]
+    return sums[0] if len(sums) == 1 else sums[0] + sums[1]

@@ -13,17 +13,18 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import compiled_logprobs as clp
 from compiled_logprobs.backends import compiled as compiled_module
-from compiled_logprobs.backends import get_backend
-from compiled_logprobs.backends.compiled import _dummies, _why_no_cpp_compiler
+from compiled_logprobs.backends import compiled_code, get_backend
+from compiled_logprobs.backends.compiled import _why_no_cpp_compiler, dummies
 from compiled_logprobs.operation import formula
 from compiled_logprobs.operation.autograd import compute
 from compiled_logprobs.operation.contract import Inputs, Upstream, Wanted
-from compiled_logprobs.operation.formula import Saved
+from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem, layout_of
 
 ROWS = [0, 1, 2, 3, 5, 7, 8, 16, 17, 31, 64, 100, 128, 255, 512, 1000, 1024, 2048, 4095, 4096]
 COMPILED = get_backend("compiled")
-TAKES_HINTS = compiled_module._takes_hints()
+TAKES_HINTS = compiled_code.takes_hints()
+ALL = Wanted(entropy=True, logsumexp=True, argmax=True, sum_p_squared=True)
 
 
 def compilations(function) -> int:
@@ -45,18 +46,33 @@ def test_any_number_of_rows_and_any_temperature_take_one_compilation_a_direction
     assert (forward, backward) == (1, 1)
 
 
+def as_on_a_gpu(monkeypatch, *, compiles: bool) -> None:
+    """Have CPU tensors take the forms for a GPU."""
+    key_of = compiled_module.key_of
+
+    def as_there(inputs):
+        return key_of(inputs)._replace(device_type="cuda", aligned=False)
+
+    monkeypatch.setattr(compiled_module, "key_of", as_there)
+    if not compiles:
+        monkeypatch.setattr(compiled_module, "compile_function", lambda function, name, device_type: function)
+        for name in ("_compiled_forward", "_compiled_backward"):
+            monkeypatch.setattr(compiled_module, name, getattr(compiled_module, name).__wrapped__)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("takes_hints", "vocab"), [(True, 2999), (False, 2987)])
 def test_the_form_for_gpus_takes_one_compilation_whatever_number_of_rows_comes_first(monkeypatch, takes_hints, vocab):
     """Compiled for a CPU here, with the sizes that Inductor is told of on a GPU: they must not become guards, nor reach
     backward."""
-    monkeypatch.setattr(compiled_module, "reads_blocks", lambda device_type, vocab: True)
-    monkeypatch.setattr(compiled_module, "_takes_hints", lambda: takes_hints and TAKES_HINTS)
+    as_on_a_gpu(monkeypatch, compiles=True)
+    for module in (compiled_module, compiled_code):
+        monkeypatch.setattr(module, "takes_hints", lambda: takes_hints and TAKES_HINTS)
     count = 0
     for n in (3000, 1, 2, 7, 342, 64):
         leaf, labels = torch.randn(n, vocab, requires_grad=True), torch.randint(vocab, (n, 1))
         temperature, results = torch.rand(n) + 0.5, []
-        call = partial(compute, COMPILED, leaf, labels, temperature, entropy=True)
+        call = partial(compute, COMPILED, leaf, labels, temperature, wanted=Wanted(entropy=True))
         count += compilations(lambda: results.extend(call()))  # noqa: B023 - called at once
         truth = (leaf / temperature.unsqueeze(-1)).log_softmax(-1)
         true = truth.gather(-1, labels), -(truth.exp() * truth).sum(-1)
@@ -118,12 +134,12 @@ def test_what_stands_in_for_hints_has_the_layout_of_the_call(layout):
     logits = {"flat": torch.zeros(5, 32), "rows": torch.zeros(5, 48)[:, :32], "slice": torch.zeros(3, 5, 32)[:, :-1]}[
         layout
     ]
-    leading = logits.ndim - 1
-    dummy, labels, number = _dummies(
-        [logits, logits.new_zeros(*logits.shape[:-1], 1), torch.tensor(0.7)], leading, [2, 7][-leading:]
-    )
-    assert layout_of(dummy) == layout_of(logits) and dummy.shape == (*[2, 7][-leading:], 32)
-    assert labels.shape == (*[2, 7][-leading:], 1) and number == 0.7
+    hints, rows = [2, 7][3 - logits.ndim :], logits.shape[:-1]
+    arguments = {"logits": logits, "labels": torch.zeros(*rows, 1), "stats": torch.zeros(3, *rows)}
+    made = dummies({**arguments, "temperature": torch.tensor(0.7)}, hints)
+    assert layout_of(made["logits"]) == layout_of(logits) and made["logits"].shape == (*hints, 32)
+    assert made["labels"].shape == (*hints, 1) and made["stats"].shape == (3, *hints)
+    assert made["temperature"].shape == ()
 
 
 def test_where_torch_compile_is_disabled_the_backend_says_so():
@@ -132,66 +148,101 @@ def test_where_torch_compile_is_disabled_the_backend_says_so():
     assert reason == "torch.compile is disabled here: unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE"
 
 
-def rows_of_every_kind(vocab: int, leading: tuple[int, ...]) -> torch.Tensor:
-    logits = 5 * torch.randn(*leading, vocab) + 100
-    logits[..., 0, :] = -torch.inf
-    logits[..., 1, : min(vocab - 1, 2 * formula.BLOCK)] = -torch.inf  # whole blocks of it
-    logits[..., 2, vocab - 1] = torch.nan
-    logits[..., 3, 0] = torch.inf
-    logits[..., 4, :] = 1.0
-    logits[..., 5, 1:] = -torch.inf
+def logits_of_every_kind(vocab: int, layout: str) -> torch.Tensor:
+    shape = {"flat": (14,), "rows": (14,), "three dimensions": (2, 4, 3)}.get(layout, (3, 5))
+    logits = 5 * torch.randn(*shape, vocab) + 100
+    rows = logits.view(-1, vocab)
+    rows[0] = -torch.inf
+    rows[1, : min(vocab - 1, 2 * formula.BLOCK)] = -torch.inf  # whole blocks of it
+    rows[2, vocab - 1] = torch.nan
+    rows[3, 0] = torch.inf
+    rows[4] = 1.0
+    rows[5, 1:] = -torch.inf
+    if layout == "rows":
+        return torch.cat([logits, logits], -1)[:, :vocab]
+    if layout == "time first":
+        return logits.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout in ("slice", "three dimensions"):
+        return torch.cat([logits, logits[:, :1]], 1)[:, :-1]
+    if layout == "off any row":
+        return torch.cat([logits.flatten(1), torch.zeros(len(logits), 1)], 1)[:, :-1].unflatten(1, (*shape[1:], vocab))
     return logits
 
 
-@pytest.mark.parametrize("vocab", [5, formula.BLOCK, formula.BLOCK + 1, 5000])
-@pytest.mark.parametrize(("leading", "per_token"), [((7,), False), ((2, 6), True)], ids=["rows", "batch and length"])
-def test_the_forms_for_gpus_agree_with_the_others_in_float64(vocab, leading, per_token):
-    logits, labels = rows_of_every_kind(vocab, leading), torch.randint(vocab, (*leading, 2))
-    temperature = torch.rand(leading) + 0.5 if per_token else 0.7
-    exact = temperature.double() if per_token else temperature
-    for entropy in (False, True):
-        got = formula.forward_in_blocks(logits, labels, temperature, entropy=entropy)
-        truth = formula.forward_at_once(logits.double(), labels, exact, entropy=entropy)
-        for mine, true in zip((*got[:2], *got[2]), (*truth[:2], *truth[2]), strict=True):
-            if true is not None:
-                torch.testing.assert_close(mine.double(), true, rtol=3e-6, atol=3e-5, equal_nan=True)
-
-    labels, residuals = labels[..., :1], formula.forward_at_once(logits.double(), labels, exact, entropy=True)[2]
-    ignored, upstream, through_entropy = torch.rand(leading) < 0.3, torch.randn(*leading, 1), torch.randn(leading)
-    for grad_entropy in (None, through_entropy):
-        in_float32 = tuple(residual.float() for residual in residuals)
-        mine = formula.gradient(
-            Saved(logits, labels, temperature, in_float32, ignored), Upstream(upstream, grad_entropy)
-        )
-        true, at_labels = formula.backward_at_once(
-            Saved(logits.double(), labels, exact, residuals, ignored), Upstream(upstream.double(), grad_entropy)
-        )
-        formula.write_label_columns(true, labels, at_labels)
-        torch.testing.assert_close(mine.double(), true, rtol=3e-5, atol=1e-5, equal_nan=True)
-
-
+@pytest.mark.parametrize("vocab", [5, formula.BLOCK, 2500])
+@pytest.mark.parametrize("layout", ["flat", "rows", "slice", "time first", "off any row", "three dimensions"])
 @pytest.mark.parametrize(
-    ("shape", "limit"),
-    [((9, 5000), 6 * 5120), ((4, 7, 5000), 2 * 7 * 5120), ((3, 400, 5000), 110 * 5120)],
-    ids=["rows", "batches", "each batch too large"],
+    ("labels_per_row", "inplace", "in_parts"), [(1, False, True), (1, True, False), (2, False, False)]
 )
-def test_rows_beyond_32_bit_indices_are_computed_in_parts(shape, limit, monkeypatch):
-    """On a GPU, since the number of blocks that Inductor is told of makes it index with 32 bits."""
-    monkeypatch.setattr(compiled_module, "INT32_MAX", limit)
-    monkeypatch.setattr(compiled_module, "reads_blocks", lambda device_type, vocab: True)
-    parts = []
+def test_the_forms_for_gpus_keep_the_contract(monkeypatch, vocab, layout, labels_per_row, inplace, in_parts):
+    """Not compiled: `tests.gpu_code` does that. In parts as beyond 2^31 logits."""
+    as_on_a_gpu(monkeypatch, compiles=False)
+    if in_parts:
+        monkeypatch.setattr(compiled_module, "INT32_MAX", 8 * max(vocab, formula.BLOCK * 3))
+    logits = logits_of_every_kind(vocab, layout)
+    rows, kept = logits.shape[:-1], logits.clone()
+    labels = torch.randint(vocab, (*rows, labels_per_row))
+    labels.view(-1, labels_per_row)[[0, 6]] = -100
+    labels.view(-1, labels_per_row)[7, 0] = vocab
+    labels.view(-1, labels_per_row)[8, -1] = -100
+    temperature = torch.rand(rows) + 0.5
+    temperature.view(-1)[9] = 0.0
+    grads = torch.randn(labels.shape), torch.randn(rows), torch.randn(rows)
+    inputs = Inputs(logits, labels, temperature, -100)
+    got = COMPILED.forward(inputs, ALL)
+    alone = COMPILED.forward(inputs, Wanted())
+    assert torch.equal(got.log_probs.nan_to_num(7.0), alone.log_probs.nan_to_num(7.0))
+    gradient = COMPILED.backward(inputs, got.stats, Upstream(*grads), inplace=inplace)
+    assert gradient.is_contiguous() or inplace
+    assert (gradient.data_ptr() == logits.data_ptr()) == inplace and gradient.shape == logits.shape
+    assert inplace or torch.equal(logits.nan_to_num(7.0), kept.nan_to_num(7.0))
+    names = dict(zip(("grad_log_probs", "grad_entropy", "grad_logsumexp"), grads, strict=True))
+    true = reference(kept, labels, temperature, **names)
+    for name in ("log_probs", "entropy", "logsumexp", "argmax", "sum_p_squared"):
+        torch.testing.assert_close(
+            getattr(got, name).double(), getattr(true, name).double(), rtol=3e-6, atol=3e-5, equal_nan=True
+        )
+    torch.testing.assert_close(gradient.double(), true.gradient, rtol=3e-5, atol=1e-5, equal_nan=True)
 
-    def run(function, logits, labels, temperature, *, hints):
-        parts.append(logits.shape)
-        assert compiled_module.rows_within_int32(logits) >= len(logits)
-        assert max(hints[0] * 5 * (hints[1] if len(hints) > 1 else 1), 1024) < 64 * 108
-        return formula.forward_in_blocks(logits, labels, temperature, entropy=True)
 
-    monkeypatch.setattr(compiled_module, "_run", run)
-    logits, labels = torch.randn(1, *shape[1:]).expand(shape), torch.randint(5000, (*shape[:-1], 1))
-    results = COMPILED.forward(Inputs(logits, labels, torch.rand(shape[:-1]) + 0.5, -100), Wanted(entropy=True))
-    assert len(parts) > 1 and results.log_probs.shape == labels.shape and results.entropy.shape == shape[:-1]
-    assert results.stats.shape == (3, *shape[:-1])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_single_row_is_computed_as_two(monkeypatch, inplace):
+    as_on_a_gpu(monkeypatch, compiles=False)
+    inputs = Inputs(torch.randn(1, 7), torch.tensor([[3]]), 0.7, -100)
+    log_p = (inputs.logits / 0.7).log_softmax(-1)
+    results = COMPILED.forward(inputs, ALL)
+    torch.testing.assert_close(results.log_probs, log_p[:, 3:4])
+    assert results.stats.shape == (3, 1) and results.argmax.shape == (1,)
+    gradient = COMPILED.backward(inputs, results.stats, Upstream(torch.ones(1, 1)), inplace=inplace)
+    torch.testing.assert_close(gradient, ((torch.arange(7) == 3).float() - log_p.exp()) / 0.7)
+    assert (gradient.data_ptr() == inputs.logits.data_ptr()) == inplace and gradient.shape == (1, 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_whatever_is_wanted_and_beside_it(dtype):
+    logits, labels = 3 * torch.randn(96, 2500).to(dtype), torch.randint(2500, (96, 1))
+    results = [
+        COMPILED.forward(Inputs(logits[:n], labels[:n], 0.7, -100), wanted).log_probs
+        for n in (96, 1, 2, 5)
+        for wanted in (Wanted(), Wanted(entropy=True), ALL)
+    ]
+    assert all(torch.equal(one, results[0][: len(one)]) for one in results)
+
+
+@pytest.mark.slow
+def test_another_ignore_index_compiles_nothing():
+    logits, labels = torch.randn(6, 47, requires_grad=True), torch.randint(47, (6, 1))
+
+    def run(ignore_index):
+        (log_probs,) = compute(COMPILED, logits, labels, ignore_index=ignore_index)
+        log_probs.sum().backward()
+        return log_probs
+
+    assert compilations(lambda: run(-100)) == 2
+    for ignore_index in (0, 1, int(labels[3]), 2**40):
+        assert compilations(lambda: run(ignore_index)) == 0  # noqa: B023 - called at once
+        assert torch.equal(run(ignore_index) == 0.0, labels == ignore_index)
 
 
 BROKEN_COMPILER = """

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compiled_logprobs.backends.compiled import OPTIONS
+from compiled_logprobs.backends.compiled_code import options
 from tests.gpu_code.data_sheets import DataSheet
 
 
@@ -92,7 +92,8 @@ def generate(
     function: Callable[..., Any],
     arguments: Mapping[str, Tensor],
     gpu: DataSheet,
-    mark: Callable[[Sequence[Tensor]], None] | None = None,
+    mark: Callable[[Mapping[str, Tensor]], None] | None = None,
+    how: Mapping[str, Any] | None = None,
 ) -> Generated:
     """What Inductor writes for `function(**arguments)` on `gpu`.
 
@@ -101,6 +102,7 @@ def generate(
         arguments: tensors, of which shapes, strides and dtypes count.
         gpu: the device to compile for.
         mark: marks dimensions of the arguments as dynamic, as it is to be done before each call.
+        how: options of Inductor; without it those of `compiled`.
     """
     sources: list[str] = []
     inputs: list[str] = []
@@ -133,18 +135,23 @@ def generate(
         # which configuration won earlier on.
         settings = {"fx_graph_cache": False, "autotune_local_cache": False, "compile_threads": 1}
         settings["joint_graph_constant_folding"] = False  # it evaluates constants on the device
-        stack.enter_context(torch._inductor.config.patch({**settings, **OPTIONS}))
+        stack.enter_context(torch._inductor.config.patch({**settings, **(options() if how is None else how)}))
         stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(torch.no_grad())
         stack.enter_context(FakeTensorMode(shape_env=ShapeEnv()))
         fakes = {
-            name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+            name: torch.empty_strided(
+                tensor.shape,
+                tensor.stride(),
+                dtype=tensor.dtype,
+                device="cuda" if tensor.device.type != "cpu" else "cpu",
+            )
             for name, tensor in arguments.items()
         }
         if mark is not None:
-            mark(list(fakes.values()))
+            mark(fakes)
         with suppress(_Written):
             torch.compile(renamed, fullgraph=True, backend=backend)(**fakes)
         if len(sources) != 1:

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_logprobs.backends import compiled, get_backend
+from compiled_logprobs.backends import compiled, compiled_code, get_backend
 from compiled_logprobs.errors import BackendUnavailable, InputError
 from compiled_logprobs.machine.bandwidth import backward_bytes, forward_bytes
-from compiled_logprobs.operation.contract import Inputs, Upstream, Wanted
+from compiled_logprobs.operation.contract import Inputs, Upstream, Wanted, wanted_by
 from compiled_logprobs.problem import Layout, Problem, layout_of, problem_to_dict
 from tests.gpu_code.data_sheets import WARP, DataSheet
 from tests.gpu_code.generated_code import Assembled, Kernel, Launch, Program, generate, record, record_launches
@@ -150,46 +150,63 @@ def inspect_function(function: Function, arguments: Mapping[str, Tensor], gpu: D
 
     One of them is `logits` [N, V].
     """
-    return _direction(_recorded(function, [arguments], gpu), [arguments["logits"]], gpu, None)
+    generated = generate(function, arguments, gpu, partial(compiled_code.mark, hints=None), {})
+    return _direction(record(generated, [arguments], gpu), [arguments["logits"]], gpu, None)
 
 
 def _recorded(
-    function: Function, calls: Sequence[Mapping[str, Tensor]], gpu: DataSheet, hints: list[int] | None = None
+    function: Function, calls: Sequence[Mapping[str, Tensor]], gpu: DataSheet, hints: list[int] | None
 ) -> Program:
-    mark = partial(compiled.mark, leading=calls[0]["logits"].ndim - 1, hints=hints)
-    return record(generate(function, calls[0], gpu, mark), calls, gpu)
+    return record(generate(function, calls[0], gpu, partial(compiled_code.mark, hints=hints)), calls, gpu)
 
 
 def _forward(problem: Problem, logits: Tensor, gpu: DataSheet) -> Direction:
-    key, rows, hints = compiled.key_for(problem), len(logits), None
-    if compiled.reads_blocks(key.device_type, key.vocab):
-        rows, hints = compiled.rows_at_a_time(logits), compiled.hints_for(logits)
-    parts = logits.split(rows)
-    calls = [
-        {"logits": part, "labels": _empty(*part.shape[:-1], 1, dtype=torch.int64), "temperature": _empty()}
-        for part in parts
-    ]
-    program = _recorded(compiled.forward_function(key, problem.entropy), calls, gpu, hints)
-    most = parts[0].shape[:-1].numel()
-    notes = (f"in {len(parts)} parts of {most} rows at most, which 32-bit indices reach",) if len(parts) > 1 else ()
-    return _direction(program, parts, gpu, forward_bytes(problem), notes)
+    key = compiled.key_for(problem)
+    parts = _parts(logits, key, maps=key.reads_blocks)
+    calls = [_arguments(part, key, maps=key.reads_blocks) for part in parts]
+    key, hints = _of_parts(key, parts), compiled_code.hints_for(key, calls[0]["logits"], "forward")
+    program = _recorded(compiled_code.forward_function(key, wanted_by(problem)), calls, gpu, hints)
+    return _direction(program, parts, gpu, forward_bytes(problem), _notes(parts))
 
 
 def _backward(problem: Problem, logits: Tensor, gpu: DataSheet) -> Direction:
-    rows = logits.shape[:-1]
-    arguments = {
-        "logits": logits,
-        "labels": _empty(*rows, 1, dtype=torch.int64),
-        "temperature": _empty(),
-        "m": _empty(*rows, 1),
-        "log_s": _empty(*rows, 1),
-        "ignored": _empty(*rows, dtype=torch.bool),
-        "grad_log_probs": _empty(*rows, 1),
-    }
-    if problem.entropy:
-        arguments |= {"entropy": _empty(*rows, 1), "grad_entropy": _empty(*rows)}
-    function = compiled.backward_function(compiled.key_for(problem), problem.inplace_backward)
-    return _direction(_recorded(function, [arguments], gpu), [logits], gpu, backward_bytes(problem))
+    key = compiled.key_for(problem)
+    maps = key.reads_blocks and not problem.inplace_backward
+    parts = _parts(logits, key, maps=maps)
+    calls = []
+    for part in parts:
+        rows = part.shape[:-1]
+        upstream = {"stats": _empty(2 + problem.entropy, *rows), "grad_log_probs": _empty(*rows, 1)}
+        if problem.entropy:
+            upstream["grad_entropy"] = _empty(*rows)
+        if problem.logsumexp:
+            upstream["grad_logsumexp"] = _empty(*rows)
+        if len(parts) > 1 and not problem.inplace_backward:
+            upstream["out"] = _empty(*part.shape, dtype=problem.dtype)
+        calls.append(_arguments(part, key, maps=maps, **upstream))
+    key, hints = _of_parts(key, parts), compiled_code.hints_for(key, calls[0]["logits"], "backward")
+    program = _recorded(compiled_code.backward_function(key, problem.inplace_backward), calls, gpu, hints)
+    return _direction(program, parts, gpu, backward_bytes(problem), _notes(parts))
+
+
+def _parts(logits: Tensor, key: compiled_code.Key, *, maps: bool) -> list[Tensor]:
+    """What `compiled` computes at once, each."""
+    return [logits[piece] for piece in compiled.pieces_of(logits, key, maps=maps)] or [logits]
+
+
+def _of_parts(key: compiled_code.Key, parts: Sequence[Tensor]) -> compiled_code.Key:
+    return key._replace(layout=layout_of(parts[0])[0])
+
+
+def _arguments(part: Tensor, key: compiled_code.Key, *, maps: bool, **others: Tensor) -> dict[str, Tensor]:
+    labels = _empty(*part.shape[:-1], 1, dtype=torch.int64)
+    arguments = {**compiled.arguments_of(Inputs(part, labels, 1.0, -100)), **others}
+    return compiled.mapped(arguments) if maps and part.ndim > 2 else arguments
+
+
+def _notes(parts: Sequence[Tensor]) -> tuple[str, ...]:
+    rows = parts[0].shape[:-1].numel()
+    return (f"in {len(parts)} parts of at most {rows} rows",) if len(parts) > 1 else ()
 
 
 def _flash_attn(problem: Problem, logits: Tensor, gpu: DataSheet) -> dict[str, Direction | None] | str:
@@ -333,14 +350,16 @@ def _count(launch: Launch, logits: Sequence[Tensor], whole: int) -> Counter[str]
         if not isinstance(tensor, Tensor):  # a stride, which addresses are computed from as well
             continue
         elements = threads * size / tensor.element_size()
-        if tensor.numel() < PART_OF_A_PASS * whole or elements < 0.95 * tensor.numel():
-            touched = min(int(elements), tensor.numel())
+        # A slice is handed over as the memory that it lies in, of which nothing else is touched.
+        numel = min(tensor.numel(), max(part.numel() for part in logits))
+        if numel < PART_OF_A_PASS * whole or elements < 0.95 * numel:
+            touched = min(int(elements), numel)
         else:
-            passes = max(1, math.ceil(elements / tensor.numel() / padding / 1.02))
+            passes = max(1, math.ceil(elements / numel / padding / 1.02))
             if way == "read" and threads * size / passes / programs * resident <= STAYS_IN_L1:
                 count["repeated in L1"] += passes - 1
                 passes = 1
-            touched = passes * tensor.numel()
+            touched = passes * numel
         count["bytes"] += touched * tensor.element_size()
         if way == "written" or _identity(tensor) in storages:
             count[f"{way} in passes"] += touched if touched >= PART_OF_A_PASS * whole else 0

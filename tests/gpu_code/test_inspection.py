@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from compiled_logprobs.backends import flash_attn
-from compiled_logprobs.operation import formula
+from compiled_logprobs.backends.compiled_code import forward_in_blocks
+from compiled_logprobs.operation.contract import Inputs, Wanted
 from compiled_logprobs.problem import Layout, Problem, layout_of
 from tests.gpu_code import __main__ as command
 from tests.gpu_code.data_sheets import data_sheet
@@ -45,7 +46,8 @@ def check(inspection):
     """What is promised of every GPU."""
     forward, backward = inspection.forward, inspection.backward
     assert (forward.logits_reads, forward.gradient_writes, forward.nxv_float32_buffers, forward.spills) == (1, 0, 0, 0)
-    assert (backward.kernels, backward.logits_reads, backward.gradient_writes) == (1, 1, 1)
+    assert (backward.logits_reads, backward.gradient_writes) == (1, 1)
+    assert [kernel.name for kernel in backward.kernel_reports] == [backward.kernel_reports[0].name]
     assert (backward.nxv_float32_buffers, backward.spills) == (0, 0)
     # The one kernel that reads the logits reads them once, and leaves nothing to the cache; the other combines.
     assert forward.kernel_reports[0].repeated_loads_in_l1 == 0
@@ -53,24 +55,25 @@ def check(inspection):
     assert all(kernel.candidates == 1 for kernel in forward.kernel_reports)
     assert forward.minimum_bytes <= forward.bytes <= 1.013 * forward.minimum_bytes
     assert backward.minimum_bytes <= backward.bytes <= 1.0001 * backward.minimum_bytes
-    assert 1 <= forward.exponentials_per_logit < 1.02 and backward.exponentials_per_logit == 1
+    assert 1 <= forward.exponentials_per_logit < 1.02 and 1 <= backward.exponentials_per_logit < 1.01
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "dtype", "options", "forward", "backward"),
     [  # with the most instructions a logit, which may grow by a tenth or so before anybody has to look
-        ("sm_80", FP32, {"entropy": True}, 22, 60),
-        ("sm_90", BF16, {}, 15, 40),
-        ("sm_90", FP16, {"entropy": True, "inplace_backward": True}, 22, 57),
-        ("sm_100", BF16, {"entropy": True}, 22, 57),
+        ("sm_80", FP32, {"entropy": True}, 22, 40),
+        ("sm_90", BF16, {}, 15, 25),
+        ("sm_90", FP16, {"entropy": True, "inplace_backward": True}, 22, 34),
+        ("sm_100", BF16, {"entropy": True}, 22, 30),
     ],
     ids=lambda value: str(value),
 )
 def test_one_read_forward_and_one_pass_backward_without_spills(arch, dtype, options, forward, backward):
     inspection = inspected(arch, dtype, **options)
     check(inspection)
-    assert [kernel.launches for kernel in inspection.forward.kernel_reports] == [1, 1]
+    assert (inspection.forward.kernels, inspection.backward.kernels) == (2, 1)
+    assert inspection.backward.kernel_reports[0].candidates == 1
     assert 8 < inspection.forward.instructions_per_logit < forward
     assert 8 < inspection.backward.instructions_per_logit < backward
 
@@ -81,7 +84,10 @@ def test_other_layouts_are_read_as_they_lie(layout):
     flat, other = inspected(), inspected(layout=layout)
     check(other)
     assert other.forward.bytes == pytest.approx(flat.forward.bytes, rel=1e-3)
-    assert flat.backward.instructions_per_logit < other.backward.instructions_per_logit < 110
+    for direction in ("forward", "backward"):
+        ours, flats = getattr(other, direction), getattr(flat, direction)
+        assert ours.kernels == flats.kernels
+        assert ours.instructions_per_logit < 1.3 * flats.instructions_per_logit
     launches = other.flash_attn["forward"].kernel_reports[0].launches
     assert launches == (8 if layout == "slice" else 1)
 
@@ -117,14 +123,12 @@ def test_json_keeps_every_key():
 
 @pytest.mark.slow
 def test_beyond_2_31_logits():
-    """Forward goes through the rows in parts, which 32-bit indices reach; backward indexes with 64 bits."""
+    """In parts, which 32-bit indices reach."""
     inspection = inspected(dtype=FP32, rows=32768)
     check(inspection)
     reports = (*inspection.forward.kernel_reports, *inspection.backward.kernel_reports)
-    assert [(kernel.launches, kernel.index_bits) for kernel in reports] == [(3, 32), (3, 32), (1, 64)]
-    (note,) = inspection.forward.notes
-    assert note.startswith("in 3 parts of ") and note.endswith(" rows at most, which 32-bit indices reach")
-    assert inspection.backward.notes == ()
+    assert [(kernel.launches, kernel.index_bits) for kernel in reports] == [(3, 32), (3, 32), (3, 32)]
+    assert inspection.forward.notes == inspection.backward.notes == ("in 3 parts of at most 14064 rows",)
 
 
 @pytest.mark.slow
@@ -133,7 +137,8 @@ def test_a_vocabulary_off_every_block_and_one_within_a_block():
     assert (off.forward.logits_reads, off.forward.spills, off.backward.spills) == (1, 0, 0)
     assert off.forward.kernel_reports[0].repeated_loads_in_l1 == 0
     small = inspected(dtype=FP32, rows=4096, vocab=32, entropy=True)
-    assert (small.forward.kernels, small.forward.logits_reads, small.forward.spills) == (1, 1, 0)
+    assert (small.forward.kernels, small.forward.spills) == (1, 0)
+    assert small.forward.logits_reads <= 2  # a short row has fewer logits than the two warps that load it lanes
     assert small.flash_attn.startswith("computes log-probabilities and their logsumexp alone")
 
 
@@ -153,7 +158,7 @@ def by_logsumexp(logits, labels):
 
 
 def in_blocks(logits, labels, temperature):
-    return formula.forward_in_blocks(logits, labels, temperature, entropy=True)[:2]
+    return forward_in_blocks(Inputs(logits, labels, temperature, -100), Wanted(entropy=True))[:3]
 
 
 def returning_probabilities(logits, labels):

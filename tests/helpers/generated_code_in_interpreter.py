@@ -5,7 +5,6 @@ A program, which tests spawn with TRITON_INTERPRET=1: prints what it checked, an
 Shapes: N rows, V vocabulary.
 """
 
-import inspect
 import warnings
 from functools import partial
 from unittest.mock import patch
@@ -17,9 +16,10 @@ from torch import Tensor
 from torch._inductor.runtime import triton_helpers
 from triton.runtime import interpreter
 
-from compiled_logprobs.backends import compiled, register_backend
+from compiled_logprobs.backends import compiled, compiled_code, register_backend
 from compiled_logprobs.check.run import check_backend
-from compiled_logprobs.problem import Problem, layout_of
+from compiled_logprobs.operation.contract import Inputs
+from compiled_logprobs.problem import Problem
 from tests.gpu_code.data_sheets import data_sheet
 from tests.gpu_code.generated_code import generate, load, tuner_of
 from tests.helpers.triton_interpreter import like_a_gpu
@@ -27,7 +27,7 @@ from tests.helpers.triton_interpreter import like_a_gpu
 GPU = data_sheet("sm_90")
 
 apply_reduction = interpreter.ReduceOps.apply_impl
-key_of = compiled._key_of
+key_of = compiled.key_of
 
 
 def reduce(self, input):
@@ -48,7 +48,9 @@ class Interpreted:
     def run(self, *arguments, stream: int) -> None:
         names = [name for name in self.function.arg_names if name not in self.blocks]
         named = dict(zip(names, arguments, strict=True))
-        grid = (triton.cdiv(named["xnumel"], self.blocks["XBLOCK"]),)
+        grid = tuple(
+            triton.cdiv(named[f"{x}numel"], self.blocks[f"{x.upper()}BLOCK"]) for x in "xy" if f"{x}numel" in named
+        )
         self.function[grid](*arguments, **self.blocks)
 
 
@@ -56,27 +58,34 @@ class CompiledForAGPU:
     """What stands for torch.compile: generates for a GPU, and runs here."""
 
     def __init__(self, function, name: str, device_type: str) -> None:
-        self.function, self.is_forward, self.calls = function, name.startswith("forward"), {}
+        self.function, self.direction, self.calls = function, name.partition("_")[0], {}
 
-    def __call__(self, *tensors: Tensor):
-        arguments = dict(zip(inspect.signature(self.function).parameters, tensors, strict=False))
-        logits = arguments["logits"]
-        if logits.stride() not in self.calls:
-            in_blocks = self.is_forward and compiled.reads_blocks("cuda", logits.shape[-1])
-            hints = compiled.hints_for(logits) if in_blocks else None
-            mark = partial(compiled.mark, leading=logits.ndim - 1, hints=hints)
-            generated = generate(self.function, arguments, GPU, mark)
-            self.calls[logits.stride()] = generated, load(generated, Interpreted, "cpu")
-        generated, call = self.calls[logits.stride()]
-        results = [r for r in call([eval(e, {"L": arguments}) for e in generated.inputs]) if isinstance(r, Tensor)]
-        if not self.is_forward:
-            return (*results, None)[:2]
-        log_probs, *others = results
-        return (log_probs, others[0], tuple(others[1:])) if len(others) > 2 else (log_probs, None, tuple(others))
+    def __call__(self, **arguments: Tensor):
+        logits, stats = arguments["logits"], arguments.get("stats")
+        kind = logits.stride(), None if stats is None else stats.stride(0) == stats[0].numel()
+        if kind not in self.calls:
+            key = key_of(Inputs(logits, arguments["labels"], arguments["temperature"], -100))
+            key = key._replace(device_type="cuda", aligned=False)
+            mark = partial(compiled_code.mark, hints=compiled_code.hints_for(key, logits, self.direction))
+            on_gpu = {name: a.to("meta") if a.ndim else a for name, a in arguments.items()}
+            generated = generate(self.function, on_gpu, GPU, mark)
+            self.calls[kind] = generated, load(generated, Interpreted, "cpu")
+        generated, call = self.calls[kind]
+        results = iter(
+            [r for r in call([eval(e, {"L": arguments}) for e in generated.inputs]) if isinstance(r, Tensor)]
+        )
+        return fill(self.function, arguments, results)
 
 
-def key_on_a_gpu(logits, labels, temperature) -> compiled.Key:
-    return key_of(logits, labels, temperature)._replace(device_type="cuda", aligned=layout_of(logits)[1])
+def fill(function, arguments, results):
+    """`results` where `function` returns tensors: generated code leaves out what is None."""
+    shapes = {name: torch.zeros_like(a) for name, a in arguments.items()}
+    return [None if each is None else next(results) for each in function(**shapes)]
+
+
+def key_on_a_gpu(inputs: Inputs) -> compiled_code.Key:
+    starts_aligned = inputs.logits.data_ptr() % 16 == 0
+    return key_of(inputs)._replace(device_type="cuda", aligned=False, starts_aligned=starts_aligned)
 
 
 if __name__ == "__main__":
@@ -87,8 +96,8 @@ if __name__ == "__main__":
     with (
         like_a_gpu(),
         patch.object(interpreter.ReduceOps, "apply_impl", reduce),
-        patch.object(compiled, "_compile", CompiledForAGPU),
-        patch.object(compiled, "_key_of", key_on_a_gpu),
+        patch.object(compiled, "compile_function", CompiledForAGPU),
+        patch.object(compiled, "key_of", key_on_a_gpu),
     ):
         for problem in (
             plain._replace(labels_per_row=3, temperature="number", masked_logits=True),
