@@ -54,8 +54,8 @@ class Compiled(Backend):
     def why_not(self, problem: Problem) -> str | None:
         if problem.dtype == torch.float64:
             return "computes in float32; float64 logits are for eager"
-        if _is_disabled():
-            return "torch.compile is disabled here: unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE"
+        if (disabled := _why_disabled()) is not None:
+            return disabled
         if problem.logsumexp or problem.argmax or problem.sum_p_squared:
             return "computes log-probabilities and their entropy alone"
         if problem.device_type in ("cpu", "cuda"):
@@ -353,10 +353,14 @@ def raise_translated(error: Exception) -> NoReturn:
     ) from error
 
 
-def _is_disabled() -> bool:
-    """Whether torch.compile returns functions as they are: the formula would then hold float32 copies of the logits."""
-    config = sys.modules.get("torch._dynamo.config")  # not imported to find out, which takes a second
-    return getattr(config, "disable", False) or "1" in map(os.environ.get, DISABLED)
+def _why_disabled() -> str | None:
+    """Why torch.compile returns functions as they are: the formula would then hold float32 copies of the logits."""
+    config, frames = (sys.modules.get(f"torch._dynamo.{name}") for name in ("config", "eval_frame"))  # slow to import
+    if getattr(config, "disable", False) or "1" in map(os.environ.get, DISABLED):
+        return "torch.compile is disabled here: unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE"
+    if getattr(getattr(frames, "_stance", None), "stance", None) == "force_eager":
+        return "torch.compile is disabled here: call torch.compiler.set_stance('default')"
+    return None
 
 
 @lru_cache(maxsize=1)

@@ -142,10 +142,19 @@ def test_what_stands_in_for_hints_has_the_layout_of_the_call(layout):
     assert made["temperature"].shape == ()
 
 
-def test_where_torch_compile_is_disabled_the_backend_says_so():
-    with torch._dynamo.config.patch(disable=True):
-        reason = COMPILED.why_not(Problem("cpu", 8, 100, torch.float32))
-    assert reason == "torch.compile is disabled here: unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE"
+@pytest.mark.parametrize(
+    ("disable", "remedy"),
+    [
+        (lambda: torch._dynamo.config.patch(disable=True), "unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE"),
+        (lambda: torch.compiler.set_stance("force_eager"), "call torch.compiler.set_stance('default')"),
+    ],
+    ids=["variable", "stance"],
+)
+def test_where_torch_compile_is_disabled_the_backend_says_so(disable, remedy):
+    problem = Problem("cpu", 8, 100, torch.float32)
+    with disable():
+        assert COMPILED.why_not(problem) == f"torch.compile is disabled here: {remedy}"
+    assert COMPILED.why_not(problem) is None
 
 
 def logits_of_every_kind(vocab: int, layout: str) -> torch.Tensor:
