@@ -66,9 +66,8 @@ class Compiled(Backend):
         key = key_for(problem)
         # Whether a gradient will come through each result is not known; whoever warms up does what they do later.
         backward = "backward", key, problem.inplace_backward
-        return ("forward", key, contract.wanted_by(problem)) in self._warm and (
-            not problem.needs_grad or backward in self._warm
-        )
+        forward = "forward", key, contract.wanted_by(problem), torch.is_inference_mode_enabled()
+        return forward in self._warm and (not problem.needs_grad or backward in self._warm)
 
     def fingerprint(self) -> str:
         return digest_of(
@@ -78,7 +77,7 @@ class Compiled(Backend):
     def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
         key = key_of(inputs)
         results = _forward(inputs, wanted, key)
-        self._warm.add(("forward", key._replace(starts_aligned=True), wanted))
+        self._warm.add(("forward", key._replace(starts_aligned=True), wanted, torch.is_inference_mode_enabled()))
         return results
 
     def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:

@@ -157,6 +157,16 @@ def test_where_torch_compile_is_disabled_the_backend_says_so(disable, remedy):
     assert COMPILED.why_not(problem) is None
 
 
+def test_what_was_compiled_in_inference_mode_is_warm_there_alone(monkeypatch):
+    """It is compiled anew outside, which the capture of a CUDA graph does not allow."""
+    monkeypatch.setattr(compiled_module, "_forward", lambda inputs, wanted, key: None)
+    backend, problem = compiled_module.Compiled(), Problem("cpu", 8, 100, torch.float32)
+    with torch.inference_mode():
+        backend.forward(Inputs(torch.zeros(8, 100), torch.zeros(8, 1, dtype=torch.int64), 1.0, -100), Wanted())
+        assert backend.is_warm(problem)
+    assert not backend.is_warm(problem)
+
+
 def logits_of_every_kind(vocab: int, layout: str) -> torch.Tensor:
     shape = {"flat": (14,), "rows": (14,), "three dimensions": (2, 4, 3)}.get(layout, (3, 5))
     logits = 5 * torch.randn(*shape, vocab) + 100
