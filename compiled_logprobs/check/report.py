@@ -42,7 +42,8 @@ MEANING = {
     "version_counter": "a gradient written over the logits is announced to autograd",
     "stale_result": "a later call leaves the results of an earlier one alone",
     "grad_mode_bits": "a row has the same bits with and without a gradient",
-    "row_invariance": "a row has the same bits whatever N it came with, where the backend declares that",
+    "row_invariance": "a row has the same bits whatever N it came with and whatever else is asked for, where the "
+    "backend declares that",
 }
 """What each check demands; its keys are the reasons for which a backend is stopped."""
 WORST = 3

@@ -23,12 +23,16 @@ from compiled_logprobs.check.report import CheckReport, Notes, ProblemReport, St
 from compiled_logprobs.check.verdicts import CaseInputs, Returned, call_once, judge, plain_yardstick
 from compiled_logprobs.errors import InputError, nothing_can_serve_after
 from compiled_logprobs.machine.clock import free_memory
-from compiled_logprobs.problem import Problem, bucket, layout_of, short_name
+from compiled_logprobs.problem import RESULTS, Problem, bucket, layout_of, results_of, short_name
 
 INVARIANCE_ELEMENTS = 2**24
 """Logits of the input with many rows, unless a quarter of the free memory holds less."""
 BYTES_OF_MANY = 65
 """What it takes for each of these logits, the comparison with float64 included (measured with eager on a CPU)."""
+
+
+NOTHING_ELSE: dict[str, Any] = dict.fromkeys(RESULTS, False)
+"""Fields of a problem that asks for log-probabilities alone."""
 
 
 def check_backend(
@@ -214,6 +218,11 @@ def _check_many_rows(
     judge(inputs, whole, notes)
     count = len(inputs.arena.logits)
     _check_rows_alone(subject, inputs, whole, (1, 2, 7, 64, count // 2, count - 1), notes)
+    if subject.row_invariant and results_of(problem):
+        inputs.problem = inputs.problem._replace(**NOTHING_ELSE)
+        bare = call_once(subject, inputs, notes, with_gradient=False)
+        same = same_bits(bare.log_probs, whole.log_probs)
+        notes.add("row_invariance", same, "log-probabilities have other bits where nothing else is asked for")
 
 
 def _check_rows_alone(

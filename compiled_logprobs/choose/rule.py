@@ -18,7 +18,7 @@ passes the short check for that of the call, too, before it serves it.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ from compiled_logprobs.errors import is_out_of_memory, warn
 from compiled_logprobs.machine.clock import MIB, free_memory
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.policy import PROBLEMS_A_PROCESS, Policy, is_rank
-from compiled_logprobs.problem import Problem, bucket, is_small
+from compiled_logprobs.problem import RESULTS, Problem, bucket, is_small
 from compiled_logprobs.store import stores
 from compiled_logprobs.store.files import Store
 
@@ -183,11 +183,12 @@ def invariant(context: Context) -> Choice | Pending | str:
     It is chosen by what is hardest to run of that kind, and by nothing that is stored: so neither the call that comes
     first nor what was measured decides it, and all ranks choose the same.
     """
+    everything: dict[str, Any] = dict.fromkeys(RESULTS, True)
     hardest = kind_of(context.problem)._replace(
         rows=max(1, INVARIANCE_ELEMENTS // context.problem.vocab),
         needs_grad=True,
-        entropy=True,
         temperature="per_token",
+        **everything,
     )
     failed = {name for name, other in list(context.memory.set_aside) if kind_of(other) == kind_of(hardest)}
     for name in backends():

@@ -116,8 +116,8 @@ class SumsByTheNumberOfRows(Eager):
 
     def forward(self, inputs, wanted):
         results = super().forward(inputs, wanted)
-        if len(inputs.logits) > 64:
-            getattr(results, self.result).mul_(1.0 + 2**-23)
+        if len(inputs.logits) > 64 and (result := getattr(results, self.result)) is not None:
+            result.mul_(1.0 + 2**-23)
         return results
 
 
@@ -132,6 +132,28 @@ def test_a_backend_is_held_to_the_row_invariance_that_it_declares(entropy, short
     (failed,) = [check for check in report.checks if not check.passed]
     assert re.fullmatch(r"512 rows, all and some: the first \d+ of 512 rows have other bits alone", failed.detail)
     assert few.passed and few.row_invariant
+
+
+class AnotherPathForMore(Eager):
+    """As a kernel does that is a different one with the entropy."""
+
+    name = "another_path_for_more"
+    row_invariant = True
+
+    def forward(self, inputs, wanted):
+        results = super().forward(inputs, wanted)
+        if wanted.argmax:
+            results.log_probs.mul_(1.0 + 2**-23)
+        return results
+
+
+def test_bits_that_depend_on_what_else_is_asked_for_are_no_invariant_rows():
+    problem = Problem("cpu", 64, 301, torch.float32)
+    with registered(another_path_for_more=AnotherPathForMore()):
+        alone, more = (clp.check_backend("another_path_for_more", problem._replace(argmax=n)) for n in (False, True))
+    assert alone.passed and more.reasons == ["row_invariance"]
+    (failed,) = [check for check in more.checks if not check.passed]
+    assert failed.detail.endswith("log-probabilities have other bits where nothing else is asked for")
 
 
 def test_where_row_invariance_is_not_declared_it_is_recorded_and_no_failure():
