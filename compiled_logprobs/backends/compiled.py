@@ -56,8 +56,6 @@ class Compiled(Backend):
             return "computes in float32; float64 logits are for eager"
         if (disabled := _why_disabled()) is not None:
             return disabled
-        if problem.logsumexp or problem.argmax or problem.sum_p_squared:
-            return "computes log-probabilities and their entropy alone"
         if problem.device_type in ("cpu", "cuda"):
             return _why_no_cpp_compiler() if problem.device_type == "cpu" else _why_no_triton()
         return f"is not tested on {problem.device_type}"
