@@ -69,11 +69,7 @@ def check_logits(logits: Tensor) -> None:
             "got logits that are a DTensor; a plain tensor is valid. "
             "Pass logits.full_tensor(), or logits.to_local() where the vocabulary is not sharded."
         )
-    if not torch.compiler.is_compiling() and _is_transformed(logits):
-        raise InputError(
-            "got logits inside torch.func.grad, vmap or another of its transforms; plain tensors are valid. "
-            "Use torch.autograd.grad, or torch.log_softmax and gather."
-        )
+    _check_not_transformed("logits", logits)
     if logits.layout is not torch.strided:
         raise InputError(f"got logits of layout {logits.layout}; torch.strided is valid. Use logits.to_dense().")
     if logits.dtype not in DTYPES:
@@ -88,11 +84,20 @@ def check_logits(logits: Tensor) -> None:
         )
 
 
+def _check_not_transformed(name: str, tensor: Tensor) -> None:
+    if not torch.compiler.is_compiling() and _is_transformed(tensor):
+        raise InputError(
+            f"got {name} inside torch.func.grad, vmap or another of its transforms; plain tensors are valid. "
+            "Use torch.autograd.grad, or torch.log_softmax and gather."
+        )
+
+
 def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
     if not isinstance(labels, Tensor):
         raise InputError(f"got labels of type {type(labels).__name__}; a torch.Tensor of integers is valid.")
     if hasattr(labels, "full_tensor"):
         raise InputError("got labels that are a DTensor; a plain tensor is valid. Pass labels.full_tensor().")
+    _check_not_transformed("labels", labels)
     if labels.dtype not in (torch.int64, torch.int32):
         raise InputError(
             f"got labels of dtype {short_name(labels.dtype)}; int64 and int32 are valid. Use labels.long()."
@@ -171,6 +176,7 @@ def checked_temperature(logits: Tensor, temperature: float | Tensor) -> float | 
 
 
 def _checked_temperature_tensor(logits: Tensor, temperature: Tensor) -> Tensor:
+    _check_not_transformed("a temperature tensor", temperature)
     rows = logits.shape[:-1]
     if not temperature.dtype.is_floating_point:
         raise InputError(

@@ -108,3 +108,8 @@ def test_function_transforms_are_refused_in_words():
             clp.InputError, match="got logits inside torch.func.grad, vmap or another of its transforms"
         ):
             transform(lambda x: clp.log_probs_from_logits(x, labels).sum())(torch.randn(3, 3, 7))
+    x, refused = torch.randn(3, 7), "got {} inside torch.func.grad, vmap or another of its transforms"
+    with pytest.raises(clp.InputError, match=refused.format("labels")):
+        torch.vmap(lambda y: clp.log_probs_from_logits(x, y))(labels.expand(2, 3))
+    with pytest.raises(clp.InputError, match=refused.format("a temperature tensor")):
+        torch.vmap(lambda t: clp.log_probs_from_logits(x, labels, temperature=t))(torch.ones(2))
