@@ -47,6 +47,8 @@ count_dispatch_modes: Callable[[], int] = find_private(
     "torch._C._len_torch_dispatch_stack", lambda: len(dispatch_modes())
 )
 """How many these are, which is 0 in nearly every call: cheaper to ask for."""
+peek_transform: Callable[[], Any] = find_private("torch._C._functorch.peek_interpreter_stack", lambda: None)
+"""The innermost transform of torch.func that is at work; None outside of them. Within, new tensors have no memory."""
 _is_transformed = find_private("torch._C._functorch.is_functorch_wrapped_tensor", lambda tensor: False)
 _WITHOUT_VALUES = (
     find_private("torch._subclasses.fake_tensor.FakeTensor", type(None)),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compiled_logprobs.arguments import count_dispatch_modes
+from compiled_logprobs.arguments import count_dispatch_modes, peek_transform
 from compiled_logprobs.backends import EAGER, get_backend, why_not
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.choose import memory, rule
@@ -132,5 +132,8 @@ def _remembered(problem: Problem, device: torch.device, under: Policy) -> Choice
 
 
 def _is_observed(logits: Tensor) -> bool:
-    """Whether something else than torch itself sees each operation: a profiler of operations, or a tensor subclass."""
-    return count_dispatch_modes() > 0 or type(logits) not in (Tensor, torch.nn.Parameter)
+    """Whether something else than torch itself sees each operation: a profiler of operations, a tensor subclass, or a
+    transform of torch.func of something else."""
+    return (
+        count_dispatch_modes() > 0 or type(logits) not in (Tensor, torch.nn.Parameter) or peek_transform() is not None
+    )

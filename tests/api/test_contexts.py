@@ -113,3 +113,11 @@ def test_function_transforms_are_refused_in_words():
         torch.vmap(lambda y: clp.log_probs_from_logits(x, y))(labels.expand(2, 3))
     with pytest.raises(clp.InputError, match=refused.format("a temperature tensor")):
         torch.vmap(lambda t: clp.log_probs_from_logits(x, labels, temperature=t))(torch.ones(2))
+
+
+def test_what_a_transform_does_not_touch_is_served_by_eager(recwarn):
+    x, labels = torch.randn(3, 7), torch.zeros(3, dtype=torch.int64)
+    expected = clp.log_probs_from_logits(x, labels, backend="eager").sum()
+    gradient = torch.func.grad(lambda scale: (scale * clp.log_probs_from_logits(x, labels)).sum())(torch.tensor(2.0))
+    torch.testing.assert_close(gradient, expected)
+    assert not recwarn.list  # no backend was set aside
