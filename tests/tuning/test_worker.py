@@ -200,9 +200,9 @@ def test_the_winner_is_proven_at_the_full_size_where_fewer_rows_were_timed(name)
 def test_n_shrinks_where_time_is_short(monkeypatch):
     forward = Eager.forward
 
-    def slow_by_row(self, logits, *rest, entropy):
-        time.sleep(1e-4 * logits.shape[:-1].numel())
-        return forward(self, logits, *rest, entropy=entropy)
+    def slow_by_row(self, inputs, wanted):
+        time.sleep(1e-4 * inputs.logits.shape[:-1].numel())
+        return forward(self, inputs, wanted)
 
     monkeypatch.setattr(Eager, "forward", slow_by_row)
     (measuring,) = of("measuring", run_here(PROBLEM._replace(rows=4096, vocab=65536)))
@@ -282,10 +282,10 @@ def test_nothing_is_checked_where_there_is_no_room_for_a_row(monkeypatch):
 def test_where_nobody_gets_through_at_the_full_size_each_has_its_own_outcome(monkeypatch):
     forward = Eager.forward
 
-    def few_only(self, logits, *rest, entropy):
-        if len(logits) > 1024:
+    def few_only(self, inputs, wanted):
+        if len(inputs.logits) > 1024:
             raise MemoryError("too many rows")
-        return forward(self, logits, *rest, entropy=entropy)
+        return forward(self, inputs, wanted)
 
     monkeypatch.setattr(Eager, "forward", few_only)
     told = run_here(Problem("cpu", 2048, 4096, torch.float32), seconds=60.0)
