@@ -46,11 +46,15 @@ def test_the_ratio_of_old_and_new_probabilities_starts_at_one(name, dtype):
     """Those of the old ones have the entropy beside them, and came with other rows."""
     backend = get_backend(name)
     assert backend.row_invariant
-    logits, labels = 4 * torch.randn(4096, 1031), torch.randint(1031, (4096, 1))
-    logits = logits.to(dtype)
-    old, _ = compute(backend, logits, labels, 0.7, wanted=Wanted(entropy=True))
+    logits, labels = (4 * torch.randn(4096, 1031)).to(dtype), torch.randint(1031, (4096, 3))
+    temperature = 0.5 + torch.rand(4096)
+    old, entropy = compute(backend, logits, labels, temperature, wanted=Wanted(entropy=True))
     for count in (1, 2, 3, 5, 96, 4096):
         for requires_grad in (False, True):
             part = logits[:count].clone().requires_grad_(requires_grad)
-            (new,) = compute(backend, part, labels[:count], 0.7)
+            (new,) = compute(backend, part, labels[:count], temperature[:count])
             assert torch.equal(new, old[:count]), count
+    for start in range(0, 4096, 7):  # fewer rows than a vector has numbers, over and over, since few have other bits
+        rows = slice(start, start + 7)
+        again = compute(backend, logits[rows], labels[rows], temperature[rows], wanted=Wanted(entropy=True))
+        assert torch.equal(again[0], old[rows]) and torch.equal(again[1], entropy[rows]), start
