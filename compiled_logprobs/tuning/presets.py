@@ -94,7 +94,7 @@ PRESETS = {
             Calls(("inplace",), temperatures=("none", "number")),
             Calls(temperatures=("number",), entropy=(True,)),
         ),
-        budget_s=25.0,
+        budget_s=20.0,
     ),
 }
 """`rl` is what a trainer of reinforcement learning calls: with and without gradient, on whole logits and on
