@@ -1,11 +1,15 @@
-"""`backend="auto"`: a backend that chooses another one for each call, and has eager take over where that one fails."""
+"""`backend="auto"`: a backend that chooses another one for each call, and has eager take over where that one fails.
+
+Inside a backward pass, such as in the recomputation of a checkpoint, it takes the one that the last forward took.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compiled_logprobs.arguments import count_dispatch_modes, peek_transform
+from compiled_logprobs.arguments import count_dispatch_modes, find_private, peek_transform
 from compiled_logprobs.backends import EAGER, get_backend, why_not
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.choose import memory, rule
@@ -18,6 +22,15 @@ from compiled_logprobs.errors import BackendUnavailable, nothing_can_serve_after
 from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
 from compiled_logprobs.policy import Policy, policy
 from compiled_logprobs.problem import Problem
+
+backward_pass: Callable[[], int] = find_private("torch._C._current_graph_task_id", lambda: -1)
+"""The number of the backward pass in which this thread is at work; -1 outside of them. Where torch has no such name, a
+recomputation chooses as any call does."""
+hooks_on_saved_tensors: Callable[[bool], Any] = find_private(
+    "torch._C._autograd._top_saved_tensors_default_hooks", lambda _: True
+)
+"""Those in force, which tell how a checkpoint recomputes: with use_reentrant=False under hooks; else without them, and
+after a forward that had no gradient."""
 
 
 class Auto(Backend):
@@ -34,14 +47,23 @@ class Auto(Backend):
 
     def __init__(self, problem: Problem, logits: Tensor) -> None:
         self._problem = problem
+        process, under, is_again = memory.MEMORY, policy(), backward_pass() != -1
         if problem.rows == 0 or _is_observed(logits):
-            self._chosen, self._backend = EAGER, get_backend(EAGER)
+            pair = EAGER, get_backend(EAGER)
+            if not is_again:
+                process.keep(problem, None, pair)
+        elif is_again:
+            pair = choose_again(problem, logits.device, had_gradient=bool(hooks_on_saved_tensors(True)))
         elif is_capturing(problem):
-            self._chosen, self._backend = _warm_choice(problem, policy())
+            pair = _warm_choice(problem, under)
+            process.keep(problem, None, pair)
         else:
-            under = policy()
-            pair = memory.MEMORY.hot.get((problem, under))
-            self._chosen, self._backend = choose(problem, logits.device, under) if pair is None else pair
+            served = process.hot.get(problem)
+            if served is None or served.policy != under:
+                pair = choose(problem, logits.device, under)
+            else:
+                pair = served.backend
+        self._chosen, self._backend = pair
 
     @property
     def chosen(self) -> str:
@@ -57,6 +79,7 @@ class Auto(Backend):
             failed, reason = self._chosen, str(error)
             is_first = memory.MEMORY.put_aside(failed, self._problem, error)
         self._chosen, self._backend = EAGER, get_backend(EAGER)
+        memory.MEMORY.keep(self._problem, None, (self._chosen, self._backend))
         results = self._backend.forward(inputs, wanted)
         if is_first:
             warn(
@@ -101,9 +124,26 @@ def choose(
         )
     name = name if reason is None else EAGER
     pair = name, get_backend(name)
-    if choice.until is None:
-        process.keep(problem, under, pair)
+    process.keep(problem, under if choice.until is None else None, pair)
     return pair
+
+
+def choose_again(problem: Problem, device: torch.device, *, had_gradient: bool = True) -> tuple[str, Backend]:
+    """What the last forward of `problem` took, for what has to agree with it: a recomputation, or a backward apart.
+
+    It asks neither for the thread nor for the policy, and nothing is measured: where there was no such forward, or what
+    it took cannot run this one, the rule chooses as in the mode "lookup". Raises as `Auto`.
+
+    Args:
+        problem, device: as for a `Context`.
+        had_gradient: whether that forward was with the gradient, if this is.
+    """
+    pair, under = memory.MEMORY.last_forward(problem, had_gradient), policy()
+    if is_capturing(problem):
+        return pair if pair is not None and pair[1].is_warm(problem) else _warm_choice(problem, under)
+    if pair is not None and why_not(pair[0], problem) is None:
+        return pair
+    return choose(problem, device, under._replace(mode="lookup") if under.mode == "tune" else under)
 
 
 def is_capturing(problem: Problem) -> bool:

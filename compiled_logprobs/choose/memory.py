@@ -32,12 +32,22 @@ class Choice(NamedTuple):
     """Why nothing was measured, where the rule came to ask for that."""
 
 
+class Served(NamedTuple):
+    """What the last forward of a problem took."""
+
+    backend: tuple[str, Backend]
+    policy: Policy | None
+    """Under which it was chosen; None where the next call chooses anew."""
+
+
 @dataclass
 class Memory:
     """All that this process knows of choices."""
 
-    hot: dict[tuple[Problem, Policy], tuple[str, Backend]] = field(default_factory=dict)
+    hot: dict[Problem, Served] = field(default_factory=dict)
     """What `choices` come to for exact problems, so that a call pays for one look into a dictionary."""
+    cold: dict[Problem, Served] = field(default_factory=dict)
+    """What `hot` held before it was last emptied: recomputations of those forwards may be to come."""
     choices: dict[tuple[Problem, str, bool], Choice] = field(default_factory=dict)
     decided: dict[Problem, Choice] = field(default_factory=dict)
     """What was measured here or agreed between ranks, by bucket, whether or not it could be stored."""
@@ -52,16 +62,30 @@ class Memory:
     is_forked: bool = False
     lock: Any = field(default_factory=threading.RLock)  # whose type has no public name
 
-    def keep(self, problem: Problem, policy: Policy, backend: tuple[str, Backend]) -> None:
-        """Let `hot` answer for exactly this problem."""
+    def keep(self, problem: Problem, policy: Policy | None, backend: tuple[str, Backend]) -> None:
+        """Let `hot` answer for exactly this problem, and note what its last forward took."""
         if len(self.hot) >= _MOST_HOT:
-            self.hot.clear()  # N that never comes twice
-        self.hot[problem, policy] = backend
+            self.cool()  # N that never comes twice
+        self.hot[problem] = Served(backend, policy)
+
+    def cool(self) -> None:
+        """Let every next call look into `choices`; what the last forwards took stays known."""
+        before, self.hot = self.hot, {}
+        self.cold = {**self.cold, **before} if len(self.cold) < _MOST_HOT else before
+
+    def last_forward(self, problem: Problem, had_gradient: bool = True) -> tuple[str, Backend] | None:
+        """What the last forward of `problem` took, preferably one that `had_gradient`, if it does; None if there was
+        none."""
+        asked = problem, problem._replace(needs_grad=False, inplace_backward=False)
+        for each in asked if had_gradient else reversed(asked):
+            if (served := self.hot.get(each) or self.cold.get(each)) is not None:
+                return served.backend
+        return None
 
     def remember(self, problem: Problem, policy: Policy, choice: Choice) -> None:
         """Let `choice` serve `problem` and its bucket under `policy` from now on."""
         self.choices[key_of(problem, policy)] = choice
-        self.hot.clear()
+        self.cool()
 
     def hold(self, problem: Problem, choice: Choice) -> None:
         """Let `choice` stand before every stored decision for `problem`, the top of its bucket."""
@@ -76,7 +100,7 @@ class Memory:
             is_guess = choice.source in GUESSES and family_of(asked) == family_of(top)
             if not is_invariant and (asked == top or is_guess):
                 self.choices.pop(key, None)
-        self.hot.clear()
+        self.cool()
 
     def put_aside(self, backend: str, problem: Problem, error: BaseException) -> bool:
         """Let `backend`, which raised `error`, not serve the bucket of `problem`; whether that is new, at any N."""
@@ -84,7 +108,7 @@ class Memory:
         alike = [other for name, other in list(self.set_aside) if name == backend]
         is_first = all(other._replace(rows=top.rows) != top for other in alike)
         self.set_aside[backend, top] = f"{type(error).__name__}: {error}"
-        self.hot.clear()
+        self.cool()
         for key, choice in list(self.choices.items()):
             asked, _, is_invariant = key
             if choice.backend == backend and is_invariant and asked == kind_of(top):

@@ -1,15 +1,19 @@
 """The first call of a large problem, which runs the gate, wherever users may make it; and captures, which must not."""
 
+from functools import partial
+from threading import Thread
+
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 import compiled_logprobs as clp
 from compiled_logprobs.api import functions as api
 from compiled_logprobs.backends.compiled import Compiled
 from compiled_logprobs.backends.cpp import Cpp
-from compiled_logprobs.choose import auto, memory, rule
+from compiled_logprobs.backends.eager import Eager
+from compiled_logprobs.choose import auto, memory, rule, tune
 from compiled_logprobs.operation.reference import reference
 
 ROWS, VOCAB = 1024, 1101
@@ -58,6 +62,150 @@ def test_activation_checkpointing(reentrant, decided):
     true = reference(logits.detach() * 2.0, labels[:, None], grad_log_probs=torch.ones(ROWS, 1))
     torch.testing.assert_close(logits.grad.double(), 2 * true.gradient, atol=1e-5, rtol=0)
     assert_decided()
+
+
+@pytest.fixture
+def served(monkeypatch, mode) -> list[str]:
+    """Whose forward ran; outside of `autotune` blocks a new problem would be measured, which fails the test."""
+    mode("tune")
+    monkeypatch.setattr(tune, "Tuner", lambda *_, **__: pytest.fail("it measured"))
+    ran: list[str] = []
+
+    def noted(forward, name):
+        return lambda self, *arguments: ran.append(name) or forward(self, *arguments)
+
+    for backend in (Cpp, Eager):
+        monkeypatch.setattr(backend, "forward", noted(backend.forward, backend.name))
+    return ran
+
+
+def call_with_and_without_gradient(logits, labels):
+    with clp.autotune("off"):
+        for x in (logits, logits.detach()):
+            clp.log_probs_from_logits(x, labels)
+
+
+def let_eager_serve(logits, labels):
+    """In the mode "lookup", as if that had been measured; in the mode "off" it is cpp."""
+    for x in (logits, logits.detach()):
+        problem = clp.explain(x, labels).problem
+        memory.MEMORY.hold(problem, memory.Choice("eager", "ranks"))
+
+
+def backward_in_a_thread(loss):
+    with clp.autotune("tune"):
+        thread = Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+
+
+BACKWARD = {"outside of the block": lambda loss: loss.backward(), "in another thread": backward_in_a_thread}
+
+
+@pytest.mark.parametrize("backward", BACKWARD)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_takes_what_the_last_forward_took(reentrant, backward, served):
+    logits, labels = inputs()
+    if not reentrant or auto.hooks_on_saved_tensors(True) is None:  # else this torch does not tell
+        call_with_and_without_gradient(logits, labels)
+    let_eager_serve(logits, labels)
+    for mode, name in {"lookup": "eager", "off": "cpp"}.items():
+        logits.grad = None
+        with clp.autotune(mode):
+            loss = checkpoint(partial(clp.log_probs_from_logits, labels=labels), logits, use_reentrant=reentrant).sum()
+        served.clear()
+        BACKWARD[backward](loss)
+        assert served == [name]
+        true = reference(logits.detach(), labels[:, None], grad_log_probs=torch.ones(ROWS, 1))
+        torch.testing.assert_close(logits.grad.double(), true.gradient, atol=1e-5, rtol=0)
+
+
+def test_a_recomputation_after_another_forward_without_the_gradient_takes_its_own(served):
+    """As a trainer computes the log-probabilities of a reference model before its backward."""
+    logits, labels = inputs()
+    with clp.autotune("off"):
+        loss = checkpoint(partial(clp.log_probs_from_logits, labels=labels), logits, use_reentrant=False).sum()
+    let_eager_serve(logits, labels)
+    with torch.no_grad():
+        clp.log_probs_from_logits(logits, labels)
+    assert served[-1] == "eager"
+    loss.backward()
+    assert served[-1] == "cpp"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_of_rows_that_have_to_be_invariant_needs_no_block_and_checks_nothing(
+    reentrant, served, monkeypatch
+):
+    logits, labels = inputs()
+    with clp.autotune(row_invariant=True):
+        loss = checkpoint(partial(clp.log_probs_from_logits, labels=labels), logits, use_reentrant=reentrant).sum()
+        monkeypatch.setattr(rule, "check_backend", lambda *_, **__: pytest.fail("it checked"))
+    count = len(served)
+    loss.backward()
+    assert served[count - 1 :] == ["cpp", "cpp"]
+    (gradient,) = torch.autograd.grad(clp.log_probs_from_logits(logits, labels, backend="cpp").sum(), logits)
+    assert torch.equal(logits.grad, gradient)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_where_the_forward_fell_back_to_eager_the_recomputation_takes_eager(reentrant, served, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no such instruction")
+
+    logits, labels = inputs()
+    call_with_and_without_gradient(logits, labels)
+    monkeypatch.setattr(Cpp, "forward", fails)
+    call = partial(clp.log_probs_from_logits, labels=labels)
+    with clp.autotune("off"), pytest.warns(RuntimeWarning, match="'cpp' failed"):
+        loss = checkpoint(call, logits, use_reentrant=reentrant).sum()
+    monkeypatch.setattr(Cpp, "forward", lambda *_: pytest.fail("it is set aside"))
+    loss.backward()
+    assert served[-1] == "eager" and logits.grad.isfinite().all()
+
+
+def test_a_call_that_is_new_in_a_backward_pass_does_not_measure(served):
+    """Of a function of somebody's that recomputes by itself, for the first time."""
+    labels = torch.randint(VOCAB, (ROWS,))
+
+    class Recomputed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits):
+            ctx.save_for_backward(logits)
+            return logits.sum()
+
+        @staticmethod
+        def backward(ctx, _):
+            with torch.enable_grad():
+                logits = ctx.saved_tensors[0].detach().requires_grad_()
+                clp.log_probs_from_logits(logits, labels).sum().backward()
+            return logits.grad
+
+    logits = torch.randn(ROWS, VOCAB, requires_grad=True)
+    Recomputed.apply(logits).backward()
+    assert served[-1] == "cpp" and logits.grad.isfinite().all()
+    assert {mode for _, mode, _ in memory.MEMORY.choices} == {"lookup"}  # so that a forward may measure it yet
+
+
+def test_selective_checkpoints_keep_or_recompute_it():
+    logits, labels = inputs()
+    contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mul.Tensor])
+    call = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    call(lambda x: clp.log_probs_from_logits(x * 2.0, labels).sum(), logits).backward()
+    (gradient,) = torch.autograd.grad(clp.log_probs_from_logits(logits * 2.0, labels, backend="eager").sum(), logits)
+    assert torch.equal(logits.grad, gradient)
+
+
+def test_what_forwards_took_is_kept_within_bounds_though_choices_are_forgotten(monkeypatch):
+    monkeypatch.setattr(memory, "_MOST_HOT", 4)
+    process, first = memory.MEMORY, clp.Problem("cpu", 1, 7, torch.float32)
+    for rows in range(1, 100):
+        problem = first._replace(rows=rows)
+        process.keep(problem, None, (f"backend {rows}", Eager()))
+        process.forget(problem)
+        assert process.last_forward(problem)[0] == process.last_forward(problem._replace(needs_grad=True), False)[0]
+        assert len(process.hot) + len(process.cold) <= 10
+    assert process.last_forward(first) is None
 
 
 def test_a_capture_neither_tunes_nor_takes_what_is_not_warm(monkeypatch):
