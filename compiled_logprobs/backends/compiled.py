@@ -156,6 +156,9 @@ def _backward(
     others = ("grad_entropy", upstream.entropy), ("grad_logsumexp", upstream.logsumexp)
     arguments = {**arguments_of(inputs), "stats": stats, "grad_log_probs": upstream.log_probs}
     arguments |= {name: grad for name, grad in others if grad is not None}
+    if inplace and not key.in_one_pass:
+        # Not by the compiled function: torch 2.11 and older have it read them from the gradient that it wrote there.
+        arguments["logits_at_labels"] = logits.gather(-1, inputs.labels.to(torch.int64).clamp(0, key.vocab - 1))
     rows = logits.shape[:-1]
     if rows[0] == 1:
         arguments = doubled(arguments)

@@ -164,6 +164,7 @@ def backward_function(key: Key, inplace: bool) -> Callable[..., tuple[Tensor | N
         grad_log_probs: Tensor,
         grad_entropy: Tensor | None = None,
         grad_logsumexp: Tensor | None = None,
+        logits_at_labels: Tensor | None = None,
         out: Tensor | None = None,
         step: Tensor | None = None,
         skip: Tensor | None = None,
@@ -176,7 +177,7 @@ def backward_function(key: Key, inplace: bool) -> Callable[..., tuple[Tensor | N
         if key.in_one_pass:
             whole = gradient(inputs, stats, upstream, _rows(labels, step, skip, inverse_length))
         else:
-            whole, values, columns = formula.backward(inputs, stats, upstream)
+            whole, values, columns = formula.backward(inputs, stats, upstream, logits_at_labels)
             rows = torch.arange(labels.shape[:-1].numel(), device=labels.device).view(*labels.shape[:-1], 1)
             positions = rows * key.vocab + columns
         target = logits if inplace else out

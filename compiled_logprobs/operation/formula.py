@@ -81,8 +81,12 @@ def forward(inputs: Inputs, wanted: Wanted) -> Results:
     return finish(rows, wanted, log_probs, m.squeeze(-1), log_s, entropy, first, sum_p_squared)
 
 
-def backward(inputs: Inputs, stats: Tensor, upstream: Upstream) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    inputs: Inputs, stats: Tensor, upstream: Upstream, logits_at_labels: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient in the logits: one pointwise pass that leaves the labels out, and what belongs at the labels.
+
+    `logits_at_labels` are [..., K] where the logits may be overwritten before they are gathered.
 
     Returns:
         gradient [..., V] in the dtype of the logits, right everywhere but in the label columns;
@@ -107,7 +111,8 @@ def backward(inputs: Inputs, stats: Tensor, upstream: Upstream) -> tuple[Tensor,
         # A repeated label writes the whole sum each time, so that the order of the writes does not matter.
         same_label = labels.unsqueeze(-1) == labels.unsqueeze(-2)
         label_term = torch.where(same_label, label_term.unsqueeze(-2), 0.0).sum(-1)
-    at_labels = without_label_term(logits.gather(-1, labels)) + label_term * inverse_t
+    at_labels = logits.gather(-1, labels) if logits_at_labels is None else logits_at_labels
+    at_labels = without_label_term(at_labels) + label_term * inverse_t
     return gradient, at_labels.masked_fill(drop, 0.0).to(logits.dtype), labels
 
 
