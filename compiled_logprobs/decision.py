@@ -237,8 +237,9 @@ class Decision:
 
     @property
     def is_decided(self) -> bool:
-        """Whether the rounds could tell which is fastest. Else it serves no call until a longer run decides."""
-        return self.code != "AMBIGUOUS_AT_BUDGET"
+        """Whether the rounds could tell which is fastest. Else what is chosen serves by least regret, its own bucket of
+        N alone, and a longer run decides."""
+        return self.code != "LEAST_REGRET"
 
     def calls_to_pay(self, name: str) -> float | None:
         """After how many calls `name`, first call included, has taken less time than the baseline; None if never."""
@@ -309,18 +310,19 @@ def winner_in_words(decision: Decision) -> str:
 def speedup_in_words(decision: Decision) -> str:
     """Such as 'compiled, 2.10x (2.04 to 2.15) the speed of log_softmax and gather, 1.80x (1.75 to 1.84) of eager'.
 
-    Where it is undecided, between whom: 'undecided: 12 rounds do not tell whether cpp (4.83x, 0.24 to 31.85) is faster
-    than eager'.
+    Where it is undecided, between whom, and who serves: 'undecided: 12 rounds do not tell whether cpp (4.83x, 0.24 to
+    31.85) is faster than eager; cpp serves by least regret'.
     """
     if not decision.is_decided:
         doubtful = " or ".join(
             f"{name} ({str(candidate.speedup).replace(' (', ', ').rstrip(')')})"
             for name, candidate in decision.candidates.items()
-            if candidate.outcome == "tie" and candidate.speedup is not None and candidate.speedup.may_be_faster
+            if candidate.outcome in ("chosen", "tie") and name != decision.baseline
+            if candidate.speedup is not None and candidate.speedup.may_be_faster
         )
         return (
             f"undecided: {decision.rounds} rounds do not tell whether {doubtful or 'another'} is faster than "
-            f"{decision.baseline}"
+            f"{decision.baseline}; {decision.chosen} serves by least regret"
         )
     over_plain = decision.winner.speedup_over_plain
     parts = [] if over_plain is None else [f"{over_plain} the speed of {PLAIN} and gather"]

@@ -13,7 +13,7 @@ from typing import get_args
 from compiled_logprobs.problem import RESULTS, Layout, Problem, Temperature
 
 NEAR = 4
-"""The ratio of two N up to which a decision for one says enough of the other."""
+"""The ratio of two N up to which a decision for one says more of the other than the kind of call does."""
 
 
 def distance(problem: Problem, other: Problem) -> tuple[float, ...]:
@@ -37,5 +37,5 @@ def distance(problem: Problem, other: Problem) -> tuple[float, ...]:
 
 
 def is_far(problem: Problem, other: Problem) -> bool:
-    """Whether a decision for `other` says too little of `problem` to serve it without a look."""
+    """Whether a decision for `other` says less of `problem` than one for another kind of call at a nearer N."""
     return max(other.rows, problem.rows) > NEAR * min(other.rows, problem.rows)

@@ -24,7 +24,7 @@ _SOURCES = {
     "user store": "stored in the user's profiles",
     "project profiles": "stored in the profiles of the current folder",
     "bundled profiles": "stored in the profiles that came with the package",
-    "near": "stored for another number of rows, within 4x of it",
+    "near": "stored for the same problem with another number of rows; tune(...) measures this one",
     "related": "stored for the nearest kind of problem that was measured",
     "default rule": "by the default rule: the first that can run it and passes a short check",
     "row invariant": "the first that declares invariant rows and passes the check of them, for all calls of a kind",
@@ -61,7 +61,7 @@ class Explanation:
     steps: dict[str, str]
     """What each step of the rule said, in order, up to the one that decides."""
     decision: Decision | None
-    """The measurement behind the choice; where that is of no decision, the one that did not tell, if there is one."""
+    """The measurement behind the choice, if there is one."""
     stale: str | None
     """What has changed since that measurement."""
     differs: dict[str, tuple[object, object]]
@@ -123,9 +123,6 @@ def explain_problem(problem: Problem, device: torch.device, under: Policy) -> Ex
     decision, stale = (None, None) if isinstance(outcome, str) else (outcome.decision, outcome.stale)
     differs = {} if decision is None else _differing(decision.problem, bucket(problem))
     is_exact = decision is not None and not differs
-    if decision is None:
-        undecided = (choice.decision for choice in rule.choices_of(context, bucket(problem)))
-        decision = next((each for each in undecided if each is not None and not each.is_decided), None)
     now = environment_at(device).to_dict()
     then = now if decision is None else decision.environment
     return Explanation(

@@ -3,14 +3,14 @@
 1. remembered  what this process chose for the same bucket of N before
 2. stored      a decision for exactly this bucket: measured here, agreed between ranks, or kept in a store
 3. small       fewer than 2^20 logits: the first backend of the list that is ready without compiling
-4. near        a decision for the same problem at an N within 4x
+4. near        the decision for the same problem at the nearest other N, however far
 5. measure     time the backends, where that is allowed
 6. related     the decision for the nearest kind of problem, where nothing could be measured
 7. default     the first backend of the list that can run the problem and passes a short check
 
-Each step returns a `Choice`, or the reason why it has none. A decision counts only if the rounds told which backend is
-the fastest, and while that one is registered, can run the problem, and has the code that was measured. Where rows have
-to be invariant, `invariant` stands for steps 2 to 7.
+Each step returns a `Choice`, or the reason why it has none. A decision counts while the backend that it chose is
+registered, can run the problem, and has the code that was measured. One that least regret settled, and not the rounds,
+counts for its own bucket only. Where rows have to be invariant, `invariant` stands for steps 2 to 7.
 
 What is nearest, for `near` and `related`, says `distance`. A backend that was checked for another kind of problem
 passes the short check for that of the call, too, before it serves it.
@@ -25,10 +25,10 @@ import torch
 from compiled_logprobs.backends import BUILT_IN, EAGER, backends, get_backend, why_not
 from compiled_logprobs.check.run import INVARIANCE_ELEMENTS, check_backend
 from compiled_logprobs.choose import memory
-from compiled_logprobs.choose.distance import NEAR, distance, is_far
+from compiled_logprobs.choose.distance import distance
 from compiled_logprobs.choose.memory import GUESSES, Choice, Memory, family_of, key_of, kind_of
 from compiled_logprobs.choose.staleness import changed, holds, why_not_holds
-from compiled_logprobs.decision import Decision, speedup_in_words
+from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import is_out_of_memory, warn
 from compiled_logprobs.machine.clock import MIB, free_memory
 from compiled_logprobs.machine.environment import fingerprint_of
@@ -135,14 +135,14 @@ def small(context: Context) -> Choice | Pending | str:
 
 
 def near(context: Context) -> Choice | str:
-    """A decision for an N within `NEAR`."""
+    """The decision for the same problem at another N: it serves at once, since a first call is not to wait for more."""
     top = bucket(context.problem)
-    others = [other for other in nearest(context) if other._replace(rows=top.rows) == top and not is_far(top, other)]
+    others = [other for other in nearest(context) if other._replace(rows=top.rows) == top]
     for choice in _choices_for(context, others):
         # What is stale is measured rather than guessed from.
         if choice.stale is None or why_not_measure(context) is not None:
             return choice._replace(source="near")
-    return f"no profile decides an N within {NEAR}x of it"
+    return "no profile decides the same problem at another N"
 
 
 def measure(context: Context) -> Choice | Pending | str:
@@ -314,8 +314,6 @@ def _usable(context: Context, choice: Choice) -> Choice | str:
     decision, name = choice.decision, choice.backend
     if decision is None:
         return choice
-    if not decision.is_decided and choice.source != "ranks":  # which hold what they have agreed upon
-        return f"{choice.source}: {speedup_in_words(decision)}"
     if not context.is_here:
         return choice
     is_set_aside = any((name, top) in context.memory.set_aside for top in (decision.problem, bucket(context.problem)))

@@ -11,7 +11,7 @@ from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.memory import Choice
 from compiled_logprobs.choose.rule import Context, describe, is_settled, stored
 from compiled_logprobs.choose.staleness import changed, holds
-from compiled_logprobs.decision import Decision, Evidence, speedup_in_words
+from compiled_logprobs.decision import Decision, Evidence
 from compiled_logprobs.errors import ProfileError, nothing_can_serve_after, say, warn
 from compiled_logprobs.machine.environment import environment_at, fingerprint_of
 from compiled_logprobs.policy import BUDGET_VARIABLE, checked_budget, policy
@@ -192,10 +192,8 @@ def tune_in_call(context: Context, standing: Decision | None) -> Choice | str:
         return f"measuring came to no decision: {error}"
     finally:
         context.memory.spent_s += time.monotonic() - began
-    if not decision.is_decided:
-        say(f"{speedup_in_words(decision)}; `compiled-logprobs profile` gives it more time")
-        return f"it is {speedup_in_words(decision)}"
-    say(f"{decision.chosen} serves it: {decision.reason}")
+    more = "" if decision.is_decided else "; `compiled-logprobs profile` gives it more time"
+    say(f"{decision.chosen} serves it: {decision.reason}{more}")
     return _as_stored(context)
 
 
@@ -231,7 +229,8 @@ def decide(
         TuningFailed: no decision came about.
     """
     asked = list(backends() if names is None else names)
-    incumbent = standing.chosen if standing is not None and holds(standing, standing.chosen) else None
+    has_served = standing is not None and standing.is_decided and holds(standing, standing.chosen)
+    incumbent = standing.chosen if standing is not None and has_served else None
     due = [] if standing is None or again else _due(standing, asked, tuner.short)
     if standing is None or incumbent is None or not due:
         return tuner.decide(problem, seconds, strict=strict, names=asked, incumbent=incumbent)

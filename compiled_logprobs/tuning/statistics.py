@@ -20,6 +20,9 @@ ALPHA = 0.01
 median."""
 LOOKS = (20, 40, 80, 160, 320, 640, 1280)
 """After how many rounds the times are looked at; each look costs a share of `ALPHA`."""
+MOST = 0.7
+"""Share of the rounds in which a candidate that is not clearly faster has to be faster by the margin, to replace the
+baseline or the incumbent: under heavy-tailed noise, one median of equal candidates lies beyond the margin too often."""
 
 
 class Interval(NamedTuple):
@@ -37,7 +40,7 @@ class Selection:
     chosen: str
     code: str
     """ONLY_ONE, FASTER_CLEAR, TIE_INCUMBENT, TIE_SIMPLEST, TIE_LEAST_MEMORY, TIE_BY_NAME, INCUMBENT_IN_DOUBT,
-    BASELINE_NO_CLEAR_GAIN or AMBIGUOUS_AT_BUDGET."""
+    BASELINE_NO_CLEAR_GAIN or LEAST_REGRET."""
     reason: str
     verdicts: dict[str, Candidate]
     """Outcome, reason, and speed-up over the baseline of each, the baseline among them."""
@@ -85,9 +88,13 @@ def select(
     take as much, within the margin, the first by name. An incumbent that the rounds do not tell from the baseline, but
     that is the faster of the two by its median, counts as one that may.
 
+    What the rounds do not settle in the end is settled by least regret. Of the candidates that are not clearly slower
+    than another, the one with the best median is chosen, unless it is within the margin of what would be chosen
+    otherwise. To replace the baseline or the incumbent, it has to be faster by the margin in `MOST` of the rounds, too.
+
     Args:
         times: seconds, by candidate and round; the same rounds for all. Only of candidates that ran in every round. The
-            first is the baseline, which is kept in doubt.
+            first is the baseline.
         incumbent: the candidate that has served so far, which only a clear win replaces.
         extra_bytes: peak memory; what is unknown counts as the most.
         final: no further round will come; this takes the place of the looks that are left.
@@ -132,10 +139,18 @@ def select(
     ]
     if open_ and not final:
         return None
-    # Of what is open nothing else is known.
-    code, reason = _why(chosen, bench, ties, [name for name in tied if name not in (*open_, chosen)], open_)
+    by_rounds, settled = chosen, not open_
+    if not settled:
+        chosen = bench.least_regret(by_rounds, in_most=by_rounds in (baseline, incumbent))
+    if chosen != by_rounds:
+        open_ = [name for name in times if name != chosen and not bench.is_faster(chosen, than=name)]
+    if not settled and (chosen == baseline or chosen != by_rounds):
+        code, reason = "LEAST_REGRET", _why_least_regret(chosen, bench, open_)
+    else:
+        # Of what is open nothing else is known.
+        code, reason = _why(chosen, bench, ties, [name for name in tied if name not in (*open_, chosen)], open_)
     verdicts = {name: _verdict(name, chosen, bench, name in open_, reason) for name in times}
-    return Selection(chosen, code, reason, verdicts, rounds, settled=not open_)
+    return Selection(chosen, code, reason, verdicts, rounds, settled)
 
 
 class _Bench:
@@ -162,6 +177,23 @@ class _Bench:
     def may_be_faster(self, name: str, *, than: str) -> bool:
         """Whether the rounds so far leave it possible by the margin."""
         return self.compare(name, than).low < -self._margin
+
+    def least_regret(self, otherwise: str, *, in_most: bool) -> str:
+        """The candidate with the best median of those that no other is clearly faster than; `otherwise`, where that is
+        within the margin of it, or, if so asked, faster or within it in too many of the rounds."""
+        standing = [
+            name
+            for name in self._logs
+            if not any(self.is_faster(other, than=name) for other in self._logs if other != name)
+            and self.compare(name, otherwise).median < -self._margin
+            and (not in_most or self._share_of_wins(name, otherwise) >= MOST)
+        ]
+        return min(standing, key=lambda name: self.compare(name, self.baseline).median, default=otherwise)
+
+    def _share_of_wins(self, name: str, other: str) -> float:
+        """Of the rounds, those in which `name` was faster by the margin."""
+        pairs = zip(self._logs[name], self._logs[other], strict=True)
+        return sum(ours - theirs < -self._margin for ours, theirs in pairs) / self.rounds
 
     def is_in_doubt(self, name: str) -> bool:
         """Whether `name` was faster than the baseline, and may be by the margin, but not clearly."""
@@ -232,8 +264,6 @@ def _why(chosen: str, bench: _Bench, ties: _Ties, tied: list[str], open_: list[s
     baseline, unknown = bench.baseline, f"{bench.rounds} rounds do not tell whether"
     if bench.is_alone:
         return "ONLY_ONE", f"nothing but {chosen} could be measured"
-    if chosen == baseline and open_:
-        return "AMBIGUOUS_AT_BUDGET", f"{unknown} {', '.join(open_)} is faster than {baseline} by {MARGIN:.0%}"
     if chosen == baseline:
         return "BASELINE_NO_CLEAR_GAIN", f"nothing is faster than {baseline} by {MARGIN:.0%}"
     still = f"; {unknown} {', '.join(open_)} is faster still" if open_ else ""
@@ -245,6 +275,16 @@ def _why(chosen: str, bench: _Bench, ties: _Ties, tied: list[str], open_: list[s
         return "FASTER_CLEAR", f"clearly faster than {baseline}, by more than {MARGIN:.0%}{best}{still}"
     code, why = ties.code(chosen, tied)
     return code, f"clearly faster than {baseline}; as fast as {', '.join(tied)} within {MARGIN:.0%}, and {why}{still}"
+
+
+def _why_least_regret(chosen: str, bench: _Bench, open_: list[str]) -> str:
+    """The same sentence, where the rounds do not settle the choice."""
+    others, baseline = ", ".join(open_), bench.baseline
+    if chosen == baseline:
+        what = f"whether {others} is faster than {baseline} by {MARGIN:.0%}, and nothing is in most of them"
+    else:
+        what = f"{chosen} from {others}, and {chosen} has the best median"
+    return f"settled by least regret, not by the rounds: {bench.rounds} rounds do not tell {what}"
 
 
 def _verdict(name: str, chosen: str, bench: _Bench, is_open: bool, reason: str) -> Candidate:

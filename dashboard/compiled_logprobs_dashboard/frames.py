@@ -77,7 +77,7 @@ class Shape(NamedTuple):
 
 Kind = Literal["exact", "nearest", "undecided", "rule", "none"]
 KINDS: dict[str, Kind] = {"stored": "exact", "near": "nearest", "related": "nearest", "small": "rule"}
-"""By the step of the library's rule that chose. Any other: not measured, or without telling which is the fastest."""
+"""By the step of the library's rule that chose. Any other: not measured. Undecided is what least regret chose."""
 
 
 class Answer(NamedTuple):
@@ -88,8 +88,6 @@ class Answer(NamedTuple):
     """That is asked about, at the top of its bucket."""
     key: int | None
     """Of the decision, where there is one."""
-    open_key: int | None = None
-    """Of the decision for exactly this problem, where its rounds did not tell which backend is the fastest."""
 
 
 @dataclass(frozen=True)
@@ -376,12 +374,10 @@ def look_up(frames: Frames, profile: Profile, shape: Shape) -> Answer:
     context = Context(asked, Policy("lookup"), device, profile.environment, store, Memory(), is_here=False)
     *_, (step, choice) = walk(context)
     top, decision = bucket(asked), choice.decision if isinstance(choice, Choice) else None
-    exact = frames.keys.get((*profile, top))
-    open_key = None if exact is None or frames.decisions["is_decided"].iloc[exact] else exact
-    if decision is None and open_key is not None and step != "small":
-        return Answer("undecided", top, open_key, open_key)
     key = None if decision is None else frames.keys.get((*profile, decision.problem))
-    return Answer("none" if decision is not None and key is None else KINDS.get(step, "none"), top, key, open_key)
+    if decision is None or key is None:
+        return Answer(KINDS.get(step, "none") if decision is None else "none", top, None)
+    return Answer(KINDS.get(step, "none") if decision.is_decided else "undecided", top, key)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from compiled_logprobs.backends.cpp import Cpp
 from compiled_logprobs.choose import auto, memory, rule
 from compiled_logprobs.choose.explain import candidate_figures, nearest_stored
 from compiled_logprobs.choose.memory import Choice
-from compiled_logprobs.decision import Candidate, Speedup, speedup_in_words
+from compiled_logprobs.decision import Candidate, Speedup
 from compiled_logprobs.machine.environment import environment_at
 from compiled_logprobs.policy import policy
 from compiled_logprobs.store import user_store
@@ -64,7 +64,7 @@ def test_the_walk_of_a_problem_that_the_next_call_measures():
         "  remembered: this process has not chosen for it yet",
         "  stored: no profile decides it",
         "  small: it has 2^20 logits or more",
-        "  near: no profile decides an N within 4x of it",
+        "  near: no profile decides the same problem at another N",
     ]
     assert explanation.backend is None and explanation.source is None and explanation.decision is None
 
@@ -165,7 +165,6 @@ def test_where_a_decision_comes_from(source, why, elsewhere):
     ("other", "source", "measured_for"),
     [
         ({"rows": 2048}, "near", "N = 2048"),
-        ({"rows": 8192}, "related", "N = 8192"),
         ({"temperature": "number", "layout": "rows"}, "related", "layout rows, temperature number at N = 1024"),
         ({"entropy": True, "aligned": True}, "related", "entropy, aligned to 16 bytes at N = 1024"),
     ],
@@ -174,7 +173,7 @@ def test_the_decision_for_the_nearest_kind_of_problem(other, source, measured_fo
     fast = measured("cpp", speedup_over_plain=Speedup(2.0, 2.1, 2.2))
     publish(decided(LARGE._replace(**other), "cpp", candidates=all_measured() | {"cpp": fast}, measured_rows=512))
     why = {
-        "near": "stored for another number of rows, within 4x of it",
+        "near": "stored for the same problem with another number of rows; tune(...) measures this one",
         "related": "stored for the nearest kind of problem that was measured",
     }[source]
     mode("tune")
@@ -194,18 +193,11 @@ def test_the_decision_for_the_nearest_kind_of_problem(other, source, measured_fo
         call()
 
 
-def test_an_undecided_measurement_is_shown_beside_what_serves(mode, checks):
-    mode("lookup")
-    publish(undecided(reason="12 rounds do not tell"))
-    for _ in range(2):  # before and after a call
-        explanation = explained()
-        assert explanation.source in (None, "default rule") and explanation.decision.reason == "12 rounds do not tell"
-        assert "  AMBIGUOUS_AT_BUDGET: 12 rounds do not tell" in str(explanation).splitlines()
-        call()
-    mode("tune")
-    steps = explained().steps
-    assert steps["stored"] == f"user store: {speedup_in_words(undecided())}"
-    assert steps["measure"] == "it has been measured already, without a choice that may serve now"
+def test_what_was_settled_by_least_regret_says_so(mode):
+    publish(undecided(reason="settled by least regret, not by the rounds: 12 rounds do not tell"))
+    explanation = explained()
+    assert (explanation.backend, explanation.source) == ("eager", "user store")
+    assert f"  LEAST_REGRET: {explanation.decision.reason}" in str(explanation).splitlines()
 
 
 def test_a_stale_decision(mode):
@@ -294,8 +286,7 @@ def test_what_could_serve_comes_first_and_then_what_differs_in_the_fewest_fields
     ]
     for other in others:
         publish(decided(other))
-    publish(undecided())  # which serves nobody
-    publish(undecided(LARGE._replace(layout="rows")))
+    publish(undecided(LARGE._replace(layout="rows")))  # which serves nobody else
     neighbours = nearest_stored(rule.context_of(LARGE, CPU, policy()), most=5)
     assert [neighbour.problem for neighbour in neighbours] == [others[1], others[3], others[2], others[0], others[4]]
     assert neighbours[2].differs == {"rows": (2048, 1024), "entropy": (True, False)}

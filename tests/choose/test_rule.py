@@ -93,7 +93,7 @@ def test_a_decision_for_a_near_number_of_rows_serves_before_anything_is_measured
 
 
 KINDS = [
-    *({"rows": 8192}, {"temperature": "number"}, {"layout": "rows"}),
+    *({"temperature": "number"}, {"layout": "rows"}),
     *({"aligned": True}, {"entropy": True}, {"labels_per_row": 4}),
 ]
 
@@ -329,29 +329,25 @@ def test_a_walk_over_another_machines_store_takes_its_decisions_as_they_are():
     assert isinstance(last, rule.Pending)
 
 
-# What decides nothing
+# What the rounds did not settle
 
 
-def test_an_undecided_measurement_neither_serves_nor_is_repeated_by_a_call(mode, fake, checks):
+def test_what_least_regret_chose_serves_its_own_bucket_alone(mode, fake):
     publish(undecided())
-    publish(undecided(LARGE._replace(rows=2048)))
     mode("tune")
-    assert chosen() == ("cpp", "default rule") and not fake.asked
-    publish(decided(LARGE._replace(rows=4096), "compiled"))
-    memory.MEMORY.forget(LARGE)
-    assert chosen() == ("compiled", "near") and not fake.asked
-    with clp.autotune("lookup", require_hit=True), pytest.raises(clp.ProfileError):
-        chosen(LARGE._replace(rows=2048))
+    assert chosen() == ("eager", "user store") and not fake.asked
+    fake.answer = lambda problem: undecided(problem, chosen="cpp")
+    other = LARGE._replace(rows=2048)
+    assert chosen(other) == ("cpp", "tuned here") and fake.asked == [other]  # which LARGE says nothing of
+    with clp.autotune("lookup", require_hit=True):
+        assert chosen(LARGE) == ("eager", "user store")
 
 
-def test_after_measuring_without_a_result_the_nearest_kind_serves(fake, checks, capsys):
-    fake.answer = undecided
-    publish(decided(LARGE._replace(temperature="number"), "compiled"))
-    assert [chosen(), chosen()] == [("compiled", "related")] * 2 and len(fake.asked) == 1
-    assert (
-        "undecided: 12 rounds do not tell whether cpp (4.83x, 0.24 to 31.85) is faster than eager; `comp"
-        in capsys.readouterr().err
-    )
+def test_a_first_call_says_that_least_regret_settled_it(fake, capsys):
+    fake.answer = lambda problem: undecided(problem, reason="settled by least regret, not by the rounds")
+    assert chosen() == ("eager", "tuned here") and fake.asked == [LARGE]
+    said = "eager serves it: settled by least regret, not by the rounds; `compiled-logprobs profile` gives it more time"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("choice", [Choice("eager", "ranks", undecided()), Choice("eager", "ranks")])

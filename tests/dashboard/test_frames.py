@@ -178,7 +178,7 @@ def test_what_serves_a_shape(load, rows, kind, found):
 @pytest.mark.parametrize(
     ("name", "mode", "kind"), [("many", "forward, entropy", "nearest"), ("undecided", "backward", "undecided")]
 )
-def test_the_nearest_kind_of_problem_serves_and_what_is_undecided_does_not(load, name, mode, kind):
+def test_the_nearest_kind_of_problem_serves_and_what_is_undecided_is_called_so(load, name, mode, kind):
     frames, profile = load(name)
     answer = look_up(frames, profile, SHAPE._replace(mode=mode))
     assert answer.kind == kind and (frames.decision(answer.key).problem == answer.problem) == (kind == "undecided")

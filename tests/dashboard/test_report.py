@@ -62,7 +62,7 @@ def test_what_was_not_measured_is_not_0_and_failures_are_told(made):
 
 def test_what_is_undecided_has_no_winner(made):
     text = made("undecided").text
-    assert re.search(r"151936\s+512\s+undecided\s", text) and "AMBIGUOUS_AT_BUDGET" in text and "Undecided: 1." in text
+    assert re.search(r"151936\s+512\s+undecided\s", text) and "LEAST_REGRET" in text and "Undecided: 1." in text
     assert "1.00x" not in text and not re.search(r"512\s+eager", text)
 
 

@@ -139,7 +139,7 @@ def undecided(what: Problem | None = None, **changes: Any) -> Decision:
     """12 rounds do not tell whether cpp, 4.83x as fast in their median, is faster than eager."""
     candidates = with_changes(good_candidates(), "cpp", "compiled", speedup=Speedup(0.9, 0.95, 1.0))
     candidates = with_changes(candidates, "cpp", outcome="tie", speedup=Speedup(0.24, 4.83, 31.85))
-    told = {"code": "AMBIGUOUS_AT_BUDGET", "reason": "12 rounds do not tell whether cpp is faster than eager by 3%"}
+    told = {"code": "LEAST_REGRET", "reason": "12 rounds do not tell whether cpp is faster than eager by 3%"}
     fields = {"candidates": candidates, "rounds": 12, "settled": False, "measured_at": AT, **told, **changes}
     return decided(what or problem(), "eager", **fields)
 

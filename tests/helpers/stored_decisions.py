@@ -85,7 +85,7 @@ def decided(problem: Problem = LARGE, chosen: str = "eager", **changes: Any) -> 
 def undecided(problem: Problem = LARGE, **changes: Any) -> Decision:
     """One that a machine full of noise left open between eager and cpp."""
     doubtful = measured("cpp", "tie", speedup=Speedup(0.24, 4.83, 31.85))
-    fields = {"code": "AMBIGUOUS_AT_BUDGET", "settled": False, "rounds": 12}
+    fields = {"code": "LEAST_REGRET", "settled": False, "rounds": 12}
     return decided(problem, candidates=all_measured() | {"cpp": doubtful}, **fields, **changes)
 
 

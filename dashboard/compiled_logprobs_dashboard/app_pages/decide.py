@@ -48,18 +48,11 @@ def show() -> None:
     shape = selection.choose_shape(frames, profile)
     answer = look_up(frames, profile, shape)
     try:
-        decision, open_ = (None if key is None else frames.decision(key) for key in (answer.key, answer.open_key))
+        decision = None if answer.key is None else frames.decision(answer.key)
     except ProfileError as error:
         st.error(plain(error), title="The decision cannot be read")
         return
     _headline(frames, profile, shape, answer, decision)
-    if open_ is not None and answer.kind != "undecided":
-        again = tables.command(open_) or "tune(...)"
-        st.info(
-            f"{plain(tables.sentence(open_), 600)}. So the nearest serves. This measures it again, with more time: "
-            f"`{plain_line(again, 600)}`",
-            title=f"For N {open_.problem.rows} itself",
-        )
     if decision is not None and answer.key is not None:
         _ranking(frames, decision)
         _why(decision)
@@ -93,7 +86,12 @@ def _badges(frames: Frames, profile: Profile, answer: Answer, decision: Decision
     kinds = {
         "exact": ("exact", "check", "green", f"Decided for N up to {rows}, the bucket of this one."),
         "nearest": (f"nearest: {there}", "near_me", "orange", "No decision for exactly this problem is stored."),
-        "undecided": ("undecided", "question_mark", "orange", "Measured again, it gets more time."),
+        "undecided": (
+            "undecided",
+            "question_mark",
+            "orange",
+            "Least regret serves. Measured again, it gets more time.",
+        ),
     }
     badges: list[tuple[str, str, Any, str]] = [
         kinds[answer.kind],
