@@ -74,11 +74,17 @@ def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
         Case("one row", 1, ignored=0.0, through_others=False),
         *most,
         Case("shifted down by 1e4", few, lambda x_NV, _: x_NV.sub_(1e4)),
+        Case("rows far apart", few, _draw_apart),
         Case("all equal", few, lambda x_NV, _: x_NV.copy_(x_NV[:, :1].clone()), through_others=False),
         Case("wide", few, lambda x_NV, _: x_NV.mul_(20.0)),
         *([Case("strided and misaligned", few, strided=True)] if foreign else []),
         *(Case(f"{n} rows", n, through_others=n == top) for n in dict.fromkeys((bottom, top)) if n not in (1, few)),
     ]
+
+
+def _draw_apart(x_NV: Tensor, _: torch.Generator) -> None:
+    """Rows at different levels, further apart than exponentials reach: each needs a maximum of its own."""
+    x_NV.add_(torch.linspace(-1e3, 1e3, len(x_NV), device=x_NV.device)[:, None])
 
 
 def _dominate(x_NV: Tensor, generator: torch.Generator) -> None:

@@ -60,6 +60,8 @@ class Probe:
     problem: Problem
     device: torch.device
     seed: int
+    has_masked_logits: bool = False
+    """Whether regions of -inf are among the inputs."""
     formula_is_right: bool = True
     """Whether what it returns is the log-probability, but for precision; as far as is known."""
 
@@ -98,10 +100,28 @@ class Probe:
                 raise
             raise Raised(_in_words(error)) from error
 
+    def gradient(self, result: Tensor, got: Got, upstream: Tensor) -> Tensor:
+        """[N, V] float64, of this one of its results; raises Raised."""
+        try:
+            (gradient,) = torch.autograd.grad(result.reshape(-1), got.model, upstream.to(result.dtype))
+        except Exception as error:  # whatever its backward raises
+            if nothing_can_serve_after(error):
+                raise
+            raise Raised(_in_words(error)) from error
+        return gradient.double()
+
     def raises(self, logits: Tensor, labels: Tensor) -> str | None:
         """What it raises for these, if it does."""
         try:
             self.run(logits, labels)
+        except Raised as raised:
+            return str(raised)
+        return None
+
+    def raises_as_it_lies(self, logits: Tensor, labels: Tensor) -> str | None:
+        """The same, of logits that keep their strides."""
+        try:
+            self.call(logits, labels)
         except Raised as raised:
             return str(raised)
         return None

@@ -1,6 +1,7 @@
 """The likely cause of what is wrong with anyone's function."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,14 +11,22 @@ from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.check.report import MEANING
 from tests.helpers.backends_for_tuning import registered
 from tests.helpers.functions_to_check import PROBLEM, WRONG_FUNCTIONS, good, positive
+from tests.helpers.reported_functions import REPORTED_FUNCTIONS
 
 
-@pytest.mark.parametrize("wrong", WRONG_FUNCTIONS, ids=lambda wrong: f"{wrong.reason}: {wrong.cause}")
+@pytest.mark.parametrize(
+    "wrong", [*WRONG_FUNCTIONS, *REPORTED_FUNCTIONS], ids=lambda wrong: f"{wrong.reason}: {wrong.cause}"
+)
 def test_a_wrong_function_is_stopped_for_the_right_reason_and_given_the_right_cause(wrong):
     report = clp.check_backend(wrong.function, wrong.problem)
     assert not report.passed and wrong.reason in report.reasons
     assert next(check for check in report.checks if check.name == wrong.reason and not check.passed).detail
     assert report.causes[0].startswith(wrong.cause), report.causes
+
+
+def test_the_documentation_names_where_each_was_reported():
+    page = (Path(__file__).parents[2] / "docs/check.md").read_text()
+    assert [wrong.source for wrong in REPORTED_FUNCTIONS if wrong.source not in page] == []
 
 
 def test_each_kind_of_check_stops_one():

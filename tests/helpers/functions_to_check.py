@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.check.function import with_all_results
 from compiled_logprobs.problem import Problem
+from tests.helpers.compat_originals import ORIGINALS
 
 IGNORE_INDEX = -100
 PROBLEM = with_all_results(Problem("cpu", 12, 3001, torch.float32, needs_grad=True, temperature="number"))
@@ -29,6 +31,8 @@ class Wrong(NamedTuple):
     function: Callable[..., Any]
     problem: Problem = PROBLEM
     """One that it is wrong for."""
+    source: str = ""
+    """Where it was reported, if it was."""
 
 
 def good(logits: Tensor, labels: Tensor) -> Tensor:
@@ -140,6 +144,50 @@ def online_softmax_over_blocks(logits: Tensor, labels: Tensor) -> Tensor:
     return _Replaced.apply(good(logits, labels), out.detach())
 
 
+def sums_of_blocks(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum of each block of columns, none of which is all -inf here, and then of those."""
+    x = logits.float()
+    total = torch.stack([block.logsumexp(-1) for block in x.split(1024, -1)], -1).logsumexp(-1)
+    return zero_ignored(label_values(x, labels) - total, labels)
+
+
+def computed_anew_in_backward(logits: Tensor, labels: Tensor) -> Tensor:
+    return checkpoint(good, logits, labels, use_reentrant=False)
+
+
+class _SavesTheSoftmax(torch.autograd.Function):
+    """As Megatron's vocab-parallel cross entropy, on one rank."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        log_p = torch.log_softmax(logits.float(), -1)
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(log_p.exp(), labels)
+        return zero_ignored(label_values(log_p, labels), labels)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        p, labels = ctx.saved_tensors
+        kept = labels != IGNORE_INDEX
+        at_label = torch.zeros_like(p).scatter(-1, labels.clamp(min=0).unsqueeze(-1), 1.0)
+        gradient = torch.where(kept.unsqueeze(-1), (at_label - p) * gradients[0].unsqueeze(-1), 0.0)
+        return gradient.to(ctx.dtype), None
+
+
+def saves_the_softmax(logits: Tensor, labels: Tensor) -> Tensor:
+    return _SavesTheSoftmax.apply(logits, labels)
+
+
+def original(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A framework's own (see `compat_originals`), and ignored labels masked before and after, as its callers do."""
+
+    def masked(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+        return zero_ignored(function(ORIGINALS[name], logits, labels.clamp(min=0), temperature), labels)
+
+    masked.__name__ = masked.__qualname__ = name
+    return masked
+
+
 RIGHT_FUNCTIONS = [
     good,
     label_logit_minus_logsumexp,
@@ -147,6 +195,27 @@ RIGHT_FUNCTIONS = [
     in_chunks_of_three_rows,
     float64_throughout,
     online_softmax_over_blocks,
+    sums_of_blocks,
+    computed_anew_in_backward,
+    saves_the_softmax,
+    ORIGINALS["easyr1.log_probs_from_logits"],
+    original("verl.logprobs_from_logits", lambda f, x, y, t: f(x.float() / t, y)),
+    original("verl.logprobs_from_logits_v2", lambda f, x, y, t: f(x.float() / t, y).clamp(max=0.0)),
+    original("trl.selective_log_softmax", lambda f, x, y, t: f(x.float(), y, temperature=t).clamp(max=0.0)),
+    original("openrlhf.log_probs_from_logits", lambda f, x, y, t: f(x.float(), y, t)),
+    original("areal.gather_logprobs", lambda f, x, y, t: f(x, y, t)),
+    original("roll.log_probs_from_logits", lambda f, x, y, t: f(x.float() / t, y)),
+    original("torchtitan.compute_logprobs", lambda f, x, y, t: f(x.float() / t, y)),
+    original(
+        "slime.calculate_log_probs_and_entropy",
+        lambda f, x, y, t: f(x.float() / t, y, None)[0].reshape(len(y)) if len(y) else good(x, y),
+    ),
+    original(
+        "nemo_rl.from_parallel_logits_to_logprobs",
+        lambda f, x, y, t: f(
+            functional.pad(x.float() / t, (0, 0, 0, 1))[None], functional.pad(y, (1, 0))[None], 0, x.shape[-1], None
+        )[0],
+    ),
 ]
 
 
@@ -377,9 +446,10 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
             lambda x, y: -functional.cross_entropy(x.bfloat16(), y, reduction="none").float(),
         ),
         ("leaves out the last columns, from 2048 on", last_block_forgotten),
+        ("caps the logits softly, at 30", lambda x, y: good(30 * torch.tanh(x / 30), y)),
         # Labels read as int16: those from 32768 on wrap around.
-        (ORDINARY, lambda x, y: good(x, y.masked_fill(y > 32767, 0)), PROBLEM._replace(vocab=32771)),
-        (ORDINARY, last_row_forgotten),
+        ("reads label 327", lambda x, y: good(x, y.masked_fill(y > 32767, 0)), PROBLEM._replace(vocab=32771)),
+        ("gives 0 for the last rows, from row 11 of 12 on", last_row_forgotten),
         (ORDINARY + "one row", lambda x, y: good(x, y) * (0.9 if len(y) == 1 else 1.0)),
         ("returns logarithms to base 2", lambda x, y: good(x, y) / math.log(2)),
         ("smooths the labels, by 0.001", smooths_the_labels),
@@ -389,12 +459,21 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
     # The log-sum-exp kept in one float32 that had a large number added and subtracted.
     "log_prob_rmse": [("loses digits that float32 has", lambda x, y: ((good(x, y) - 1e4) + 1e4).clamp(max=0.0))],
     "entropy_error": [
-        ("the entropy is that of the logits before the temperature", with_entropy(lambda x, t: entropy_of(x)))
+        ("the entropy is that of the logits before the temperature", with_entropy(lambda x, t: entropy_of(x))),
+        ("returns the entropy in bits", with_entropy(lambda x, t: entropy_of(x / t) / math.log(2))),
+        (
+            "divides the entropy by its largest value, log V",
+            with_entropy(lambda x, t: entropy_of(x / t) / math.log(x.shape[-1])),
+        ),
     ],
     "logsumexp_error": [
         (
             "the logsumexp is that of the logits before the temperature",
             beside("logsumexp", lambda x, t: x.logsumexp(-1)),
+        ),
+        (
+            "returns minus the logsumexp",
+            beside("logsumexp", lambda x, t: -(x / t).logsumexp(-1)),
         ),
         (
             "the logsumexp lacks the maximum",
@@ -403,6 +482,10 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
     ],
     "argmax": [("takes the last of equal maxima as the argmax", beside("argmax", last_of_equal_maxima))],
     "sum_p_squared_error": [
+        (
+            "returns 1 minus the sum of squared probabilities",
+            beside("sum_p_squared", lambda x, t: 1 - (x / t).softmax(-1).square().sum(-1)),
+        ),
         (
             "returns the square root of the sum of squared probabilities",
             beside("sum_p_squared", lambda x, t: (x / t).softmax(-1).norm(dim=-1)),
@@ -426,6 +509,10 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
     ],
     "nan_pattern": [
         ("gives NaN as the entropy where a logit is -inf", with_entropy(entropy_that_multiplies_0_and_infinity)),
+        (
+            "does not subtract the largest logit",
+            lambda x, y: zero_ignored(label_values(x, y) - x.exp().sum(-1).log(), y),
+        ),
         ("makes a number of a row that holds NaN", lambda x, y: good(x, y).nan_to_num(nan=0.0)),
         ("makes a number of a label at -inf", lambda x, y: good(x.clamp(min=-1e4), y)),
         # Reads rows as if they were contiguous.
@@ -451,10 +538,13 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
             "returns bfloat16, which has steps of 0.062 nats at -10",
             lambda x, y: good(x, y).to(x.dtype),
             PROBLEM._replace(dtype=torch.bfloat16),
-        )
+        ),
+        ("returns float64: give float32", lambda x, y: good(x.double(), y).double()),
     ],
     "shape": [
         ("returns the mean of the log-probabilities over the batch", lambda x, y: good(x, y).mean()),
+        # torchtune's get_batch_log_probs, for one sequence.
+        ("returns the sum of the log-probabilities over the batch", lambda x, y: good(x, y).sum()),
         ("keeps a trailing dimension of 1", lambda x, y: good(x, y).unsqueeze(-1)),
         ("shifts the labels itself, so that logits [N, V] and labels [N] give N - 1", lambda x, y: good(x[:-1], y[1:])),
     ],
