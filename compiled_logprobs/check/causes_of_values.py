@@ -14,8 +14,8 @@ from compiled_logprobs.check.probe import ROWS, Got, Probe
 from compiled_logprobs.check.readings import CLOSE, COARSELY, LOSS, OF_FLOAT32, imprecision, log_probs_of, read, same
 
 VALUES = frozenset({"log_prob_error", "log_prob_rmse"})
-FAR = 1e4
-"""How far rows are shifted: exponentials overflow or vanish there."""
+FAR, NEAR = 1e4, 200.0
+"""How far rows are shifted: exponentials overflow or vanish at both, and half precision has no digits at the first."""
 AHEAD = 150.0
 """How far one logit is ahead of all others: their probabilities are below what float32 has."""
 
@@ -111,8 +111,9 @@ def _about_levels(probe: Probe) -> Iterator[str]:
     if up is None or down is None:
         return
     if not up_is_right and not down_is_right:
-        if not bool(up.isfinite().all()):
-            yield f"does not subtract the largest logit before it takes exponentials: rows at {FAR:g} overflow"
+        near, near_is_right = gives(level / FAR * NEAR)
+        if not near_is_right and near is not None and not bool(near.isfinite().all()):
+            yield f"does not subtract the largest logit before it takes exponentials: rows at {NEAR:g} overflow"
     elif not down_is_right:
         if bool(down.isfinite().all()):
             lowered = (probe.logits.float() - level).to(probe.problem.dtype).double() / probe.temperature

@@ -424,6 +424,15 @@ def z_loss_in_the_gradient(x: Tensor, labels: Tensor, upstream: Tensor) -> Tenso
     return (slope(x, labels) - z) * upstream
 
 
+@reported("gradient_flows", "is detached from the logits where all labels are ignored", "huggingface/trl#7077")
+def nothing_to_differentiate(logits: Tensor, labels: Tensor) -> Tensor:
+    """Labels that count are gathered and put into zeros; where none does, these belong to no graph."""
+    counts = labels != IGNORE_INDEX
+    if not counts.any():
+        return torch.zeros(len(labels))
+    return torch.zeros(len(labels)).masked_scatter(counts, good(logits[counts], labels[counts]))
+
+
 # --- what else happens ------------------------------------------------------------------------------------------------
 
 
