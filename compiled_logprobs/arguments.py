@@ -165,16 +165,24 @@ def checked_temperature(logits: Tensor, temperature: float | Tensor) -> float | 
     if isinstance(temperature, Tensor):
         return _checked_temperature_tensor(logits, temperature)
     if torch.compiler.is_compiling() and isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
+        if not logits.is_cpu and temperature == 1.0:
+            return 1.0  # worth a compilation: as a tensor, an accelerator takes it for one that differs by row
         # As a tensor, which makes its rows NaN if it is not positive. A product: torch.full would be compiled for each
-        # value.
-        return torch.ones((), dtype=accumulation_dtype(logits.dtype), device=logits.device) * temperature
+        # value. On a CPU it is read again, and stays what it was.
+        dtype = torch.float64 if logits.is_cpu else accumulation_dtype(logits.dtype)
+        return torch.ones((), dtype=dtype, device=logits.device) * temperature
     number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
-    if not number or not _FLOAT32.tiny <= temperature <= _FLOAT32.max:
+    if not number or not is_temperature(temperature):
         raise InputError(
             f"got temperature={temperature!r}; a number from {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g}, or a tensor of "
             "them broadcastable to the leading dimensions of the logits, is valid. For greedy decoding take the argmax."
         )
     return float(temperature)
+
+
+def is_temperature(number: Any) -> bool:
+    """Whether `number` is positive, finite and so in float32."""
+    return bool(_FLOAT32.tiny <= number <= _FLOAT32.max)
 
 
 def _checked_temperature_tensor(logits: Tensor, temperature: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ def calls_on_pages() -> list[tuple[str, Problem]]:
 
     def note(problem: Problem, logits: torch.Tensor) -> object:
         calls.append((page.name, problem))
-        return functions._named("eager", problem)
+        return functions.named_backend("eager", problem)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(functions, "Auto", note)

@@ -6,6 +6,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from compiled_logprobs.api.call import named_backend, problem_of
+from compiled_logprobs.api.graph import log_probs_in_graph
 from compiled_logprobs.api.log_probs import LogProbs, log_probs_with
 from compiled_logprobs.arguments import (
     check_labels,
@@ -19,18 +21,17 @@ from compiled_logprobs.arguments import (
     is_nan,
     is_traced,
 )
-from compiled_logprobs.backends import backends, get_backend, require_backend
-from compiled_logprobs.backends.base import Backend
-from compiled_logprobs.choose.auto import Auto, is_capturing
+from compiled_logprobs.backends import EAGER, backends, get_backend
+from compiled_logprobs.choose.auto import Auto
 from compiled_logprobs.choose.explain import Explanation, explain_problem
 from compiled_logprobs.choose.tune import tune as tune_alone
 from compiled_logprobs.choose.warm import warm as warm_here
 from compiled_logprobs.decision import Decision
-from compiled_logprobs.errors import BackendUnavailable, InputError
-from compiled_logprobs.operation.autograd import PLAIN, ForwardBackward, PlainFormula, compute
+from compiled_logprobs.errors import InputError
+from compiled_logprobs.operation.autograd import ForwardBackward, PlainFormula, compute
 from compiled_logprobs.operation.contract import Wanted, in_dtype
 from compiled_logprobs.policy import policy
-from compiled_logprobs.problem import Problem, Temperature, as_it_lies, layout_of
+from compiled_logprobs.problem import Problem, as_it_lies
 
 _PLAIN = PlainFormula()
 
@@ -70,12 +71,13 @@ def log_probs_from_logits(
         inplace_backward: write the gradient over `logits`, which saves its memory. Nothing else may need their values
             by then: whoever saved them for its own backward gets autograd's error (a second slice of the same tensor
             too), but a plain read afterwards finds the gradient and cannot be detected. Not for leaf tensors. Where
-            memory overlaps (an expanded tensor), where the last stride is not 1, and inside torch.compile the gradient
-            gets memory of its own.
+            memory overlaps (an expanded tensor), where the last stride is not 1, and in the graphs of torch.compile and
+            torch.export, whose backward may not write over what it was given, the gradient gets memory of its own.
         out_dtype: dtype of the results; None is the dtype of `logits`.
-        backend: "auto", or the name of one of `backends()`, which then runs or raises. Inside torch.compile,
-            torch.export and under a fake-tensor mode the plain formula runs, whatever is named, for the compiler to
-            fuse. Under other dispatch modes (such as a counter of operations) "auto" is eager.
+        backend: "auto", or the name of one of `backends()`, which then runs or raises. In the graphs of torch.compile
+            and torch.export too, where it is chosen or raises when the graph runs, and "auto" never measures; but
+            "eager" there is the plain formula, for the compiler to fuse. Under dispatch modes (such as a counter of
+            operations) "auto" is eager.
 
     Returns:
         [...] (or [..., K]) log-probabilities in nats, never positive, differentiable in `logits` once. With any
@@ -90,11 +92,47 @@ def log_probs_from_logits(
     """
     check_logits(logits)
     check_labels(logits, labels, ignore_index)
+    per_token = isinstance(temperature, Tensor)
     temperature = checked_temperature(logits, temperature)
     out_dtype = checked_out_dtype(logits, out_dtype)
     if backend != "auto" and backend not in backends():
         get_backend(backend)  # raises
     wanted = Wanted(return_entropy, return_logsumexp, return_argmax, return_sum_p_squared)
+    if is_traced(logits) and backend != EAGER:
+        log_probs, *others = log_probs_in_graph(
+            logits,
+            labels,
+            temperature,
+            ignore_index=ignore_index,
+            wanted=wanted,
+            per_token=per_token,
+            masked_logits=masked_logits,
+            out_dtype=out_dtype,
+            backend=backend,
+        )
+    else:
+        log_probs, *others = _computed(
+            logits, labels, temperature, int(ignore_index), wanted, masked_logits, inplace_backward, out_dtype, backend
+        )
+    if log_probs.dtype != out_dtype:
+        log_probs = log_probs.to(out_dtype)
+    if not others:
+        return log_probs
+    return log_probs_with(wanted, log_probs, *(in_dtype(result, out_dtype) for result in others))
+
+
+def _computed(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    ignore_index: int,
+    wanted: Wanted,
+    masked_logits: bool,
+    inplace_backward: bool,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """What `compute` returns: by the backend of the call; in a graph by the formula, for the compiler to fuse."""
     serving: ForwardBackward
     has_values = not is_traced(logits)
     if not has_values:
@@ -103,23 +141,19 @@ def log_probs_from_logits(
         if inplace_backward:
             check_not_leaf(logits)
         problem = problem_of(logits, labels, temperature, wanted, masked_logits, inplace_backward, out_dtype)
-        serving = Auto(problem, logits) if backend == "auto" else _named(backend, problem)
-    log_probs, *others = compute(
+        serving = Auto(problem, logits) if backend == "auto" else named_backend(backend, problem)
+    results = compute(
         serving,
         logits,
         labels,
         temperature,
-        ignore_index=int(ignore_index),
+        ignore_index=ignore_index,
         wanted=wanted,
         inplace_backward=inplace_backward,
     )
-    if has_values and logits.is_cpu and is_nan(log_probs):
+    if has_values and logits.is_cpu and is_nan(results[0]):
         check_values(logits, labels, temperature, ignore_index)
-    if log_probs.dtype != out_dtype:
-        log_probs = log_probs.to(out_dtype)
-    if not others:
-        return log_probs
-    return log_probs_with(wanted, log_probs, *(in_dtype(result, out_dtype) for result in others))
+    return results
 
 
 def cross_entropy_from_logits(
@@ -353,44 +387,3 @@ def _problems_on_one_device(
             f"got problems and devices of types {', '.join(sorted(types))}; one is valid. Tune them apart."
         )
     return [as_it_lies(problem) for problem in listed], where or checked_device(next(iter(types), "cpu"))
-
-
-def _named(name: str, problem: Problem) -> Backend:
-    backend = require_backend(name, problem)
-    if is_capturing(problem) and not backend.is_warm(problem):
-        raise BackendUnavailable(
-            f"backend {name!r} has not run {problem} yet, and cannot compile while a CUDA graph is captured. "
-            f"Call warm(problem, backend={name!r}) before the capture, or the function once."
-        )
-    return backend
-
-
-def problem_of(
-    logits: Tensor,
-    labels: Tensor,
-    temperature: float | Tensor,
-    wanted: Wanted = PLAIN,
-    masked_logits: bool = False,
-    inplace_backward: bool = False,
-    out_dtype: torch.dtype = torch.float32,
-) -> Problem:
-    """The problem that a call with `labels` [...] or [..., K] poses."""
-    shape = logits.shape
-    layout, aligned = layout_of(logits) if logits.numel() > 0 else ("flat", True)
-    kind: Temperature = "per_token" if isinstance(temperature, Tensor) else "none" if temperature == 1.0 else "number"
-    needs_grad = logits.requires_grad and torch.is_grad_enabled()
-    return Problem(
-        "cpu" if logits.is_cpu else logits.device.type,  # a device's name takes a while to make
-        logits.numel() // shape[-1],
-        shape[-1],
-        logits.dtype,
-        out_dtype,
-        labels.shape[-1] if labels.ndim == len(shape) else 1,
-        needs_grad,
-        *wanted,
-        kind,
-        masked_logits,
-        inplace_backward and needs_grad,
-        layout,
-        aligned,
-    )

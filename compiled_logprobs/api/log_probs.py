@@ -11,7 +11,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from compiled_logprobs.arguments import find_private
 from compiled_logprobs.operation.contract import Wanted
+
+_register: Any = find_private("torch.utils._pytree._register_namedtuple", lambda made, *, serialized_type_name: None)
+"""Gives a named tuple a name in the files of torch.export.save, which refuses one that has none."""
 
 
 class LogProbs(Sequence[Tensor]):
@@ -51,6 +55,7 @@ def _class_of(wanted: Wanted) -> type:
     made.__reduce__ = lambda self: (log_probs_with, (wanted, *self))  # type: ignore[method-assign,misc]
     made.__doc__ = LogProbs.__doc__
     LogProbs.register(made)
+    _register(made, serialized_type_name=".".join(("compiled_logprobs.LogProbs", *names)))
     return cast(type, made)
 
 

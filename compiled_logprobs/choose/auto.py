@@ -36,6 +36,10 @@ after a forward that had no gradient."""
 class Auto(Backend):
     """One call of `backend="auto"`: forward and backward go to the same backend.
 
+    Args:
+        problem, tune: as for `choose`.
+        logits: those of the call.
+
     Raises:
         ProfileError: a profile has to decide, and none does.
         BackendUnavailable: rows have to be invariant, and no backend's are, or the one whose are cannot run this call.
@@ -45,7 +49,12 @@ class Auto(Backend):
     name = "auto"
     summary = "the fastest that is right, as far as it is known"
 
-    def __init__(self, problem: Problem, logits: Tensor) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        logits: Tensor,
+        tune: Callable[[Context, Decision | None], Choice | str] = tune_in_call,
+    ) -> None:
         self._problem = problem
         process, under, is_again = memory.MEMORY, policy(), backward_pass() != -1
         if problem.rows == 0 or _is_observed(logits):
@@ -60,7 +69,7 @@ class Auto(Backend):
         else:
             served = process.hot.get(problem)
             if served is None or served.policy != under:
-                pair = choose(problem, logits.device, under)
+                pair = choose(problem, logits.device, under, tune)
             else:
                 pair = served.backend
         self._chosen, self._backend = pair

@@ -9,6 +9,7 @@ The contract itself is kept by the backends, since each rule would be a launch o
 Shapes: ... leading dimensions, N or ... rows after merging, V vocabulary, K labels a row.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +34,7 @@ class ForwardBackward(Protocol):
 
 
 class PlainFormula:
-    """The formula as it stands, for a user's graph to inline; a graph cannot overwrite its logits."""
+    """The formula as it stands, for a user's graph to inline where eager is named."""
 
     def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
         return formula.forward(inputs, wanted)
@@ -75,8 +76,8 @@ def compute(
         dtype = accumulation_dtype(logits.dtype)
         temperature = temperature.to(dtype).expand(logits.shape[:-1])
     if _needs_no_graph(logits):  # whose making takes as long as a small call
-        return _in_shape(
-            _forward(backend, logits, labels, temperature, ignore_index, wanted)[1], wanted, logits, labels
+        return in_shape(
+            run_forward(backend, logits, labels, temperature, ignore_index, wanted)[1], wanted, logits, labels
         )
     results: Any = _LogProbs.apply(  # type: ignore[no-untyped-call]  # torch's gap
         logits, labels, temperature, backend, ignore_index, wanted, inplace_backward
@@ -96,7 +97,7 @@ def _forward_ad_level() -> int:
     return getattr(torch.autograd.forward_ad, "_current_level", 0)
 
 
-def _forward(
+def run_forward(
     backend: ForwardBackward,
     logits: Tensor,
     labels: Tensor,
@@ -104,10 +105,15 @@ def _forward(
     ignore_index: int,
     wanted: Wanted,
 ) -> tuple[Inputs | None, Results]:
-    """What `backend` was given, with merged leading dimensions, and what it returned; no inputs where there are no
-    rows."""
+    """What `backend` was given, and what it returned; no inputs where there are no rows."""
     if logits.numel() == 0:  # V is at least 1
         return None, _empty(logits, labels)
+    inputs = merged(logits, labels, temperature, ignore_index)
+    return inputs, backend.forward(inputs, wanted)
+
+
+def merged(logits: Tensor, labels: Tensor, temperature: float | Tensor, ignore_index: int) -> Inputs:
+    """The inputs of a backend, whose leading dimensions are merged: what is saved for backward."""
     if torch.compiler.is_compiling():
         x = logits  # merging would look at strides, and put guards on them
     else:
@@ -115,8 +121,28 @@ def _forward(
     rows = x.shape[:-1]
     y = _reshaped(labels, (*rows, labels.shape[-1] if labels.ndim == logits.ndim else 1))
     t = _reshaped(temperature, rows) if isinstance(temperature, Tensor) else temperature
-    inputs = Inputs(x, y, t, ignore_index)
-    return inputs, backend.forward(inputs, wanted)
+    return Inputs(x, y, t, ignore_index)
+
+
+def run_backward(
+    backend: ForwardBackward, inputs: Inputs, stats: Tensor, grads: Sequence[Tensor | None], *, inplace: bool
+) -> Tensor:
+    """The gradient in the merged logits, of those that come from above, if they do, in the order of `Upstream`."""
+    shape = inputs.labels.shape
+    of_labels, *of_rows = grads
+    if of_labels is None:
+        of_labels = torch.zeros(shape, dtype=stats.dtype, device=stats.device)
+    upstream = (None if grad is None else _reshaped(grad, shape[:-1]) for grad in of_rows)
+    return backend.backward(inputs, stats, Upstream(_reshaped(of_labels, shape), *upstream), inplace=inplace)
+
+
+def refuse_double_backward() -> None:
+    """Raise LogProbsError in a backward that is to be differentiated itself."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise LogProbsError(
+            "double backward (create_graph=True) got to log_probs_from_logits, whose gradient is not differentiable "
+            "itself. Call backward without create_graph, or use torch.log_softmax and gather where you need it."
+        )
 
 
 def _empty(logits: Tensor, labels: Tensor) -> Results:
@@ -129,12 +155,12 @@ def _empty(logits: Tensor, labels: Tensor) -> Results:
     )
 
 
-def _in_shape(results: Results, wanted: Wanted, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+def in_shape(results: Results, wanted: Wanted, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     """The log-probabilities in the shape of the labels, and what is wanted in that of the rows."""
     log_probs = _unmerged(results.log_probs, labels.shape)
     if wanted == PLAIN:
         return (log_probs,)
-    return log_probs, *(_unmerged(getattr(results, name), logits.shape[:-1]) for name in _names(wanted))
+    return log_probs, *(_unmerged(getattr(results, name), logits.shape[:-1]) for name in names(wanted))
 
 
 class _LogProbs(torch.autograd.Function):
@@ -152,7 +178,7 @@ class _LogProbs(torch.autograd.Function):
         inplace_backward: bool,
     ) -> Tensor | tuple[Tensor, ...]:  # no None among several: torch 2.6 cannot trace that
         ctx.set_materialize_grads(False)
-        inputs, results = _forward(backend, logits, labels, temperature, ignore_index, wanted)
+        inputs, results = run_forward(backend, logits, labels, temperature, ignore_index, wanted)
         ctx.backend, ctx.inplace, ctx.shape, ctx.spent, ctx.wanted = backend, False, logits.shape, False, wanted
         ctx.empty = (logits.dtype, logits.device) if inputs is None else None
         if inputs is not None:
@@ -161,21 +187,16 @@ class _LogProbs(torch.autograd.Function):
                 ctx.inplace = x.data_ptr() == logits.data_ptr() and not overlaps(x)
             ctx.number, ctx.ignore_index = None if isinstance(t, Tensor) else t, ignore_index
             ctx.save_for_backward(x, y, t if isinstance(t, Tensor) else None, results.stats)
-        log_probs, *others = _in_shape(results, wanted, logits, labels)
+        log_probs, *others = in_shape(results, wanted, logits, labels)
         if not others:
             return log_probs
-        named = zip(_names(wanted), others, strict=True)
-        ctx.mark_non_differentiable(*(result for name, result in named if name not in _DIFFERENTIABLE))
+        named = zip(names(wanted), others, strict=True)
+        ctx.mark_non_differentiable(*(result for name, result in named if name not in DIFFERENTIABLE))
         return (log_probs, *others)
 
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor | None, *grad_others: Tensor | None) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise LogProbsError(
-                "double backward (create_graph=True) got to log_probs_from_logits, whose gradient is not "
-                "differentiable itself. Call backward without create_graph, or use torch.log_softmax and gather where "
-                "you need it."
-            )
+        refuse_double_backward()
         if ctx.spent:
             raise LogProbsError(
                 "a second backward through log_probs_from_logits(..., inplace_backward=True): the first one wrote the "
@@ -186,16 +207,12 @@ class _LogProbs(torch.autograd.Function):
             return torch.zeros(ctx.shape, dtype=dtype, device=device), *[None] * 6
 
         x, y, temperature, stats = ctx.saved_tensors
-        if grad_log_probs is None:
-            grad_log_probs = torch.zeros(y.shape, dtype=stats.dtype, device=x.device)
-        of_rows: list[Tensor | None] = [None, None]
+        grads: list[Tensor | None] = [grad_log_probs, None, None]
         if grad_others:
-            grads = dict(zip(_names(ctx.wanted), grad_others, strict=True))
-            given = (grads.get(name) for name in _DIFFERENTIABLE)  # a graph makes up one for the others, too
-            of_rows = [None if grad is None else _reshaped(grad, y.shape[:-1]) for grad in given]
-        upstream = Upstream(_reshaped(grad_log_probs, y.shape), *of_rows)
+            given = dict(zip(names(ctx.wanted), grad_others, strict=True))
+            grads[1:] = (given.get(name) for name in DIFFERENTIABLE)  # a graph makes up one for the others, too
         inputs = Inputs(x, y, ctx.number if temperature is None else temperature, ctx.ignore_index)
-        gradient = ctx.backend.backward(inputs, stats, upstream, inplace=ctx.inplace)
+        gradient = run_backward(ctx.backend, inputs, stats, grads, inplace=ctx.inplace)
         if ctx.inplace:
             ctx.spent = True
             # Kernels write without telling autograd; whoever saved the logits must hear of it.
@@ -203,10 +220,12 @@ class _LogProbs(torch.autograd.Function):
         return gradient if gradient.shape == ctx.shape else gradient.view(ctx.shape), *[None] * 6
 
 
-_DIFFERENTIABLE = Upstream._fields[1:]
+DIFFERENTIABLE = Upstream._fields[1:]
+"""What a gradient can come through, beside the log-probabilities."""
 
 
-def _names(wanted: Wanted) -> list[str]:
+def names(wanted: Wanted) -> list[str]:
+    """Of what is wanted, in order."""
     return [name for name, is_wanted in zip(Wanted._fields, wanted, strict=True) if is_wanted]
 
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from torch.utils.flop_counter import FlopCounterMode
 
 import compiled_logprobs as clp
-from compiled_logprobs.api import functions as api
+from compiled_logprobs.api import call
 from compiled_logprobs.backends.compiled import Compiled
 from compiled_logprobs.backends.cpp import Cpp
 from compiled_logprobs.backends.eager import Eager
@@ -214,7 +214,7 @@ def test_a_capture_neither_tunes_nor_takes_what_is_not_warm(monkeypatch):
     clp.log_probs_from_logits(logits[: ROWS - 1].detach(), labels[: ROWS - 1])  # remembered, of the same bucket
     assert_decided()
     before = dict(memory.MEMORY.choices)
-    for module in (api, auto):
+    for module in (call, auto):
         monkeypatch.setattr(module, "is_capturing", lambda problem: True)
     monkeypatch.setattr(rule, "check_backend", lambda *a, **k: pytest.fail("the gate ran during a capture"))
     for backend in (Compiled, Cpp):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compiled_logprobs.api.functions import problem_of
+from compiled_logprobs.api.call import problem_of
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.problem import MODES, Problem, as_it_lies, bucket, collapse, mode_name
 from compiled_logprobs.tuning import presets
