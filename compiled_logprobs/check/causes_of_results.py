@@ -72,7 +72,7 @@ def _about_its_gradient(name: str, probe: Probe, failed: frozenset[str]) -> Iter
         gradient = _gradient(name, probe, logits, upstream)
         x = logits.double().requires_grad_()
         (true,) = torch.autograd.grad(OF_ROWS[name](x, probe.temperature)[0][1], x, upstream.double())
-        if not bool(gradient.any()):
+        if float(gradient.abs().max()) < CLOSE * float(true.abs().max()):
             yield f"the {what}'s gradient is 0: what comes from above it is dropped"
         elif same(gradient, -true, COARSELY):
             yield f"the {what}'s gradient has the wrong sign"
@@ -90,10 +90,13 @@ def _about_its_gradient(name: str, probe: Probe, failed: frozenset[str]) -> Iter
 
 
 def _gradient(name: str, probe: Probe, logits: Tensor, upstream: Tensor) -> Tensor:
-    got = probe.run(logits, asked=name)
-    result = got.other()
-    assert result is not None  # it was a moment ago
-    return probe.gradient(result, got, upstream)
+    """Its share of the gradient that comes through it and the log-probabilities together, as in training."""
+    together, alone = probe.run(logits, asked=name), probe.run(logits, asked=name)
+    (first, result), log_probs = (together.first(), together.other()), alone.first()
+    assert first is not None and result is not None and log_probs is not None  # they were a moment ago
+    ones = torch.ones_like(upstream)
+    gradient = probe.gradient(first.reshape(-1) + result * upstream, together, ones)
+    return gradient - probe.gradient(log_probs, alone, ones) if log_probs.requires_grad else gradient
 
 
 Rows = list[tuple[str, Tensor]]
