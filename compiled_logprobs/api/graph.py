@@ -83,8 +83,14 @@ def _forward(
     log_probs, *others = in_shape(results, asked, logits, labels)
     stats = results.stats.view(-1, problem.rows) if inputs is not None else log_probs.new_empty(2 + asked.entropy, 0)
     given = dict(zip(names(asked), others, strict=True))
-    absent = {name: logits.new_empty(0) for name in Wanted._fields if name not in given}
-    return log_probs, stats, *((given | absent)[name] for name in Wanted._fields)
+    for name in Wanted._fields:
+        if name not in given:
+            given[name] = logits.new_empty(0, dtype=_dtype_of(name, logits))
+    return log_probs, stats, *(given[name] for name in Wanted._fields)
+
+
+def _dtype_of(name: str, logits: Tensor) -> torch.dtype:
+    return torch.int64 if name == "argmax" else accumulation_dtype(logits.dtype)
 
 
 def _posed(
@@ -113,7 +119,7 @@ def _fake_forward(
     rows, dtype = logits.shape[:-1], accumulation_dtype(logits.dtype)
     asked = Wanted(*wanted)
     others = (
-        logits.new_empty(rows if is_wanted else 0, dtype=torch.int64 if name == "argmax" else dtype)
+        logits.new_empty(rows if is_wanted else 0, dtype=_dtype_of(name, logits))
         for name, is_wanted in asked._asdict().items()
     )
     stats = logits.new_empty(2 + asked.entropy, math.prod(rows), dtype=dtype)

@@ -87,10 +87,10 @@ def test_a_new_n_or_temperature_hardly_compiles_a_users_graph_again():
 
 @pytest.mark.parametrize("backend", ["cpp", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_torch_finds_the_operators_well_formed(backend):
-    logits, labels = torch.randn(2, 4, 11)[:, :-1], torch.randint(11, (2, 3))
+    logits, labels = torch.randn(2, 4, 11, dtype=torch.bfloat16)[:, :-1], torch.randint(11, (2, 3))
     operators = torch.ops.compiled_logprobs
     temperature = torch.tensor(0.7, dtype=torch.float64)
-    options = -100, [True, False, True, True], False, True, False, torch.float32, backend
+    options = -100, [True, False, False, True], False, True, False, torch.float32, backend
     torch.library.opcheck(operators.log_probs, (logits.requires_grad_(), labels, temperature, *options))
     logits = logits.detach()
     log_probs, stats, entropy, *_ = operators.log_probs(logits, labels, temperature, *options)
