@@ -10,6 +10,7 @@ from compiled_logprobs.backends.flash_attn import FlashAttn, kernel_module
 from compiled_logprobs.check.run import check_backend
 from compiled_logprobs.operation.autograd import compute
 from compiled_logprobs.problem import Problem
+from tests.helpers.graph_bits import check_in_a_graph
 from tests.helpers.triton_interpreter import like_a_gpu
 
 
@@ -73,3 +74,4 @@ if __name__ == "__main__":
         for vocab in (7, 2048, 5000, 32771):
             check_against_flash_attns_own_function(vocab)
         check_that_the_gate_lets_it_pass()
+        check_in_a_graph("interpreted_flash_attn", 311)

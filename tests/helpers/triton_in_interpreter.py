@@ -22,6 +22,7 @@ from compiled_logprobs.check.run import check_backend
 from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem
+from tests.helpers.graph_bits import check_in_a_graph
 from tests.helpers.triton_interpreter import like_a_gpu
 
 ALL = Wanted(*[True] * len(Wanted._fields))
@@ -271,3 +272,4 @@ if __name__ == "__main__":
             check_rows_beyond_2_31_elements()
             check_what_is_warm()
             check_that_the_gate_lets_it_pass()
+            check_in_a_graph("interpreted_triton", 311, return_entropy=True)
