@@ -6,15 +6,9 @@ with warnings.catch_warnings():  # of torch, at each command where numpy is not 
     warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
     import torch as _torch  # noqa: F401
 
-from compiled_logprobs.api.functions import (
-    cross_entropy_from_logits,
-    entropy_from_logits,
-    explain,
-    log_probs_from_logits,
-    tune,
-    warm,
-)
+from compiled_logprobs.api.functions import cross_entropy_from_logits, entropy_from_logits, log_probs_from_logits
 from compiled_logprobs.api.log_probs import LogProbs
+from compiled_logprobs.api.prepare import explain, tune, warm
 from compiled_logprobs.backends import backends, register_backend
 from compiled_logprobs.check.report import CheckReport
 from compiled_logprobs.check.run import check_backend

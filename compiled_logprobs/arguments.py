@@ -126,9 +126,12 @@ def is_nan(log_probs: Tensor) -> bool:
     return math.isnan((log_probs.detach() if log_probs.requires_grad else log_probs).sum().item())
 
 
-def check_values(logits: Tensor, labels: Tensor, temperature: float | Tensor, ignore_index: int) -> None:
-    """Raise InputError for a label that is out of range, or a temperature of a row that counts."""
-    vocab = logits.shape[-1]
+def check_values(
+    logits: Tensor, labels: Tensor, temperature: float | Tensor, ignore_index: int, vocab: int | None = None
+) -> None:
+    """Raise InputError for a label outside of the vocabulary, by default that of `logits`, or a temperature of a row
+    that counts."""
+    vocab = vocab or logits.shape[-1]
     counts = labels != ignore_index
     bad = ((labels < 0) | (labels >= vocab)) & counts
     if bad.any():

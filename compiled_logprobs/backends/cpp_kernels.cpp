@@ -215,7 +215,7 @@ void finish(const Call& call, const Rows& rows, const Row& row, const Partial* o
     double sum = 0, weighted = 0, squares = 0;
     for (int64_t j = 0; j < tiles; ++j) max = std::max(max, of[j].max);
     for (int64_t j = 0; j < tiles; ++j) {
-      const float u = std::max((of[j].max - max) * row.c + of[j].excess, -2 * RANGE);
+      const float u = max == -INF ? 0 : std::max((of[j].max - max) * row.c + of[j].excess, -2 * RANGE);
       const double e = u == 0 ? 1 : std::exp2(u);
       sum += of[j].sum * e;
       if (call.entropy) weighted += (of[j].weighted + static_cast<double>(of[j].sum) * u) * e;
@@ -227,6 +227,8 @@ void finish(const Call& call, const Rows& rows, const Row& row, const Partial* o
       if (call.logsumexp) logsumexp = max / row.t + log_s;
       if (call.sum_p_squared) sum_p_squared = squares / (sum * sum);
       if (call.argmax) argmax = first_maximum(x, call.vocab, of, max);
+    } else if (std::isnan(sum)) {
+      max = NOT_A_NUMBER;
     }
   }
   call.stats[i] = max;

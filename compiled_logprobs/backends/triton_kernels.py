@@ -246,9 +246,10 @@ def combine_chunks(  # type: ignore[no-untyped-def]
     back = (m_C - m) * bits
     w = tl.exp2(back)
     s = tl.sum(w * s_C, 0)
+    of_stats = tl.where(s > 0.0, m, tl.where(s == 0.0, float("-inf"), float("nan")))
     s = tl.where(s > 0.0, s, float("nan"))  # 0 where all is -inf
     log_s = tl.log2(s) * LN_2
-    tl.store(stats_SN_ptr + row, m)
+    tl.store(stats_SN_ptr + row, of_stats)
     tl.store(stats_SN_ptr + all_rows + row, log_s)
 
     k = tl.arange(0, KP)

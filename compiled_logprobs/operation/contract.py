@@ -48,7 +48,8 @@ class Results(NamedTuple):
     """[..., K], in nats, never positive."""
     stats: Tensor
     """[2, ...], or [3, ...] with the entropy: all that a backward, of any backend, needs of a row. The row maximum m;
-    log s, the logarithm of the sum of exp((x - m) / T); and the entropy. No other result shares its memory."""
+    log s, the logarithm of the sum of exp((x - m) / T); and the entropy. Of a row that is all -inf m is that, and of
+    one that holds NaN not. No other result shares its memory."""
     entropy: Tensor | None = None
     """[...], in nats, never negative."""
     logsumexp: Tensor | None = None
@@ -90,11 +91,11 @@ class Clean(NamedTuple):
     """[...] bool: rows that are NaN."""
 
 
-def clean(inputs: Inputs) -> Clean:
-    """Bring labels and temperatures into range."""
+def clean(inputs: Inputs, vocab: int | None = None) -> Clean:
+    """Bring labels and temperatures into range; labels into that of `vocab`, where the logits are a part of it."""
     labels = inputs.labels.to(torch.int64)
     ignored = labels == inputs.ignore_index
-    in_range = labels.clamp(0, inputs.logits.shape[-1] - 1)
+    in_range = labels.clamp(0, (vocab or inputs.logits.shape[-1]) - 1)
     outside = (in_range != labels) & (labels != inputs.ignore_index)
     one = labels.shape[-1] == 1  # of which a reduction would be a launch for nothing
     invalid = outside.squeeze(-1) if one else outside.any(-1)

@@ -1,0 +1,170 @@
+"""Logits of which this rank has only some columns: which they are, by the arguments or by a DTensor."""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compiled_logprobs.api.call import named_backend, problem_of
+from compiled_logprobs.arguments import check_values, is_nan, is_traced
+from compiled_logprobs.choose.auto import Auto
+from compiled_logprobs.errors import InputError
+from compiled_logprobs.operation.autograd import compute
+from compiled_logprobs.operation.contract import Wanted
+from compiled_logprobs.operation.shards import Shard
+
+
+class Part(NamedTuple):
+    """What this rank has of a vocabulary."""
+
+    logits: Tensor
+    """[..., columns], without the padding; one column of -inf where there would be none."""
+    group: Any
+    """None: all columns are here."""
+    start: int
+    columns: int
+    vocab: int
+
+    def wanted_of_backend(self, wanted: Wanted) -> Wanted:
+        """What the backend has to be able to return, and to take a gradient of."""
+        for name in ("argmax", "sum_p_squared"):
+            if getattr(wanted, name):
+                raise InputError(
+                    f"got return_{name}=True for a vocabulary that is split over {self.group.size()} ranks; False is "
+                    "valid there, since it would need collectives of its own. Ask for it on gathered logits."
+                )
+        return wanted._replace(logsumexp=True)
+
+
+def log_probs_of_part(
+    part: Part,
+    labels: Tensor,
+    temperature: float | Tensor,
+    *,
+    ignore_index: int,
+    wanted: Wanted,
+    masked_logits: bool,
+    inplace_backward: bool,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """What `operation.autograd.compute` returns, of a vocabulary that is split over the ranks of `part.group`."""
+    logits, of_part = part.logits, part.wanted_of_backend(wanted)
+    if is_traced(logits):
+        raise InputError(
+            f"got a vocabulary that is split over {part.group.size()} ranks, inside torch.compile; "
+            "outside of graphs it is served. Put the call into a function under torch.compiler.disable."
+        )
+    problem = problem_of(logits, labels, temperature, of_part, masked_logits, inplace_backward, out_dtype)
+    serving = Auto(problem, logits) if backend == "auto" else named_backend(backend, problem)
+    results = compute(
+        Shard(serving, part.group, part.start, part.columns, part.vocab),
+        logits,
+        labels,
+        temperature,
+        ignore_index=ignore_index,
+        wanted=wanted,
+        inplace_backward=inplace_backward,
+    )
+    if logits.is_cpu and is_nan(results[0]):
+        check_values(logits, labels, temperature, ignore_index, part.vocab)
+    return results
+
+
+def part_of(logits: Tensor, group: Any, vocab_start_index: int | None, vocab_size: int | None) -> Part:
+    """The columns that this rank has. Arguments as for `log_probs_from_logits`, `logits` maybe a DTensor."""
+    if is_dtensor(logits):
+        if not group is vocab_start_index is vocab_size is None:
+            raise InputError(
+                "got a DTensor beside group, vocab_start_index or vocab_size; one or the other is valid. Pass the "
+                "DTensor alone, whose placements say which columns lie here, or logits.to_local() and the group."
+            )
+        return _part_of_dtensor(logits)
+    ranks = 1 if group is None else _size(group)
+    held = logits.shape[-1]
+    if vocab_start_index is not None and (group is None or vocab_size is None):
+        missing = "group" if group is None else "vocab_size"
+        raise InputError(
+            f"got vocab_start_index={vocab_start_index!r} without {missing}; both beside it are valid. Pass the "
+            "process group that the vocabulary is split over, and vocab_size, its number of columns in all."
+        )
+    if vocab_size is None:
+        vocab_size = ranks * held
+    start = vocab_start_index if vocab_start_index is not None else 0 if ranks == 1 else group.rank() * held
+    for name, number, least, most in (
+        ("vocab_size", vocab_size, 1, None if ranks > 1 else held),
+        ("vocab_start_index", start, 0, None),
+    ):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least or (most and number > most):
+            raise InputError(
+                f"got {name}={number!r} for logits of {held} columns; an integer from {least}"
+                f"{f' to {most}' if most else ''} is valid. Padding comes after the columns of the vocabulary."
+            )
+    columns = max(0, min(held, vocab_size - start))
+    return _part(logits, group if ranks > 1 else None, start, columns, vocab_size)
+
+
+def is_dtensor(logits: object) -> bool:
+    """Whether it is a DTensor, whose module need not be imported for this."""
+    return isinstance(logits, Tensor) and type(logits) is not Tensor and hasattr(logits, "placements")
+
+
+def local_labels(labels: Tensor) -> Tensor:
+    """Those of all rows, of a replicated DTensor or a plain tensor."""
+    if not is_dtensor(labels):
+        return labels
+    placements = cast(Any, labels).placements
+    if not all(placement.is_replicate() for placement in placements):
+        raise InputError(
+            f"got labels as a DTensor with {placements}; a plain tensor or a replicated one is valid. Call "
+            "labels.redistribute(placements=[Replicate()] * labels.device_mesh.ndim)."
+        )
+    return cast(Tensor, cast(Any, labels).to_local())
+
+
+def _part_of_dtensor(logits: Any) -> Part:
+    mesh, last = logits.device_mesh, logits.ndim - 1
+    split = [
+        dim
+        for dim, (placement, ranks) in enumerate(zip(logits.placements, mesh.shape, strict=True))
+        if ranks > 1 and not placement.is_replicate()
+    ]
+    held = [logits.placements[dim] for dim in split]
+    if len(split) > 1 or not all(placement.is_shard(last) or placement.is_shard(-1) for placement in held):
+        remedy = (
+            "Call logits.redistribute(...) first, which adds the partial sums up"
+            if any(placement.is_partial() for placement in held)
+            else "Pass logits.to_local() and the labels of its rows"
+        )
+        raise InputError(
+            f"got logits as a DTensor with {logits.placements} over a mesh of {tuple(mesh.shape)}; replicated ones and "
+            f"a shard of the last dimension over one dimension of the mesh are valid. {remedy}."
+        )
+    local: Tensor = logits.to_local()
+    vocab = logits.shape[-1]
+    if not split:
+        return _part(local, None, 0, vocab, vocab)
+    width = -(-vocab // mesh.shape[split[0]])  # of all but the last, as torch.chunk has it
+    start = min(vocab, mesh.get_local_rank(split[0]) * width)
+    return _part(local, mesh.get_group(split[0]), start, local.shape[-1], vocab)
+
+
+def _part(logits: Tensor, group: Any, start: int, columns: int, vocab: int) -> Part:
+    if columns == 0:
+        # A rank without columns takes part in the collectives, and its graph goes on to what made them.
+        logits = functional.pad(logits.narrow(-1, 0, 0), (0, 1), value=-torch.inf)
+    elif columns < logits.shape[-1]:
+        logits = logits.narrow(-1, 0, columns)
+    return Part(logits, group, start, columns, vocab)
+
+
+def _size(group: Any) -> int:
+    if not hasattr(group, "size") or not hasattr(group, "rank"):
+        raise InputError(
+            f"got group={group!r}; a process group of torch.distributed is valid, e.g. distributed.group.WORLD or "
+            "mesh.get_group('tp'), on each of its ranks."
+        )
+    if group.rank() < 0:
+        raise InputError("got a group that this rank is not part of. Call on the ranks of the group alone.")
+    return int(group.size())

@@ -1,0 +1,107 @@
+"""A vocabulary that is split over the ranks of a process group: what a backend computes of one part, put together.
+
+The statistics of a part have the form of those of a row, whichever backend they are from, and say all that the other
+ranks need to know of it. With m and log s those of a part, M the largest m, and all sums over the parts:
+
+    u          = s exp((m - M) / T)                                              S = sum u, the s of the whole row
+    log p_y    = (x_y - M) / T - log S                                           x_y from the rank that has it
+    entropy    = log S - sum u (log s - entropy of the part + (m - M) / T) / S
+
+With the statistics of the whole row each rank has the gradient of its part.
+
+Shapes: ... leading dimensions (rows), V columns of this rank, K labels a row.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from compiled_logprobs.errors import InputError
+from compiled_logprobs.operation.autograd import ForwardBackward
+from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted, clean, finish
+from compiled_logprobs.operation.formula import finite, per_row
+
+IGNORED = -100
+"""What is no column, unlike an `ignore_index` that may be one."""
+
+
+class Shard:
+    """The columns of one rank, as a backend of the whole rows: `backend` computes them.
+
+    Forward: two collectives, the maximum of [...] and one sum of [1 + K + entropy, ...] and one number more, in the
+    accumulation dtype. Backward: none. What they return has the same bits on all ranks, and so have the results,
+    whatever backends the ranks take.
+    """
+
+    def __init__(self, backend: ForwardBackward, group: Any, start: int, columns: int, vocab: int) -> None:
+        """Take columns [start, start + columns) of `vocab`. Where `columns` is 0, the logits are one column of -inf."""
+        self._backend, self._group = backend, group
+        self._start, self._columns, self._vocab = start, columns, vocab
+
+    def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
+        rows = clean(inputs, self._vocab)
+        local, is_here = self._part(inputs, rows.labels, rows.ignored)
+        part = self._backend.forward(local, Wanted(entropy=wanted.entropy, logsumexp=True))
+        m, log_s = part.stats[0], part.stats[1]
+        top = m.masked_fill(m.isnan(), math.inf)  # a maximum may lose a NaN: infinity makes the row one, too
+        distributed.all_reduce(top, distributed.ReduceOp.MAX, group=self._group)
+
+        # In float64, since a few roundings more would show; these are few numbers.
+        t = rows.temperature.double() if isinstance(rows.temperature, Tensor) else rows.temperature
+        is_empty = m == -math.inf
+        below = ((m.double() - top) / t).masked_fill(is_empty, -math.inf)
+        log_s = log_s.double().masked_fill(is_empty, 0.0)
+        u = (log_s + below).exp()
+        x_K = inputs.logits.gather(-1, local.labels.clamp(min=0)).double()
+        d_K = ((x_K - top.unsqueeze(-1)) / per_row(t)).masked_fill(~is_here, 0.0)
+        sums = [u, *d_K.unbind(-1)]
+        if wanted.entropy:
+            assert part.entropy is not None
+            sums.append((u * (log_s - part.entropy + finite(below))).masked_fill(is_empty, 0.0))
+        numbers = u.new_full((1,), self._columns)
+        packed = torch.cat([torch.stack(sums).flatten(), numbers]).to(m.dtype)
+        distributed.all_reduce(packed, distributed.ReduceOp.SUM, group=self._group)
+        whole = packed[:-1].view(-1, *m.shape).double()
+        s, d_K, q = whole[0], whole[1 : 1 + d_K.shape[-1]].movedim(0, -1), whole[-1]
+        s = s.masked_fill(~(s > 0) | rows.invalid | self._is_torn(packed[-1]), math.nan)
+        log_s = s.log()
+        return finish(
+            rows,
+            wanted,
+            (d_K - log_s.unsqueeze(-1)).to(m.dtype),
+            top,
+            log_s.to(m.dtype),
+            (log_s - q / s).to(m.dtype) if wanted.entropy else None,
+        )
+
+    def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
+        rows = clean(inputs, self._vocab)
+        local, is_here = self._part(inputs, rows.labels, rows.ignored)
+        # What weights the probabilities of a row, but has no column here, goes the way of the logsumexp.
+        elsewhere = upstream.log_probs.masked_fill(is_here | rows.ignored, 0.0).sum(-1)
+        of_logsumexp = -elsewhere if upstream.logsumexp is None else upstream.logsumexp - elsewhere
+        log_probs = upstream.log_probs.masked_fill(~is_here, 0.0)
+        return self._backend.backward(
+            local, stats, Upstream(log_probs, upstream.entropy, of_logsumexp), inplace=inplace
+        )
+
+    def _part(self, inputs: Inputs, labels: Tensor, ignored: Tensor) -> tuple[Inputs, Tensor]:
+        """What the backend is given, any label that is another rank's being the first column; and which are here."""
+        columns = labels - self._start
+        is_here = (columns >= 0) & (columns < self._columns) & ~ignored
+        columns = columns.masked_fill(~is_here, 0).masked_fill(ignored, IGNORED)
+        return inputs._replace(labels=columns, ignore_index=IGNORED), is_here
+
+    def _is_torn(self, columns: Tensor) -> bool | Tensor:
+        """Whether the ranks hold another number of columns in all than the vocabulary has. On a CPU that is an error;
+        elsewhere, where no value is looked at, it makes all rows NaN."""
+        is_torn = columns != self._vocab
+        if columns.device.type == "cpu" and bool(is_torn):
+            raise InputError(
+                f"got parts of the vocabulary of {int(columns)} columns in all, of which {self._columns} on this rank "
+                f"from column {self._start}; {self._vocab} in all are valid. Pass vocab_size, and vocab_start_index "
+                "where the parts are not equal."
+            )
+        return is_torn
