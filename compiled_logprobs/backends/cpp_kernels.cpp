@@ -22,7 +22,9 @@ constexpr int64_t BLOCK = 8 * WIDTH;  // columns that are summed by themselves: 
 constexpr int64_t SHORT = 4 * WIDTH;  // columns for which it takes longer to ask for the faster way than to go the other
 #if defined(CPU_CAPABILITY_DEFAULT) && !defined(__ARM_NEON)
 constexpr float FAR = 0;  // products are rounded before they are added to
+constexpr int64_t NARROW = WIDTH;
 #else
+constexpr int64_t NARROW = 128;  // columns below which one row a lane is faster than one after another
 constexpr float FAR = 1e5f;  // in bits, from 0: from there on the sum of an exponent and an offset loses digits
 #endif
 constexpr float RANGE = 120;  // in bits, below the maximum: what `Powers` has, and more than a sum can tell
@@ -118,7 +120,7 @@ enum Level { SUM, ENTROPY, SQUARES };
 
 // The exponents of a tile, in bits: (x - reference) c - offset, and 0 instead of the power where x - reference is not above `least`.
 struct Exponents {
-  float c, reference, offset, least;
+  Floats c, reference, offset, least;
 };
 
 // By `bits` below x, but finite.
@@ -131,13 +133,13 @@ struct Sums {  // of e = 2 ** u, of u e, and of e ** 2
   template <bool SAFE>
   void add(Floats x, const Powers& powers, const Exponents& exponents) {
     Floats d = x;
-    if constexpr (SAFE) d = larger(x - Floats(exponents.reference), Floats(exponents.least));
+    if constexpr (SAFE) d = larger(x - exponents.reference, exponents.least);
     auto [power, rest] = powers(d);
-    if constexpr (SAFE) power = where_above(d, Floats(exponents.least), power);
+    if constexpr (SAFE) power = where_above(d, exponents.least, power);
     e = at::vec::fmadd(power, rest, e);
     if constexpr (LEVEL >= ENTROPY) {
       const Floats own = power * rest;
-      weighted = at::vec::fmadd(own, at::vec::fmsub(d, Floats(exponents.c), Floats(exponents.offset)), weighted);
+      weighted = at::vec::fmadd(own, at::vec::fmsub(d, exponents.c, exponents.offset), weighted);
       if constexpr (LEVEL >= SQUARES) squares = at::vec::fmadd(own, own, squares);
     }
   }
@@ -194,6 +196,46 @@ Partial reduce(const T* x, int64_t columns, float c) {
   return sums<LEVEL, true>(x, columns, max, {c, max, 0, below(0, RANGE, c)});
 }
 
+// Of up to as many rows as there are lanes, `count`: one row a lane, since with few columns it takes longer to add lanes up, and to see
+// to what is left of a vector, than to compute.
+template <Level LEVEL, typename T>
+void reduce_narrow(const Call& call, const Row* rows, int64_t count, Partial* partials) {
+  alignas(64) float x[NARROW * LANES], c[LANES], lanes[LANES];
+  const int64_t columns = (call.vocab + WIDTH - 1) / WIDTH * WIDTH;  // with -inf in those that there are not
+  for (int64_t lane = 0; lane < LANES; ++lane) {
+    const Row& row = rows[std::min(lane, count - 1)];
+    const auto lay = [&](Pair v, int64_t column) {
+      v.a.store(x + (column + lane) * LANES);
+      v.b.store(x + (column + LANES + lane) * LANES);
+    };
+    for_each(static_cast<const T*>(call.logits) + row.offset, call.vocab, lay, lay);
+    c[lane] = row.c;
+  }
+  for (int64_t v = 0; v < columns; v += LANES) transpose(x + v * LANES);
+  const auto at = [&](int64_t v) { return Floats::loadu(x + v * LANES); };
+  Floats max(-INF);  // a NaN may get lost here, but not in the sum
+  for (int64_t v = 0; v < columns; v += 4) max = larger(larger(larger(at(v), at(v + 1)), larger(at(v + 2), at(v + 3))), max);
+  const Floats C = Floats::loadu(c);
+  const Floats reference = Floats::blendv(max, Floats(0.f), max == Floats(-INF));
+  const Exponents exponents{C, reference, 0, larger(Floats(-RANGE) / C, Floats(std::numeric_limits<float>::lowest()))};
+  const Powers powers(C, Floats(0.f));
+  Sums<LEVEL> sums[4];
+  for (int64_t v = 0; v < columns; v += 4)
+    for (int64_t j = 0; j < 4; ++j) sums[j].template add<true>(at(v + j), powers, exponents);
+  sums[0] += sums[1];
+  sums[2] += sums[3];
+  sums[0] += sums[2];
+  const auto keep = [&](Floats values, float Partial::*field) {
+    values.store(lanes);
+    for (int64_t lane = 0; lane < count; ++lane) partials[lane].*field = lanes[lane];
+  };
+  keep(max, &Partial::max);
+  keep(Floats(0.f), &Partial::excess);
+  keep(sums[0].e, &Partial::sum);
+  if constexpr (LEVEL >= ENTROPY) keep(sums[0].weighted, &Partial::weighted);
+  if constexpr (LEVEL >= SQUARES) keep(sums[0].squares, &Partial::squares);
+}
+
 template <typename T>
 int64_t first_maximum(const T* x, int64_t vocab, const Partial* tiles, float max) {
   int64_t start = 0;
@@ -203,7 +245,7 @@ int64_t first_maximum(const T* x, int64_t vocab, const Partial* tiles, float max
 }
 
 // The finished numbers of a row.
-template <typename T>
+template <Level LEVEL, typename T>
 void finish(const Call& call, const Rows& rows, const Row& row, const Partial* of) {
   const int64_t i = row.index, K = call.labels_per_row;
   const float missing = row.kind == Kind::IGNORED ? 0.f : NOT_A_NUMBER;
@@ -218,8 +260,8 @@ void finish(const Call& call, const Rows& rows, const Row& row, const Partial* o
       const float u = max == -INF ? 0 : std::max((of[j].max - max) * row.c + of[j].excess, -2 * RANGE);
       const double e = u == 0 ? 1 : std::exp2(u);
       sum += of[j].sum * e;
-      if (call.entropy) weighted += (of[j].weighted + static_cast<double>(of[j].sum) * u) * e;
-      if (call.sum_p_squared) squares += of[j].squares * e * e;
+      if constexpr (LEVEL >= ENTROPY) weighted += (of[j].weighted + static_cast<double>(of[j].sum) * u) * e;
+      if constexpr (LEVEL >= SQUARES) squares += of[j].squares * e * e;
     }
     if (sum > 0) {  // else all is -inf, or something NaN
       log_s = std::log(static_cast<float>(sum));
@@ -251,16 +293,21 @@ void forward(const Call& call) {
   const Rows rows(call);
   const int64_t tiles = call.tiles();
   const std::unique_ptr<Partial[]> partials(new Partial[rows.computed * tiles]);
+  const bool narrow = call.vocab < NARROW;
 #pragma omp parallel if (call.threads > 1)
   {
-    share(rows.computed, tiles, call.threads, [&](int64_t i, int64_t tile) {
+    if (narrow) share((rows.computed + LANES - 1) / LANES, 1, call.threads, [&](int64_t i, int64_t) {
+      const int64_t first = i * LANES;
+      reduce_narrow<LEVEL, T>(call, &rows.list[first], std::min(LANES, rows.computed - first), &partials[first]);
+    });
+    else share(rows.computed, tiles, call.threads, [&](int64_t i, int64_t tile) {
       const int64_t start = tile * TILE;
       const Row& row = rows.list[i];
       const T* x = static_cast<const T*>(call.logits) + row.offset + start;
       partials[i * tiles + tile] = reduce<LEVEL>(x, std::min(TILE, call.vocab - start), row.c);
     });
 #pragma omp barrier
-    share(rows.n, 1, call.threads, [&](int64_t i, int64_t) { finish<T>(call, rows, rows.list[i], &partials[i * tiles]); });
+    share(rows.n, 1, call.threads, [&](int64_t i, int64_t) { finish<LEVEL, T>(call, rows, rows.list[i], &partials[i * tiles]); });
   }
 }
 

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <tuple>
 #include <type_traits>
 
 namespace {
@@ -19,7 +20,8 @@ namespace {
 using Floats = at::vec::Vectorized<float>;
 using Ints = at::vec::Vectorized<int32_t>;
 
-constexpr int64_t WIDTH = 2 * Floats::size();  // a vector of 16-bit numbers gives two vectors of float
+constexpr int64_t LANES = Floats::size();
+constexpr int64_t WIDTH = 2 * LANES;  // a vector of 16-bit numbers gives two vectors of float
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
@@ -93,9 +95,23 @@ void for_each(const T* x, int64_t columns, const Body& body, const Tail& tail) {
   for (; i + WIDTH <= columns; i += WIDTH) body(read(x + i), i);
   if (i < columns) {
     T rest[WIDTH];
-    std::fill(std::copy(x + i, x + columns, rest), rest + WIDTH, static_cast<T>(-INF));
+    at::vec::Vectorized<T>(static_cast<T>(-INF)).store(rest);
+    if constexpr (sizeof(T) == 4) Floats(-INF).store(rest + LANES);
+    std::memcpy(static_cast<void*>(rest), x + i, (columns - i) * sizeof(T));
     tail(read(rest), i);
   }
+}
+
+// Makes rows of the columns of a square, of as many as there are lanes.
+inline void transpose(float* square) {
+  Floats rows[LANES], next[LANES];
+  for (int64_t i = 0; i < LANES; ++i) rows[i] = Floats::loadu(square + i * LANES);
+  for (int64_t moved = 1; moved < LANES; moved *= 2) {  // a bit of the row's number to the column's, and one of that to this
+    for (int64_t i = 0; i < LANES / 2; ++i)
+      std::tie(next[2 * i], next[2 * i + 1]) = at::vec::interleave2(rows[i], rows[LANES / 2 + i]);
+    for (int64_t i = 0; i < LANES; ++i) rows[i] = next[i];
+  }
+  for (int64_t i = 0; i < LANES; ++i) rows[i].store(square + i * LANES);
 }
 
 // The larger of both; NaN where x is NaN.
@@ -146,8 +162,8 @@ struct Powers {
   // multiple of GRAIN, so that adding it costs nothing, and SCALE is in the table, whose entries lack the bits that their index adds.
   static constexpr float GRAIN = 1.f / 32, SHIFT = 1.4375f, B = 2.0812616f, SCALE = 0.24109934f;
 
-  Powers(float c, float offset)
-      : c_(c), addend_(1.5f * (1 << 18) - offset), shifted_(1.5f * (1 << 18) - offset + SHIFT),
+  Powers(Floats c, Floats offset)
+      : c_(c), addend_(Floats(1.5f * (1 << 18)) - offset), shifted_(addend_ + Floats(SHIFT)),
         low_(_mm512_load_ps(table())), high_(_mm512_load_ps(table() + 16)) {}
 
   Product operator()(Floats x) const {
@@ -174,7 +190,7 @@ struct Powers {
   // For |f| <= 1/2 the polynomial of degree 5 with the least relative error, 9e-8, found by iterated weighted least squares.
   static constexpr float GRAIN = 1;
 
-  Powers(float c, float offset) : c_(c), addend_(1.5f * (1 << 23) + 127 /* the bias of exponents */ - offset) {}
+  Powers(Floats c, Floats offset) : c_(c), addend_(Floats(1.5f * (1 << 23) + 127 /* the bias of exponents */) - offset) {}
 
   Product operator()(Floats x) const {
     const Floats sum = at::vec::fmadd(x, c_, addend_), f = at::vec::fmsub(x, c_, sum - addend_);

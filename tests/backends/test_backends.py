@@ -9,6 +9,7 @@ import compiled_logprobs as clp
 from compiled_logprobs.backends import get_backend, why_not
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.machine.clock import extra_peak_bytes, why_no_peak
+from compiled_logprobs.operation.contract import Inputs, Wanted
 from compiled_logprobs.problem import Problem
 from tests.helpers.backends_for_tuning import WrongSign, registered
 
@@ -54,6 +55,19 @@ def test_every_backend_for_cpus_passes_the_check(name, dtype, options):
     report = clp.check_backend(name, problem)
     assert report.passed, [check.detail for check in report.checks if not check.passed]
     assert report.repeatable and report.row_invariant is not None
+
+
+@pytest.mark.parametrize("name", ["cpp", "eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("vocab", [7, 100, 70001])
+def test_a_maximum_of_minus_infinity_says_that_a_row_holds_nothing_else(name, vocab):
+    """And no NaN: what other ranks are told of a part of the vocabulary."""
+    logits = torch.full((5, vocab), -torch.inf)
+    logits[1:3, -1] = torch.nan
+    logits[2, 0] = logits[3, 0] = 1.0
+    inputs = Inputs(logits, torch.zeros(5, 1, dtype=torch.int64), 0.7, -100)
+    m, log_s = get_backend(name).forward(inputs, Wanted(entropy=True)).stats[:2]
+    assert (m == -torch.inf).tolist() == [True, False, False, False, True]
+    assert (m.isnan() | log_s.isnan())[1:4].tolist() == [True, True, False]
 
 
 def test_what_float16_cannot_hold_is_no_error_of_a_backend():

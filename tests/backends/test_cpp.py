@@ -71,9 +71,19 @@ def test_masked_blocks_tiles_and_rows(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize(("where", "masked"), [(0, True), (17, False), (BLOCK, True), (VOCAB - 1, False)])
-def test_a_nan_or_an_infinity_anywhere_makes_its_row_nan(where, masked, dtype):
-    logits = (torch.full((5, VOCAB), -torch.inf) if masked else torch.randn(5, VOCAB)).to(dtype)
+@pytest.mark.parametrize(
+    ("where", "vocab", "masked"),
+    [
+        (0, VOCAB, True),
+        (17, VOCAB, False),
+        (BLOCK, VOCAB, True),
+        (VOCAB - 1, VOCAB, False),
+        (0, 7, True),
+        (39, 40, False),
+    ],
+)
+def test_a_nan_or_an_infinity_anywhere_makes_its_row_nan(where, vocab, masked, dtype):
+    logits = (torch.full((5, vocab), -torch.inf) if masked else torch.randn(5, vocab)).to(dtype)
     payload = {torch.float32: 0x7FFFFFFF, torch.bfloat16: 0x7FFF, torch.float16: 0x7FFF}[dtype]
     integers = logits.view(torch.int32 if dtype == torch.float32 else torch.int16)
     logits[1, where] = torch.nan
@@ -81,16 +91,17 @@ def test_a_nan_or_an_infinity_anywhere_makes_its_row_nan(where, masked, dtype):
     integers[3, where] = payload - 2 ** (31 if dtype == torch.float32 else 15)  # and one with a sign
     logits[4, where] = torch.inf
     logits[0] = 0.0
-    computed, _ = both(logits, torch.full((5,), 100))
+    computed, _ = both(logits, torch.full((5,), 5))
     for values in computed:
         nan = values.isnan().reshape(5, -1)
         assert not nan[0].any() and nan[1:].all()
 
 
-def test_bits_depend_neither_on_threads_nor_on_other_rows_nor_on_strides():
+@pytest.mark.parametrize("vocab", [VOCAB, 33])
+def test_bits_depend_neither_on_threads_nor_on_other_rows_nor_on_strides(vocab):
     before = torch.get_num_threads()
-    padded = torch.randn(5, 9, VOCAB + 3)
-    logits, labels = padded[:, 1:, 1 : VOCAB + 1], torch.randint(VOCAB, (5, 8))
+    padded = torch.randn(5, 9, vocab + 3)
+    logits, labels = padded[:, 1:, 1 : vocab + 1], torch.randint(vocab, (5, 8))
     whole, _ = both(logits, labels)
     try:
         for threads in (1, 7):
@@ -117,6 +128,8 @@ ROWS = {
     "all equal": (lambda: torch.zeros(2, 2**18), 1.0),
     **{f"{by:+}": (lambda by=by: torch.randn(8, 32003) * 3 + by, 0.7) for by in (1e3, -1e3, 1e4, -1e4)},
     "short": (lambda: torch.randn(64, 5) * 3, 1.0),
+    "narrow": (lambda: torch.randn(37, 100) * 10 + 1e3, 0.7),
+    "masked and narrow": (lambda: torch.randn(37, 100).where(torch.arange(100) % 3 == 0, -torch.inf), 1.0),
     "a tiny temperature": (lambda: torch.tensor([[5.0, 4.0, 1.0]]), 1.2e-38),
     "a huge one": (lambda: torch.randn(8, 32003) * 1e4, 1e38),
 }
