@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_logprobs.errors import InputError, ProfileError
+from compiled_logprobs.errors import BackendUnavailable, InputError, ProfileError
 from compiled_logprobs.problem import (
     DTYPES,
     Problem,
@@ -50,6 +50,7 @@ count_dispatch_modes: Callable[[], int] = find_private(
 peek_transform: Callable[[], Any] = find_private("torch._C._functorch.peek_interpreter_stack", lambda: None)
 """The innermost transform of torch.func that is at work; None outside of them. Within, new tensors have no memory."""
 _is_transformed = find_private("torch._C._functorch.is_functorch_wrapped_tensor", lambda tensor: False)
+_top_hooks: Callable[[bool], Any] | None = find_private("torch._C._autograd._top_saved_tensors_default_hooks", None)
 _WITHOUT_VALUES = (
     find_private("torch._subclasses.fake_tensor.FakeTensor", type(None)),
     find_private("torch._subclasses.functional_tensor.FunctionalTensor", type(None)),
@@ -61,6 +62,12 @@ def is_traced(logits: Tensor) -> bool:
     if torch.compiler.is_compiling() or logits.is_meta or isinstance(logits, _WITHOUT_VALUES):
         return True
     return count_dispatch_modes() > 0 and any(mode.is_infra_mode() for mode in dispatch_modes())
+
+
+def has_saved_tensor_hooks(otherwise: bool) -> bool:
+    """Whether hooks on saved tensors are in force, such as those of a checkpoint; `otherwise` where torch cannot tell,
+    as before 2.7."""
+    return otherwise if _top_hooks is None else _top_hooks(True) is not None
 
 
 def check_logits(logits: Tensor) -> None:
@@ -91,6 +98,15 @@ def _check_not_transformed(name: str, tensor: Tensor) -> None:
         raise InputError(
             f"got {name} inside torch.func.grad, vmap or another of its transforms; plain tensors are valid. "
             "Use torch.autograd.grad, or torch.log_softmax and gather."
+        )
+
+
+def check_no_transform(backend: str) -> None:
+    """Raise BackendUnavailable inside a transform of torch.func, where what kernels write to has no memory."""
+    if peek_transform() is not None:
+        raise BackendUnavailable(
+            f"backend {backend!r} cannot run inside torch.func.grad, vmap or another of its transforms, where new "
+            "tensors have no memory. Name 'eager' or 'auto', or call it outside of the transform."
         )
 
 

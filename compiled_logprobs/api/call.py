@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from compiled_logprobs.backends import require_backend
+from compiled_logprobs.arguments import check_no_transform
+from compiled_logprobs.backends import EAGER, require_backend
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.choose.auto import is_capturing
 from compiled_logprobs.errors import BackendUnavailable
@@ -46,6 +47,8 @@ def problem_of(
 def named_backend(name: str, problem: Problem) -> Backend:
     """The backend called `name`. Raises BackendUnavailable where it cannot run `problem` now."""
     backend = require_backend(name, problem)
+    if name != EAGER:
+        check_no_transform(name)
     if is_capturing(problem) and not backend.is_warm(problem):
         raise BackendUnavailable(
             f"backend {name!r} has not run {problem} yet, and cannot compile while a CUDA graph is captured. "

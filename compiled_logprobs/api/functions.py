@@ -66,13 +66,15 @@ def log_probs_from_logits(
         inplace_backward: write the gradient over `logits`, which saves its memory. Nothing else may need their values
             by then: whoever saved them for its own backward gets autograd's error (a second slice of the same tensor
             too), but a plain read afterwards finds the gradient and cannot be detected. Not for leaf tensors. Where
-            memory overlaps (an expanded tensor), where the last stride is not 1, and in the graphs of torch.compile and
-            torch.export, whose backward may not write over what it was given, the gradient gets memory of its own.
+            memory overlaps (an expanded tensor), where the last stride is not 1, under hooks on saved tensors (as a
+            checkpoint has), and in the graphs of torch.compile and torch.export, whose backward may not write over what
+            it was given, the gradient gets memory of its own.
         out_dtype: dtype of the results; None is the dtype of `logits`.
-        backend: "auto", or the name of one of `backends()`, which then runs or raises. In the graphs of torch.compile
-            and torch.export too, where it is chosen or raises when the graph runs, and "auto" never measures; but
-            "eager" there is the plain formula, for the compiler to fuse. Under dispatch modes (such as a counter of
-            operations) "auto" is eager.
+        backend: "auto", or the name of one of `backends()`, which then runs or raises. In the recomputation of a
+            checkpoint "auto" is what the last forward took; in a CUDA graph's capture what is warm, or an error. In the
+            graphs of torch.compile and torch.export too it is chosen or raises when the graph runs, and "auto" never
+            measures; but "eager" there is the plain formula, for the compiler to fuse. Under dispatch modes (such as a
+            counter of operations) "auto" is eager.
         group: a process group of torch.distributed whose ranks hold each some columns of the vocabulary, in the order
             of the ranks; labels are those of the whole, and all ranks get the same results, bit for bit. With a DTensor
             that is sharded over its last dimension there is no need of it. Not for argmax and the sum.
@@ -88,7 +90,7 @@ def log_probs_from_logits(
 
     Raises:
         InputError: shapes, dtypes, devices, labels or temperature do not fit together.
-        BackendUnavailable: the named backend is unknown or cannot run this problem.
+        BackendUnavailable: the named backend is unknown or cannot run this problem, or nothing is warm in a capture.
     """
     part = None
     if group is not None or vocab_size is not None or vocab_start_index is not None or is_dtensor(logits):

@@ -4,12 +4,11 @@ Inside a backward pass, such as in the recomputation of a checkpoint, it takes t
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from compiled_logprobs.arguments import count_dispatch_modes, find_private, peek_transform
+from compiled_logprobs.arguments import count_dispatch_modes, find_private, has_saved_tensor_hooks, peek_transform
 from compiled_logprobs.backends import EAGER, get_backend, why_not
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.choose import memory, rule
@@ -26,11 +25,6 @@ from compiled_logprobs.problem import Problem
 backward_pass: Callable[[], int] = find_private("torch._C._current_graph_task_id", lambda: -1)
 """The number of the backward pass in which this thread is at work; -1 outside of them. Where torch has no such name, a
 recomputation chooses as any call does."""
-hooks_on_saved_tensors: Callable[[bool], Any] = find_private(
-    "torch._C._autograd._top_saved_tensors_default_hooks", lambda _: True
-)
-"""Those in force, which tell how a checkpoint recomputes: with use_reentrant=False under hooks; else without them, and
-after a forward that had no gradient."""
 
 
 class Auto(Backend):
@@ -62,7 +56,8 @@ class Auto(Backend):
             if not is_again:
                 process.keep(problem, None, pair)
         elif is_again:
-            pair = choose_again(problem, logits.device, had_gradient=bool(hooks_on_saved_tensors(True)))
+            # With use_reentrant=False a checkpoint recomputes under hooks; else after a forward without the gradient.
+            pair = choose_again(problem, logits.device, had_gradient=has_saved_tensor_hooks(otherwise=True))
         elif is_capturing(problem):
             pair = _warm_choice(problem, under)
             process.keep(problem, None, pair)
@@ -124,17 +119,22 @@ def choose(
             choice = outcome
             if step != "remembered":  # by another thread meanwhile
                 process.remember(problem, under, choice)
+    pair = _pair_of(choice, problem, under)
+    process.keep(problem, under if choice.until is None else None, pair)
+    return pair
+
+
+def _pair_of(choice: Choice, problem: Problem, under: Policy) -> tuple[str, Backend]:
+    """The backend of `choice`, which is for a bucket; eager where it cannot run this very N."""
     name = choice.backend
-    reason = None if name == EAGER else why_not(name, problem)  # of this very N: the choice is for a bucket
+    reason = None if name == EAGER else why_not(name, problem)
     if reason is not None and under.row_invariant:
         raise BackendUnavailable(
             f"backend {name!r}, which serves such problems with row_invariant=True in this process, cannot run "
             f"{rule.describe(problem)}: {reason}. Set row_invariant=False, or pose all of them so that it can."
         )
     name = name if reason is None else EAGER
-    pair = name, get_backend(name)
-    process.keep(problem, under if choice.until is None else None, pair)
-    return pair
+    return name, get_backend(name)
 
 
 def choose_again(problem: Problem, device: torch.device, *, had_gradient: bool = True) -> tuple[str, Backend]:
@@ -161,17 +161,23 @@ def is_capturing(problem: Problem) -> bool:
 
 
 def _warm_choice(problem: Problem, under: Policy) -> tuple[str, Backend]:
-    """What served such a problem before the capture; eager where nothing did, or it would have to compile."""
+    """What served such a problem before the capture, and need not compile.
+
+    Eager, which is always ready, is not taken instead: it would be in the graph for good, and nobody would know.
+    """
     choice = _remembered(problem, torch.device(problem.device_type), under)
-    name = choice.backend if isinstance(choice, Choice) else EAGER
-    backend = get_backend(name)
-    is_warm = backend.is_warm(problem)
-    if under.row_invariant and not (is_warm and isinstance(choice, Choice)):
-        raise BackendUnavailable(
-            f"no backend has served {problem} with row_invariant=True yet, and none can be checked or compiled while "
-            "a CUDA graph is captured. Call warm(problem) before the capture, or set row_invariant=False."
-        )
-    return (name, backend) if is_warm else (EAGER, get_backend(EAGER))
+    if not isinstance(choice, Choice):
+        kind = " with row_invariant=True" if under.row_invariant else ""
+        got = f"no backend has served {problem}{kind} in this process yet"
+    else:
+        name, backend = _pair_of(choice, problem, under)
+        if backend.is_warm(problem):
+            return name, backend
+        got = f"backend {name!r}, which serves such problems, has not run {problem} yet"
+    raise BackendUnavailable(
+        f"{got}, and nothing can be chosen, checked or compiled while a CUDA graph is captured. Call warm(problem) "
+        "before the capture, or the function once; or name backend='eager', which needs neither."
+    )
 
 
 def _remembered(problem: Problem, device: torch.device, under: Policy) -> Choice | str:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from compiled_logprobs.arguments import has_saved_tensor_hooks
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.operation import formula
 from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
@@ -79,6 +80,8 @@ def compute(
         return in_shape(
             run_forward(backend, logits, labels, temperature, ignore_index, wanted)[1], wanted, logits, labels
         )
+    if not torch.compiler.is_compiling() and _forward_ad_level() >= 0:
+        _refuse_forward_mode(logits)
     results: Any = _LogProbs.apply(  # type: ignore[no-untyped-call]  # torch's gap
         logits, labels, temperature, backend, ignore_index, wanted, inplace_backward
     )
@@ -95,6 +98,17 @@ def _needs_no_graph(logits: Tensor) -> bool:
 def _forward_ad_level() -> int:
     """How deep this is in forward-mode differentiation: -1 outside of it; 0 also where torch does not tell."""
     return getattr(torch.autograd.forward_ad, "_current_level", 0)
+
+
+def _refuse_forward_mode(logits: Tensor) -> None:
+    """Raise LogProbsError for logits that have a tangent: a `jvp` of the autograd.Function would be in words, too, but
+    torch.compile takes none that has one."""
+    dual = torch.autograd.forward_ad.unpack_dual(logits)  # type: ignore[no-untyped-call]  # torch's gap
+    if dual.tangent is not None:
+        raise LogProbsError(
+            "forward-mode differentiation (jvp, forward_ad) got to log_probs_from_logits, which has a backward alone. "
+            "Use torch.autograd.grad, or torch.log_softmax and gather where you need it."
+        )
 
 
 def run_forward(
@@ -183,7 +197,8 @@ class _LogProbs(torch.autograd.Function):
         ctx.empty = (logits.dtype, logits.device) if inputs is None else None
         if inputs is not None:
             x, y, t, _ = inputs
-            if inplace_backward and not torch.compiler.is_compiling():
+            # Under hooks no version counter guards what others have saved of the logits.
+            if inplace_backward and not (torch.compiler.is_compiling() or has_saved_tensor_hooks(otherwise=False)):
                 ctx.inplace = x.data_ptr() == logits.data_ptr() and not overlaps(x)
             ctx.number, ctx.ignore_index = None if isinstance(t, Tensor) else t, ignore_index
             ctx.save_for_backward(x, y, t if isinstance(t, Tensor) else None, results.stats)
@@ -212,7 +227,11 @@ class _LogProbs(torch.autograd.Function):
             given = dict(zip(names(ctx.wanted), grad_others, strict=True))
             grads[1:] = (given.get(name) for name in DIFFERENTIABLE)  # a graph makes up one for the others, too
         inputs = Inputs(x, y, ctx.number if temperature is None else temperature, ctx.ignore_index)
-        gradient = run_backward(ctx.backend, inputs, stats, grads, inplace=ctx.inplace)
+        run = run_backward
+        if torch.compiler.is_compiling() and not isinstance(ctx.backend, PlainFormula):
+            # Compiled autograd would trace the calls of kernels.
+            run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]  # torch's gap
+        gradient = run(ctx.backend, inputs, stats, grads, inplace=ctx.inplace)
         if ctx.inplace:
             ctx.spent = True
             # Kernels write without telling autograd; whoever saved the logits must hear of it.

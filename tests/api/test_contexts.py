@@ -1,5 +1,6 @@
 """The first call of a large problem, which runs the gate, wherever users may make it; and captures, which must not."""
 
+from contextlib import nullcontext
 from functools import partial
 from threading import Thread
 
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import compiled_logprobs as clp
 from compiled_logprobs.api import call
+from compiled_logprobs.arguments import has_saved_tensor_hooks
 from compiled_logprobs.backends.compiled import Compiled
 from compiled_logprobs.backends.cpp import Cpp
 from compiled_logprobs.backends.eager import Eager
@@ -83,7 +85,7 @@ def call_before(logits, labels, reentrant):
     """With the gradient and without; only without where a torch before 2.7 would take that for the forward."""
     with clp.autotune("off"):
         clp.log_probs_from_logits(logits.detach(), labels)
-        if not reentrant or auto.hooks_on_saved_tensors(True) is None:
+        if not reentrant or not has_saved_tensor_hooks(otherwise=True):
             clp.log_probs_from_logits(logits, labels)
 
 
@@ -209,28 +211,37 @@ def test_what_forwards_took_is_kept_within_bounds_though_choices_are_forgotten(m
     assert process.last_forward(first) is None
 
 
-def test_a_capture_neither_tunes_nor_takes_what_is_not_warm(monkeypatch):
+def test_a_capture_takes_what_is_warm_and_neither_tunes_checks_nor_compiles(monkeypatch):
     """As on a GPU whose stream is being captured."""
     logits, labels = inputs()
-    clp.log_probs_from_logits(logits[: ROWS - 1].detach(), labels[: ROWS - 1])  # remembered, of the same bucket
+    for x in (logits, logits.detach()):  # remembered, of the same bucket
+        clp.log_probs_from_logits(x[: ROWS - 1], labels[: ROWS - 1])
     assert_decided()
     before = dict(memory.MEMORY.choices)
     for module in (call, auto):
         monkeypatch.setattr(module, "is_capturing", lambda problem: True)
     monkeypatch.setattr(rule, "check_backend", lambda *a, **k: pytest.fail("the gate ran during a capture"))
+    expected = clp.log_probs_from_logits(logits, labels, backend="cpp")
+    for x in (logits, logits.detach()):
+        assert torch.equal(clp.log_probs_from_logits(x, labels), expected)
+    with pytest.raises(clp.BackendUnavailable, match="no backend has served 7 x 1101 .* Call warm"):
+        clp.log_probs_from_logits(logits[:7], labels[:7])  # of another bucket, though few enough for what is ready
+    loss = checkpoint(partial(clp.log_probs_from_logits, labels=labels), logits, use_reentrant=False).sum()
+    loss.backward()
     for backend in (Compiled, Cpp):
         monkeypatch.setattr(backend, "is_warm", lambda self, problem: False)
     monkeypatch.setattr(Cpp, "forward", lambda *a, **k: pytest.fail("it would have to be built"))
-    for x in (logits, logits.detach()):
-        assert torch.equal(clp.log_probs_from_logits(x, labels), clp.log_probs_from_logits(x, labels, backend="eager"))
-    assert memory.MEMORY.choices == before
+    with pytest.raises(clp.BackendUnavailable, match="'cpp', which serves such problems, has not run .* Call warm"):
+        clp.log_probs_from_logits(logits, labels)
     with pytest.raises(clp.BackendUnavailable, match="cannot compile while a CUDA graph is captured. Call warm"):
         clp.log_probs_from_logits(logits, labels, backend="compiled")
     with (
         clp.autotune(row_invariant=True),  # of whose backend nothing is known then
-        pytest.raises(clp.BackendUnavailable, match="no backend has served .* with row_invariant=True yet"),
+        pytest.raises(clp.BackendUnavailable, match="no backend has served .* with row_invariant=True in this process"),
     ):
         clp.log_probs_from_logits(logits, labels)
+    clp.log_probs_from_logits(logits, labels, backend="eager")
+    assert memory.MEMORY.choices == before
 
 
 class Tagged(torch.Tensor):
@@ -270,3 +281,66 @@ def test_what_a_transform_does_not_touch_is_served_by_eager(recwarn):
     gradient = torch.func.grad(lambda scale: (scale * clp.log_probs_from_logits(x, labels)).sum())(torch.tensor(2.0))
     torch.testing.assert_close(gradient, expected)
     assert not recwarn.list  # no backend was set aside
+    for backend in ("cpp", "compiled"):
+        with pytest.raises(clp.BackendUnavailable, match=f"'{backend}' cannot run inside torch.func.grad, .* 'eager'"):
+            torch.func.grad(lambda s, name=backend: s * clp.log_probs_from_logits(x, labels, backend=name).sum())(
+                torch.tensor(2.0)
+            )
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "cpp"])
+def test_forward_mode_is_refused_in_words(backend):
+    x, labels = torch.randn(3, 7), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(clp.InputError, match="got logits inside torch.func.grad, vmap or another of its transforms"):
+        torch.func.jvp(lambda x: clp.log_probs_from_logits(x, labels, backend=backend), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(clp.LogProbsError, match="forward-mode .* has a backward alone. Use torch.autograd.grad"):
+            clp.log_probs_from_logits(dual, labels, backend=backend)
+
+
+@pytest.mark.parametrize("options", [{}, {"inplace_backward": True}], ids=["", "in place"])
+@pytest.mark.parametrize("backend", ["auto", "eager", "cpp"])
+def test_compiled_autograd_runs_the_backward_as_it_is(backend, options):
+    x, labels = torch.randn(4, 33, requires_grad=True), torch.randint(33, (4,))
+    call = partial(clp.log_probs_from_logits, labels=labels, backend=backend, return_entropy=True, **options)
+    (expected,) = torch.autograd.grad(sum(map(torch.sum, call(x * 2.0))), x)
+    loss = sum(map(torch.sum, call(x * 2.0)))
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda: loss.backward(), backend="eager")()
+    torch._dynamo.reset()
+    assert torch.equal(x.grad, expected)
+
+
+HOOKS = {
+    "offload": torch.autograd.graph.save_on_cpu,
+    "other memory": lambda: torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor),
+}
+
+
+@pytest.mark.parametrize("hooks", HOOKS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_is_saved_may_lie_elsewhere_until_backward(inplace, hooks):
+    x, labels = torch.randn(4, 33, requires_grad=True), torch.randint(33, (4,))
+    (expected,) = torch.autograd.grad(clp.log_probs_from_logits(x * 2.0, labels).sum(), x)
+    with HOOKS[hooks]():
+        loss = clp.log_probs_from_logits(x * 2.0, labels, inplace_backward=inplace).sum()
+    loss.backward()
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.skipif(has_saved_tensor_hooks(otherwise=True), reason="this torch does not tell where hooks are in force")
+@pytest.mark.parametrize("context", [*HOOKS.values(), nullcontext], ids=[*HOOKS, "checkpoint"])
+def test_in_place_where_autograd_cannot_tell_others_the_logits_keep_their_values(context):
+    """Others have saved them, whose gradients would be wrong in silence."""
+    x, labels = torch.randn(4, 33, requires_grad=True), torch.randint(33, (4,))
+
+    def loss(x, inplace=True):
+        logits = x * 2.0
+        return logits.logsumexp(-1).sum() + clp.log_probs_from_logits(logits, labels, inplace_backward=inplace).sum()
+
+    (expected,) = torch.autograd.grad(loss(x, inplace=False), x)
+    with context():
+        out = checkpoint(loss, x, use_reentrant=False) if context is nullcontext else loss(x)
+    out.backward()
+    assert torch.equal(x.grad, expected)
