@@ -34,7 +34,7 @@ from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Want
 from compiled_logprobs.problem import Problem, layout_of
 
 RECOMPILE_LIMIT = 32
-"""Per `Key`. Another row stride or number of threads, inference mode and the labels' dtype add a compilation each."""
+"""Per `Key`. Another row stride or number of threads and the labels' dtype add a compilation each."""
 INT32_MAX = 2**31 - 1
 COMPILER_ERRORS = ("torch._dynamo.exc", "torch._inductor.exc")
 """The modules whose exceptions say that something could not be compiled."""
@@ -64,7 +64,7 @@ class Compiled(Backend):
         key = key_for(problem)
         # Whether a gradient will come through each result is not known; whoever warms up does what they do later.
         backward = "backward", key, problem.inplace_backward
-        forward = "forward", key, contract.wanted_by(problem), torch.is_inference_mode_enabled()
+        forward = "forward", key, contract.wanted_by(problem)
         return forward in self._warm and (not problem.needs_grad or backward in self._warm)
 
     def fingerprint(self) -> str:
@@ -75,7 +75,7 @@ class Compiled(Backend):
     def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
         key = key_of(inputs)
         results = _forward(inputs, wanted, key)
-        self._warm.add(("forward", key._replace(starts_aligned=True), wanted, torch.is_inference_mode_enabled()))
+        self._warm.add(("forward", key._replace(starts_aligned=True), wanted))
         return results
 
     def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
@@ -240,17 +240,14 @@ def doubled(arguments: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _call(function: Callable[..., Any], arguments: dict[str, Tensor], key: Key, direction: str) -> Any:
     """Call a compiled function with the leading dimensions dynamic, in the one mode that it was compiled for."""
-    logits, stats = arguments["logits"], arguments.get("stats")
-    # `.data` is no view: of a view, the compiler also looks at the tensor that it was made from, and at its sizes. And
-    # it is a new object: marks stay on one, and those of forward are not for backward.
-    arguments = {name: argument.data if argument.ndim else argument for name, argument in arguments.items()}
+    stats = arguments.get("stats")
     # Marks take half as long as the call, and matter where it compiles.
     compiles_for = (
-        *(function, arguments["labels"].dtype, logits.is_inference(), torch.is_inference_mode_enabled()),
-        *(torch.get_num_threads(), stats is None or stats.is_contiguous()),
+        *(function, arguments["labels"].dtype, torch.get_num_threads(), stats is None or stats.is_contiguous()),
     )
     with _in_its_mode(key.device_type) if _is_in_another_mode(key.device_type) else _AS_IT_IS:
         try:
+            arguments = {name: _plain(argument) if argument.ndim else argument for name, argument in arguments.items()}
             if compiles_for not in _COMPILED:
                 hints = compiled_code.hints_for(key, arguments["logits"], direction)
                 if hints is not None and not takes_hints():
@@ -261,6 +258,18 @@ def _call(function: Callable[..., Any], arguments: dict[str, Tensor], key: Key, 
             raise_translated(error)
     _COMPILED.add(compiles_for)
     return results
+
+
+def _plain(argument: Tensor) -> Tensor:
+    """A new object for the same memory, to mark: marks stay on one, and those of forward are not for backward.
+
+    It is no view, of which the compiler also looks at the tensor that it was made from, and at its sizes. And it is no
+    inference tensor, for which, in each place of the arguments, the compiler would compile once more.
+    """
+    if not argument.is_inference():
+        return argument.data
+    empty = torch.empty(0, dtype=argument.dtype, device=argument.device)
+    return empty.set_(argument.untyped_storage(), argument.storage_offset(), argument.shape, argument.stride())
 
 
 _AS_IT_IS = nullcontext()
@@ -332,13 +341,14 @@ def rows_within_int32(logits: Tensor) -> int:
 
 
 def _is_in_another_mode(device_type: str) -> bool:
-    return torch.is_grad_enabled() or torch.is_autocast_enabled(device_type)
+    return torch.is_grad_enabled() or torch.is_autocast_enabled(device_type) or torch.is_inference_mode_enabled()
 
 
 @contextmanager
 def _in_its_mode(device_type: str) -> Iterator[None]:
-    """Without gradients and autocast, which change nothing here, but compiled functions are guarded on them."""
-    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+    """Without gradients, autocast and inference mode, which change nothing here, but compiled functions are guarded on
+    them."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
         yield
 
 

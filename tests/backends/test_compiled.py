@@ -157,14 +157,20 @@ def test_where_torch_compile_is_disabled_the_backend_says_so(disable, remedy):
     assert COMPILED.why_not(problem) is None
 
 
-def test_what_was_compiled_in_inference_mode_is_warm_there_alone(monkeypatch):
-    """It is compiled anew outside, which the capture of a CUDA graph does not allow."""
-    monkeypatch.setattr(compiled_module, "_forward", lambda inputs, wanted, key: None)
-    backend, problem = compiled_module.Compiled(), Problem("cpu", 8, 100, torch.float32)
+@pytest.mark.slow
+def test_what_was_compiled_serves_in_inference_mode_too():
+    """Whatever was made there: a capture in it finds compiled what was warmed outside."""
+    logits, labels = torch.randn(8, 100), torch.zeros(8, 1, dtype=torch.int64)
+    backend = compiled_module.Compiled()
+    expected = backend.forward(Inputs(logits, labels, 1.0, -100), Wanted())
+    count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with torch.inference_mode():
-        backend.forward(Inputs(torch.zeros(8, 100), torch.zeros(8, 1, dtype=torch.int64), 1.0, -100), Wanted())
-        assert backend.is_warm(problem)
-    assert not backend.is_warm(problem)
+        made_there = Inputs(logits + 0, labels + 0, 1.0, -100)
+        for inputs in (Inputs(logits, labels, 1.0, -100), made_there):
+            assert torch.equal(backend.forward(inputs, Wanted()).log_probs, expected.log_probs)
+    assert made_there.logits.is_inference()
+    backend.forward(made_there, Wanted())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == count > 0
 
 
 def logits_of_every_kind(vocab: int, layout: str) -> torch.Tensor:
