@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = (ROOT / "compiled_logprobs", ROOT / "dashboard/compiled_logprobs_dashboard")
 ORDER = (
     "errors < policy < problem < decision < arguments < {operation, machine} < {store, backends} < check < tuning < "
-    "choose < api < {cli, compat} < dashboard"
+    "choose < api < {cli, compat, testing} < dashboard"
 )
 LEVELS = [set(level.strip(" {}").split(", ")) for level in ORDER.split("<")]
 ANYWHERE = ("__init__", "__main__")

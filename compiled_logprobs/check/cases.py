@@ -4,9 +4,9 @@ Shapes: N rows, V vocabulary, K labels a row; R the leading dimensions, one or t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ BLOCK_EDGES = (16, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 IGNORE_INDEX = -100
 PADDING = 16
 """Elements of memory before and after the logits, and between strided rows."""
+REAL_VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
+"""Llama 2, GPT-2, Llama 3, Qwen and Gemma: multiples of 128, of which one a power of 2, and an odd one; the most above
+2^16."""
+MANY_ROWS, FEW_COLUMNS = 1037, 131
+"""More rows than one block or a small grid has, with so few columns that they take no time."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +43,38 @@ class Case:
     """Whether a gradient comes through the entropy and the logsumexp, where there are any."""
     first_column_is_a_label: bool = False
     """Of every second row: the column that `fill` does something special to."""
+    largest_is_the_label: bool = False
+    """Of every row, as of a token that was sampled where the model is certain."""
+    labels: tuple[int, ...] = ()
+    """Those to draw from; all of the vocabulary where there are none."""
+    ignore_index: int = IGNORE_INDEX
+    temperature: float | Literal["per_token"] | None = None
+    """Instead of what the problem says."""
+    vocab: int | None = None
+    """Instead of the problem's. Errors have a wider limit then: what is looked for is gross."""
+    column_step: int = 1
+    """The last stride of the logits."""
+    strided_labels: bool = False
+    may_refuse: bool = False
+    """Whether a function may raise: what it does not take is said of it, and no failure."""
+    mistake: str = ""
+    """What is wrong with a function that is right for all other inputs."""
 
 
-def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
+def cases(
+    problem: Problem, *, short: bool, foreign: bool, options: Collection[str] = (), elsewhere: bool = False
+) -> list[Case]:
     """The inputs that a backend has to get right before it may serve `problem`.
 
     Args:
         problem: gives V, the bucket of N, and whether regions are -inf.
         short: only the inputs that find most mistakes, with few rows.
-        foreign: for somebody's function. It gets strided rows as well, which for a backend are another problem. It is
-            not asked about +inf, where a label's logit minus logsumexp is -inf and log_softmax NaN; nor about ignored
-            rows that hold NaN, to which plain torch gives a gradient of 0 * NaN.
+        foreign: for somebody's function. It gets logits and labels of any stride as well, which for a backend are
+            another problem or copied before. It is not asked about +inf, where a label's logit minus logsumexp is -inf
+            and log_softmax NaN; nor about ignored rows that hold NaN, to which plain torch gives a gradient of 0 * NaN.
+        options: of `log_probs_from_logits`, those that somebody's function takes.
+        elsewhere: also a few rows of the vocabularies that models have, and many rows of a small one. Of the former a
+            backend gets one, since `compiled` takes time for each, and tuning checks a backend at the problem's own.
     """
     top = bucket(problem).rows
     few = min(7, top)
@@ -73,11 +99,14 @@ def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
         Case("no rows", 0),
         Case("one row", 1, ignored=0.0, through_others=False),
         *most,
+        *_nearly_certain(few),
         Case("shifted down by 1e4", few, lambda x_NV, _: x_NV.sub_(1e4)),
         Case("rows far apart", few, _draw_apart),
         Case("all equal", few, lambda x_NV, _: x_NV.copy_(x_NV[:, :1].clone()), through_others=False),
         Case("wide", few, lambda x_NV, _: x_NV.mul_(20.0)),
-        *([Case("strided and misaligned", few, strided=True)] if foreign else []),
+        *_odd_labels(min(3, top), ignore_index=not foreign or "ignore_index" in options),
+        *(_foreign(few, one_a_token="temperature" in options) if foreign else []),
+        *(_elsewhere(REAL_VOCABULARIES if foreign else (151936,)) if elsewhere else []),
         *(Case(f"{n} rows", n, through_others=n == top) for n in dict.fromkeys((bottom, top)) if n not in (1, few)),
     ]
 
@@ -85,6 +114,81 @@ def cases(problem: Problem, *, short: bool, foreign: bool) -> list[Case]:
 def _draw_apart(x_NV: Tensor, _: torch.Generator) -> None:
     """Rows at different levels, further apart than exponentials reach: each needs a maximum of its own."""
     x_NV.add_(torch.linspace(-1e3, 1e3, len(x_NV), device=x_NV.device)[:, None])
+
+
+def _nearly_certain(few: int) -> list[Case]:
+    """Labels of 0.99 < p < 1, the bulk of what a model is trained on late: in one row, and in all."""
+    mistake = (
+        "loses labels that are nearly certain: a probability is rounded to half precision before it is subtracted from "
+        "1, or before its logarithm is taken. Keep it in float32 until then"
+    )
+
+    def in_one(x_NV: Tensor, generator: torch.Generator) -> None:
+        _almost_decide(x_NV[len(x_NV) // 2 :][:1], generator)
+
+    return [
+        Case(name, few, fill, ignored=0.0, largest_is_the_label=True, temperature=1.0, mistake=mistake)
+        for name, fill in (("one nearly certain label", in_one), ("nearly certain labels", _almost_decide))
+    ]
+
+
+def _odd_labels(few: int, *, ignore_index: bool) -> list[Case]:
+    padding = "takes a small label for padding, which only the ignore_index marks: 0 to 3 are tokens like all others"
+    cases = [Case("labels of 1, 2 and 3", few, labels=(1, 2, 3), ignored=0.0, mistake=padding)]
+    nothing = (
+        "does not take a batch all of whose labels are ignored: it divides by the number of those that count, or "
+        "reduces none"
+    )
+    cases.append(Case("all labels ignored", few, ignored=1.0, mistake=nothing))
+    for index in (-1, 2) if ignore_index else ():
+        mistake = f"takes {IGNORE_INDEX}, or all negative labels, for ignored, whatever the ignore_index"
+        cases.append(
+            Case(f"an ignore_index of {index}", few, ignore_index=index, ignored=0.4, may_refuse=True, mistake=mistake)
+        )
+    return cases
+
+
+def _foreign(few: int, *, one_a_token: bool) -> list[Case]:
+    contiguous = "reads the {} as if they were contiguous: go by their strides, or call contiguous() first"
+    cases = [
+        Case("strided and misaligned", few, strided=True),
+        Case(
+            "a last stride of 2",
+            few,
+            column_step=2,
+            may_refuse=True,
+            mistake=contiguous.format("columns of the logits"),
+        ),
+        Case("strided labels", few, strided_labels=True, may_refuse=True, mistake=contiguous.format("labels")),
+    ]
+    if one_a_token:
+        mistake = "takes one temperature for all rows, where each token comes with its own"
+        cases.append(Case("a temperature a token", few, temperature="per_token", may_refuse=True, mistake=mistake))
+    return cases
+
+
+def _elsewhere(vocabularies: tuple[int, ...]) -> list[Case]:
+    return [
+        *(Case(f"a vocabulary of {vocab}", 3, vocab=vocab, ignored=0.0) for vocab in vocabularies),
+        Case(f"{MANY_ROWS} rows of {FEW_COLUMNS}", MANY_ROWS, vocab=FEW_COLUMNS),
+    ]
+
+
+def _almost_decide(x_NV: Tensor, generator: torch.Generator) -> None:
+    """One logit so far above the rest that its probability rounds to 1 in half precision, but not in float32."""
+    rows, vocab = x_NV.shape
+    if vocab < 2:
+        return
+    device = x_NV.device
+    first = torch.randint(vocab, (rows,), generator=generator, device=device)
+    second = (first + torch.randint(1, vocab, (rows,), generator=generator, device=device)) % vocab
+    jitter = torch.rand(rows, generator=generator, device=device)
+    share = 2.0 ** -(7.0 + 7.0 * jitter)  # of all the others together
+    share[0::3] = 2.0**-12 * (1.0 - jitter[0::3] / 16)  # halfway to the next number of float16
+    share[1::3] = 2.0**-11
+    x_NV.div_(30.0).sub_(20.0 + math.log(max(1.0, vocab / 2048)))
+    x_NV.scatter_(-1, second[:, None], (share / (1.0 - share)).log()[:, None])
+    x_NV.scatter_(-1, first[:, None], 0.0)
 
 
 def _dominate(x_NV: Tensor, generator: torch.Generator) -> None:
@@ -129,10 +233,11 @@ class Arena:
     _strides: tuple[int, ...]
 
     def __init__(self, case: Case, problem: Problem, device: torch.device) -> None:
-        rows, stride = case.rows, problem.vocab + case.strided
+        rows, step = case.rows, case.column_step
+        stride = step * problem.vocab + case.strided
         stride += PADDING if problem.layout == "rows" or case.strided else 0
         self._case, self._offset = case, PADDING + (not problem.aligned or case.strided)
-        self._shape, self._strides = (rows, problem.vocab), (stride, 1)
+        self._shape, self._strides = (rows, problem.vocab), (stride, step)
         if problem.layout == "slice" and not case.strided and rows >= 4:
             # Two sequences, the last position of each left out, as in logits[:, :-1].
             self._shape, self._strides = (2, rows // 2, problem.vocab), ((rows // 2 + 1) * stride, stride, 1)
@@ -187,9 +292,10 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return _same_memory(*(x.detach().masked_fill(x.isnan(), torch.nan).contiguous() for x in (left, right)))
 
 
-def labels_for(case: Case, rows: tuple[int, ...], problem: Problem, generator: torch.Generator) -> Tensor:
-    """[R, K] labels: first those at the ends and at block edges, then random ones; some repeated, some ignored."""
-    device, vocab, count = generator.device, problem.vocab, problem.labels_per_row
+def labels_for(case: Case, logits: Tensor, problem: Problem, generator: torch.Generator) -> Tensor:
+    """[R, K] labels for [R, V]: first those at the ends and at block edges, then random ones; some repeated, some
+    ignored."""
+    device, vocab, count, rows = generator.device, problem.vocab, problem.labels_per_row, logits.shape[:-1]
     labels = torch.randint(vocab, (*rows, count), generator=generator, device=device)
     sides = [edge + side for edge in BLOCK_EDGES for side in (-1, 0) if edge + side < vocab]
     order = 2 + torch.randperm(len(sides), generator=generator, device=device)
@@ -199,13 +305,18 @@ def labels_for(case: Case, rows: tuple[int, ...], problem: Problem, generator: t
     flat[:used] = torch.cat([edges[:2], edges[order]])[:used]
     if case.first_column_is_a_label:
         labels.view(-1, count)[1::2] = 0
+    if case.largest_is_the_label:
+        labels[..., 0] = logits.argmax(-1)
+    if case.labels:
+        drawn = torch.tensor(case.labels, device=device)
+        flat.copy_(drawn[torch.arange(len(flat), device=device) % len(drawn)].clamp(max=vocab - 1))
     if count > 1:
         repeated = torch.rand(rows, generator=generator, device=device) < 0.3
         labels[..., 1][repeated] = labels[..., 0][repeated]
     ignored = torch.rand(rows, generator=generator, device=device) < case.ignored
     if case.ignored < 1.0 and ignored.numel():  # the ends are where mistakes are likely
         ignored.view(-1)[[0, -1]] = False
-    labels[ignored] = IGNORE_INDEX
+    labels[ignored] = case.ignore_index
     if 0.0 < case.ignored < 1.0 and len(flat) > 1:  # one at least; anywhere, so that no position goes unchecked
-        flat[torch.randint(len(flat), (), generator=generator, device=device)] = IGNORE_INDEX
+        flat[torch.randint(len(flat), (), generator=generator, device=device)] = case.ignore_index
     return labels

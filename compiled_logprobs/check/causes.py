@@ -23,6 +23,11 @@ NUMBER_A_TOKEN = "a number a token is expected, as torch's losses give with redu
 ALWAYS = {
     "outside_write": "writes beyond what it may: a kernel without a mask at the end of a row, or strided rows taken "
     "for contiguous ones",
+    "zero_upstream": "gives a gradient, or NaN, where the upstream gradient is 0, as of a token that a mask leaves out "
+    "of the loss: a division by it, or a 0 taken for none",
+    "own_memory": "keeps for the backward what it also returns, where whoever writes into a result changes the "
+    "gradient: keep a copy",
+    "random_state": "seeds torch's random generators or draws from them: use a torch.Generator of its own",
     "version_counter": "writes the gradient over the logits without telling autograd, so that others who saved them "
     "read it as logits; bump the version counter",
     "stale_result": "hands out memory that a later call writes again; return a tensor of its own",

@@ -15,7 +15,7 @@ from compiled_logprobs.backends import get_backend, require_backend, why_not
 from compiled_logprobs.check.cases import IGNORE_INDEX
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.operation.autograd import compute
-from compiled_logprobs.operation.contract import Wanted, in_dtype, wanted_by
+from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted, in_dtype, wanted_by
 from compiled_logprobs.problem import RESULTS, Problem
 
 Returns = Literal["log_prob", "loss"]
@@ -58,7 +58,7 @@ class Function:
         if signature is not None:
             _check_fits(signature, tree, self.call)
         self._code = compile(tree, CALL, "eval")
-        self._options = _names(tree) & set(OPTIONS)
+        self._options = frozenset(_names(tree) & set(OPTIONS))
 
     def within(self, problem: Problem) -> Problem:
         """`problem` without the options that the function does not have."""
@@ -75,29 +75,49 @@ class Function:
         )
 
     def default_problems(self, plain: Problem) -> list[Problem]:
-        """`plain` in float32 and bfloat16, alone and with what the function has."""
+        """`plain` in each dtype, alone and with what the function has."""
         problems = []
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
             bare = plain._replace(dtype=dtype)
             rich = self.within(with_all_results(bare)._replace(temperature="number", masked_logits=True))
             in_place = self.within(bare._replace(inplace_backward=True))
             problems += list(dict.fromkeys((bare, rich, in_place)))
         return problems
 
-    def __call__(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, problem: Problem) -> Any:
+    @property
+    def options(self) -> frozenset[str]:
+        """Those of `OPTIONS` that it takes."""
+        return self._options
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        temperature: float | Tensor,
+        problem: Problem,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> Any:
         """What it returns for labels [N, 1], with log-probabilities [N, 1] where that can be."""
-        result = self.returned(logits, labels, temperature, problem)
+        result = self.returned(logits, labels, temperature, problem, ignore_index)
         parts = tuple(result) if isinstance(result, tuple) else (result,)
         if not all(isinstance(part, Tensor) for part in parts) or len(parts) > 1 + len(RESULTS):
             return result
         log_probs, *others = parts
-        log_probs = log_probs if self.returns == "log_prob" else 0.0 - log_probs  # no -0 of an ignored label's 0
+        if self.returns == "loss":
+            log_probs = _Minus.apply(log_probs)  # type: ignore[no-untyped-call]  # torch's gap
         return (log_probs.unsqueeze(-1), *others) if others else log_probs.unsqueeze(-1)
 
-    def returned(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, problem: Problem) -> Any:
+    def returned(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        temperature: float | Tensor,
+        problem: Problem,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> Any:
         """What it returns for labels [N, 1], as it is, but for a batch dimension that a given call has added."""
         values = {"f": self._function, "logits": logits, "labels": labels.squeeze(-1), "temperature": temperature}
-        values |= {"ignore_index": IGNORE_INDEX}
+        values |= {"ignore_index": ignore_index}
         values |= {option: getattr(problem, name) for option, name in RETURNS.items()}
         values |= {name: getattr(problem, name) for name in ("masked_logits", "inplace_backward", "out_dtype")}
         result = eval(self._code, values)
@@ -109,6 +129,20 @@ class Function:
         """The same function, called with these expressions in the places of logits and labels."""
         call = _Instead({"logits": logits, "labels": labels}).visit(_parsed(self.call))
         return Function(self._function, ast.unparse(call), self.returns)
+
+
+class _Minus(torch.autograd.Function):
+    """Minus a loss; its gradient keeps the strides of 0 that an expanded one has."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return 0.0 - loss  # no -0 of an ignored label's 0
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        is_one_number = gradient.numel() > 1 and not any(gradient.stride())
+        return (-gradient.flatten()[0]).expand(gradient.shape) if is_one_number else -gradient
 
 
 def with_all_results(problem: Problem) -> Problem:
@@ -194,6 +228,8 @@ class NamedBackend:
         self.name = name
         self._backend = get_backend(name)
         self.row_invariant = self._backend.row_invariant
+        self.shared = ""
+        """Which results shared memory with the stats in the last forward."""
 
     def within(self, problem: Problem) -> Problem:
         """`problem`. Raises BackendUnavailable where the backend cannot run it."""
@@ -211,13 +247,33 @@ class NamedBackend:
             require_backend(self.name, plain)  # raises
         return problems
 
-    def __call__(self, logits: Tensor, labels: Tensor, temperature: float | Tensor, problem: Problem) -> Any:
+    def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
+        """The backend's own, whose results are looked at."""
+        results = self._backend.forward(inputs, wanted)
+        kept = results.stats.untyped_storage().data_ptr()
+        others: dict[str, Tensor | None] = {**results._asdict(), "stats": None}
+        sharing = [name for name, x in others.items() if x is not None and x.untyped_storage().data_ptr() == kept]
+        self.shared = " and ".join(sharing).replace("_", " ")
+        return results
+
+    def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
+        """The backend's own."""
+        return self._backend.backward(inputs, stats, upstream, inplace=inplace)
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        temperature: float | Tensor,
+        problem: Problem,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> Any:
         results = compute(
-            self._backend,
+            self,
             logits,
             labels,
             temperature,
-            ignore_index=IGNORE_INDEX,
+            ignore_index=ignore_index,
             wanted=wanted_by(problem),
             inplace_backward=problem.inplace_backward,
         )

@@ -37,8 +37,11 @@ MEANING = {
     "gradient_row_sum": "the gradient of a row sums to 0",
     "ignored_rows": "ignored labels give exactly 0, and their rows a gradient of exactly 0",
     "nan_pattern": "NaN and infinities stand where they stand in float64",
+    "zero_upstream": "where the upstream gradient is 0, so is the gradient of the row, exactly",
     "inputs_changed": "logits, labels and temperature keep every bit",
     "outside_write": "no memory outside the results is written",
+    "own_memory": "no result of a backend shares memory with what it keeps for the backward",
+    "random_state": "torch's random generators are left as they were",
     "version_counter": "a gradient written over the logits is announced to autograd",
     "stale_result": "a later call leaves the results of an earlier one alone",
     "grad_mode_bits": "a row has the same bits with and without a gradient",
@@ -61,6 +64,8 @@ class ProblemReport:
     """The worst over all inputs."""
     cases: tuple[CaseEvidence, ...]
     """The same checks for each kind of input, and how the errors spread."""
+    refused: tuple[str, ...] = ()
+    """What a function raised for, and may."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,6 +82,8 @@ class CheckReport:
     """Whether a row had the same bits in batches of different N. A failure only of a backend that declares it."""
     causes: tuple[str, ...] = ()
     """What is probably wrong, the first likely to explain most; empty where nothing is, or nothing is recognised."""
+    refused: tuple[str, ...] = ()
+    """What the function does not take, such as a temperature a token, by raising; no failure."""
 
     @property
     def checks(self) -> tuple[Check, ...]:
@@ -95,7 +102,9 @@ class CheckReport:
     def __repr__(self) -> str:
         count = len(self.checks)
         verdict = f"passed {count} of {count} checks" if self.passed else f"wrong: {', '.join(self.reasons)}"
-        return "\n".join([f"{self.subject}: {verdict}", *(f"likely cause: {cause}" for cause in self.causes)])
+        causes = (f"likely cause: {cause}" for cause in self.causes)
+        refused = (f"does not take {what}" for what in self.refused)
+        return "\n".join([f"{self.subject}: {verdict}", *causes, *refused])
 
     def to_dict(self) -> dict[str, Any]:
         """For programs: plain values only, and None where a figure is not finite."""
@@ -108,6 +117,7 @@ class CheckReport:
             "reasons": self.reasons,
             "seed": self.seed,
             "causes": list(self.causes),
+            "refused": list(self.refused),
             "repeatable": self.repeatable,
             "row_invariant": self.row_invariant,
             "checks": [
@@ -121,6 +131,10 @@ class CheckReport:
 
 class Stop(Exception):
     """Nothing further can be learned from this case."""
+
+
+class Refused(Stop):
+    """The function raised for a case that it may refuse."""
 
 
 @dataclass
@@ -207,6 +221,7 @@ class Notes:
         """Whether the same call gave the same bits, each time that this was tried."""
         self.rows_alone: list[bool] = []
         """Whether rows had the same bits among fewer."""
+        self._refused: list[str] = []
         self._cases: list[tuple[Case, _Worst, dict[Kind, list[tuple[Tensor, list[Token]]]]]] = []
         """The last with a sample of the errors and the largest ones of each call."""
 
@@ -235,6 +250,16 @@ class Notes:
         if not passed:
             raise Stop
 
+    @property
+    def cases(self) -> list[Case]:
+        """Those that have begun."""
+        return [case for case, _, _ in self._cases]
+
+    def refuse(self, detail: str) -> None:
+        """The function raises for this case, as it may."""
+        first_line = (detail.strip().splitlines() or [""])[0]
+        self._refused.append(f"{self._cases[-1][0].name} ({first_line})")
+
     def add_errors(self, errors: Errors) -> None:
         """How far off one call was."""
         self._cases[-1][2].setdefault(errors.what, []).append((errors.sample(), errors.worst()))
@@ -245,7 +270,9 @@ class Notes:
             CaseEvidence(case.name, case.rows, _ordered([worst]), tuple(_spread(*item) for item in errors.items()))
             for case, worst, errors in self._cases
         )
-        return ProblemReport(problem, _ordered([worst for _, worst, _ in self._cases]), cases)
+        return ProblemReport(
+            problem, _ordered([worst for _, worst, _ in self._cases]), cases, tuple(dict.fromkeys(self._refused))
+        )
 
 
 def _ordered(cases: list[_Worst]) -> tuple[Check, ...]:

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.arguments import check_problem, checked_device, find_private
-from compiled_logprobs.check.cases import Case, cases, same_bits
+from compiled_logprobs.check.calls import call_once
+from compiled_logprobs.check.cases import IGNORE_INDEX, Case, cases, same_bits
 from compiled_logprobs.check.causes import likely_causes
 from compiled_logprobs.check.function import Function, NamedBackend, Returns, Subject
-from compiled_logprobs.check.report import CheckReport, Notes, ProblemReport, Stop
-from compiled_logprobs.check.verdicts import CaseInputs, Returned, call_once, judge, plain_yardstick
+from compiled_logprobs.check.inputs import CaseInputs, Returned
+from compiled_logprobs.check.report import CheckReport, Notes, ProblemReport, Refused, Stop
+from compiled_logprobs.check.verdicts import judge, plain_yardstick, wide_yardstick
+from compiled_logprobs.check.ways import check_ways
 from compiled_logprobs.errors import InputError, nothing_can_serve_after
 from compiled_logprobs.machine.clock import free_memory
 from compiled_logprobs.problem import RESULTS, Problem, bucket, layout_of, results_of, short_name
@@ -46,6 +49,7 @@ def check_backend(
     vocab: int | None = None,
     call: str | None = None,
     returns: Returns = "log_prob",
+    tell: Callable[[str], None] | None = None,
 ) -> CheckReport:
     """Hold a backend, or any function of logits and labels, against the contract.
 
@@ -53,18 +57,20 @@ def check_backend(
         name_or_callable: a registered backend's name; or a function that takes logits [N, V], labels [N] int64 and
             whichever of the options of `log_probs_from_logits` but `backend` its signature names, and returns
             log-probabilities [N], with any `return_...=True` a tuple of them and what that asks for, each [N].
-        problem: what to check it for; by default a few small problems in float32 and bfloat16 with what it supports.
+        problem: what to check it for; by default a few small problems in each dtype with what it supports.
         short: fewer inputs, for a check right before the first use.
         ignore_index: whether labels of -100 are among the inputs.
         device: where the inputs lie, e.g. "cuda:1"; by default where `problem` says, or the accelerator if there is
             one.
         seed: of the inputs; fresh at random by default.
-        vocab: V of the default problems; by default one that is off every block size.
+        vocab: V of the default problems; by default one that is off every block size, and a few rows of those that
+            models have.
         call: how to call a function that takes something else than (logits, labels), such as
             "f(labels, logits, temp=temperature)" or "f(logits[None], targets=labels[None], reduction='none')": one
             expression of these names: f, the function, which it has to call, logits, labels, and the options above,
             of which only those in it are tried. A batch dimension of 1 in the results is taken away.
         returns: what the function's numbers are: "log_prob", or "loss" for minus that.
+        tell: called with what is being checked, at each step.
 
     Returns:
         A `CheckReport`; `.passed`, and if not, `.reasons`, and in `.causes` what is probably wrong.
@@ -85,6 +91,7 @@ def check_backend(
         )
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     default = "cpu" if accelerator is None else accelerator.type
+    elsewhere = problem is None and vocab is None
     place = checked_device(device or (default if problem is None else problem.device_type))
     # By default, V is odd and off every block size; flash-attn needs three blocks for it.
     plain = Problem(place.type, rows=48, vocab=vocab or 32771, dtype=torch.float32, needs_grad=True)
@@ -93,9 +100,11 @@ def check_backend(
     def examine(checked: Problem) -> tuple[Notes, ProblemReport, list[str]]:
         notes = Notes()
         with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
-            _check(subject, checked, notes, short, ignore_index, torch.Generator(place).manual_seed(seed))
+            generator = torch.Generator(place).manual_seed(seed)
+            chosen = _cases(subject, checked, short, ignore_index, elsewhere)
+            _check(subject, checked, chosen, notes, generator, short, tell or (lambda doing: None))
             result = notes.report(checked)
-            return notes, result, _causes(subject, result, place, seed, ignore_index)
+            return notes, result, _causes(subject, result, notes, place, seed, ignore_index)
 
     outcomes: Future[list[tuple[Notes, ProblemReport, list[str]]]] = Future()
 
@@ -121,6 +130,7 @@ def check_backend(
         min((same for notes in all_notes for same in notes.repeats), default=None),
         min((same for notes in all_notes for same in notes.rows_alone), default=None),
         _each_once(causes, problems),
+        _each_once([result.refused for result in results], problems),
     )
 
 
@@ -135,7 +145,9 @@ def _subject(given: str | Callable[..., Any], call: str | None, returns: Returns
     return NamedBackend(given)
 
 
-def _causes(subject: Subject, result: ProblemReport, device: torch.device, seed: int, ignore_index: bool) -> list[str]:
+def _causes(
+    subject: Subject, result: ProblemReport, notes: Notes, device: torch.device, seed: int, ignore_index: bool
+) -> list[str]:
     """What is probably wrong, if anything is."""
     failed = frozenset(check.name for check in result.checks if not check.passed)
     if not failed:
@@ -143,13 +155,16 @@ def _causes(subject: Subject, result: ProblemReport, device: torch.device, seed:
     function = subject if isinstance(subject, Function) else Function(subject.as_function(result.problem))
     causes = likely_causes(function, result.problem, failed, device, seed, ignore_index)
     wrong_in = [case.case for case in result.cases if not all(check.passed for check in case.checks)]
+    mistakes = {case.mistake for case in notes.cases if case.name in wrong_in}
+    if not causes and len(mistakes) == 1 and "" not in mistakes:
+        return [*mistakes]
     if not causes and len(wrong_in) < len(result.cases):
         more = f" and {len(wrong_in) - 4} more" if len(wrong_in) > 4 else ""
         causes = [f"right for ordinary inputs, and wrong for these: {', '.join(wrong_in[:4])}{more}"]
     return causes
 
 
-def _each_once(causes: Sequence[list[str]], problems: list[Problem]) -> tuple[str, ...]:
+def _each_once(causes: Sequence[Sequence[str]], problems: list[Problem]) -> tuple[str, ...]:
     """Those of all problems, with the dtypes of the logits that one was seen with, unless these are all."""
     dtypes, words = [short_name(problem.dtype) for problem in problems], []
     for cause in dict.fromkeys(cause for of_problem in causes for cause in of_problem):
@@ -158,25 +173,46 @@ def _each_once(causes: Sequence[list[str]], problems: list[Problem]) -> tuple[st
     return tuple(words)
 
 
+def _cases(subject: Subject, problem: Problem, short: bool, ignore_index: bool, elsewhere: bool) -> list[Case]:
+    foreign = isinstance(subject, Function)
+    options = subject.options if isinstance(subject, Function) else ()
+    chosen = cases(problem, short=short, foreign=foreign, options=options, elsewhere=elsewhere)
+    if ignore_index:
+        return chosen
+    return [replace(case, ignored=0.0) for case in chosen if case.ignored < 1.0 and case.ignore_index == IGNORE_INDEX]
+
+
 def _check(
-    subject: Subject, problem: Problem, notes: Notes, short: bool, ignore_index: bool, generator: torch.Generator
+    subject: Subject,
+    problem: Problem,
+    chosen: list[Case],
+    notes: Notes,
+    generator: torch.Generator,
+    short: bool,
+    tell: Callable[[str], None],
 ) -> None:
     yardstick = plain_yardstick(problem, generator)
-    for case in cases(problem, short=short, foreign=isinstance(subject, Function)):
-        if not ignore_index:
-            case = replace(case, ignored=0.0)
-        inputs = CaseInputs(case, problem, yardstick, generator)
+    what = f"{problem}{f' ({details})' if (details := problem.details()) else ''}"
+    for case in chosen:
+        tell(f"{what}: {case.name}")
+        inputs = CaseInputs(case, problem, wide_yardstick() if case.vocab else yardstick, generator)
         notes.begin(case)
         try:
-            _check_case(subject, inputs, notes, generator)
+            _check_case(subject, inputs, notes, generator, short)
+        except Refused:
+            continue
         except Stop:
             if case.rows or not isinstance(subject, Function):
                 return  # what follows would only repeat it
+    if not short:
+        tell(f"{what}: ways of calling")
+        check_ways(subject, problem, yardstick, notes, generator)
+    tell(f"{what}: all rows and some")
     with suppress(Stop):
         _check_many_rows(subject, problem, yardstick, notes, generator)
 
 
-def _check_case(subject: Subject, inputs: CaseInputs, notes: Notes, generator: torch.Generator) -> None:
+def _check_case(subject: Subject, inputs: CaseInputs, notes: Notes, generator: torch.Generator, short: bool) -> None:
     needs_grad = inputs.problem.needs_grad
     first = call_once(subject, inputs, notes, with_gradient=False)
     judge(inputs, first, notes)
@@ -202,6 +238,27 @@ def _check_case(subject: Subject, inputs: CaseInputs, notes: Notes, generator: t
     for what, (tensor, copy) in earlier.items():
         notes.add("stale_result", same_bits(tensor, copy), f"a later call changed an earlier {what}")
     _check_rows_alone(subject, inputs, other, (1, 2), notes)
+    if not short:
+        draws = _draws_random_numbers(lambda: call_once(subject, inputs, notes, with_gradient=needs_grad), generator)
+        notes.add("random_state", not draws, "a call changed the state of torch's generators")
+
+
+def _draws_random_numbers(call: Callable[[], Any], generator: torch.Generator) -> bool:
+    """Whether each of some calls does: another thread may draw numbers during one. The states are put back."""
+    device = generator.device
+    modules = [torch.random] if device.type == "cpu" else [torch.random, torch.get_device_module(device)]
+    for _ in range(3):
+        callers = [module.get_rng_state() for module in modules]
+        for where in {torch.device("cpu"), device}:  # so that one who seeds them changes them each time
+            torch.rand((), device=where)
+        before = [module.get_rng_state() for module in modules]
+        call()
+        same = all(torch.equal(module.get_rng_state(), state) for module, state in zip(modules, before, strict=True))
+        for module, state in zip(modules, callers, strict=True):
+            module.set_rng_state(state)
+        if same:
+            return False
+    return True
 
 
 def _check_many_rows(

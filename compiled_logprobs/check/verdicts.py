@@ -4,205 +4,27 @@ Shapes: N rows, n of them compared, V vocabulary, K labels a row; R one or two l
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from compiled_logprobs.check.cases import IGNORE_INDEX, Arena, Case, labels_for
-from compiled_logprobs.check.function import Function, Subject
-from compiled_logprobs.check.report import Errors, Notes, Stop
+from compiled_logprobs.check.cases import Case
+from compiled_logprobs.check.inputs import SAMPLED_ROWS, CaseInputs, Returned
+from compiled_logprobs.check.report import Errors, Notes
 from compiled_logprobs.decision import Kind
-from compiled_logprobs.errors import nothing_can_serve_after
-from compiled_logprobs.operation.contract import Upstream, in_dtype
-from compiled_logprobs.operation.reference import reference
-from compiled_logprobs.problem import Problem, accumulation_dtype, results_of, short_name
+from compiled_logprobs.problem import Problem, results_of
 
 EPS = torch.finfo(torch.float32).eps
 BUDGET = 2.0
 """How many times the error of plain torch a backend may make."""
 PLAIN_CEILING = 64.0
 """How many times eps(float32) times the row's largest |x| plain torch may be off: what its sums cost at V = 2^18."""
-CHECKED_ELEMENTS = 2**24
-"""Larger inputs are compared with the reference on `SAMPLED_ROWS` rows, the first and the last among them."""
-SAMPLED_ROWS = 64
 FEWEST_ROWS_FOR_A_MEAN = 4
 YARDSTICK_ELEMENTS = 2**22
 """How many logits tell how far plain torch is off on ordinary rows."""
-
-
-DIFFERENTIABLE = Upstream._fields
 OF_ROWS: tuple[Kind, ...] = ("entropy", "logsumexp", "sum_p_squared")
 """Numbers that are returned one a row."""
-
-
-class Returned(NamedTuple):
-    """What a call returned, and the gradient that came of it."""
-
-    log_probs: Tensor
-    entropy: Tensor | None = None
-    logsumexp: Tensor | None = None
-    argmax: Tensor | None = None
-    sum_p_squared: Tensor | None = None
-    gradient: Tensor | None = None
-
-    @property
-    def results(self) -> list[Tensor]:
-        """All but the gradient, in the order in which they are returned."""
-        return [tensor for tensor in self[:-1] if tensor is not None]
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Returned":
-        """All of them changed so."""
-        return Returned(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
-
-
-class CaseInputs:
-    """One case, ready to run: fresh inputs of one kind, with the truth about them."""
-
-    def __init__(self, case: Case, problem: Problem, yardstick: dict[str, float], generator: torch.Generator) -> None:
-        device = generator.device
-        self.case, self.problem, self.yardstick = case, problem, yardstick
-        self.arena = Arena(case, problem, device)
-        self.arena.refill(generator)
-        rows = tuple(self.arena.logits.shape[:-1])
-        self.labels = labels_for(case, rows, problem, generator)
-        self.temperature: float | Tensor = 1.0
-        if problem.temperature == "number":
-            self.temperature = float(torch.empty((), device=device).uniform_(0.5, 2.0, generator=generator))
-        elif problem.temperature == "per_token":
-            self.temperature = torch.empty(rows, device=device).uniform_(0.5, 2.0, generator=generator)
-        self.upstream = {"log_probs": torch.randn(self.labels.shape, generator=generator, device=device)}
-        """The gradients that come from above, by the name of the result."""
-        for name in DIFFERENTIABLE[1:]:
-            if getattr(problem, name) and case.through_others:
-                self.upstream[name] = torch.randn(rows, generator=generator, device=device)
-        count = math.prod(rows)
-        self.sample = torch.arange(count, device=device)
-        """Which rows, of N, are compared with the reference."""
-        if count * problem.vocab > CHECKED_ELEMENTS and count > SAMPLED_ROWS:
-            inner = 1 + torch.randperm(count - 2, generator=generator, device=device)[: SAMPLED_ROWS - 2]
-            self.sample = torch.cat([self.sample[:1], inner.sort().values, self.sample[-1:]])
-        t = self.temperature
-        self.row_temperature = self.sampled(t, 1) if isinstance(t, Tensor) else t
-        self.solve()
-
-    def sampled(self, tensor: Tensor, columns: int) -> Tensor:
-        """[n, columns]: the compared rows of a tensor [R, columns] or, with one column, [R]."""
-        return tensor.reshape(-1, columns)[self.sample]
-
-    def solve(self) -> None:
-        """Compute the truth, and what plain torch makes of the same rows."""
-        problem = self.problem
-        logits = self.sampled(self.arena.logits, problem.vocab)
-        labels = self.sampled(self.labels, problem.labels_per_row)
-        t = self.row_temperature.squeeze(-1) if isinstance(self.row_temperature, Tensor) else self.row_temperature
-        self.scale = row_scale(logits, self.row_temperature)
-        upstream: dict[str, Any] = {}
-        if problem.needs_grad:
-            upstream = {
-                f"grad_{name}": grad.flatten(0, -2 if name == "log_probs" else -1)
-                for name, grad in self.upstream.items()
-            }
-            upstream = {name: grad[self.sample] for name, grad in upstream.items()}
-        self.true = reference(logits, labels, t, ignore_index=IGNORE_INDEX, **upstream)
-        # What comes from above a result has its dtype.
-        rounded = {name: grad.to(problem.out_dtype) for name, grad in upstream.items()}
-        dtype = accumulation_dtype(problem.dtype)
-        plain = reference(logits, labels, t, ignore_index=IGNORE_INDEX, dtype=dtype, **rounded)
-        asked = {name: in_dtype(getattr(plain, name), problem.out_dtype) for name in names_of(problem)}
-        gradient = None if plain.gradient is None else plain.gradient.to(problem.dtype)
-        self.plain = Returned(**asked, gradient=gradient)
-
-
-class _NotALeaf(torch.autograd.Function):
-    """Gives `logits` a gradient function, as if a model had computed them, in the memory that they have."""
-
-    @staticmethod
-    def forward(ctx: Any, model: Tensor, logits: Tensor) -> Tensor:
-        # Not a view: autograd watches views more closely than it watches what a model returns.
-        return logits.new_empty(0).set_(
-            logits.untyped_storage(), logits.storage_offset(), logits.shape, logits.stride()
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradient: bool) -> Returned:
-    """Call the subject once. Raises Stop where the results are not what they should be in kind."""
-    problem, arena = inputs.problem, inputs.arena
-    labels, t = inputs.labels.clone(), inputs.temperature
-    t = t.clone() if isinstance(t, Tensor) else t
-    logits, gradient, raised = arena.logits, None, ""
-    if with_gradient:
-        model = torch.zeros((), device=logits.device, requires_grad=True)
-        logits = _NotALeaf.apply(model, logits)  # type: ignore[no-untyped-call]  # torch's gap
-    version = logits._version
-    try:
-        with torch.set_grad_enabled(with_gradient):
-            results = _typed(subject, subject(logits, labels, t, problem), inputs, notes)
-        if with_gradient:
-            for name in DIFFERENTIABLE:
-                tensor, what = getattr(results, name), "log-probabilities do" if name == "log_probs" else f"{name} does"
-                flows = tensor is None or tensor.requires_grad
-                notes.require("gradient_flows", flows, f"the {what} not require a gradient")
-            gradient = gradient_of(logits, results, inputs.upstream)
-    except Stop:
-        raise
-    except (Exception, SystemExit) as error:  # whatever a backend raises is its verdict
-        if nothing_can_serve_after(error):
-            raise
-        raised = f"{type(error).__name__}: {error}"
-    changed = arena.logits_changed()
-    may_overwrite = problem.inplace_backward and gradient is not None
-    notes.add("inputs_changed", may_overwrite or not changed, "the logits were overwritten")
-    notes.add("inputs_changed", torch.equal(labels, inputs.labels), "the labels were overwritten")
-    same = torch.equal(torch.as_tensor(t), torch.as_tensor(inputs.temperature))
-    notes.add("inputs_changed", same, "the temperature was overwritten")
-    if may_overwrite:
-        announced = logits._version > version
-        notes.add("version_counter", announced or not changed, "the logits changed, their version did not")
-    notes.add("outside_write", not arena.surroundings_changed(), "memory beside the logits was written")
-    notes.require("runs", not raised, raised)
-    if gradient is not None:
-        fits = gradient.shape == logits.shape
-        notes.require("shape", fits, f"gradient {list(gradient.shape)}, expected {list(logits.shape)}")
-        notes.add("dtype", gradient.dtype == problem.dtype, f"gradient {short_name(gradient.dtype)}")
-        gradient = gradient.clone() if problem.inplace_backward else gradient
-        if changed:
-            arena.restore()
-    return results.each(Tensor.detach)._replace(gradient=gradient)
-
-
-def _typed(subject: Subject, result: Any, inputs: CaseInputs, notes: Notes) -> Returned:
-    problem = inputs.problem
-    parts = tuple(result) if isinstance(result, tuple) else (result,)
-    names = names_of(problem)
-    kinds = all(isinstance(part, Tensor) for part in parts) and len(parts) == len(names)
-    notes.require("result_type", kinds, f"got {', '.join(type(part).__name__ for part in parts)}")
-    for name, part in zip(names, parts, strict=True):
-        of_labels = name == "log_probs"
-        shape = inputs.labels.shape if of_labels else inputs.labels.shape[:-1]
-        own = -1 if isinstance(subject, Function) and of_labels else None  # which has no K labels a row
-        sizes = f"got {list(part.shape[:own])}, expected {list(shape[:own])}"
-        notes.require("shape", part.shape == shape, sizes)
-        dtype = torch.int64 if name == "argmax" else problem.out_dtype
-        notes.add("dtype", part.dtype == dtype, f"got {short_name(part.dtype)}, expected {short_name(dtype)}")
-    return Returned(**dict(zip(names, parts, strict=True)))
-
-
-def names_of(problem: Problem) -> tuple[str, ...]:
-    """Of the results that a call returns, in order."""
-    return ("log_probs", *results_of(problem))
-
-
-def gradient_of(logits: Tensor, results: Returned, upstream: Mapping[str, Tensor]) -> Tensor:
-    """The gradient in the logits that comes of these upstream gradients."""
-    outputs = {name: getattr(results, name) for name in upstream}
-    gradients = [grad.to(outputs[name].dtype) for name, grad in upstream.items()]
-    return torch.autograd.grad([*outputs.values()], [logits], gradients)[0]
 
 
 def judge(inputs: CaseInputs, results: Returned, notes: Notes) -> None:
@@ -210,10 +32,11 @@ def judge(inputs: CaseInputs, results: Returned, notes: Notes) -> None:
     problem, case = inputs.problem, inputs.case
     largest = float(results.log_probs.nan_to_num(nan=-1.0).max()) if results.log_probs.numel() else 0.0
     log_probs, true = inputs.sampled(results.log_probs, problem.labels_per_row).double(), inputs.true.log_probs
-    flipped = case.rows > 1 and not case.special and torch.allclose(log_probs, -true, rtol=1e-2, atol=1e-2)
+    ordinary = case.rows > 1 and not case.special and not case.largest_is_the_label
+    flipped = ordinary and torch.allclose(log_probs, -true, rtol=1e-2, atol=1e-2)
     hint = "; this is +cross entropy: negate it" if flipped and largest > 0 else ""
     notes.add("log_prob_sign", largest <= 0.0, f"largest log-probability {largest:.4g}{hint}", largest)
-    ignored = inputs.labels == IGNORE_INDEX
+    ignored = inputs.ignored
     zero = results.log_probs[ignored] == 0
     notes.add("ignored_rows", bool(zero.all()), "an ignored label does not give 0")
     for name in results_of(problem):
@@ -230,6 +53,7 @@ def judge(inputs: CaseInputs, results: Returned, notes: Notes) -> None:
         all_ignored = inputs.sampled(ignored, problem.labels_per_row).all(-1)
         zero = gradient[all_ignored] == 0
         notes.add("ignored_rows", bool(zero.all()), "the gradient of an ignored row is not 0")
+        _judge_silence(inputs, log_probs, gradient, notes)
         _judge_gradient_sign(inputs, gradient, notes)
     for errors, plain, scale in _errors(inputs, results):
         if errors.got.numel():
@@ -244,7 +68,7 @@ def _errors(inputs: CaseInputs, results: Returned) -> Iterator[tuple[Errors, Ten
     x_scale = inputs.scale
     log_probs = inputs.sampled(results.log_probs, problem.labels_per_row)
     labels = inputs.sampled(inputs.labels, problem.labels_per_row)
-    kept = labels != IGNORE_INDEX
+    kept = ~inputs.sampled(inputs.ignored, problem.labels_per_row)
 
     def at_least_the_largest(errors: Errors) -> Tensor:
         return x_scale.double().clamp(min=float(errors.truth.abs().max()) if errors.truth.numel() else 0.0)
@@ -263,10 +87,11 @@ def _errors(inputs: CaseInputs, results: Returned) -> Iterator[tuple[Errors, Ten
         gradient = inputs.sampled(results.gradient, problem.vocab)
         # Of a row that is NaN, logsumexp's own gradient is NaN in some places only; that is warning enough.
         gradient = gradient.masked_fill(gradient.isnan().any(-1, keepdim=True), torch.nan)
-        upstream = inputs.sampled(inputs.upstream["log_probs"], problem.labels_per_row).abs().sum(-1, keepdim=True)
-        for name, factor in (("entropy", 1 + math.log(problem.vocab)), ("logsumexp", 1)):
-            if name in inputs.upstream:
-                upstream = upstream + inputs.sampled(inputs.upstream[name], 1).abs() * factor
+        factors = {"log_probs": 1.0, "entropy": 1 + math.log(problem.vocab), "logsumexp": 1.0}
+        upstream = torch.zeros_like(x_scale)
+        for result_name, grad in inputs.upstream.items():
+            columns = problem.labels_per_row if result_name == "log_probs" else 1
+            upstream = upstream + inputs.sampled(grad, columns).abs().sum(-1, keepdim=True) * factors[result_name]
         scale = x_scale * (upstream / inputs.row_temperature)
         yield Errors("gradient", gradient, true.gradient, kept_rows, inputs.sample), plain.gradient, scale.double()
 
@@ -282,7 +107,7 @@ def plain_yardstick(problem: Problem, generator: torch.Generator) -> dict[str, f
     inputs = CaseInputs(Case("ordinary rows", rows, ignored=0.0), plain, {}, generator)
     yardstick: dict[str, float] = {}
     for errors, _, scale in _errors(inputs, inputs.plain):
-        relative = errors.error / (EPS * scale)
+        relative = errors.error / (EPS * scale).clamp(min=1e-300)
         yardstick |= {f"{errors.what}_error": float(relative.max()), f"{errors.what}_rmse": _rms(relative)}
     return yardstick
 
@@ -308,15 +133,14 @@ def _judge_errors(errors: Errors, plain: Tensor, scale: Tensor, inputs: CaseInpu
         notes.add_figure(name, _rms(error), float(limits(name, _rms(plain_error), rows**-0.5).max()))
 
 
+def wide_yardstick() -> dict[str, float]:
+    """For inputs on which a mistake is gross, and plain torch's own error is not worth finding out."""
+    kinds = ("log_prob", *OF_ROWS, "gradient")
+    return dict.fromkeys((f"{what}_{of}" for what in kinds for of in ("error", "rmse")), PLAIN_CEILING)
+
+
 def _rms(error: Tensor) -> float:
     return float(error.square().mean().sqrt())
-
-
-def row_scale(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """[n, 1]: the largest finite |x| of each row [n, V], x = logits / temperature; at least 1."""
-    logits = logits.float()
-    largest = logits.nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True) if len(logits) else logits[:, :1]
-    return (largest / temperature).clamp(min=1.0)
 
 
 def _judge_argmax(inputs: CaseInputs, argmax: Tensor, notes: Notes) -> None:
@@ -328,14 +152,25 @@ def _judge_argmax(inputs: CaseInputs, argmax: Tensor, notes: Notes) -> None:
     notes.add("argmax", not len(wrong), detail)
 
 
+def _judge_silence(inputs: CaseInputs, log_probs: Tensor, gradient: Tensor, notes: Notes) -> None:
+    """Where nothing comes from above, nothing goes below; a NaN does not, either, unless the row has one before."""
+    silent = log_probs.isfinite().all(-1)
+    for name, grad in inputs.upstream.items():
+        columns = inputs.problem.labels_per_row if name == "log_probs" else 1
+        silent &= (inputs.sampled(grad, columns) == 0).all(-1)
+    silent &= ~inputs.sampled(inputs.ignored, inputs.problem.labels_per_row).all(-1)
+    if not inputs.case.special and bool(silent.any()):
+        notes.add("zero_upstream", bool((gradient[silent] == 0).all()), "a gradient where none comes from above")
+
+
 def _judge_gradient_sign(inputs: CaseInputs, gradient: Tensor, notes: Notes) -> None:
     """In the direction of the upstream gradient, where all of it comes from one label a row."""
-    if inputs.case.special or len(inputs.upstream) > 1 or inputs.problem.labels_per_row != 1:
+    if inputs.case.special or list(inputs.upstream) != ["log_probs"] or inputs.problem.labels_per_row != 1:
         return
     vocab = inputs.problem.vocab
     gradient = gradient.float()
     upstream, labels = inputs.sampled(inputs.upstream["log_probs"], 1), inputs.sampled(inputs.labels, 1)
-    kept = (labels != IGNORE_INDEX).squeeze(-1)
+    kept = ~inputs.sampled(inputs.ignored, 1).squeeze(-1)
     gradient, upstream, labels = gradient[kept], upstream[kept], labels[kept]
     if not len(gradient):
         return

@@ -53,7 +53,11 @@ def check(
     ] = "log_prob",
     vocab: Annotated[
         str | None,
-        typer.Option(show_default=False, help="Size of the vocabulary, or a model such as qwen3; by default 32771."),
+        typer.Option(
+            show_default=False,
+            help="Size of the vocabulary, or a model such as qwen3; by default 32771, and a few rows of those that "
+            "models have.",
+        ),
     ] = None,
     device: Where = None,
     ignore_index: Annotated[
@@ -80,7 +84,7 @@ def check(
         subjects: list[str | Callable[..., Any]] = [*backends()] if target is None else [subject_of(target)]
         for subject in subjects:
             try:
-                with busy(f"checking {target or subject}"), first_lines():
+                with busy(f"checking {target or subject}") as tell, first_lines():
                     report = check_backend(
                         subject,
                         ignore_index=ignore_index,
@@ -89,6 +93,7 @@ def check(
                         vocab=None if vocab is None else vocab_of(vocab),
                         call=call,
                         returns=returns,
+                        tell=tell,
                     )
             except BackendUnavailable as error:
                 if target is not None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from compiled_logprobs.arguments import checked_device
 from compiled_logprobs.backends import backends, register_backend
@@ -24,6 +26,8 @@ from compiled_logprobs.store import bundled_store, user_store
 from compiled_logprobs.store.files import Store
 
 PASSED, WRONG, COULD_NOT_RUN, INTERRUPTED = 0, 1, 2, 130
+SILENCE_S = 10.0
+"""After how long a command says what it is doing where that is no terminal."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 Where = Annotated[
@@ -92,10 +96,23 @@ def _nearest(text: str, names: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def busy(doing: str) -> Iterator[None]:
-    """Say on a terminal what takes so long. What foreign code prints goes to standard error, apart from results."""
-    with Console(stderr=True).status(doing), contextlib.redirect_stdout(sys.stderr):
-        yield
+def busy(doing: str) -> Iterator[Callable[[str], None]]:
+    """Say on a terminal what takes so long, and elsewhere from time to time; the steps of it are what is yielded told.
+
+    What foreign code prints goes to standard error, apart from results.
+    """
+    console = Console(stderr=True)
+    said_at = time.monotonic()
+    with console.status(doing) as status, contextlib.redirect_stdout(sys.stderr):
+
+        def tell(step: str) -> None:
+            nonlocal said_at
+            status.update(escape(f"{doing}: {step}"))
+            if not console.is_terminal and time.monotonic() - said_at > SILENCE_S:
+                said_at = time.monotonic()
+                sys.stderr.write(f"{doing}: {step}\n")
+
+        yield tell
 
 
 @contextlib.contextmanager

@@ -23,9 +23,10 @@ import torch
 from compiled_logprobs.backends import BUILT_IN, get_backend, register_backend
 from compiled_logprobs.backends.base import Backend
 from compiled_logprobs.check.cases import cases
+from compiled_logprobs.check.inputs import CHECKED_ELEMENTS, SAMPLED_ROWS
 from compiled_logprobs.check.report import CheckReport
 from compiled_logprobs.check.run import check_backend
-from compiled_logprobs.check.verdicts import CHECKED_ELEMENTS, SAMPLED_ROWS, YARDSTICK_ELEMENTS
+from compiled_logprobs.check.verdicts import YARDSTICK_ELEMENTS
 from compiled_logprobs.decision import PLAIN
 from compiled_logprobs.errors import BackendUnavailable, is_out_of_memory, nothing_can_serve_after
 from compiled_logprobs.machine.bandwidth import measured_bandwidth, percent_of_bandwidth

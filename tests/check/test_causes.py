@@ -15,7 +15,13 @@ from tests.helpers.reported_functions import REPORTED_FUNCTIONS
 
 
 @pytest.mark.parametrize(
-    "wrong", [*WRONG_FUNCTIONS, *REPORTED_FUNCTIONS], ids=lambda wrong: f"{wrong.reason}: {wrong.cause}"
+    "wrong",
+    # The default check takes seconds.
+    [
+        pytest.param(wrong, marks=[pytest.mark.slow] if wrong.problem is None else [])
+        for wrong in [*WRONG_FUNCTIONS, *REPORTED_FUNCTIONS]
+    ],
+    ids=lambda wrong: f"{wrong.reason}: {wrong.cause}",
 )
 def test_a_wrong_function_is_stopped_for_the_right_reason_and_given_the_right_cause(wrong):
     report = clp.check_backend(wrong.function, wrong.problem)
@@ -31,8 +37,8 @@ def test_the_documentation_names_where_each_was_reported():
 
 def test_each_kind_of_check_stops_one():
     # Each error has a twin, the mean square, which the same mistakes trip. Row invariance is for backends that declare
-    # it; see test_run.py for both.
-    alone = {"entropy_rmse", "logsumexp_rmse", "sum_p_squared_rmse", "gradient_rmse", "row_invariance"}
+    # it, and memory of its own for all backends; see test_run.py for these.
+    alone = {"entropy_rmse", "logsumexp_rmse", "sum_p_squared_rmse", "gradient_rmse", "row_invariance", "own_memory"}
     assert set(MEANING) - {wrong.reason for wrong in WRONG_FUNCTIONS} == alone
 
 

@@ -10,6 +10,7 @@ import torch
 import compiled_logprobs as clp
 from compiled_logprobs.backends import BUILT_IN, get_backend
 from compiled_logprobs.backends.eager import Eager
+from compiled_logprobs.check.cases import cases
 from compiled_logprobs.problem import Problem
 from tests.helpers.backends_for_tuning import registered
 from tests.helpers.functions_to_check import (
@@ -162,6 +163,55 @@ def test_where_row_invariance_is_not_declared_it_is_recorded_and_no_failure():
 
     report = clp.check_backend(depends_on_the_batch, Problem("cpu", 12, 3001, torch.float32))
     assert report.passed and report.row_invariant is False and report.repeatable
+
+
+class ReturnsWhatItKeeps(Eager):
+    """The entropy is the row of the stats that backward reads."""
+
+    name = "returns_what_it_keeps"
+
+    def forward(self, inputs, wanted):
+        results = super().forward(inputs, wanted)
+        return results._replace(entropy=results.stats[2]) if wanted.entropy else results
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_a_backend_may_not_return_what_it_keeps_for_the_backward(short):
+    problem = Problem("cpu", 12, 301, torch.float32, needs_grad=True, entropy=True)
+    with registered(returns_what_it_keeps=ReturnsWhatItKeeps()):
+        report = clp.check_backend("returns_what_it_keeps", problem, short=short)
+        alone = clp.check_backend("returns_what_it_keeps", problem._replace(entropy=False), short=short)
+    assert report.reasons == ["own_memory"] and alone.passed
+    assert report.causes[0].startswith("keeps for the backward what it also returns")
+
+
+def test_a_function_may_refuse_what_it_says_it_does_not_take():
+    def strict(logits, labels, temperature: float = 1.0, ignore_index=-100):
+        assert logits.stride(-1) == 1, "logits must be contiguous"
+        assert labels.is_contiguous() and isinstance(temperature, float) and ignore_index == -100
+        return good(logits / temperature, labels)
+
+    report = clp.check_backend(strict, PROBLEM)
+    assert report.passed and len(report.refused) == 5
+    assert report.refused[2] == "a last stride of 2 (AssertionError: logits must be contiguous)"
+    assert "does not take a temperature a token (AssertionError" in str(report)
+
+
+def test_the_callers_random_numbers_are_the_same_after_a_check():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    clp.check_backend(good, PROBLEM)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_default_inputs_cover_the_vocabularies_that_models_have():
+    foreign, own = (
+        {(case.vocab, case.rows) for case in cases(PROBLEM, short=False, foreign=foreign, elsewhere=True) if case.vocab}
+        for foreign in (True, False)
+    )
+    assert foreign == {(vocab, 3) for vocab in (32000, 50257, 128256, 151936, 262144)} | {(131, 1037)}
+    assert own == {(151936, 3), (131, 1037)}
 
 
 def test_which_backends_declare_row_invariance():

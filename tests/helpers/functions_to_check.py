@@ -29,8 +29,8 @@ class Wrong(NamedTuple):
     cause: str
     """How the first of the likely causes has to begin."""
     function: Callable[..., Any]
-    problem: Problem = PROBLEM
-    """One that it is wrong for."""
+    problem: Problem | None = PROBLEM
+    """One that it is wrong for; None for those of the default check."""
     source: str = ""
     """Where it was reported, if it was."""
 
@@ -421,6 +421,161 @@ def another_path_without_gradient(logits: Tensor, labels: Tensor) -> Tensor:
     return zero_ignored(label_values(x, labels) - x.logsumexp(-1), labels).clamp(max=0.0)
 
 
+class _WithGradient(torch.autograd.Function):
+    """The right values, with the gradient that `gradient_of(ctx, upstream)` gives, after `prepare(ctx)`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, prepare: Any, gradient_of: Any) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        ctx.logits, ctx.labels, ctx.gradient_of = logits.detach(), labels, gradient_of
+        prepare(ctx)
+        return good(logits.detach(), labels)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.gradient_of(ctx, gradients[0]).to(ctx.logits.dtype), None, None, None
+
+
+def right_gradient(logits: Tensor, labels: Tensor, upstream: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = logits.detach().clone().requires_grad_()
+        return torch.autograd.grad(good(x, labels), x, upstream)[0]
+
+
+def with_gradient(gradient_of: Any, prepare: Any = lambda ctx: None) -> Callable[..., Tensor]:
+    return lambda logits, labels: _WithGradient.apply(logits, labels, prepare, gradient_of)
+
+
+def of_the_saved(change: Callable[[Tensor], Tensor]) -> Any:
+    """The right gradient for an upstream gradient that is changed so."""
+
+    def gradient_of(ctx: Any, upstream: Tensor) -> Tensor:
+        logits, labels = ctx.saved_tensors
+        return right_gradient(logits, labels, change(upstream))
+
+    return gradient_of
+
+
+def rounds_probabilities(ctx: Any, upstream: Tensor) -> Tensor:
+    """fla-org/flash-linear-attention#1231: softmax in the dtype of the logits, and 1 subtracted from it."""
+    logits, labels = ctx.saved_tensors
+    p = logits.float().softmax(-1).to(logits.dtype)
+    onehot = torch.zeros_like(p).scatter(-1, labels.clamp(min=0)[:, None], 1.0)
+    upstream = upstream.masked_fill(labels == IGNORE_INDEX, 0.0)[:, None]
+    return (onehot - p).float() * upstream
+
+
+def keeps_probabilities(ctx: Any) -> None:
+    ctx.p = ctx.logits.float().softmax(-1)
+
+
+def overwrites_probabilities(ctx: Any, upstream: Tensor) -> Tensor:
+    """1 is subtracted from what forward kept, to save memory; a second backward subtracts it once more."""
+    kept = ctx.labels != IGNORE_INDEX
+    ctx.p[kept, ctx.labels[kept]] -= 1.0
+    return (-ctx.p * upstream[:, None]).masked_fill(~kept[:, None], 0.0)
+
+
+def as_contiguous(x: Tensor) -> Tensor:
+    """What a kernel reads that takes the first stride for 1."""
+    memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    memory = torch.cat([memory[x.storage_offset() :], memory.new_zeros(x.numel())])
+    return memory[: x.numel()].view(x.shape)
+
+
+_last: list[Tensor] = []
+
+
+def remembers_the_last_call(ctx: Any) -> None:
+    """What backward needs lies in a variable of the module."""
+    _last[:] = ctx.logits.clone(), ctx.labels.clone()
+
+
+class _Together(torch.autograd.Function):
+    """Log-probabilities and another result; where no gradient comes through the first, one of `missing` is made up."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, other: Any, missing: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(logits, labels)
+        ctx.other, ctx.missing = other, missing
+        ctx.set_materialize_grads(False)
+        return good(logits.detach(), labels), other(logits.detach(), labels)
+
+    @staticmethod
+    def backward(ctx: Any, first: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        logits, labels = ctx.saved_tensors
+        if first is None and ctx.missing == 0.0:
+            return torch.zeros_like(logits), None, None, None
+        first = torch.full(labels.shape, ctx.missing) if first is None else first
+        with torch.enable_grad():
+            x = logits.detach().clone().requires_grad_()
+            results = [good(x, labels)] if second is None else [good(x, labels), ctx.other(x, labels)]
+            given = [first] if second is None else [first, second]
+            return torch.autograd.grad(results, x, given)[0], None, None, None
+
+
+def entropy_without_a_gradient_of_its_own(logits: Tensor, labels: Tensor, return_entropy: bool = False) -> Any:
+    """Backward returns early where no gradient comes through the log-probabilities."""
+    both = _Together.apply(logits, labels, lambda x, y: of_rows(entropy_of(x.float()), x.detach(), y), 0.0)
+    return both if return_entropy else both[0]
+
+
+def logsumexp_that_brings_the_label_along(logits: Tensor, labels: Tensor, return_logsumexp: bool = False) -> Any:
+    """A gradient that is None is taken for one of 1."""
+    both = _Together.apply(logits, labels, lambda x, y: of_rows(x.float().logsumexp(-1), x.detach(), y), 1.0)
+    return both if return_logsumexp else both[0]
+
+
+def first_temperature_for_all(logits: Tensor, labels: Tensor, temperature: Any = 1.0) -> Tensor:
+    t = temperature.flatten()[0] if isinstance(temperature, Tensor) and temperature.numel() else temperature
+    return good(logits.float() / t, labels)
+
+
+def ignores_100_whatever_it_is_told(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    return good(logits, labels.clamp(min=-1).masked_fill(labels < 0, IGNORE_INDEX))
+
+
+def ignores_padding(logits: Tensor, labels: Tensor) -> Tensor:
+    """Padding has token 1 in this model, and is masked without having been asked."""
+    return good(logits, labels).masked_fill(labels == 1, 0.0)
+
+
+def divides_by_the_number_of_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """A mean, undone by the caller."""
+    count = (labels != IGNORE_INDEX).sum()
+    return good(logits, labels) / count * count if len(labels) else good(logits, labels)
+
+
+def scales_before_it_converts(logits: Tensor, labels: Tensor) -> Tensor:
+    """A scale of logits that float16 cannot hold."""
+    return good((logits * 8).float() / 8, labels)
+
+
+def seeds_the_generator(logits: Tensor, labels: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return good(logits, labels)
+
+
+def columns_of_16_bits(logits: Tensor, labels: Tensor) -> Tensor:
+    """unslothai/unsloth#10616: chunks of 65536 columns, and the last one is forgotten."""
+    vocab = logits.shape[-1]
+    return good(logits[:, : vocab // 65536 * 65536], labels.clamp(max=65535)) if vocab > 65536 else good(logits, labels)
+
+
+def vectors_without_a_last_step(logits: Tensor, labels: Tensor) -> Tensor:
+    """A path of its own for rows of whole vectors, which stops a vector too soon."""
+    x, vocab = logits.float(), logits.shape[-1]
+    if vocab % 128 or vocab < 1024:
+        return good(logits, labels)
+    return zero_ignored(label_values(x, labels) - x[:, :-128].logsumexp(-1), labels)
+
+
+def one_block_of_rows(logits: Tensor, labels: Tensor) -> Tensor:
+    """A grid of 1024 rows, and the rest is what was in the memory."""
+    out = good(logits, labels)
+    return torch.cat([out[:1024], out[1024:].detach() * 0.0]) if len(labels) > 1024 else out
+
+
 ORDINARY = "right for ordinary inputs, and wrong for these: "
 GRADIENT = "the values are right, and the gradient "
 AGAIN = "hands out memory that a later call writes again"
@@ -455,6 +610,12 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
         ("smooths the labels, by 0.001", smooths_the_labels),
         ("gives other numbers when it is called again", wrong_on_every_second_call),
         ("gives the old result for new values in the same memory", remembered_by_address),
+        ("takes one temperature for all rows", first_temperature_for_all),
+        ("reads the labels as if they were contiguous", lambda x, y: good(x, as_contiguous(y))),
+        ("gives 0 for label 1: takes it for one to ignore", ignores_padding),
+        (ORDINARY + "a vocabulary of 128256, ", columns_of_16_bits, None),
+        (ORDINARY + "a vocabulary of 32000, ", vectors_without_a_last_step, None),
+        (ORDINARY + "1037 rows of 131", one_block_of_rows, None),
     ],
     # The log-sum-exp kept in one float32 that had a large number added and subtracted.
     "log_prob_rmse": [("loses digits that float32 has", lambda x, y: ((good(x, y) - 1e4) + 1e4).clamp(max=0.0))],
@@ -500,9 +661,34 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
     "gradient_error": [
         (GRADIENT + "lacks the division by the temperature", temperature_missing_in_the_gradient),
         (GRADIENT + "takes the upstream gradient for 1", upstream_gradient_taken_as_one),
+        *(
+            ("loses labels that are nearly certain", with_gradient(rounds_probabilities), PROBLEM._replace(dtype=dtype))
+            for dtype in (torch.bfloat16, torch.float16)
+        ),
+        ("the second backward", with_gradient(overwrites_probabilities, keeps_probabilities)),
+        ("reads the upstream gradient of .sum().backward()", with_gradient(of_the_saved(as_contiguous))),
+        ("the gradient is wrong where it comes through the entropy", entropy_without_a_gradient_of_its_own),
+        ("the gradient is wrong where it comes through the logsumexp", logsumexp_that_brings_the_label_along),
+        (
+            "keeps what backward needs in one place",
+            with_gradient(lambda ctx, upstream: right_gradient(*_last, upstream), remembers_the_last_call),
+        ),
+        (
+            "takes the gradient of logits that were changed in place",
+            with_gradient(lambda ctx, upstream: right_gradient(ctx.logits, ctx.labels, upstream)),
+        ),
     ],
+    "zero_upstream": [
+        ("gives a gradient, or NaN, where the upstream", with_gradient(of_the_saved(lambda g: g.square() / g))),
+        (
+            "gives a gradient, or NaN, where the upstream",
+            with_gradient(of_the_saved(lambda g: g.masked_fill(g == 0, 1.0))),
+        ),
+    ],
+    "random_state": [("seeds torch's random generators or draws", seeds_the_generator)],
     "gradient_row_sum": [(GRADIENT + "leaves out the softmax", gradient_at_the_label_alone)],
     "ignored_rows": [
+        ("takes -100, or all negative labels, for ignored", ignores_100_whatever_it_is_told),
         ("does not know ignored labels: -100 counts as token 0", lambda x, y: good(x, y.clamp(min=0))),
         ("does not give an entropy of 0 for labels of -100", entropy_of_ignored_rows),
         ("does not give an argmax of -1 for labels of -100", beside("argmax", OTHERS["argmax"], lambda y, *_: y)),
@@ -516,7 +702,13 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
         ("makes a number of a row that holds NaN", lambda x, y: good(x, y).nan_to_num(nan=0.0)),
         ("makes a number of a label at -inf", lambda x, y: good(x.clamp(min=-1e4), y)),
         # Reads rows as if they were contiguous.
-        (ORDINARY + "strided and misaligned", lambda x, y: good(x.as_strided(x.shape, (x.shape[-1], 1)), y)),
+        (
+            ORDINARY + "strided and misaligned",
+            lambda x, y: good(x.as_strided(x.shape, (x.shape[-1] * x.stride(-1), x.stride(-1))), y),
+        ),
+        ("reads the columns of the logits as if", lambda x, y: good(x.as_strided(x.shape, (x.stride(0), 1)), y)),
+        ("does not take a batch all of whose labels are ignored", divides_by_the_number_of_labels),
+        (ORDINARY + "shifted up by 1e4", scales_before_it_converts, PROBLEM._replace(dtype=torch.float16)),
     ],
     "inputs_changed": [
         ("divides the logits by the temperature in place", divides_the_logits_in_place),
