@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import chart, idioms, overhead, peers
+from benchmarks import chart, idioms, noise, overhead, peers
 from benchmarks import measure as measurement
 from benchmarks.candidates import AUTO, COMPILE, Contender, candidates
 from benchmarks.measure import measure
@@ -129,6 +129,25 @@ def test_the_overhead_of_small_calls_has_all_figures(tmp_path):
     assert {row["best"] for row in rows if row["name"].startswith("auto")} == {"eager"}
     assert all(row["us_before_the_kernel"] > 0 for row in rows if "best" in row)
     assert "forward" not in vars(get_backend("eager"))  # what marked the kernel is gone
+
+
+NOISY = ["--shape", "8x64", "--budget", "1", "--burst", "0.05", "--rounds", "3", "--tunes"]
+
+
+def test_choices_under_noise_are_held_against_the_best_and_none_is_not_within_the_limit(tmp_path, monkeypatch):
+    """The tunes are a stand-in's; the noise and the comparison are real."""
+    monkeypatch.setattr(noise, "backends", lambda: ["eager"])
+    said = {"chosen": "eager", "code": "ONLY_ONE", "reason": "nothing else is here"}
+    file = tmp_path / "noise.json"
+    for script, within in ((f"print({json.dumps(json.dumps(said))})", 2), ("import sys; sys.exit('no decision')", 0)):
+        monkeypatch.setattr(noise, "TUNE", script)
+        ran = CliRunner().invoke(noise.app, [*NOISY, "2", "--json", str(file)])
+        assert ran.exit_code == 0, ran.output
+        assert f"within 1.1x of the best: {within} of 2" in ran.output
+        report = json.loads(file.read_text())
+        assert report["within"] == within and report["ratios"] == {"eager": 1.0}
+        assert [tune["times_the_best"] for tune in report["tunes"]] == [1.0 if within else None] * 2
+    assert report["tunes"][0] == {"chosen": None, "code": "failed", "reason": "no decision", "times_the_best": None}
 
 
 def test_every_registered_backend_takes_part_by_name():
