@@ -155,9 +155,11 @@ def _causes(
     function = subject if isinstance(subject, Function) else Function(subject.as_function(result.problem))
     causes = likely_causes(function, result.problem, failed, device, seed, ignore_index)
     wrong_in = [case.case for case in result.cases if not all(check.passed for check in case.checks)]
-    mistakes = {case.mistake for case in notes.cases if case.name in wrong_in}
-    if not causes and len(mistakes) == 1 and "" not in mistakes:
-        return [*mistakes]
+    mistakes = [case.mistake for case in notes.cases if case.name in wrong_in]
+    named = {*mistakes} - {""}
+    # An input of another kind may show the same mistake by chance, as a dominant logit does a label that is certain.
+    if not causes and len(named) == 1 and mistakes.count("") <= len(mistakes) / 2:
+        return [*named]
     if not causes and len(wrong_in) < len(result.cases):
         more = f" and {len(wrong_in) - 4} more" if len(wrong_in) > 4 else ""
         causes = [f"right for ordinary inputs, and wrong for these: {', '.join(wrong_in[:4])}{more}"]
