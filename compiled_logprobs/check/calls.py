@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compiled_logprobs.check.function import Function, NamedBackend, Subject
 from compiled_logprobs.check.inputs import DIFFERENTIABLE, CaseInputs, Returned, names_of
+from compiled_logprobs.check.process_state import modes, restore_modes
 from compiled_logprobs.check.report import Notes, Refused, Stop
 from compiled_logprobs.errors import nothing_can_serve_after
 from compiled_logprobs.problem import short_name
@@ -40,8 +41,14 @@ def begin_call(subject: Subject, inputs: CaseInputs, notes: Notes) -> tuple[Tens
     """Call the subject for a gradient: the logits that it got, as a model would give them, and what it returned."""
     logits, labels = _from_a_model(inputs.arena.logits), inputs.fresh_labels()
     with torch.enable_grad():
-        results = subject(logits, labels, inputs.temperature, inputs.problem, inputs.case.ignore_index)
+        results = _called(subject, logits, labels, inputs.temperature, inputs, notes)
     return logits, _typed(subject, results, inputs, notes)
+
+
+def call_without_gradient(subject: Subject, inputs: CaseInputs, notes: Notes) -> Returned:
+    """Call the subject, in the mode that holds, with logits that require no gradient."""
+    results = _called(subject, inputs.arena.logits, inputs.fresh_labels(), inputs.temperature, inputs, notes)
+    return _typed(subject, results, inputs, notes).each(Tensor.detach)
 
 
 def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradient: bool) -> Returned:
@@ -55,13 +62,16 @@ def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradie
     version = logits._version
     try:
         with torch.set_grad_enabled(with_gradient):
-            results = _typed(subject, subject(logits, labels, t, problem, inputs.case.ignore_index), inputs, notes)
+            results = _typed(subject, _called(subject, logits, labels, t, inputs, notes), inputs, notes)
         if with_gradient:
             for name in DIFFERENTIABLE:
                 tensor, what = getattr(results, name), "log-probabilities do" if name == "log_probs" else f"{name} does"
                 flows = tensor is None or tensor.requires_grad
                 notes.require("gradient_flows", flows, f"the {what} not require a gradient")
-            gradient = gradient_of(logits, results, inputs.upstream)
+            upstream = {name: grad.clone() for name, grad in inputs.upstream.items()}
+            gradient = gradient_of(logits, results, upstream)
+            kept = all(torch.equal(grad, inputs.upstream[name]) for name, grad in upstream.items())
+            notes.add("inputs_changed", kept, "the upstream gradient was overwritten")
     except Stop:
         raise
     except (Exception, SystemExit) as error:  # whatever a backend raises is its verdict
@@ -92,6 +102,18 @@ def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradie
         if changed:
             arena.restore()
     return results.each(Tensor.detach)._replace(gradient=gradient)
+
+
+def _called(
+    subject: Subject, logits: Tensor, labels: Tensor, t: float | Tensor, inputs: CaseInputs, notes: Notes
+) -> Any:
+    """What it returns; torch's modes are put back."""
+    before = modes(logits.device)
+    try:
+        return subject(logits, labels, t, inputs.problem, inputs.case.ignore_index)
+    finally:
+        changed = restore_modes(before, logits.device)
+        notes.add("modes", not changed, f"a call changed {' and '.join(changed)}")
 
 
 def _typed(subject: Subject, result: Any, inputs: CaseInputs, notes: Notes) -> Returned:

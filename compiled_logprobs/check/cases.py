@@ -120,7 +120,8 @@ def _nearly_certain(few: int) -> list[Case]:
     """Labels of 0.99 < p < 1, the bulk of what a model is trained on late: in one row, and in all."""
     mistake = (
         "loses labels that are nearly certain: a probability is rounded to half precision before it is subtracted from "
-        "1, or before its logarithm is taken. Keep it in float32 until then"
+        "1, or before its logarithm is taken, or autograd adds two gradients in half precision. Convert the logits to "
+        "float32 once, and keep probabilities in it until then"
     )
 
     def in_one(x_NV: Tensor, generator: torch.Generator) -> None:

@@ -5,6 +5,7 @@ Shapes: N rows, V vocabulary.
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -27,7 +28,10 @@ ALWAYS = {
     "of the loss: a division by it, or a 0 taken for none",
     "own_memory": "keeps for the backward what it also returns, where whoever writes into a result changes the "
     "gradient: keep a copy",
-    "random_state": "seeds torch's random generators or draws from them: use a torch.Generator of its own",
+    "random_state": "seeds torch's random generators, Python's or NumPy's, or draws from them: use a torch.Generator "
+    "of its own",
+    "modes": "changes a mode of torch for all that comes after, such as gradients, the default dtype or the number of "
+    "threads: change it in a with block, or not at all",
     "version_counter": "writes the gradient over the logits without telling autograd, so that others who saved them "
     "read it as logits; bump the version counter",
     "stale_result": "hands out memory that a later call writes again; return a tensor of its own",
@@ -211,7 +215,8 @@ def _about_inputs(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
 def _about_inputs_later(probe: Probe, got: Got, before: Tensor, first: Tensor | None) -> str:
     """What is written in backward, or beside ignored labels."""
     if first is not None and first.requires_grad:
-        torch.autograd.grad(first.sum(), got.model, allow_unused=True)
+        with suppress(Raised):
+            probe.gradient(first, got, torch.ones_like(first).detach().reshape(-1))
         after = got.logits.double()
         if not same(after, before, 0.0):
             if same(after, before, CLOSE):

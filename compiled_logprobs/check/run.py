@@ -21,6 +21,7 @@ from compiled_logprobs.check.cases import IGNORE_INDEX, Case, cases, same_bits
 from compiled_logprobs.check.causes import likely_causes
 from compiled_logprobs.check.function import Function, NamedBackend, Returns, Subject
 from compiled_logprobs.check.inputs import CaseInputs, Returned
+from compiled_logprobs.check.process_state import draws_random_numbers, modes, restore_modes
 from compiled_logprobs.check.report import CheckReport, Notes, ProblemReport, Refused, Stop
 from compiled_logprobs.check.verdicts import judge, plain_yardstick, wide_yardstick
 from compiled_logprobs.check.ways import check_ways
@@ -109,10 +110,15 @@ def check_backend(
     outcomes: Future[list[tuple[Notes, ProblemReport, list[str]]]] = Future()
 
     def examine_all() -> None:
+        kept = modes(place)
         try:
-            outcomes.set_result([examine(checked) for checked in problems])
+            results = [examine(checked) for checked in problems]
         except BaseException as error:  # noqa: BLE001 - raised again where they are waited for
+            restore_modes(kept, place)
             outcomes.set_exception(error)
+        else:
+            restore_modes(kept, place)  # as looking for causes may leave them
+            outcomes.set_result(results)
 
     if torch.version.cuda is not None and not torch.cuda.is_available():
         # torch 2.11 keeps an object of the first thread that compiles so, and crashes once that thread has ended.
@@ -241,26 +247,10 @@ def _check_case(subject: Subject, inputs: CaseInputs, notes: Notes, generator: t
         notes.add("stale_result", same_bits(tensor, copy), f"a later call changed an earlier {what}")
     _check_rows_alone(subject, inputs, other, (1, 2), notes)
     if not short:
-        draws = _draws_random_numbers(lambda: call_once(subject, inputs, notes, with_gradient=needs_grad), generator)
-        notes.add("random_state", not draws, "a call changed the state of torch's generators")
-
-
-def _draws_random_numbers(call: Callable[[], Any], generator: torch.Generator) -> bool:
-    """Whether each of some calls does: another thread may draw numbers during one. The states are put back."""
-    device = generator.device
-    modules = [torch.random] if device.type == "cpu" else [torch.random, torch.get_device_module(device)]
-    for _ in range(3):
-        callers = [module.get_rng_state() for module in modules]
-        for where in {torch.device("cpu"), device}:  # so that one who seeds them changes them each time
-            torch.rand((), device=where)
-        before = [module.get_rng_state() for module in modules]
-        call()
-        same = all(torch.equal(module.get_rng_state(), state) for module, state in zip(modules, before, strict=True))
-        for module, state in zip(modules, callers, strict=True):
-            module.set_rng_state(state)
-        if same:
-            return False
-    return True
+        draws = draws_random_numbers(
+            lambda: call_once(subject, inputs, notes, with_gradient=needs_grad), generator.device
+        )
+        notes.add("random_state", not draws, "a call changed the state of a generator of torch, Python or NumPy")
 
 
 def _check_many_rows(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compiled_logprobs.check.calls import begin_call, gradient_of
+from compiled_logprobs.check.calls import begin_call, call_without_gradient, gradient_of
 from compiled_logprobs.check.cases import Case
 from compiled_logprobs.check.function import Function, Subject
 from compiled_logprobs.check.inputs import CaseInputs, Returned
@@ -73,6 +73,35 @@ def _two_forwards(subject: Subject, inputs: CaseInputs, notes: Notes, generator:
     ]
 
 
+def _scaled(subject: Subject, inputs: CaseInputs, notes: Notes, generator: torch.Generator) -> Outcome:
+    factors = torch.tensor([2.0**-18, 1.0, 2.0**10], device=generator.device)  # of the rows
+    inputs.upstream = {
+        name: grad.sign() * (factors.unsqueeze(-1) if name == "log_probs" else factors)
+        for name, grad in inputs.upstream.items()
+    }
+    return _one_backward(subject, inputs, notes)
+
+
+def _autocast(subject: Subject, inputs: CaseInputs, notes: Notes, generator: torch.Generator) -> Outcome:
+    if not isinstance(subject, Function):  # whose own calls leave it
+        return []
+    with torch.autocast(generator.device.type, torch.bfloat16):
+        logits, results, values = _begun(subject, inputs, notes)
+    return [(inputs, values._replace(gradient=gradient_of(logits, results, inputs.upstream)))]
+
+
+def _frozen(subject: Subject, inputs: CaseInputs, notes: Notes, generator: torch.Generator) -> Outcome:
+    with torch.enable_grad():
+        return [(inputs, call_without_gradient(subject, inputs, notes))]
+
+
+def _inference(subject: Subject, inputs: CaseInputs, notes: Notes, generator: torch.Generator) -> Outcome:
+    if not isinstance(subject, Function):
+        return []
+    with torch.inference_mode():
+        return [(inputs, call_without_gradient(subject, inputs, notes).each(Tensor.clone))]
+
+
 def _logits_changed(subject: Subject, inputs: CaseInputs, notes: Notes, generator: torch.Generator) -> Outcome:
     logits, results, values = _begun(subject, inputs, notes)
     values = values.each(Tensor.clone)
@@ -129,6 +158,32 @@ WAYS = (
             "keeps what backward needs in one place for all calls, where the next forward replaces it: keep it in ctx",
         ),
         _two_forwards,
+    ),
+    Way(
+        _case(
+            "small and large upstream gradients",
+            "the gradient is wrong where the upstream gradient is small, as of a mean over many tokens, or large, as "
+            "of a loss that is scaled: keep it in float32, and clip nothing",
+        ),
+        _scaled,
+        lambda problem: problem.labels_per_row == 1,
+    ),
+    Way(
+        _case("under autocast", "does not take autocast, under which what it multiplies is bfloat16: disable it there"),
+        _autocast,
+        lambda problem: problem.dtype == torch.bfloat16,
+    ),
+    Way(
+        _case(
+            "logits that require no gradient", "is wrong for logits that require no gradient, where gradients are on"
+        ),
+        _frozen,
+        lambda problem: problem.dtype == torch.float32,
+    ),
+    Way(
+        _case("in inference mode", "is wrong in torch.inference_mode()"),
+        _inference,
+        lambda problem: problem.dtype == torch.float32,
     ),
     Way(
         _case(

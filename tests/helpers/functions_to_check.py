@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -576,6 +577,49 @@ def one_block_of_rows(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([out[:1024], out[1024:].detach() * 0.0]) if len(labels) > 1024 else out
 
 
+def makes_float64_the_default(logits: Tensor, labels: Tensor) -> Tensor:
+    """For its own sums, and for everybody after it."""
+    torch.set_default_dtype(torch.float64)
+    return good(logits, labels)
+
+
+def turns_gradients_off(logits: Tensor, labels: Tensor) -> Tensor:
+    """A no_grad that is entered and never left."""
+    out = good(logits, labels)
+    torch.no_grad().__enter__()
+    return out
+
+
+def seeds_numpy(logits: Tensor, labels: Tensor) -> Tensor:
+    numpy.random.seed(0)
+    return good(logits, labels)
+
+
+def picks_by_a_product(logits: Tensor, labels: Tensor) -> Tensor:
+    """The label's log-probability as a product with a one-hot row, which autocast takes in bfloat16."""
+    log_p = torch.log_softmax(logits.float(), -1).nan_to_num(neginf=-math.inf)
+    if bool(log_p.isinf().any() | log_p.isnan().any()) or not torch.is_autocast_enabled("cpu"):
+        return good(logits, labels)
+    onehot = torch.zeros_like(log_p).scatter(-1, labels.clamp(min=0)[:, None], 1.0)
+    return zero_ignored((log_p[:, None] @ onehot[..., None])[:, 0, 0].float(), labels)
+
+
+def nothing_in_inference_mode(logits: Tensor, labels: Tensor) -> Tensor:
+    return good(logits, labels) * (not torch.is_inference_mode_enabled())
+
+
+def nothing_for_frozen_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """What forward keeps is computed only where the logits require a gradient, and read wherever gradients are on."""
+    return good(logits, labels) * (logits.requires_grad or not torch.is_grad_enabled())
+
+
+def doubles_what_came_from_above(ctx: Any, upstream: Tensor) -> Tensor:
+    """In place: whoever else gets this upstream gradient gets it doubled."""
+    right = right_gradient(*ctx.saved_tensors, upstream.clone())
+    upstream.mul_(2.0)
+    return right
+
+
 ORDINARY = "right for ordinary inputs, and wrong for these: "
 GRADIENT = "the values are right, and the gradient "
 AGAIN = "hands out memory that a later call writes again"
@@ -616,6 +660,9 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
         (ORDINARY + "a vocabulary of 128256, ", columns_of_16_bits, None),
         (ORDINARY + "a vocabulary of 32000, ", vectors_without_a_last_step, None),
         (ORDINARY + "1037 rows of 131", one_block_of_rows, None),
+        ("does not take autocast", picks_by_a_product, PROBLEM._replace(dtype=torch.bfloat16)),
+        ("is wrong in torch.inference_mode()", nothing_in_inference_mode),
+        ("is wrong for logits that require no gradient", nothing_for_frozen_logits),
     ],
     # The log-sum-exp kept in one float32 that had a large number added and subtracted.
     "log_prob_rmse": [("loses digits that float32 has", lambda x, y: ((good(x, y) - 1e4) + 1e4).clamp(max=0.0))],
@@ -674,6 +721,10 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
             with_gradient(lambda ctx, upstream: right_gradient(*_last, upstream), remembers_the_last_call),
         ),
         (
+            "the gradient is wrong where the upstream gradient is small",
+            with_gradient(of_the_saved(lambda g: g.clamp(-8.0, 8.0))),
+        ),
+        (
             "takes the gradient of logits that were changed in place",
             with_gradient(lambda ctx, upstream: right_gradient(ctx.logits, ctx.labels, upstream)),
         ),
@@ -685,7 +736,14 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
             with_gradient(of_the_saved(lambda g: g.masked_fill(g == 0, 1.0))),
         ),
     ],
-    "random_state": [("seeds torch's random generators or draws", seeds_the_generator)],
+    "random_state": [
+        ("seeds torch's random generators, Python's or NumPy's", seeds_the_generator),
+        ("seeds torch's random generators, Python's or NumPy's", seeds_numpy),
+    ],
+    "modes": [
+        ("changes a mode of torch for all that comes after", makes_float64_the_default),
+        ("changes a mode of torch for all that comes after", turns_gradients_off),
+    ],
     "gradient_row_sum": [(GRADIENT + "leaves out the softmax", gradient_at_the_label_alone)],
     "ignored_rows": [
         ("takes -100, or all negative labels, for ignored", ignores_100_whatever_it_is_told),
@@ -713,6 +771,7 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
     "inputs_changed": [
         ("divides the logits by the temperature in place", divides_the_logits_in_place),
         ("writes over its arguments", ignored_labels_overwritten),
+        ("writes over its arguments", with_gradient(doubles_what_came_from_above)),
         ("writes the gradient over the logits, unasked", lambda x, y: gradient_over_the_logits(x, y)),
     ],
     "version_counter": [
