@@ -8,7 +8,7 @@ from torch import Tensor
 from compiled_logprobs.api.call import named_backend, problem_of
 from compiled_logprobs.api.graph import log_probs_in_graph
 from compiled_logprobs.api.log_probs import LogProbs, log_probs_with
-from compiled_logprobs.api.sharded import is_dtensor, local_labels, log_probs_of_part, part_of
+from compiled_logprobs.api.sharded import is_dtensor, log_probs_of_part, of_all_rows, part_of
 from compiled_logprobs.arguments import (
     check_labels,
     check_logits,
@@ -97,7 +97,8 @@ def log_probs_from_logits(
         if inplace_backward:
             check_not_leaf(logits)
         part = part_of(logits, group, vocab_start_index, vocab_size)
-        logits, labels = part.logits, local_labels(labels)
+        logits, labels = part.logits, of_all_rows(labels)
+        temperature = of_all_rows(temperature) if isinstance(temperature, Tensor) else temperature
     check_logits(logits)
     check_labels(logits, labels, ignore_index)
     per_token = isinstance(temperature, Tensor)
@@ -220,7 +221,7 @@ def cross_entropy_from_logits(
         return losses
     total = losses.sum()
     if reduction == "mean":
-        total = total / (labels != ignore_index).sum()
+        total = total / (of_all_rows(labels) != ignore_index).sum()
     return total.to(logits.dtype if out_dtype is None else out_dtype)
 
 

@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 
 from compiled_logprobs.api.call import named_backend, problem_of
-from compiled_logprobs.arguments import is_temperature
+from compiled_logprobs.arguments import is_temperature, peek_transform
 from compiled_logprobs.choose.auto import Auto, choose_again
 from compiled_logprobs.choose.rule import Context
 from compiled_logprobs.decision import Decision
+from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.operation.autograd import (
     DIFFERENTIABLE,
+    forward_ad_level,
     in_shape,
     merged,
     names,
@@ -75,6 +77,7 @@ def log_probs_in_graph(
 def _forward(
     logits: Tensor, labels: Tensor, temperature: Tensor | None, ignore_index: int, wanted: list[bool], *options: Any
 ) -> tuple[Tensor, ...]:
+    _refuse_transforms()
     *_, backend = options
     t, problem = _posed(logits, labels, temperature, wanted, options)
     asked = Wanted(*wanted)
@@ -91,6 +94,15 @@ def _forward(
 
 def _dtype_of(name: str, logits: Tensor) -> torch.dtype:
     return torch.int64 if name == "argmax" else accumulation_dtype(logits.dtype)
+
+
+def _refuse_transforms() -> None:
+    """Raise LogProbsError for what torch would differentiate through an operator in silence, to a tangent of 0."""
+    if forward_ad_level() >= 0 or peek_transform() is not None:
+        raise LogProbsError(
+            "forward-mode differentiation or a transform of torch.func got to log_probs_from_logits in a graph; it "
+            "has a backward alone. Use torch.autograd.grad, or torch.log_softmax and gather."
+        )
 
 
 def _posed(
@@ -116,6 +128,7 @@ def _without_measuring(context: Context, standing: Decision | None) -> str:
 def _fake_forward(
     logits: Tensor, labels: Tensor, temperature: Tensor | None, ignore_index: int, wanted: list[bool], *options: Any
 ) -> tuple[Tensor, ...]:
+    _refuse_transforms()
     rows, dtype = logits.shape[:-1], accumulation_dtype(logits.dtype)
     asked = Wanted(*wanted)
     others = (

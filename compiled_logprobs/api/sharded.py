@@ -110,15 +110,15 @@ def is_dtensor(logits: object) -> bool:
     return isinstance(logits, Tensor) and type(logits) is not Tensor and hasattr(logits, "placements")
 
 
-def local_labels(labels: Tensor) -> Tensor:
-    """Those of all rows, of a replicated DTensor or a plain tensor."""
+def of_all_rows(labels: Tensor) -> Tensor:
+    """Labels or temperatures as a plain tensor, of a replicated DTensor or as they are."""
     if not is_dtensor(labels):
         return labels
     placements = cast(Any, labels).placements
     if not all(placement.is_replicate() for placement in placements):
         raise InputError(
-            f"got labels as a DTensor with {placements}; a plain tensor or a replicated one is valid. Call "
-            "labels.redistribute(placements=[Replicate()] * labels.device_mesh.ndim)."
+            f"got labels or a temperature as a DTensor with {placements}; a plain tensor or a replicated one is valid. "
+            "Call redistribute(placements=[Replicate()] * its device_mesh.ndim) on it."
         )
     return cast(Tensor, cast(Any, labels).to_local())
 

@@ -80,7 +80,7 @@ def compute(
         return in_shape(
             run_forward(backend, logits, labels, temperature, ignore_index, wanted)[1], wanted, logits, labels
         )
-    if not torch.compiler.is_compiling() and _forward_ad_level() >= 0:
+    if not torch.compiler.is_compiling() and forward_ad_level() >= 0:
         _refuse_forward_mode(logits)
     results: Any = _LogProbs.apply(  # type: ignore[no-untyped-call]  # torch's gap
         logits, labels, temperature, backend, ignore_index, wanted, inplace_backward
@@ -92,10 +92,10 @@ def _needs_no_graph(logits: Tensor) -> bool:
     """Whether no derivative can be asked for of this call, so that no autograd.Function has to refuse or compute it."""
     if (logits.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return False
-    return _forward_ad_level() < 0  # else the autograd.Function refuses
+    return forward_ad_level() < 0  # else the autograd.Function refuses
 
 
-def _forward_ad_level() -> int:
+def forward_ad_level() -> int:
     """How deep this is in forward-mode differentiation: -1 outside of it; 0 also where torch does not tell."""
     return getattr(torch.autograd.forward_ad, "_current_level", 0)
 

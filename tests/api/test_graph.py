@@ -264,3 +264,18 @@ def test_fake_tensors_have_shapes_and_dtypes():
         with pytest.raises(clp.BackendUnavailable):
             clp.log_probs_from_logits(logits, labels, backend="fastest")
     assert clp.log_probs_from_logits(logits, labels).shape == (4,)  # fake tensors outside of their mode
+
+
+def test_forward_mode_inside_a_graph_is_refused():
+    logits, labels = inputs(3)
+    logits = logits.detach()
+
+    def tangent(x):
+        return torch.func.jvp(lambda x: clp.log_probs_from_logits(x, labels), (x,), (x,))[1]
+
+    with pytest.raises(Exception, match="log_probs_from_logits"):
+        torch.compile(tangent, backend="aot_eager")(logits)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(logits, logits)
+        with pytest.raises(Exception, match="log_probs_from_logits"):
+            torch.compile(lambda x: clp.log_probs_from_logits(x, labels), backend="aot_eager")(dual)
