@@ -3,6 +3,7 @@
 <root>/v1/<environment>/environment.json                   the facts of that environment
 <root>/v1/<environment>/decisions/<problem>.json           one decision: the fields of `Decision`
 <root>/v1/<environment>/decisions/<problem>.evidence.json  the evidence that it rests on: the fields of `Evidence`
+<root>/v1/<environment>/history/<problem>/<time>.json      the last `KEPT` decisions that a newer one replaced
 
 There is no lock: a file is complete before it gets its name, so a reader meets the old one or the new one.
 A file that cannot be read is a miss with a warning, never an error.
@@ -20,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from compiled_logprobs.decision import Decision, Evidence, from_plain, parse_json
+from compiled_logprobs.decision import Decision, Evidence, from_plain, moment, parse_json
 from compiled_logprobs.errors import ProfileError, warn
 from compiled_logprobs.machine.environment import Environment
 from compiled_logprobs.problem import Problem, problem_from_name, problem_name, short_name
@@ -29,6 +30,9 @@ VERSION = "v1"
 """The folder of all environments in a store."""
 FACTS = "environment.json"
 EVIDENCE = ".evidence.json"
+HISTORY = "history"
+KEPT = 8
+"""Decisions of a problem's history."""
 TEMPORARY = ".tmp"
 LIMIT = 2**20
 """Bytes of a decision, so that a wrong file costs no memory."""
@@ -57,6 +61,21 @@ class Store:
         path = self.path(environment, decision.problem).with_suffix(EVIDENCE)
         return _or_warn(lambda path: read_evidence(path, decision), path)
 
+    def history(self, environment: str, problem: Problem) -> list[Decision]:
+        """The decisions for this that newer ones replaced, the newest last; those that can be read."""
+        past = (_or_warn(read_past, path) for path in past_files(self.past_of(environment, problem)))
+        return [decision for decision in past if decision is not None]
+
+    def remember(self, environment: str, decision: Decision) -> None:
+        """Keep `decision` as one of the past, and of its problem the last `KEPT`. Raises ProfileError if that fails."""
+        if moment(decision.measured_at) is None:  # a foreign file, which has no place among the others
+            return
+        path = self.past(environment, decision)
+        with self._writing(path):
+            write_bytes(path, decision.to_json())
+            for old in past_files(path.parent)[:-KEPT]:
+                old.unlink(missing_ok=True)
+
     def decisions(self, environment: str | None = None) -> Iterator[tuple[str, Decision]]:
         """Environment and decision of all that is stored and can be read, or of one environment's."""
         for folder in self.folders():
@@ -84,9 +103,14 @@ class Store:
         return [other for other in stored if other is not None]
 
     def publish(self, environment: Environment, decision: Decision, evidence: Evidence | None = None) -> Path:
-        """Store `decision` in place of an older one; its path. Raises ProfileError if that fails."""
+        """Store `decision` in place of an older one, which becomes history; its path. Raises ProfileError if that
+        fails."""
         path = self.path(environment.fingerprint(), decision.problem)
-        facts, is_stored = path.parents[1] / FACTS, False
+        facts, is_stored, before = path.parents[1] / FACTS, False, None
+        with contextlib.suppress(ProfileError):
+            before = read_decision(path)
+        if before is not None and before.measured_at != decision.measured_at:
+            self.remember(environment.fingerprint(), before)
         with self._writing(path):
             with contextlib.suppress(ProfileError):
                 is_stored = read_facts(facts) is not None
@@ -114,6 +138,15 @@ class Store:
                 "`compiled-logprobs doctor` prints it"
             )
         return self.root / VERSION / environment / "decisions" / f"{problem_name(problem)}.json"
+
+    def past_of(self, environment: str, problem: Problem) -> Path:
+        """The folder of a problem's history."""
+        path = self.path(environment, problem)
+        return path.parents[1] / HISTORY / path.stem
+
+    def past(self, environment: str, decision: Decision) -> Path:
+        """Where `decision` is or would be kept as one of the past."""
+        return self.past_of(environment, decision.problem) / f"{re.sub('[-:]', '', decision.measured_at)}.json"
 
     def folders(self) -> list[Path]:
         """One for each environment."""
@@ -157,6 +190,12 @@ def parse_decision(data: bytes, name: str) -> Decision:
     if problem_name(decision.problem) != name:
         raise ProfileError(f"it is of another problem, {problem_name(decision.problem)}")
     return decision
+
+
+def read_past(path: Path) -> Decision | None:
+    """The same of a file in a problem's history."""
+    data = read_bytes(path, LIMIT)
+    return None if data is None else parse_decision(data, path.parent.name)
 
 
 def read_evidence(path: Path, decision: Decision) -> Evidence | None:
@@ -223,6 +262,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 def decision_files(folder: Path) -> list[Path]:
     """The files of decisions in an environment's folder."""
     return [path for path in listing(folder / "decisions") if re.fullmatch(r"[^.]+\.json", path.name)]
+
+
+def past_files(folder: Path) -> list[Path]:
+    """The files in the folder of a problem's history, the newest last."""
+    return [path for path in listing(folder) if re.fullmatch(r"[0-9]{8}T[0-9]{6}Z\.json", path.name)]
 
 
 def listing(folder: Path) -> list[Path]:

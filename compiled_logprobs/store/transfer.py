@@ -25,6 +25,8 @@ from compiled_logprobs.store.files import (
     EVIDENCE,
     EVIDENCE_LIMIT,
     FACTS,
+    HISTORY,
+    KEPT,
     LIMIT,
     TEMPORARY,
     VERSION,
@@ -32,9 +34,11 @@ from compiled_logprobs.store.files import (
     listing,
     parse_decision,
     parse_evidence,
+    past_files,
     read_decision,
     read_evidence,
     read_facts,
+    read_past,
 )
 
 MOST_BYTES = 2**28
@@ -46,6 +50,9 @@ AT_WORK_S = 3600.0
 _MEMBER = re.compile(
     rf"(?P<folder>{VERSION}/(?P<environment>[0-9a-f]{{16}})/decisions/)(?P<name>[a-z0-9_-]{{1,240}})"
     r"(?P<evidence>\.evidence)?\.json"
+)
+_PAST = re.compile(
+    rf"{VERSION}/(?P<environment>[0-9a-f]{{16}})/{HISTORY}/(?P<name>[a-z0-9_-]{{1,240}})/[0-9]{{8}}T[0-9]{{6}}Z\.json"
 )
 _TEMPORARY = re.compile(rf"\.[0-9a-f]{{16}}{TEMPORARY}")
 
@@ -76,7 +83,7 @@ class Pruned(NamedTuple):
 def export_archive(
     store: Store, environments: Collection[str] | None = None, *, evidence: bool = True
 ) -> tuple[bytes, int]:
-    """The decisions of `store` as one file, of these environments or of all, and how many they are.
+    """The decisions of `store` with their history as one file, of these environments or of all, and how many they are.
 
     The same decisions give the same bytes. Raises ProfileError if there is none.
     """
@@ -87,7 +94,8 @@ def export_archive(
                 continue
             path, decisions = store.path(environment, decision.problem), decisions + 1
             beside = store.evidence(environment, decision) if evidence else None
-            for file, of in ((path, decision), (path.with_suffix(EVIDENCE), beside)):
+            earlier = [(store.past(environment, one), one) for one in store.history(environment, decision.problem)]
+            for file, of in ((path, decision), (path.with_suffix(EVIDENCE), beside), *earlier):
                 if of is not None:
                     data, member = of.to_json(), tarfile.TarInfo(file.relative_to(store.root).as_posix())
                     member.size = len(data)
@@ -124,7 +132,23 @@ def import_archive(store: Store, source: IO[bytes], *, dry_run: bool = False) ->
         if fate in ("added", "replaced") and not dry_run:
             store.publish(home, decision, evidence)
         imported.append(Imported(place["name"], fate, why, place["environment"], decision))
-    return imported
+    return imported + _import_past(store, files, dry_run=dry_run)
+
+
+def _import_past(store: Store, files: dict[str, bytes], *, dry_run: bool) -> list[Imported]:
+    """Store what an archive has of the past; returns what of it is broken."""
+    broken = []
+    for path, data in files.items():
+        if (place := _PAST.fullmatch(path)) is not None:
+            try:
+                decision = parse_decision(data, place["name"])
+                _home(decision, place["environment"])
+            except ProfileError as error:
+                broken.append(Imported(place["name"], "broken", str(error), place["environment"]))
+                continue
+            if not dry_run:
+                store.remember(place["environment"], decision)
+    return broken
 
 
 def _unpack(source: IO[bytes]) -> tuple[dict[str, bytes], list[Imported]]:
@@ -140,9 +164,10 @@ def _unpack(source: IO[bytes]) -> tuple[dict[str, bytes], list[Imported]]:
             for member in archive:
                 place = _MEMBER.fullmatch(member.name)
                 limit = EVIDENCE_LIMIT if place and place["evidence"] else LIMIT
+                is_known = place or _PAST.fullmatch(member.name)
                 if member.isdir() or member.name.endswith(f"/{FACTS}"):
                     continue  # the facts are those in the decisions
-                if not place or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                if not is_known or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     others.append(Imported(member.name, "broken", "it is no file of a store"))
                 elif member.size > limit:
                     others.append(Imported(member.name, "broken", f"it has more than {limit} bytes"))
@@ -195,8 +220,8 @@ def prune(
 ) -> list[Pruned]:
     """Remove from `store` what is broken, and what else is asked for; returns what has gone, or would go.
 
-    Broken are files that this release cannot use, evidence of no decision, and what killed writers left. What cannot be
-    read at present, and files that are none of a store's, always stay.
+    Broken are files that this release cannot use, evidence of no decision, more history than is kept, and what killed
+    writers left. What cannot be read at present, and files that are none of a store's, always stay.
 
     Args:
         store: where.
@@ -210,7 +235,8 @@ def prune(
     pruned = []
     for folder in store.folders():
         elsewhere = other_environments and folder.name not in here
-        for path in (*listing(folder / "decisions"), *listing(folder)):
+        past = [path for problem in listing(folder / HISTORY) for path in listing(problem)]
+        for path in (*listing(folder / "decisions"), *past, *listing(folder)):
             if path.is_dir() or not (path.suffix == ".json" or _TEMPORARY.fullmatch(path.name)):
                 continue
             try:
@@ -227,7 +253,9 @@ def prune(
                 ) from error
         if elsewhere and not dry_run:
             with suppress(OSError):  # a person's file is in there
-                (folder / "decisions").rmdir()
+                for emptied in (*listing(folder / HISTORY), folder / HISTORY, folder / "decisions"):
+                    if emptied.is_dir():
+                        emptied.rmdir()
                 folder.rmdir()
     return pruned
 
@@ -241,6 +269,10 @@ def _why_waste(path: Path, older_than_days: float | None) -> str | None:
         if path.name == FACTS:
             read_facts(path)
             return None
+        if path.parents[1].name == HISTORY:
+            if path in past_files(path.parent)[:-KEPT]:
+                return f"more than {KEPT} earlier decisions are there"
+            return _why_old(read_past(path), older_than_days)
         decision = read_decision(path.with_name(path.name.replace(EVIDENCE, ".json")))
         if path.name.endswith(EVIDENCE):
             evidence = None if decision is None else read_evidence(path, decision)
@@ -249,6 +281,10 @@ def _why_waste(path: Path, older_than_days: float | None) -> str | None:
     except ProfileError as error:
         # That it cannot be read by this process, or now, says nothing about what is in it.
         return None if isinstance(error.__cause__, OSError) else f"broken: {error}"
+    return _why_old(decision, older_than_days)
+
+
+def _why_old(decision: Decision | None, older_than_days: float | None) -> str | None:
     when = None if decision is None else moment(decision.measured_at)
     if (
         when is None

@@ -20,7 +20,7 @@ from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import Environment, environment_of
 from compiled_logprobs.problem import Problem, problem_name, problem_to_dict
 from compiled_logprobs.store import ROOT_VARIABLE, bundled_store, stores, user_store
-from compiled_logprobs.store.files import Store
+from compiled_logprobs.store.files import KEPT, Store
 from tests.helpers.stored_decisions import decided, evidence_of
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +66,21 @@ def test_a_later_decision_replaces_an_earlier_one_and_its_evidence(store):
     assert store.evidence(KEY, SECOND) is None  # it is of another decision
     store.publish(HERE, FIRST)
     assert store.read(KEY, PROBLEM) == FIRST and not list(store.root.rglob("*.evidence.json"))
+
+
+def test_what_is_replaced_is_kept_as_history_which_is_bounded(store):
+    days = [decided(PROBLEM, measured_at=f"2026-11-{day:02}T12:00:00Z", seed=day) for day in range(1, KEPT + 4)]
+    for one in (*days, days[-1]):  # the last twice: it is no history of itself
+        store.publish(HERE, one)
+    assert store.history(KEY, PROBLEM) == days[-1 - KEPT : -1] and store.read(KEY, PROBLEM) == days[-1]
+    assert list(store.decisions()) == [(KEY, days[-1])] and list(store.problems()) == [(KEY, PROBLEM)]
+    store.past(KEY, days[-2]).write_text("{")
+    with pytest.warns(RuntimeWarning, match="is passed over"):
+        assert store.history(KEY, PROBLEM) == days[-1 - KEPT : -2]
+    store.past(KEY, days[-2]).unlink()
+    store.publish(HERE, decided(PROBLEM, measured_at="<b>"))
+    store.publish(HERE, decided(PROBLEM))
+    assert len(store.history(KEY, PROBLEM)) == KEPT - 1, "what has no date has no place in it"
 
 
 def test_problems_of_the_same_device_vocabulary_and_dtype_are_listed_without_reading_them(store):

@@ -21,7 +21,7 @@ from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import environment_at, environment_of
 from compiled_logprobs.problem import problem_name
 from compiled_logprobs.store import transfer
-from compiled_logprobs.store.files import EVIDENCE_LIMIT, LIMIT, Store
+from compiled_logprobs.store.files import EVIDENCE_LIMIT, KEPT, LIMIT, Store
 from compiled_logprobs.store.transfer import export_archive, import_archive, prune
 from tests.helpers.stored_decisions import CPU, LARGE, decided, evidence_of
 
@@ -82,6 +82,23 @@ def test_what_is_exported_and_imported_is_the_same_byte_for_byte(source, target)
     assert files(target) == files(source)
     assert export_archive(target) == (archive, 2)
     assert fates(archive, target) == ["same"] * 2
+
+
+def test_history_is_taken_along_and_pruned(source, target):
+    source.publish(HERE, decided(measured_at=NEW))
+    archive, decisions = export_archive(source)
+    assert decisions == 2 and fates(archive, target, dry_run=True) == ["added"] * 2 and not target.root.exists()
+    assert fates(archive, target) == ["added"] * 2 and files(target) == files(source)
+    ((past, data),) = ((name, data) for name, data in files(source).items() if "/history/" in name)
+    assert fates(packed({past: b"{"}), target) == ["broken"] and files(target) == files(source)
+    places = [target.root / past.replace("20260101", f"202501{day:02}") for day in range(1, KEPT + 2)]
+    for place in places:
+        place.write_bytes(data)
+    places[-1].write_text("{")
+    assert [one.path for one in prune(target, [KEY])] == [*places[:2], places[-1]]
+    assert target.root / past in [one.path for one in prune(target, [KEY], older_than_days=1)]
+    prune(target, [], other_environments=True)
+    assert not files(target) and not list((target.root / "v1").iterdir())
 
 
 def test_evidence_and_environments_are_left_out_on_demand(source, target):
