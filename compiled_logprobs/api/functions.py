@@ -77,7 +77,7 @@ def log_probs_from_logits(
             counter of operations) "auto" is eager.
         group: a process group of torch.distributed whose ranks hold each some columns of the vocabulary, in the order
             of the ranks; labels are those of the whole, and all ranks get the same results, bit for bit. With a DTensor
-            that is sharded over its last dimension there is no need of it. Not for argmax and the sum.
+            that is sharded over its last dimension there is no need of it. Not for argmax.
         vocab_start_index: with `group`: which column the first one here is; by default all ranks hold as many.
         vocab_size: columns of the vocabulary in all; those beyond it are padding, and count as -inf.
 

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional
 
 from compiled_logprobs.api.call import named_backend, problem_of
@@ -28,12 +28,11 @@ class Part(NamedTuple):
 
     def wanted_of_backend(self, wanted: Wanted) -> Wanted:
         """What the backend has to be able to return, and to take a gradient of."""
-        for name in ("argmax", "sum_p_squared"):
-            if getattr(wanted, name):
-                raise InputError(
-                    f"got return_{name}=True for a vocabulary that is split over {self.group.size()} ranks; False is "
-                    "valid there, since it would need collectives of its own. Ask for it on gathered logits."
-                )
+        if wanted.argmax:
+            raise InputError(
+                f"got return_argmax=True for a vocabulary that is split over {self.group.size()} ranks; False is "
+                "valid there, since it would need a collective of its own. Ask for it on gathered logits."
+            )
         return wanted._replace(logsumexp=True)
 
 
@@ -160,6 +159,11 @@ def _part(logits: Tensor, group: Any, start: int, columns: int, vocab: int) -> P
 
 
 def _size(group: Any) -> int:
+    if group == distributed.GroupMember.NON_GROUP_MEMBER:
+        raise InputError(
+            "got the group NON_GROUP_MEMBER, which new_group returns where this rank is not one of its ranks; a group "
+            "that it is part of is valid. Call on the ranks of the group alone."
+        )
     if not hasattr(group, "size") or not hasattr(group, "rank"):
         raise InputError(
             f"got group={group!r}; a process group of torch.distributed is valid, e.g. distributed.group.WORLD or "

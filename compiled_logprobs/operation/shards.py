@@ -6,6 +6,7 @@ ranks need to know of it. With m and log s those of a part, M the largest m, and
     u          = s exp((m - M) / T)                                              S = sum u, the s of the whole row
     log p_y    = (x_y - M) / T - log S                                           x_y from the rank that has it
     entropy    = log S - sum u (log s - entropy of the part + (m - M) / T) / S
+    sum of p^2 = sum u^2 (that of the part) / S^2
 
 With the statistics of the whole row each rank has the gradient of its part.
 
@@ -30,9 +31,9 @@ IGNORED = -100
 class Shard:
     """The columns of one rank, as a backend of the whole rows: `backend` computes them.
 
-    Forward: two collectives, the maximum of [...] and one sum of [1 + K + entropy, ...] and one number more, in the
-    accumulation dtype. Backward: none. What they return has the same bits on all ranks, and so have the results,
-    whatever backends the ranks take.
+    Forward: two collectives, the maximum of [...] and one sum of [1 + K + entropy + sum of p^2, ...] and two numbers
+    more, in the accumulation dtype. Backward: none. What they return has the same bits on all ranks, and so have the
+    results, whatever backends the ranks take.
     """
 
     def __init__(self, backend: ForwardBackward, group: Any, start: int, columns: int, vocab: int) -> None:
@@ -43,7 +44,7 @@ class Shard:
     def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
         rows = clean(inputs, self._vocab)
         local, is_here = self._part(inputs, rows.labels, rows.ignored)
-        part = self._backend.forward(local, Wanted(entropy=wanted.entropy, logsumexp=True))
+        part = self._backend.forward(local, wanted._replace(logsumexp=True))
         m, log_s = part.stats[0], part.stats[1]
         top = m.masked_fill(m.isnan(), math.inf)  # a maximum may lose a NaN: infinity makes the row one, too
         distributed.all_reduce(top, distributed.ReduceOp.MAX, group=self._group)
@@ -60,12 +61,16 @@ class Shard:
         if wanted.entropy:
             assert part.entropy is not None
             sums.append((u * (log_s - part.entropy + finite(below))).masked_fill(is_empty, 0.0))
-        numbers = u.new_full((1,), self._columns)
-        packed = torch.cat([torch.stack(sums).flatten(), numbers]).to(m.dtype)
+        if wanted.sum_p_squared:
+            assert part.sum_p_squared is not None
+            sums.append((u.square() * part.sum_p_squared).masked_fill(is_empty, 0.0))
+        layout = u.new_tensor([self._columns, mark(self._start + self._columns) - mark(self._start)])
+        packed = torch.cat([torch.stack(sums).flatten(), layout]).to(m.dtype)
         distributed.all_reduce(packed, distributed.ReduceOp.SUM, group=self._group)
-        whole = packed[:-1].view(-1, *m.shape).double()
-        s, d_K, q = whole[0], whole[1 : 1 + d_K.shape[-1]].movedim(0, -1), whole[-1]
-        s = s.masked_fill(~(s > 0) | rows.invalid | self._is_torn(packed[-1]), math.nan)
+        s, *others = packed[:-2].view(-1, *m.shape).double().unbind()
+        labels = d_K.shape[-1]
+        d_K, q, squares = torch.stack(others[:labels], -1), others[labels:][:1], others[-1]
+        s = s.masked_fill(~(s > 0) | rows.invalid | self._is_torn(*packed[-2:]), math.nan)
         log_s = s.log()
         return finish(
             rows,
@@ -73,7 +78,8 @@ class Shard:
             (d_K - log_s.unsqueeze(-1)).to(m.dtype),
             top,
             log_s.to(m.dtype),
-            (log_s - q / s).to(m.dtype) if wanted.entropy else None,
+            (log_s - q[0] / s).to(m.dtype) if wanted.entropy else None,
+            sum_p_squared=(squares / s.square()).to(m.dtype) if wanted.sum_p_squared else None,
         )
 
     def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
@@ -94,14 +100,25 @@ class Shard:
         columns = columns.masked_fill(~is_here, 0).masked_fill(ignored, IGNORED)
         return inputs._replace(labels=columns, ignore_index=IGNORED), is_here
 
-    def _is_torn(self, columns: Tensor) -> bool | Tensor:
-        """Whether the ranks hold another number of columns in all than the vocabulary has. On a CPU that is an error;
+    def _is_torn(self, columns: Tensor, marks: Tensor) -> bool | Tensor:
+        """Whether the parts of the ranks are not each column of the vocabulary once. On a CPU that is an error;
         elsewhere, where no value is looked at, it makes all rows NaN."""
-        is_torn = columns != self._vocab
+        is_torn = (columns != self._vocab) | (marks != mark(self._vocab) - mark(0))
         if columns.device.type == "cpu" and bool(is_torn):
+            wrong = f"of {int(columns)} columns in all" if int(columns) != self._vocab else "that overlap"
             raise InputError(
-                f"got parts of the vocabulary of {int(columns)} columns in all, of which {self._columns} on this rank "
-                f"from column {self._start}; {self._vocab} in all are valid. Pass vocab_size, and vocab_start_index "
+                f"got parts of the vocabulary {wrong}, of which {self._columns} columns on this rank from column "
+                f"{self._start}; each of {self._vocab} on one rank is valid. Pass vocab_size, and vocab_start_index "
                 "where the parts are not equal."
             )
         return is_torn
+
+
+def mark(column: int) -> int:
+    """A number below 2^15 for the edge before a column, as good as a random one.
+
+    Each part adds that of its end and takes off that of its start. Where each column is in one part, the sum over all
+    is what the whole vocabulary adds, since the others cancel; elsewhere it is that only by chance. As float32 the sum
+    is exact for 512 ranks.
+    """
+    return pow(column, 3, 32749)

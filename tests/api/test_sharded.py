@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
 import compiled_logprobs as clp
 
@@ -75,6 +76,10 @@ def test_one_rank_takes_the_columns_of_a_padded_vocabulary():
         ({"vocab_size": 101}, "got vocab_size=101 for logits of 100 columns; an integer from 1 to 100 is valid"),
         ({"vocab_start_index": 0, "vocab_size": 90}, "got vocab_start_index=0 without group"),
         ({"group": "tp"}, "got group='tp'; a process group of torch.distributed is valid"),
+        (
+            {"group": distributed.GroupMember.NON_GROUP_MEMBER},
+            "NON_GROUP_MEMBER.* Call on the ranks of the group alone",
+        ),
     ],
 )
 def test_what_says_nothing_of_a_split_is_refused(options, words):

@@ -100,15 +100,16 @@ def compare(backend: str, group: distributed.ProcessGroup, kind: str, count: int
         temperature=TEMPERATURE,
         return_entropy=True,
         return_logsumexp=True,
+        return_sum_p_squared=True,
         backend=backend,
         group=group,
         **where,
     )
-    torch.autograd.backward(list(out), [g, h, z])
+    torch.autograd.backward([out.log_probs, out.entropy, out.logsumexp], [g, h, z])
     assert torch.equal(part.nan_to_num(), before.nan_to_num()), "the logits were changed"
     true = reference(x, y, TEMPERATURE, grad_log_probs=g, grad_entropy=h, grad_logsumexp=z)
     what = f"{backend}, {kind}, {count} labels, {dtype}"
-    for name in ("log_probs", "entropy", "logsumexp"):
+    for name in ("log_probs", "entropy", "logsumexp", "sum_p_squared"):
         assert_near(getattr(out, name), getattr(true, name), f"{name} of {what}")
     assert_near(leaf.grad, true.gradient[:, start:end], f"gradient of {what}", dtype)
     assert_same_on(group, *out)
@@ -171,7 +172,7 @@ def nothing_is_sent_but_one_maximum_and_one_sum() -> None:
     finally:
         distributed.all_reduce = real
     op = distributed.ReduceOp
-    assert sent == [(op.MAX, ROWS, torch.float32), (op.SUM, 5 * ROWS + 1, torch.float32)], sent
+    assert sent == [(op.MAX, ROWS, torch.float32), (op.SUM, 5 * ROWS + 2, torch.float32)], sent
 
 
 def what_does_not_fit_is_an_error_on_all_ranks() -> None:
@@ -183,6 +184,8 @@ def what_does_not_fit_is_an_error_on_all_ranks() -> None:
     whole = {"group": WORLD, "vocab_start_index": start, "vocab_size": VOCAB}
     raises(rf"labels\[3\] = {VOCAB}; 0 to {VOCAB - 1}", lambda: clp.log_probs_from_logits(part, bad, **whole))
     raises("parts of the vocabulary of 1042 columns", lambda: clp.log_probs_from_logits(part, y, group=WORLD))
+    overlapping = {**whole, "vocab_start_index": start - 5 * (RANK == 2)}
+    raises("parts of the vocabulary that overlap", lambda: clp.log_probs_from_logits(part, y, **overlapping))
     raises("return_argmax=True for", lambda: clp.log_probs_from_logits(part, y, return_argmax=True, **whole))
     raises("without vocab_size", lambda: clp.log_probs_from_logits(part, y, group=WORLD, vocab_start_index=start))
     empty = clp.log_probs_from_logits(part[:0].clone().requires_grad_(), y[:0], **whole)
