@@ -64,6 +64,11 @@ def is_traced(logits: Tensor) -> bool:
     return count_dispatch_modes() > 0 and any(mode.is_infra_mode() for mode in dispatch_modes())
 
 
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a DTensor, whose module need not be imported for this."""
+    return isinstance(tensor, Tensor) and type(tensor) is not Tensor and hasattr(tensor, "placements")
+
+
 def has_saved_tensor_hooks(otherwise: bool) -> bool:
     """Whether hooks on saved tensors are in force, such as those of a checkpoint; `otherwise` where torch cannot tell,
     as before 2.7."""
@@ -73,7 +78,7 @@ def has_saved_tensor_hooks(otherwise: bool) -> bool:
 def check_logits(logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise InputError(f"got logits of type {type(logits).__name__}; a torch.Tensor [..., V] is valid.")
-    if hasattr(logits, "full_tensor"):
+    if is_dtensor(logits):
         raise InputError(
             "got logits that are a DTensor; a plain tensor is valid. "
             "Pass logits.full_tensor(), or logits.to_local() where the vocabulary is not sharded."
@@ -113,7 +118,7 @@ def check_no_transform(backend: str) -> None:
 def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
     if not isinstance(labels, Tensor):
         raise InputError(f"got labels of type {type(labels).__name__}; a torch.Tensor of integers is valid.")
-    if hasattr(labels, "full_tensor"):
+    if is_dtensor(labels):
         raise InputError("got labels that are a DTensor; a plain tensor is valid. Pass labels.full_tensor().")
     _check_not_transformed("labels", labels)
     if labels.dtype not in (torch.int64, torch.int32):

@@ -8,7 +8,7 @@ from torch import Tensor
 from compiled_logprobs.api.call import named_backend, problem_of
 from compiled_logprobs.api.graph import log_probs_in_graph
 from compiled_logprobs.api.log_probs import LogProbs, log_probs_with
-from compiled_logprobs.api.sharded import is_dtensor, log_probs_of_part, of_all_rows, part_of
+from compiled_logprobs.api.sharded import Part, of_all_rows, part_of
 from compiled_logprobs.arguments import (
     check_labels,
     check_logits,
@@ -16,6 +16,7 @@ from compiled_logprobs.arguments import (
     check_values,
     checked_out_dtype,
     checked_temperature,
+    is_dtensor,
     is_nan,
     is_traced,
 )
@@ -24,6 +25,7 @@ from compiled_logprobs.choose.auto import Auto
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.operation.autograd import ForwardBackward, PlainFormula, compute
 from compiled_logprobs.operation.contract import Wanted, in_dtype
+from compiled_logprobs.operation.shards import Shard
 
 _PLAIN = PlainFormula()
 
@@ -96,8 +98,8 @@ def log_probs_from_logits(
     if group is not None or vocab_size is not None or vocab_start_index is not None or is_dtensor(logits):
         if inplace_backward:
             check_not_leaf(logits)
-        part = part_of(logits, group, vocab_start_index, vocab_size)
-        logits, labels = part.logits, of_all_rows(labels)
+        logits, part = part_of(logits, group, vocab_start_index, vocab_size)
+        labels = of_all_rows(labels)
         temperature = of_all_rows(temperature) if isinstance(temperature, Tensor) else temperature
     check_logits(logits)
     check_labels(logits, labels, ignore_index)
@@ -107,19 +109,24 @@ def log_probs_from_logits(
     if backend != "auto" and backend not in backends():
         get_backend(backend)  # raises
     wanted = Wanted(return_entropy, return_logsumexp, return_argmax, return_sum_p_squared)
-    if part is not None and part.group is not None:
-        log_probs, *others = log_probs_of_part(
-            part,
+    if not is_traced(logits):
+        log_probs, *others = _computed(
+            logits,
             labels,
             temperature,
-            ignore_index=ignore_index,
-            wanted=wanted,
-            masked_logits=masked_logits,
-            inplace_backward=inplace_backward,
-            out_dtype=out_dtype,
-            backend=backend,
+            int(ignore_index),
+            wanted,
+            masked_logits,
+            inplace_backward,
+            out_dtype,
+            backend,
+            part,
         )
-    elif is_traced(logits) and backend != EAGER:
+    elif part is not None:
+        raise part.error_in_graph()
+    elif backend == EAGER:  # for the compiler to fuse
+        log_probs, *others = compute(_PLAIN, logits, labels, temperature, ignore_index=int(ignore_index), wanted=wanted)
+    else:
         log_probs, *others = log_probs_in_graph(
             logits,
             labels,
@@ -130,10 +137,6 @@ def log_probs_from_logits(
             masked_logits=masked_logits,
             out_dtype=out_dtype,
             backend=backend,
-        )
-    else:
-        log_probs, *others = _computed(
-            logits, labels, temperature, int(ignore_index), wanted, masked_logits, inplace_backward, out_dtype, backend
         )
     if log_probs.dtype != out_dtype:
         log_probs = log_probs.to(out_dtype)
@@ -152,19 +155,16 @@ def _computed(
     inplace_backward: bool,
     out_dtype: torch.dtype,
     backend: str,
+    part: Part | None,
 ) -> tuple[Tensor, ...]:
-    """What `compute` returns: by the backend of the call; in a graph by the formula, for the compiler to fuse."""
-    serving: ForwardBackward
-    has_values = not is_traced(logits)
-    if not has_values:
-        serving, inplace_backward = _PLAIN, False
-    else:
-        if inplace_backward:
-            check_not_leaf(logits)
-        problem = problem_of(logits, labels, temperature, wanted, masked_logits, inplace_backward, out_dtype)
-        serving = Auto(problem, logits) if backend == "auto" else named_backend(backend, problem)
+    """What `compute` returns, by the backend of the call; where `logits` are a part, together with the other ranks."""
+    if inplace_backward:
+        check_not_leaf(logits)
+    of_backend = wanted if part is None else part.wanted_of_backend(wanted)
+    problem = problem_of(logits, labels, temperature, of_backend, masked_logits, inplace_backward, out_dtype)
+    serving: ForwardBackward = Auto(problem, logits) if backend == "auto" else named_backend(backend, problem)
     results = compute(
-        serving,
+        serving if part is None else Shard(serving, *part),
         logits,
         labels,
         temperature,
@@ -172,8 +172,8 @@ def _computed(
         wanted=wanted,
         inplace_backward=inplace_backward,
     )
-    if has_values and logits.is_cpu and is_nan(results[0]):
-        check_values(logits, labels, temperature, ignore_index)
+    if logits.is_cpu and is_nan(results[0]):
+        check_values(logits, labels, temperature, ignore_index, None if part is None else part.vocab)
     return results
 
 

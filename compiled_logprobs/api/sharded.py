@@ -6,24 +6,18 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional
 
-from compiled_logprobs.api.call import named_backend, problem_of
-from compiled_logprobs.arguments import check_values, is_nan, is_traced
-from compiled_logprobs.choose.auto import Auto
+from compiled_logprobs.arguments import is_dtensor
 from compiled_logprobs.errors import InputError
-from compiled_logprobs.operation.autograd import compute
 from compiled_logprobs.operation.contract import Wanted
-from compiled_logprobs.operation.shards import Shard
 
 
 class Part(NamedTuple):
-    """What this rank has of a vocabulary."""
+    """What this rank has of a vocabulary that is split over several."""
 
-    logits: Tensor
-    """[..., columns], without the padding; one column of -inf where there would be none."""
     group: Any
-    """None: all columns are here."""
     start: int
     columns: int
+    """0 for a rank that has none, whose logits are one column of -inf."""
     vocab: int
 
     def wanted_of_backend(self, wanted: Wanted) -> Wanted:
@@ -35,44 +29,21 @@ class Part(NamedTuple):
             )
         return wanted._replace(logsumexp=True)
 
-
-def log_probs_of_part(
-    part: Part,
-    labels: Tensor,
-    temperature: float | Tensor,
-    *,
-    ignore_index: int,
-    wanted: Wanted,
-    masked_logits: bool,
-    inplace_backward: bool,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    """What `operation.autograd.compute` returns, of a vocabulary that is split over the ranks of `part.group`."""
-    logits, of_part = part.logits, part.wanted_of_backend(wanted)
-    if is_traced(logits):
-        raise InputError(
-            f"got a vocabulary that is split over {part.group.size()} ranks, inside torch.compile; "
+    def error_in_graph(self) -> InputError:
+        """What a call in a graph is told."""
+        return InputError(
+            f"got a vocabulary that is split over {self.group.size()} ranks, inside torch.compile; "
             "outside of graphs it is served. Put the call into a function under torch.compiler.disable."
         )
-    problem = problem_of(logits, labels, temperature, of_part, masked_logits, inplace_backward, out_dtype)
-    serving = Auto(problem, logits) if backend == "auto" else named_backend(backend, problem)
-    results = compute(
-        Shard(serving, part.group, part.start, part.columns, part.vocab),
-        logits,
-        labels,
-        temperature,
-        ignore_index=ignore_index,
-        wanted=wanted,
-        inplace_backward=inplace_backward,
-    )
-    if logits.is_cpu and is_nan(results[0]):
-        check_values(logits, labels, temperature, ignore_index, part.vocab)
-    return results
 
 
-def part_of(logits: Tensor, group: Any, vocab_start_index: int | None, vocab_size: int | None) -> Part:
-    """The columns that this rank has. Arguments as for `log_probs_from_logits`, `logits` maybe a DTensor."""
+def part_of(
+    logits: Tensor, group: Any, vocab_start_index: int | None, vocab_size: int | None
+) -> tuple[Tensor, Part | None]:
+    """The columns that this rank has, without the padding, and which they are; None where they are all.
+
+    Arguments as for `log_probs_from_logits`, `logits` maybe a DTensor.
+    """
     if is_dtensor(logits):
         if not group is vocab_start_index is vocab_size is None:
             raise InputError(
@@ -104,11 +75,6 @@ def part_of(logits: Tensor, group: Any, vocab_start_index: int | None, vocab_siz
     return _part(logits, group if ranks > 1 else None, start, columns, vocab_size)
 
 
-def is_dtensor(logits: object) -> bool:
-    """Whether it is a DTensor, whose module need not be imported for this."""
-    return isinstance(logits, Tensor) and type(logits) is not Tensor and hasattr(logits, "placements")
-
-
 def of_all_rows(labels: Tensor) -> Tensor:
     """Labels or temperatures as a plain tensor, of a replicated DTensor or as they are."""
     if not is_dtensor(labels):
@@ -122,7 +88,7 @@ def of_all_rows(labels: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, labels).to_local())
 
 
-def _part_of_dtensor(logits: Any) -> Part:
+def _part_of_dtensor(logits: Any) -> tuple[Tensor, Part | None]:
     mesh, last = logits.device_mesh, logits.ndim - 1
     split = [
         dim
@@ -149,13 +115,13 @@ def _part_of_dtensor(logits: Any) -> Part:
     return _part(local, mesh.get_group(split[0]), start, local.shape[-1], vocab)
 
 
-def _part(logits: Tensor, group: Any, start: int, columns: int, vocab: int) -> Part:
+def _part(logits: Tensor, group: Any, start: int, columns: int, vocab: int) -> tuple[Tensor, Part | None]:
     if columns == 0:
         # A rank without columns takes part in the collectives, and its graph goes on to what made them.
         logits = functional.pad(logits.narrow(-1, 0, 0), (0, 1), value=-torch.inf)
     elif columns < logits.shape[-1]:
         logits = logits.narrow(-1, 0, columns)
-    return Part(logits, group, start, columns, vocab)
+    return logits, None if group is None else Part(group, start, columns, vocab)
 
 
 def _size(group: Any) -> int:
