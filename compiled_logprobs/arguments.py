@@ -27,7 +27,8 @@ from compiled_logprobs.problem import (
 NO_LABEL = -(2**63)
 """An `ignore_index` that no label has, for functions that ignore none."""
 
-_FLOAT32 = torch.finfo(torch.float32)
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+"""Of temperatures."""
 
 
 def find_private(name: str, otherwise: Any) -> Any:
@@ -59,7 +60,9 @@ _WITHOUT_VALUES = (
 
 def is_traced(logits: Tensor) -> bool:
     """Whether a compiler, an exporter or a fake mode records the operations, so that values may not exist."""
-    if torch.compiler.is_compiling() or logits.is_meta or isinstance(logits, _WITHOUT_VALUES):
+    if torch.compiler.is_compiling() or logits.is_meta:
+        return True
+    if type(logits) is not Tensor and isinstance(logits, _WITHOUT_VALUES):
         return True
     return count_dispatch_modes() > 0 and any(mode.is_infra_mode() for mode in dispatch_modes())
 
@@ -168,11 +171,11 @@ def check_values(
         )
     if isinstance(temperature, Tensor):
         rows_count = counts.any(-1) if labels.ndim == logits.ndim else counts
-        bad = ~((temperature >= _FLOAT32.tiny) & (temperature <= _FLOAT32.max)) & rows_count
+        bad = ~((temperature >= _LEAST) & (temperature <= _MOST)) & rows_count
         if bad.any():
             raise InputError(
                 f"got {_first('temperature', temperature, bad)}; "
-                f"numbers from {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g} are valid. "
+                f"numbers from {_LEAST:.3g} to {_MOST:.3g} are valid. "
                 "Use temperature.clamp(min=...), and ignore_index where a position does not count."
             )
 
@@ -195,10 +198,11 @@ def checked_temperature(logits: Tensor, temperature: float | Tensor) -> float | 
         # value. On a CPU it is read again, and stays what it was.
         dtype = torch.float64 if logits.is_cpu else accumulation_dtype(logits.dtype)
         return torch.ones((), dtype=dtype, device=logits.device) * temperature
-    number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
+    # The type first, since asking whether it is a Real, an abstract class, shows in a small call.
+    number = type(temperature) is float or (isinstance(temperature, numbers.Real) and not isinstance(temperature, bool))
     if not number or not is_temperature(temperature):
         raise InputError(
-            f"got temperature={temperature!r}; a number from {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g}, or a tensor of "
+            f"got temperature={temperature!r}; a number from {_LEAST:.3g} to {_MOST:.3g}, or a tensor of "
             "them broadcastable to the leading dimensions of the logits, is valid. For greedy decoding take the argmax."
         )
     return float(temperature)
@@ -206,7 +210,7 @@ def checked_temperature(logits: Tensor, temperature: float | Tensor) -> float | 
 
 def is_temperature(number: Any) -> bool:
     """Whether `number` is positive, finite and so in float32."""
-    return bool(_FLOAT32.tiny <= number <= _FLOAT32.max)
+    return bool(_LEAST <= number <= _MOST)
 
 
 def _checked_temperature_tensor(logits: Tensor, temperature: Tensor) -> Tensor:

@@ -106,8 +106,6 @@ def log_probs_from_logits(
     per_token = isinstance(temperature, Tensor)
     temperature = checked_temperature(logits, temperature)
     out_dtype = checked_out_dtype(logits, out_dtype)
-    if backend != "auto" and backend not in backends():
-        get_backend(backend)  # raises
     wanted = Wanted(return_entropy, return_logsumexp, return_argmax, return_sum_p_squared)
     if not is_traced(logits):
         log_probs, *others = _computed(
@@ -127,6 +125,8 @@ def log_probs_from_logits(
     elif backend == EAGER:  # for the compiler to fuse
         log_probs, *others = compute(_PLAIN, logits, labels, temperature, ignore_index=int(ignore_index), wanted=wanted)
     else:
+        if backend != "auto" and backend not in backends():
+            get_backend(backend)  # raises
         log_probs, *others = log_probs_in_graph(
             logits,
             labels,
