@@ -6,6 +6,7 @@ from torch import Tensor
 from compiled_logprobs.arguments import check_no_transform
 from compiled_logprobs.backends import EAGER, require_backend
 from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.auto import is_capturing
 from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.operation.autograd import PLAIN
@@ -49,7 +50,7 @@ def named_backend(name: str, problem: Problem) -> Backend:
     backend = require_backend(name, problem)
     if name != EAGER:
         check_no_transform(name)
-    if is_capturing(problem) and not backend.is_warm(problem):
+    if is_capturing(problem) and not memory.MEMORY.is_warm(name, backend, problem):
         raise BackendUnavailable(
             f"backend {name!r} has not run {problem} yet, and cannot compile while a CUDA graph is captured. "
             f"Call warm(problem, backend={name!r}) before the capture, or the function once."

@@ -149,7 +149,7 @@ def choose_again(problem: Problem, device: torch.device, *, had_gradient: bool =
     """
     pair, under = memory.MEMORY.last_forward(problem, had_gradient), policy()
     if is_capturing(problem):
-        return pair if pair is not None and pair[1].is_warm(problem) else _warm_choice(problem, under)
+        return pair if pair is not None and memory.MEMORY.is_warm(*pair, problem) else _warm_choice(problem, under)
     if pair is not None and why_not(pair[0], problem) is None:
         return pair
     return choose(problem, device, under._replace(mode="lookup") if under.mode == "tune" else under)
@@ -171,7 +171,7 @@ def _warm_choice(problem: Problem, under: Policy) -> tuple[str, Backend]:
         got = f"no backend has served {problem}{kind} in this process yet"
     else:
         name, backend = _pair_of(choice, problem, under)
-        if backend.is_warm(problem):
+        if memory.MEMORY.is_warm(name, backend, problem):
             return name, backend
         got = f"backend {name!r}, which serves such problems, has not run {problem} yet"
     raise BackendUnavailable(

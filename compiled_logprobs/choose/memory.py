@@ -55,12 +55,18 @@ class Memory:
     """What a backend raised, by its name and the bucket."""
     checks: dict[tuple[str, Problem, bool], bool] = field(default_factory=dict)
     """Whether a backend passed the short check, for problems of any N."""
+    warmed: set[tuple[str, Problem]] = field(default_factory=set)
+    """What `warm` ran, by the backend's name, wherever the logits may start: nothing is left to compile."""
     warned: set[str] = field(default_factory=set)
     """Backends that profiles chose and that are not registered, as far as the user was told."""
     spent_s: float = 0.0
     """Seconds that calls have spent measuring."""
     is_forked: bool = False
     lock: Any = field(default_factory=threading.RLock)  # whose type has no public name
+
+    def is_warm(self, name: str, backend: Backend, problem: Problem) -> bool:
+        """Whether `backend`, called `name`, runs `problem` in a capture: by its own word, or since `warm` ran it."""
+        return (name, problem) in self.warmed or backend.is_warm(problem)
 
     def keep(self, problem: Problem, policy: Policy | None, backend: tuple[str, Backend]) -> None:
         """Let `hot` answer for exactly this problem, and note what its last forward took."""

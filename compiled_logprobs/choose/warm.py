@@ -1,12 +1,13 @@
 """Do ahead of time what the first call of a problem would do, but for measuring: choose, check, compile, load."""
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
 
 from compiled_logprobs.backends import require_backend
+from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.auto import Auto, choose, is_capturing
 from compiled_logprobs.choose.rule import Context
 from compiled_logprobs.decision import Decision
@@ -32,11 +33,15 @@ def _warm_one(problem: Problem, device: torch.device, backend: str) -> str:
         logits = empty_logits(problem, device)
         if backend != "auto":
             _run(require_backend(backend, problem), problem, logits)
-            return backend
-        choose(problem, logits.device, policy(), _without_measuring)
-        serving = Auto(problem, logits)  # which finds that choice, and lets eager serve where it fails
-        _run(serving, problem, logits)
-        return serving.chosen
+            served = backend
+        else:
+            choose(problem, logits.device, policy(), _without_measuring)
+            serving = Auto(problem, logits)  # which finds that choice, and lets eager serve where it fails
+            _run(serving, problem, logits)
+            served = serving.chosen
+    if problem.layout == "flat":  # of others the strides count too, which a problem does not tell
+        memory.MEMORY.warmed.add((served, problem))
+    return served
 
 
 def _without_measuring(context: Context, standing: Decision | None) -> str:
@@ -44,7 +49,10 @@ def _without_measuring(context: Context, standing: Decision | None) -> str:
 
 
 def _run(serving: ForwardBackward, problem: Problem, logits: Tensor) -> None:
-    """Forward; and backward, as often as there are ways for a gradient to come: each may be a kernel of its own."""
+    """Forward; and backward, as often as there are ways for a gradient to come: each may be a kernel of its own.
+
+    So may each start of the logits: where not every row starts at a multiple of 16 bytes, the first may or may not.
+    """
     rows = logits.shape[:-1]
     labels = torch.zeros((*rows, problem.labels_per_row), dtype=torch.int64, device=logits.device)
     temperature: float | Tensor = 1.0 if problem.temperature == "none" else 0.7
@@ -53,8 +61,9 @@ def _run(serving: ForwardBackward, problem: Problem, logits: Tensor) -> None:
     wanted = wanted_by(problem)
     differentiable = [name for name in Upstream._fields[1:] if getattr(wanted, name)]
     ways = [way for count in range(len(differentiable) + 1) for way in combinations(differentiable, count)]
-    for way in ways if problem.needs_grad else ways[:1]:
-        x = logits.detach().requires_grad_(problem.needs_grad)
+    starts = sorted({0, logits.storage_offset()})
+    for start, way in product(starts, ways if problem.needs_grad else ways[:1]):
+        x = logits.as_strided(logits.shape, logits.stride(), start).requires_grad_(problem.needs_grad)
         log_probs, *others = compute(
             serving, x, labels, temperature, wanted=wanted, inplace_backward=problem.inplace_backward
         )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import compiled_logprobs as clp
+from compiled_logprobs.api import call
 from compiled_logprobs.backends import get_backend
 from compiled_logprobs.backends.compiled import Compiled
 from compiled_logprobs.backends.cpp import Cpp
@@ -65,15 +66,42 @@ def test_every_way_for_a_gradient_to_come_is_run(runs):
     slices = problem._replace(layout="slice", inplace_backward=True, entropy=False, temperature="number")
     with torch.inference_mode():
         assert clp.warm([problem, slices]) == {problem: "cpp", slices: "cpp"}
-    alone, both, in_slices = (upstream for upstream in runs if upstream != "forward")
+    alone, both, *at_the_other_start, in_slices, _ = (upstream for upstream in runs if upstream != "forward")
+    assert len(at_the_other_start) == 2
     assert alone.entropy is None and both.entropy.shape == (problem.rows,)
     assert in_slices.log_probs.shape == (2, problem.rows // 2, 2)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpp"])
+def test_rows_that_are_not_aligned_are_run_at_every_start_and_then_a_capture_finds_them_ready(
+    backend, runs, monkeypatch
+):
+    """Also of a backend that does not say so, since where the logits start is not told by a problem."""
+    starts = []
+    noted = Cpp.forward
+
+    def note_start(self, inputs, wanted):
+        starts.append(inputs.logits.data_ptr() % 16)
+        return noted(self, inputs, wanted)
+
+    monkeypatch.setattr(Cpp, "is_warm", lambda self, problem: False)
+    monkeypatch.setattr(Cpp, "forward", note_start)
+    problems = [WITH_GRADIENT, WITH_GRADIENT._replace(layout="rows")]
+    clp.warm(problems, backend=backend)
+    assert starts == [0, 4] * 2
+    for module in (auto, call):
+        monkeypatch.setattr(module, "is_capturing", lambda problem: True)
+    labels, logits = torch.zeros(LARGE.rows, dtype=torch.int64), torch.randn(LARGE.rows, LARGE.vocab + 1)
+    of_rows = logits[:, 1:].requires_grad_()
+    clp.log_probs_from_logits(of_rows.contiguous(), labels, backend=backend).sum().backward()
+    with pytest.raises(clp.BackendUnavailable, match="has not run .* Call warm"):
+        clp.log_probs_from_logits(of_rows, labels, backend=backend)  # whose strides may be any
 
 
 def test_what_is_stored_or_named_is_what_is_run(runs):
     publish(decided(chosen="eager"))
     assert clp.warm(LARGE) == {LARGE: "eager"} and not runs
-    assert clp.warm(LARGE, backend="cpp") == {LARGE: "cpp"} and runs == ["forward"]
+    assert clp.warm(LARGE, backend="cpp") == {LARGE: "cpp"} and set(runs) == {"forward"}
     with pytest.raises(clp.BackendUnavailable, match="needs a CUDA or ROCm device"):
         clp.warm(LARGE, backend="flash_attn")
 

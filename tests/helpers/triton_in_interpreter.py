@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
+from compiled_logprobs import warm
 from compiled_logprobs.backends import register_backend, triton
 from compiled_logprobs.check.run import check_backend
+from compiled_logprobs.choose.memory import MEMORY
 from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem
@@ -242,6 +244,20 @@ def check_what_is_warm() -> None:
     assert backend.is_warm(small)
     for changes in ({"inplace_backward": True}, {"entropy": True}, {"aligned": False}, {"temperature": "per_token"}):
         assert not backend.is_warm(small._replace(**changes)), changes
+    odd, lie_alike, alike = (
+        Problem("cpu", 2, 37, torch.float16, needs_grad=True, aligned=False),
+        triton._lie_alike,
+        set(),
+    )
+
+    def noted(logits: Tensor, gradient: Tensor) -> bool:
+        alike.add(lie_alike(logits, gradient))
+        return lie_alike(logits, gradient)
+
+    with patch.object(triton, "_lie_alike", noted):
+        warm(odd, backend="interpreted_triton")
+    assert alike == {False, True}  # each of which is compiled by itself, and neither told by a problem
+    assert MEMORY.is_warm("interpreted_triton", TRITON, odd) and not TRITON.is_warm(odd)
     print("what is warm", flush=True)
 
 
@@ -270,6 +286,6 @@ if __name__ == "__main__":
             check_that_bits_do_not_depend_on_what_else_is_asked()
             check_that_ignored_rows_are_not_read()
             check_rows_beyond_2_31_elements()
-            check_what_is_warm()
             check_that_the_gate_lets_it_pass()
+            check_what_is_warm()
             check_in_a_graph("interpreted_triton", 311, return_entropy=True)
