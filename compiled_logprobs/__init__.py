@@ -7,6 +7,7 @@ with warnings.catch_warnings():  # of torch, at each command where numpy is not 
     import torch as _torch  # noqa: F401
 
 from compiled_logprobs.api.functions import cross_entropy_from_logits, entropy_from_logits, log_probs_from_logits
+from compiled_logprobs.api.hidden import cross_entropy_from_hidden, log_probs_from_hidden
 from compiled_logprobs.api.log_probs import LogProbs
 from compiled_logprobs.api.prepare import explain, tune, warm
 from compiled_logprobs.backends import backends, register_backend
@@ -31,9 +32,11 @@ __all__ = [
     "autotune",
     "backends",
     "check_backend",
+    "cross_entropy_from_hidden",
     "cross_entropy_from_logits",
     "entropy_from_logits",
     "explain",
+    "log_probs_from_hidden",
     "log_probs_from_logits",
     "register_backend",
     "tune",

@@ -118,7 +118,7 @@ def check_no_transform(backend: str) -> None:
         )
 
 
-def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
+def check_labels(logits: Tensor, labels: Tensor, ignore_index: int, what: str = "logits") -> None:
     if not isinstance(labels, Tensor):
         raise InputError(f"got labels of type {type(labels).__name__}; a torch.Tensor of integers is valid.")
     if is_dtensor(labels):
@@ -132,13 +132,13 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
     if labels.shape != rows and not (labels.ndim == logits.ndim and labels.shape[:-1] == rows and labels.shape[-1] > 0):
         shape = ", ".join(map(str, rows))
         raise InputError(
-            f"got labels of shape {list(labels.shape)} for logits of shape {list(logits.shape)}; [{shape}] and "
+            f"got labels of shape {list(labels.shape)} for {what} of shape {list(logits.shape)}; [{shape}] and "
             f"[{f'{shape}, ' if shape else ''}K] are valid. Shift or slice one of them so that the leading dimensions "
             "agree."
         )
     if labels.device != logits.device:
         raise InputError(
-            f"got labels on {labels.device} and logits on {logits.device}; one device is valid. "
+            f"got labels on {labels.device} and {what} on {logits.device}; one device is valid. "
             f"Use labels.to({str(logits.device)!r})."
         )
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:

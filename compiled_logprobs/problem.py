@@ -17,6 +17,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 RESULTS = ("entropy", "logsumexp", "argmax", "sum_p_squared")
 """What may be asked for beside the log-probabilities, in the order in which it is returned: fields of `Problem`."""
 
+FROM_HIDDEN = ("hidden", "weight_grad", "bias", "softcap", "memory_limit")
+"""Fields of `Problem` that logits have no use for."""
+
 
 def short_name(dtype: torch.dtype) -> str:
     """'bfloat16' for torch.bfloat16."""
@@ -24,7 +27,10 @@ def short_name(dtype: torch.dtype) -> str:
 
 
 class Problem(NamedTuple):
-    """One call of `log_probs_from_logits`, without its values. Hashable; a plain tuple on the hot path."""
+    """One call of `log_probs_from_logits` or, with a hidden size, of `log_probs_from_hidden`, without its values.
+
+    Hashable; a plain tuple on the hot path.
+    """
 
     device_type: str
     rows: int
@@ -32,7 +38,7 @@ class Problem(NamedTuple):
     vocab: int
     """V, the last dimension of the logits."""
     dtype: torch.dtype
-    """Of the logits, and so of their gradient."""
+    """Of the logits, and so of their gradient; or of the hidden states and the weight."""
     out_dtype: torch.dtype = torch.float32
     """Of the results."""
     labels_per_row: int = 1
@@ -52,9 +58,18 @@ class Problem(NamedTuple):
     logits[:, :-1]."""
     aligned: bool = True
     """Whether every row starts at a multiple of 16 bytes."""
+    hidden: int | None = None
+    """H, the last dimension of the hidden states; None where the logits are given. The others apply to these alone."""
+    weight_grad: bool = False
+    """Whether the weight needs a gradient, too, or the output layer is frozen."""
+    bias: bool = False
+    softcap: bool = False
+    memory_limit: int | None = None
+    """Bytes that a call may take beside its arguments, results and gradients."""
 
     def __str__(self) -> str:
-        return f"{self.rows} x {self.vocab} {short_name(self.dtype)} on {self.device_type}"
+        shape = f"{self.rows} x {self.vocab}" if self.hidden is None else f"{self.rows} x {self.hidden} x {self.vocab}"
+        return f"{shape} {short_name(self.dtype)} on {self.device_type}"
 
     @property
     def mode(self) -> str:
@@ -66,6 +81,10 @@ class Problem(NamedTuple):
         words = [
             f"{self.labels_per_row} labels a row" if self.labels_per_row != 1 else "",
             "gradient" if self.needs_grad else "",
+            "of the weight too" if self.weight_grad else "",
+            "bias" if self.bias else "",
+            "soft cap" if self.softcap else "",
+            "" if self.memory_limit is None else f"within {self.memory_limit / 2**20:g} MiB",
             *(name.replace("_", " ") for name in results_of(self)),
             "" if self.temperature == "none" else f"temperature ({self.temperature.replace('_', ' ')})",
             "masked logits" if self.masked_logits else "",
@@ -91,7 +110,9 @@ def bytes_of_results(problem: Problem) -> int:
 def as_it_lies(problem: Problem) -> Problem:
     """`problem`, not aligned where flat rows, or slices of such, are not: V elements have to be multiples of 16
     bytes."""
-    possible = problem.layout == "rows" or problem.vocab * problem.dtype.itemsize % 16 == 0
+    possible = (
+        problem.layout == "rows" or problem.hidden is not None or problem.vocab * problem.dtype.itemsize % 16 == 0
+    )
     return problem if possible else problem._replace(aligned=False)
 
 
@@ -167,11 +188,27 @@ def mode_name(problem: Problem) -> str:
 
 
 def bucket(problem: Problem) -> Problem:
-    """`problem` with N rounded up to half an octave (1, 2, 3, 4, 6, 8, 12, ...), so that nearby N share a decision."""
-    rows = problem.rows
+    """`problem` with N rounded up to half an octave (1, 2, 3, 4, 6, 8, 12, ...), so that nearby N share a decision; and
+    a limit of memory down."""
+    rows, limit = problem.rows, problem.memory_limit
     octave = 1 << max(0, rows.bit_length() - 1)
     top = octave if octave >= rows else octave * 3 // 2 if octave * 3 // 2 >= rows else octave * 2
-    return problem._replace(rows=top)
+    if limit is None:
+        return problem._replace(rows=top)
+    octave = 1 << max(0, limit.bit_length() - 1)  # what keeps within less keeps within the limit, too
+    return problem._replace(rows=top, memory_limit=octave * 3 // 2 if 1 < octave <= limit * 2 // 3 else octave)
+
+
+def of_logits(problem: Problem, rows: int, vocab: int | None = None) -> Problem:
+    """What a backend over hidden states asks one over logits, for so many rows, of which it needs no copy."""
+    asked = problem._replace(
+        rows=rows,
+        vocab=vocab or problem.vocab,
+        dtype=torch.float32 if problem.softcap else problem.dtype,
+        inplace_backward=problem.needs_grad,
+        **{name: Problem._field_defaults[name] for name in FROM_HIDDEN},
+    )
+    return as_it_lies(asked)
 
 
 def is_small(problem: Problem) -> bool:
@@ -197,12 +234,14 @@ def problem_to_dict(problem: Problem) -> dict[str, Any]:
 def problem_from_dict(fields: object) -> Problem:
     """What `problem_to_dict` was given. Raises ProfileError for anything that it does not return.
 
-    Earlier releases wrote no results but the entropy: what they left out was not asked for.
+    Earlier releases wrote no results but the entropy, and nothing of hidden states: what they left out was not asked
+    for.
     """
-    complete: dict[str, Any] = dict.fromkeys(RESULTS[1:], False) | fields if isinstance(fields, dict) else {}
+    left_out = {name: Problem._field_defaults[name] for name in (*RESULTS[1:], *FROM_HIDDEN)}
+    complete: dict[str, Any] = left_out | fields if isinstance(fields, dict) else {}
     if complete.keys() != _KINDS.keys():
         got = ", ".join(map(str, fields)) if isinstance(fields, dict) else f"a {type(fields).__name__}"
-        raise ProfileError(f"a problem is {got:.200}; valid is an object of {', '.join(_KINDS)}")
+        raise ProfileError(f"a problem is {got:.300}; valid is an object of {', '.join(_KINDS)}")
     for name, value in complete.items():
         right, valid = _judged(_KINDS[name], value)
         if not right:
@@ -219,6 +258,8 @@ def _judged(kind: object, value: object) -> tuple[bool, str]:
         return isinstance(value, bool), "true or false"
     if kind is int:
         return type(value) is int and 0 <= value < 10**18, "an integer from 0 to 10^18 - 1"
+    if kind == int | None:
+        return value is None or (type(value) is int and 0 < value < 10**18), "null or an integer from 1 to 10^18 - 1"
     if kind is str:  # the type of device: a third party may add one, so that only its form can be checked
         right = isinstance(value, str) and re.fullmatch("[a-z][a-z0-9_]{0,31}", value) is not None
         return right, "a name of at most 32 lower-case letters, digits and underscores"
@@ -243,6 +284,11 @@ def problem_name(problem: Problem) -> str:
         "inplace" if problem.inplace_backward else "",
         "" if problem.layout == "flat" else f"layout_{problem.layout}",
         "" if problem.aligned else "unaligned",
+        "" if problem.hidden is None else f"h{problem.hidden}",
+        "weight_grad" if problem.weight_grad else "",
+        "bias" if problem.bias else "",
+        "softcap" if problem.softcap else "",
+        "" if problem.memory_limit is None else f"within_{problem.memory_limit}",
     ]
     return "-".join(part for part in parts if part)
 
@@ -253,6 +299,8 @@ _NAME = re.compile(
     "(?P<entropy>-entropy)?(?P<logsumexp>-logsumexp)?(?P<argmax>-argmax)?(?P<sum_p_squared>-sum_p_squared)?"
     "(?:-t_(?P<temperature>[a-z_]+))?(?P<masked_logits>-masked)?(?P<inplace_backward>-inplace)?"
     "(?:-layout_(?P<layout>[a-z]+))?(?P<aligned>-unaligned)?"
+    "(?:-h(?P<hidden>[0-9]+))?(?P<weight_grad>-weight_grad)?(?P<bias>-bias)?(?P<softcap>-softcap)?"
+    "(?:-within_(?P<memory_limit>[0-9]+))?"
 )
 
 
@@ -267,7 +315,7 @@ def problem_from_name(name: str) -> Problem | None:
         if kind is bool:
             fields[field] = (found is None) == (field == "aligned")
         elif found is not None:
-            fields[field] = int(found[:19]) if kind is int else found
+            fields[field] = int(found[:19]) if kind in (int, int | None) else found
         elif field == "out_dtype":
             fields[field] = short_name(torch.float32)
         else:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.problem import (
     DTYPES,
+    FROM_HIDDEN,
     Problem,
     collapse,
     layout_of,
@@ -25,6 +26,7 @@ KINDS = {
     str: st.sampled_from(["cpu", "cuda", "xpu", "n1", "my_device"]),
     int: st.integers(0, 10**18 - 1) | st.integers(0, 12),
     bool: st.booleans(),
+    int | None: st.none() | st.integers(1, 10**18 - 1) | st.integers(1, 12),
     torch.dtype: st.sampled_from(DTYPES),
 }
 FIELDS = typing.get_type_hints(Problem)  # from the class, so that a field that is added to it is tried, too
@@ -65,11 +67,15 @@ def test_names_show_what_differs_from_a_plain_forward():
         "cuda-n4-v8-float16-out_float64-k3-grad-entropy-logsumexp-argmax-sum_p_squared-t_per_token-masked-inplace-"
         "layout_rows-unaligned"
     )
+    hidden = {"hidden": 1024, "weight_grad": True, "bias": True, "softcap": True, "memory_limit": 2**26}
+    assert problem_name(PROBLEM._replace(**hidden)) == (
+        "cpu-n512-v151936-bfloat16-grad-h1024-weight_grad-bias-softcap-within_67108864"
+    )
 
 
 def test_what_an_earlier_release_stored_asks_for_no_more_than_it_says():
     earlier = problem_to_dict(PROBLEM._replace(entropy=True))
-    for name in ("logsumexp", "argmax", "sum_p_squared"):
+    for name in ("logsumexp", "argmax", "sum_p_squared", *FROM_HIDDEN):
         del earlier[name]
     assert problem_from_dict(earlier) == PROBLEM._replace(entropy=True)
 

@@ -1,11 +1,13 @@
 """What a call poses, and the backend that it names."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from compiled_logprobs.arguments import check_no_transform
 from compiled_logprobs.backends import EAGER, require_backend
-from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.backends.base import AnyBackend
 from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.auto import is_capturing
 from compiled_logprobs.errors import BackendUnavailable
@@ -45,9 +47,9 @@ def problem_of(
     )
 
 
-def named_backend(name: str, problem: Problem) -> Backend:
+def named_backend(name: str, problem: Problem) -> Any:
     """The backend called `name`. Raises BackendUnavailable where it cannot run `problem` now."""
-    backend = require_backend(name, problem)
+    backend: AnyBackend = require_backend(name, problem)
     if name != EAGER:
         check_no_transform(name)
     if is_capturing(problem) and not memory.MEMORY.is_warm(name, backend, problem):

@@ -3,22 +3,19 @@
 import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from compiled_logprobs.backends.fingerprint import digest_of
-from compiled_logprobs.operation import contract, formula
+from compiled_logprobs.operation import contract, formula, hidden, shards
 from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
+from compiled_logprobs.operation.hidden import Gradients, HiddenInputs, LogitsBackend, Needs
 from compiled_logprobs.problem import Problem
 
 
-class Backend(ABC):
-    """One way to compute the operation: a pair of pure functions, and when they can be used.
-
-    `compiled_logprobs.operation.autograd` wraps the pair, and merges the leading dimensions of the logits as far as
-    their strides allow. All else is the backend's: it returns finished numbers, as
-    `compiled_logprobs.operation.contract` says. That has helper functions for kernels that know nothing of it.
-    """
+class AnyBackend(ABC):
+    """What is known of a backend, whatever it computes from: its name, and when it can be used."""
 
     name: str
     """What users write in `backend="..."`."""
@@ -29,6 +26,27 @@ class Backend(ABC):
 
     Declare it where the kernels guarantee it, as where each row is computed by itself. The check holds a backend to its
     word, and `autotune(row_invariant=True)` admits only backends that have given it.
+    """
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Why this backend cannot run `problem` here; None if it can."""
+        return None
+
+    def is_warm(self, problem: Problem) -> bool:
+        """Whether `problem` runs without compiling anything first, as a CUDA-graph capture and small calls need."""
+        return True
+
+    def fingerprint(self) -> str:
+        """Changes whenever results or speed may: a digest of the meaning of what computes here."""
+        return digest_of(Path(inspect.getfile(type(self))), Path(formula.__file__), Path(contract.__file__))
+
+
+class Backend(AnyBackend):
+    """One way to compute log-probabilities from logits: a pair of pure functions.
+
+    `compiled_logprobs.operation.autograd` wraps the pair, and merges the leading dimensions of the logits as far as
+    their strides allow. All else is the backend's: it returns finished numbers, as
+    `compiled_logprobs.operation.contract` says. That has helper functions for kernels that know nothing of it.
     """
 
     @abstractmethod
@@ -47,14 +65,37 @@ class Backend(ABC):
         they hold; invalid rows NaN.
         """
 
-    def why_not(self, problem: Problem) -> str | None:
-        """Why this backend cannot run `problem` here; None if it can."""
-        return None
 
-    def is_warm(self, problem: Problem) -> bool:
-        """Whether `problem` runs without compiling anything first, as a CUDA-graph capture and small calls need."""
-        return True
+class HiddenBackend(AnyBackend):
+    """One way to compute log-probabilities from hidden states: a pair of functions over products with the weight.
+
+    `compiled_logprobs.operation.hidden` wraps the pair. What there is to do with logits, once it has some, it asks of a
+    backend that it is given.
+    """
 
     def fingerprint(self) -> str:
-        """Changes whenever results or speed may: a digest of the meaning of what computes here."""
-        return digest_of(Path(inspect.getfile(type(self))), Path(formula.__file__), Path(contract.__file__))
+        """The same, with what is common to backends over hidden states."""
+        own = Path(inspect.getfile(type(self)))
+        return digest_of(own, *(Path(str(part.__file__)) for part in (hidden, shards, formula, contract)))
+
+    def least_memory(self, problem: Problem) -> int | None:
+        """Bytes that it takes beside arguments, results and gradients, if it has to; None where nobody knows."""
+        return None
+
+    @abstractmethod
+    def forward(
+        self, inputs: HiddenInputs, wanted: Wanted, logits_backend: LogitsBackend, *, keep: bool
+    ) -> tuple[Results, Any]:
+        """Results of the rows that count, and what else the backward of this backend can use, if `keep` is set."""
+
+    @abstractmethod
+    def backward(
+        self,
+        inputs: HiddenInputs,
+        stats: Tensor,
+        kept: Any,
+        upstream: Upstream,
+        logits_backend: LogitsBackend,
+        needs: Needs,
+    ) -> Gradients:
+        """The gradients that are needed. `stats` may come from another backend's forward; then `kept` is None."""

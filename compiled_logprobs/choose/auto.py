@@ -4,13 +4,14 @@ Inside a backward pass, such as in the recomputation of a checkpoint, it takes t
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compiled_logprobs.arguments import count_dispatch_modes, find_private, has_saved_tensor_hooks, peek_transform
 from compiled_logprobs.backends import EAGER, get_backend, why_not
-from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.backends.base import AnyBackend
 from compiled_logprobs.choose import memory, rule
 from compiled_logprobs.choose.explain import refusal
 from compiled_logprobs.choose.memory import Choice
@@ -18,7 +19,8 @@ from compiled_logprobs.choose.rule import Context
 from compiled_logprobs.choose.tune import tune_in_call
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import BackendUnavailable, nothing_can_serve_after, warn
-from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
+from compiled_logprobs.operation.autograd import ForwardBackward
+from compiled_logprobs.operation.hidden import LogitsBackend
 from compiled_logprobs.policy import Policy, policy
 from compiled_logprobs.problem import Problem
 
@@ -27,7 +29,7 @@ backward_pass: Callable[[], int] = find_private("torch._C._current_graph_task_id
 recomputation chooses as any call does."""
 
 
-class Auto(Backend):
+class Auto(AnyBackend):
     """One call of `backend="auto"`: forward and backward go to the same backend.
 
     Args:
@@ -52,7 +54,7 @@ class Auto(Backend):
         self._problem = problem
         process, under, is_again = memory.MEMORY, policy(), backward_pass() != -1
         if problem.rows == 0 or _is_observed(logits):
-            pair = EAGER, get_backend(EAGER)
+            pair = EAGER, get_backend(EAGER, problem)
             if not is_again:
                 process.keep(problem, None, pair)
         elif is_again:
@@ -67,24 +69,26 @@ class Auto(Backend):
                 pair = choose(problem, logits.device, under, tune)
             else:
                 pair = served.backend
-        self._chosen, self._backend = pair
+        self._chosen = pair[0]
+        self._backend: Any = pair[1]
 
     @property
     def chosen(self) -> str:
         """The name of the backend that serves; after `forward`, of the one that served."""
         return self._chosen
 
-    def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
+    def forward(self, *given: Any, **options: Any) -> Any:
+        """What the backend returns; where it fails, what eager does."""
         try:
-            return self._backend.forward(inputs, wanted)
+            return self._backend.forward(*given, **options)
         except Exception as error:
             if self._chosen == EAGER or nothing_can_serve_after(error):
                 raise
             failed, reason = self._chosen, str(error)
             is_first = memory.MEMORY.put_aside(failed, self._problem, error)
-        self._chosen, self._backend = EAGER, get_backend(EAGER)
+        self._chosen, self._backend = EAGER, get_backend(EAGER, self._problem)
         memory.MEMORY.keep(self._problem, None, (self._chosen, self._backend))
-        results = self._backend.forward(inputs, wanted)
+        results = self._backend.forward(*given, **options)
         if is_first:
             warn(
                 f"backend {failed!r} failed on {self._problem} and is set aside for such problems in this "
@@ -92,8 +96,9 @@ class Auto(Backend):
             )
         return results
 
-    def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
-        return self._backend.backward(inputs, stats, upstream, inplace=inplace)
+    def backward(self, *given: Any, **options: Any) -> Any:
+        """What the backend returns that has served forward."""
+        return self._backend.backward(*given, **options)
 
 
 def choose(
@@ -101,7 +106,7 @@ def choose(
     device: torch.device,
     under: Policy,
     tune: Callable[[Context, Decision | None], Choice | str] = tune_in_call,
-) -> tuple[str, Backend]:
+) -> tuple[str, Any]:
     """What serves `problem` on `device`, by the steps of `rule`; remembered for the next call. Raises as `Auto`.
 
     Args:
@@ -124,7 +129,7 @@ def choose(
     return pair
 
 
-def _pair_of(choice: Choice, problem: Problem, under: Policy) -> tuple[str, Backend]:
+def _pair_of(choice: Choice, problem: Problem, under: Policy) -> tuple[str, Any]:
     """The backend of `choice`, which is for a bucket; eager where it cannot run this very N."""
     name = choice.backend
     reason = None if name == EAGER else why_not(name, problem)
@@ -134,10 +139,10 @@ def _pair_of(choice: Choice, problem: Problem, under: Policy) -> tuple[str, Back
             f"{rule.describe(problem)}: {reason}. Set row_invariant=False, or pose all of them so that it can."
         )
     name = name if reason is None else EAGER
-    return name, get_backend(name)
+    return name, get_backend(name, problem)
 
 
-def choose_again(problem: Problem, device: torch.device, *, had_gradient: bool = True) -> tuple[str, Backend]:
+def choose_again(problem: Problem, device: torch.device, *, had_gradient: bool = True) -> tuple[str, Any]:
     """What the last forward of `problem` took, for what has to agree with it: a recomputation, or a backward apart.
 
     It asks neither for the thread nor for the policy, and nothing is measured: where there was no such forward, or what
@@ -155,12 +160,33 @@ def choose_again(problem: Problem, device: torch.device, *, had_gradient: bool =
     return choose(problem, device, under._replace(mode="lookup") if under.mode == "tune" else under)
 
 
+def logits_backend_on(device: torch.device) -> LogitsBackend:
+    """What a backend over hidden states is handed: for logits, what serves them, as far as it is known.
+
+    Nothing is measured for it: who measures does so with what this gives. It stays the same for all chunks of a call
+    and its backward.
+    """
+    under = policy()._replace(
+        mode="off" if policy().mode == "off" else "lookup", require_hit=False, row_invariant=False
+    )
+    chosen: dict[Problem, ForwardBackward] = {}
+
+    def logits_backend(problem: Problem, name: str | None = None) -> ForwardBackward:
+        if name is not None:
+            return get_backend(name)
+        if problem not in chosen:
+            _, chosen[problem] = choose(problem, device, under)
+        return chosen[problem]
+
+    return logits_backend
+
+
 def is_capturing(problem: Problem) -> bool:
     """Whether a CUDA graph is being captured, in which nothing may be compiled, checked or measured."""
     return problem.device_type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _warm_choice(problem: Problem, under: Policy) -> tuple[str, Backend]:
+def _warm_choice(problem: Problem, under: Policy) -> tuple[str, Any]:
     """What served such a problem before the capture, and need not compile.
 
     Eager, which is always ready, is not taken instead: it would be in the graph for good, and nobody would know.

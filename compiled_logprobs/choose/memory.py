@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from compiled_logprobs.backends import EAGER
-from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.backends.base import AnyBackend
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.policy import Policy
-from compiled_logprobs.problem import RESULTS, Problem, as_it_lies, bucket
+from compiled_logprobs.problem import FROM_HIDDEN, RESULTS, Problem, as_it_lies, bucket
 
 GUESSES = ("near", "related", "default rule")
 """The sources of choices without a decision for exactly this bucket of N."""
@@ -35,7 +35,7 @@ class Choice(NamedTuple):
 class Served(NamedTuple):
     """What the last forward of a problem took."""
 
-    backend: tuple[str, Backend]
+    backend: tuple[str, Any]
     policy: Policy | None
     """Under which it was chosen; None where the next call chooses anew."""
 
@@ -64,11 +64,11 @@ class Memory:
     is_forked: bool = False
     lock: Any = field(default_factory=threading.RLock)  # whose type has no public name
 
-    def is_warm(self, name: str, backend: Backend, problem: Problem) -> bool:
+    def is_warm(self, name: str, backend: AnyBackend, problem: Problem) -> bool:
         """Whether `backend`, called `name`, runs `problem` in a capture: by its own word, or since `warm` ran it."""
         return (name, problem) in self.warmed or backend.is_warm(problem)
 
-    def keep(self, problem: Problem, policy: Policy | None, backend: tuple[str, Backend]) -> None:
+    def keep(self, problem: Problem, policy: Policy | None, backend: tuple[str, Any]) -> None:
         """Let `hot` answer for exactly this problem, and note what its last forward took."""
         if len(self.hot) >= _MOST_HOT:
             self.cool()  # N that never comes twice
@@ -79,7 +79,7 @@ class Memory:
         before, self.hot = self.hot, {}
         self.cold = {**self.cold, **before} if len(self.cold) < _MOST_HOT else before
 
-    def last_forward(self, problem: Problem, had_gradient: bool = True) -> tuple[str, Backend] | None:
+    def last_forward(self, problem: Problem, had_gradient: bool = True) -> tuple[str, Any] | None:
         """What the last forward of `problem` took, preferably one that `had_gradient`, if it does; None if there was
         none."""
         asked = problem, problem._replace(needs_grad=False, inplace_backward=False)
@@ -145,7 +145,7 @@ def family_of(problem: Problem) -> Problem:
 
 def kind_of(problem: Problem) -> Problem:
     """What one backend serves all of where rows are invariant: any N, gradient, results, temperature, layout."""
-    kept = ("device_type", "vocab", "dtype", "labels_per_row", "masked_logits")
+    kept = ("device_type", "vocab", "dtype", "labels_per_row", "masked_logits", *FROM_HIDDEN)
     return as_it_lies(Problem(rows=0, **{name: getattr(problem, name) for name in kept}))
 
 

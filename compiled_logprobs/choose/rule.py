@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from compiled_logprobs.backends import BUILT_IN, EAGER, backends, get_backend, why_not
+from compiled_logprobs.backends import EAGER, backends_for, built_in_for, get_backend, is_built_in, why_not
 from compiled_logprobs.check.run import INVARIANCE_ELEMENTS, check_backend
 from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.distance import distance
@@ -129,8 +129,12 @@ def small(context: Context) -> Choice | Pending | str:
     if not is_small(context.problem):
         return "it has 2^20 logits or more"
     if not context.is_here:
-        return Pending(f"a call takes the first of {', '.join(BUILT_IN)} that is ready without compiling")
-    ready = (Choice(name, "small") for name in _able(context) if get_backend(name).is_warm(context.problem))
+        return Pending(
+            f"a call takes the first of {', '.join(built_in_for(context.problem))} that is ready without compiling"
+        )
+    ready = (
+        Choice(name, "small") for name in _able(context) if get_backend(name, context.problem).is_warm(context.problem)
+    )
     return next(choice for choice in ready if is_checked(context, choice) is not False)  # eager, if none before
 
 
@@ -171,7 +175,8 @@ def default(context: Context) -> Choice | Pending | str:
     """The first of the built-in backends that can run the problem and passes a short check."""
     if context.tune is None:
         return Pending(
-            f"the next call takes the first of {', '.join(BUILT_IN)} that can run it and passes a short check"
+            f"the next call takes the first of {', '.join(built_in_for(context.problem))} that can run it and passes a "
+            "short check"
         )
     choice = _first_that_passes(context, (Choice(name, "default rule") for name in _able(context)))
     return choice or Choice(EAGER, "default rule")
@@ -191,8 +196,8 @@ def invariant(context: Context) -> Choice | Pending | str:
         **everything,
     )
     failed = {name for name, other in list(context.memory.set_aside) if kind_of(other) == kind_of(hardest)}
-    for name in backends():
-        if name in failed or why_not(name, hardest) is not None or not get_backend(name).row_invariant:
+    for name in backends_for(hardest):
+        if name in failed or why_not(name, hardest) is not None or not get_backend(name, hardest).row_invariant:
             continue
         if context.tune is None:
             return Pending(f"the next call checks {name}, which declares invariant rows, and takes it if it passes")
@@ -325,7 +330,7 @@ def _usable(context: Context, choice: Choice) -> Choice | str:
         return choice._replace(stale=next(iter(changed(decision).values()), None))
     if choice.source == "ranks":  # what each rank would find beside it may differ
         return choice._replace(backend=EAGER)
-    is_registered = name in backends()
+    is_registered = name in backends_for(decision.problem)
     cannot_run = not is_registered or why_not(name, decision.problem) is not None
     if cannot_run and not is_set_aside and name not in context.memory.warned:
         context.memory.warned.add(name)
@@ -340,12 +345,14 @@ def _usable(context: Context, choice: Choice) -> Choice | str:
 def _able(context: Context) -> Iterator[str]:
     """The built-in backends that can run the problem, without those that failed on such."""
     failed = context.memory.failures(context.problem)
-    return (name for name in BUILT_IN if name not in failed and why_not(name, context.problem) is None)
+    names = built_in_for(context.problem)
+    return (name for name in names if name not in failed and why_not(name, context.problem) is None)
 
 
 def _others_can_run(problem: Problem) -> bool:
     """Whether another backend than eager may; those of third parties are not imported to find out."""
-    return any(name not in BUILT_IN or why_not(name, problem) is None for name in backends() if name != EAGER)
+    others = (name for name in backends_for(problem) if name != EAGER)
+    return any(not is_built_in(name) or why_not(name, problem) is None for name in others)
 
 
 def _first_that_passes(context: Context, choices: Iterable[Choice]) -> Choice | None:

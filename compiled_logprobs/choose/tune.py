@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
-from compiled_logprobs.backends import EAGER, backends
+from compiled_logprobs.backends import EAGER, backends_for
 from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.memory import Choice
 from compiled_logprobs.choose.rule import Context, describe, is_settled, stored
@@ -67,13 +67,13 @@ def tune_all(
     """
     store = user_store() if store is None else store
     seconds = policy().budget_s if budget_s is None else checked_budget(budget_s, "budget_s")
-    asked = backends() if names is None else [EAGER, *names]
 
     def look_up() -> Decision | None:
         return None if again else current(store, problem, device, asked)
 
     with Tuner(device, on_event=on_event) as tuner:
         for problem in dict.fromkeys(map(bucket, problems)):
+            asked = backends_for(problem) if names is None else [EAGER, *names]
             result: Decision | TuningFailed | None = look_up()
             standing = store.read(fingerprint_of(device), problem)
             limit = seconds if standing is None else limit_again(standing, seconds)
@@ -228,7 +228,7 @@ def decide(
     Raises:
         TuningFailed: no decision came about.
     """
-    asked = list(backends() if names is None else names)
+    asked = list(backends_for(problem) if names is None else names)
     has_served = standing is not None and standing.is_decided and holds(standing, standing.chosen)
     incumbent = standing.chosen if standing is not None and has_served else None
     due = [] if standing is None or again else _due(standing, asked, tuner.short)
@@ -247,7 +247,7 @@ def _due(standing: Decision, asked: Collection[str], short: bool) -> list[str]:
     is_comparable = standing.baseline == EAGER and EAGER not in due
     if not standing.settled or not is_comparable or (standing.short_check and not short):
         return []
-    return [name for name in backends() if name in due and name != standing.chosen]
+    return [name for name in backends_for(standing.problem) if name in due and name != standing.chosen]
 
 
 def _with_what_stands(decision: Decision, standing: Decision) -> Decision:
@@ -255,7 +255,7 @@ def _with_what_stands(decision: Decision, standing: Decision) -> Decision:
     carried = {
         name: dataclasses.replace(candidate, measured_at=candidate.measured_at or standing.measured_at)
         for name, candidate in standing.candidates.items()
-        if name not in decision.candidates and name in backends()
+        if name not in decision.candidates and name in backends_for(decision.problem)
     }
     return dataclasses.replace(
         decision,

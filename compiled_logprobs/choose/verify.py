@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from compiled_logprobs.backends import backends
+from compiled_logprobs.backends import backends_for
 from compiled_logprobs.choose.staleness import holds, why_not_holds
 from compiled_logprobs.choose.tune import WAIT_S
 from compiled_logprobs.decision import MARGIN, Decision, Speedup, speedup_in_words
@@ -119,7 +119,7 @@ def verify(
 
 
 def _measure_again(tuner: Tuner, decision: Decision, source: str, budget_s: float) -> Verification:
-    asked = [name for name in (decision.chosen, decision.baseline) if name in backends()]
+    asked = [name for name in (decision.chosen, decision.baseline) if name in backends_for(decision.problem)]
     try:
         now, _ = tuner.decide(decision.problem, budget_s, names=asked)
     except TuningFailed as error:

@@ -1,4 +1,4 @@
-"""A vocabulary that is split over the ranks of a process group: what a backend computes of one part, put together.
+"""A vocabulary in parts, of one rank after another or split over ranks: what backends compute of them, put together.
 
 The statistics of a part have the form of those of a row, whichever backend they are from, and say all that the other
 ranks need to know of it. With m and log s those of a part, M the largest m, and all sums over the parts:
@@ -21,68 +21,33 @@ from torch import Tensor, distributed
 
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.operation.autograd import ForwardBackward
-from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted, clean, finish
+from compiled_logprobs.operation.contract import Clean, Inputs, Results, Upstream, Wanted, clean, finish
 from compiled_logprobs.operation.formula import finite, per_row
 
 IGNORED = -100
 """What is no column, unlike an `ignore_index` that may be one."""
 
 
-class Shard:
-    """The columns of one rank, as a backend of the whole rows: `backend` computes them.
+class Columns:
+    """Some columns of the vocabulary, as a backend of the whole rows: `backend` computes them.
 
-    Forward: two collectives, the maximum of [...] and one sum of [1 + K + entropy + sum of p^2, ...] and two numbers
-    more, in the accumulation dtype. Backward: none. What they return has the same bits on all ranks, and so have the
-    results, whatever backends the ranks take.
+    Labels, upstream gradients and statistics are those of the whole rows.
     """
 
-    def __init__(self, backend: ForwardBackward, group: Any, start: int, columns: int, vocab: int) -> None:
+    def __init__(self, backend: ForwardBackward, start: int, columns: int, vocab: int) -> None:
         """Take columns [start, start + columns) of `vocab`. Where `columns` is 0, the logits are one column of -inf."""
-        self._backend, self._group = backend, group
-        self._start, self._columns, self._vocab = start, columns, vocab
+        self._backend, self._start, self._columns, self._vocab = backend, start, columns, vocab
 
-    def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
+    def forward(self, inputs: Inputs, wanted: Wanted) -> tuple[Results, Clean, Tensor, Tensor]:
+        """What the backend makes of these columns; the rows; and, [..., K] each, the logits at the labels and which of
+        them are here."""
         rows = clean(inputs, self._vocab)
         local, is_here = self._part(inputs, rows.labels, rows.ignored)
         part = self._backend.forward(local, wanted._replace(logsumexp=True))
-        m, log_s = part.stats[0], part.stats[1]
-        top = m.masked_fill(m.isnan(), math.inf)  # a maximum may lose a NaN: infinity makes the row one, too
-        distributed.all_reduce(top, distributed.ReduceOp.MAX, group=self._group)
-
-        # In float64, since a few roundings more would show; these are few numbers.
-        t = rows.temperature.double() if isinstance(rows.temperature, Tensor) else rows.temperature
-        is_empty = m == -math.inf
-        below = ((m.double() - top) / t).masked_fill(is_empty, -math.inf)
-        log_s = log_s.double().masked_fill(is_empty, 0.0)
-        u = (log_s + below).exp()
-        x_K = inputs.logits.gather(-1, local.labels.clamp(min=0)).double()
-        d_K = ((x_K - top.unsqueeze(-1)) / per_row(t)).masked_fill(~is_here, 0.0)
-        sums = [u, *d_K.unbind(-1)]
-        if wanted.entropy:
-            assert part.entropy is not None
-            sums.append((u * (log_s - part.entropy + finite(below))).masked_fill(is_empty, 0.0))
-        if wanted.sum_p_squared:
-            assert part.sum_p_squared is not None
-            sums.append((u.square() * part.sum_p_squared).masked_fill(is_empty, 0.0))
-        layout = u.new_tensor([self._columns, mark(self._start + self._columns) - mark(self._start)])
-        packed = torch.cat([torch.stack(sums).flatten(), layout]).to(m.dtype)
-        distributed.all_reduce(packed, distributed.ReduceOp.SUM, group=self._group)
-        s, *others = packed[:-2].view(-1, *m.shape).double().unbind()
-        labels = d_K.shape[-1]
-        d_K, q, squares = torch.stack(others[:labels], -1), others[labels:][:1], others[-1]
-        s = s.masked_fill(~(s > 0) | rows.invalid | self._is_torn(*packed[-2:]), math.nan)
-        log_s = s.log()
-        return finish(
-            rows,
-            wanted,
-            (d_K - log_s.unsqueeze(-1)).to(m.dtype),
-            top,
-            log_s.to(m.dtype),
-            (log_s - q[0] / s).to(m.dtype) if wanted.entropy else None,
-            sum_p_squared=(squares / s.square()).to(m.dtype) if wanted.sum_p_squared else None,
-        )
+        return part, rows, inputs.logits.gather(-1, local.labels.clamp(min=0)).double(), is_here
 
     def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
+        """The gradient in these columns."""
         rows = clean(inputs, self._vocab)
         local, is_here = self._part(inputs, rows.labels, rows.ignored)
         # What weights the probabilities of a row, but has no column here, goes the way of the logsumexp.
@@ -94,11 +59,87 @@ class Shard:
         )
 
     def _part(self, inputs: Inputs, labels: Tensor, ignored: Tensor) -> tuple[Inputs, Tensor]:
-        """What the backend is given, any label that is another rank's being the first column; and which are here."""
+        """What the backend is given, any label that is elsewhere being the first column; and which are here."""
         columns = labels - self._start
         is_here = (columns >= 0) & (columns < self._columns) & ~ignored
         columns = columns.masked_fill(~is_here, 0).masked_fill(ignored, IGNORED)
         return inputs._replace(labels=columns, ignore_index=IGNORED), is_here
+
+
+def highest(m: Tensor) -> Tensor:
+    """Maxima of parts for a maximum over these, which may lose a NaN: infinity makes the row one, too."""
+    return m.masked_fill(m.isnan(), math.inf)
+
+
+def sums_of(part: Results, wanted: Wanted, top: Tensor, temperature: float | Tensor) -> list[Tensor]:
+    """What is added up over the parts: u, then, as far as they are wanted, u (log s - entropy + (m - M) / T) and u^2
+    times the sum of the squares.
+
+    In float64, since a few roundings more would show; these are few numbers.
+    """
+    m, log_s = part.stats[0], part.stats[1]
+    is_empty = m == -math.inf
+    below = ((m.double() - top) / temperature).masked_fill(is_empty, -math.inf)
+    log_s = log_s.double().masked_fill(is_empty, 0.0)
+    u = (log_s + below).exp()
+    sums = [u]
+    if wanted.entropy:
+        assert part.entropy is not None
+        sums.append((u * (log_s - part.entropy + finite(below))).masked_fill(is_empty, 0.0))
+    if wanted.sum_p_squared:
+        assert part.sum_p_squared is not None
+        sums.append((u.square() * part.sum_p_squared).masked_fill(is_empty, 0.0))
+    return sums
+
+
+def of_whole_rows(
+    rows: Clean, wanted: Wanted, top: Tensor, sums: list[Tensor], d_K: Tensor, argmax: Tensor | None = None
+) -> Results:
+    """Results from `sums_of` all parts together; `d_K` are (x_y - M) / T, `top` M in the accumulation dtype."""
+    s, *others = sums
+    s = s.masked_fill(~(s > 0) | rows.invalid, math.nan)
+    log_s = s.log()
+    return finish(
+        rows,
+        wanted,
+        (d_K - log_s.unsqueeze(-1)).to(top.dtype),
+        top,
+        log_s.to(top.dtype),
+        (log_s - others[0] / s).to(top.dtype) if wanted.entropy else None,
+        argmax,
+        (others[-1] / s.square()).to(top.dtype) if wanted.sum_p_squared else None,
+    )
+
+
+class Shard(Columns):
+    """The columns of one rank.
+
+    Forward: two collectives, the maximum of [...] and one sum of [1 + K + entropy + sum of p^2, ...] and two numbers
+    more, in the accumulation dtype. Backward: none. What they return has the same bits on all ranks, and so have the
+    results, whatever backends the ranks take.
+    """
+
+    def __init__(self, backend: ForwardBackward, group: Any, start: int, columns: int, vocab: int) -> None:
+        """As for `Columns`, of the vocabulary that `group` holds."""
+        super().__init__(backend, start, columns, vocab)
+        self._group = group
+
+    def forward(self, inputs: Inputs, wanted: Wanted) -> Results:  # type: ignore[override]  # of whole rows
+        part, rows, x_K, is_here = super().forward(inputs, wanted)
+        top = highest(part.stats[0])
+        distributed.all_reduce(top, distributed.ReduceOp.MAX, group=self._group)
+
+        t = rows.temperature.double() if isinstance(rows.temperature, Tensor) else rows.temperature
+        d_K = ((x_K - top.unsqueeze(-1)) / per_row(t)).masked_fill(~is_here, 0.0)
+        sums = [*d_K.unbind(-1), *sums_of(part, wanted, top, t)]
+        layout = top.new_tensor([self._columns, mark(self._start + self._columns) - mark(self._start)])
+        packed = torch.cat([torch.stack(sums).flatten().to(top.dtype), layout])
+        distributed.all_reduce(packed, distributed.ReduceOp.SUM, group=self._group)
+        whole = packed[:-2].view(-1, *top.shape).double()
+        labels = d_K.shape[-1]
+        s, *others = whole[labels:].unbind()
+        s = s.masked_fill(torch.as_tensor(self._is_torn(*packed[-2:]), device=s.device), math.nan)
+        return of_whole_rows(rows, wanted, top, [s, *others], whole[:labels].movedim(0, -1))
 
     def _is_torn(self, columns: Tensor, marks: Tensor) -> bool | Tensor:
         """Whether the parts of the ranks are not each column of the vocabulary once. On a CPU that is an error;

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.backends.base import AnyBackend
 from compiled_logprobs.check.spot_check import what_is_wrong
 from compiled_logprobs.decision import PLAIN
 from compiled_logprobs.errors import is_out_of_memory
@@ -101,7 +101,7 @@ class Measurement:
     def __init__(
         self,
         problem: Problem,
-        candidates: Mapping[str, Backend],
+        candidates: Mapping[str, AnyBackend],
         *,
         device: torch.device | str | None = None,
         seed: int | None = None,
@@ -212,7 +212,8 @@ class Measurement:
         wanted, inplace = wanted_by(self.problem), self.problem.inplace_backward
         if name == PLAIN:
             return partial(plain, wanted=wanted)
-        return partial(compute, self._candidates[name], wanted=wanted, inplace_backward=inplace)
+        backend: Any = self._candidates[name]
+        return partial(compute, backend, wanted=wanted, inplace_backward=inplace)
 
 
 class _Inputs:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from statistics import median
 from typing import NamedTuple
 
-from compiled_logprobs.backends import BUILT_IN, EAGER
+from compiled_logprobs.backends import BUILT_IN, BUILT_IN_FROM_HIDDEN, EAGER
 from compiled_logprobs.decision import MARGIN, Candidate, Speedup
 
 ALPHA = 0.01
@@ -210,7 +210,7 @@ class _Ties:
 
     def __init__(self, incumbent: str | None, extra_bytes: Mapping[str, int | None]) -> None:
         self._incumbent, self._extra_bytes = incumbent, extra_bytes
-        in_order = sorted(BUILT_IN, key=lambda name: name != EAGER)
+        in_order = sorted((*BUILT_IN, *BUILT_IN_FROM_HIDDEN), key=lambda name: name != EAGER)
         self._simplicity = {name: rank for rank, name in enumerate(in_order)}
 
     def preferred(self, names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from compiled_logprobs.backends import backends
+from compiled_logprobs.backends import backends_for
 from compiled_logprobs.decision import (
     PLAIN,
     TIME,
@@ -199,7 +199,7 @@ class Tally:
             code=selection.code,
             reason=reason,
             candidates=self.candidates,
-            left_out=tuple(name for name in backends() if name not in self.candidates),
+            left_out=tuple(name for name in backends_for(self.problem) if name not in self.candidates),
             baseline=next(iter(times)),
             plain_seconds=median(plain) if plain else None,
             rounds=selection.rounds,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import cuda
 
-from compiled_logprobs.backends import BUILT_IN, EAGER, backends, target_of
+from compiled_logprobs.backends import EAGER, backends_for, is_built_in, target_of
 from compiled_logprobs.decision import Decision, Evidence
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.machine.clock import finish_queued, measurable, with_index
@@ -97,8 +97,9 @@ class Tuner:
             TuningFailed: no decision came about.
         """
         began = time.monotonic()
-        asked = backends() if names is None else names
-        in_order = [EAGER, *(name for name in backends() if name in asked and name != EAGER)]
+        registered = backends_for(problem)
+        asked = registered if names is None else names
+        in_order = [EAGER, *(name for name in registered if name in asked and name != EAGER)]
         tally = Tally(bucket(problem), in_order, incumbent, seconds if strict else None)
         while True:
             try:
@@ -170,7 +171,7 @@ class Tuner:
     @staticmethod
     def _next_event(worker: Worker, tally: Tally) -> Event:
         left = tally.ends - time.monotonic()
-        if tally.candidate is not None and tally.candidate not in BUILT_IN and tally.step in ONCE:
+        if tally.candidate is not None and not is_built_in(tally.candidate) and tally.step in ONCE:
             left *= SHARE  # if it hangs, the others are to have their turn
         return worker.next_event(within=min(LIMITS_S.get(tally.step, START_S), left))
 

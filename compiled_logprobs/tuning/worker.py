@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from compiled_logprobs.backends import BUILT_IN, get_backend, register_backend
-from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.backends import get_backend, is_built_in, register_backend
+from compiled_logprobs.backends.base import AnyBackend
 from compiled_logprobs.check.cases import cases
 from compiled_logprobs.check.inputs import CHECKED_ELEMENTS, SAMPLED_ROWS
 from compiled_logprobs.check.report import CheckReport
@@ -112,7 +112,7 @@ class Job:
         Before `checked`, an event `evidence` holds what the check found case by case.
         """
         self._emit("started", environment=environment_of(self._device).fingerprint())
-        alive: dict[str, Backend] = {}
+        alive: dict[str, AnyBackend] = {}
         seconds = 0.0
         for name, target in self._order["candidates"]:
             backend = self._load(name, target)
@@ -131,17 +131,18 @@ class Job:
         while not self._measure(alive, rows, seconds_a_row):
             rows //= 2
 
-    def _load(self, name: str, target: str | None) -> Backend | None:
+    def _load(self, name: str, target: str | None) -> AnyBackend | None:
         if target is None:
             self._lose(name, "unavailable", ONLY_THERE)
             return None
         self._step(name, "import")
-        if name not in BUILT_IN:
-            register_backend(name, target)
+        if not is_built_in(name):
+            register_backend(name, target, from_hidden=self._problem.hidden is not None)
         try:
-            backend = get_backend(name)
+            backend: AnyBackend = get_backend(name, self._problem)
             reason = backend.why_not(self._problem)
-            plain = Problem(self._problem.device_type, self._problem.rows, self._problem.vocab, torch.float32)
+            device_type, rows, vocab = self._problem[:3]
+            plain = Problem(device_type, rows, vocab, torch.float32, hidden=self._problem.hidden)
             can_run_others = reason is not None and backend.why_not(plain) is None
             fingerprint = backend.fingerprint()
             if not isinstance(fingerprint, str):  # it would be stored, and nobody could read that
@@ -158,7 +159,7 @@ class Job:
             return None
         return backend
 
-    def _first_call(self, name: str, backend: Backend) -> float | None:
+    def _first_call(self, name: str, backend: AnyBackend) -> float | None:
         """Compile it on few rows; seconds that a call takes then, None if it fails."""
         pilot = self._problem._replace(rows=self._pilot_rows)
         measurement = self._measurement(pilot, {name: backend}, look_at_results=False)  # the check tells more
@@ -241,7 +242,7 @@ class Job:
         room = SHARE_OF_FREE_MEMORY * free_memory(self._device)
         return room / (copies * self._problem.vocab * self._problem.dtype.itemsize)
 
-    def _measure(self, alive: Mapping[str, Backend], rows: int, seconds_a_row: float) -> bool:
+    def _measure(self, alive: Mapping[str, AnyBackend], rows: int, seconds_a_row: float) -> bool:
         """False if there is no memory for the inputs, and fewer rows are worth a try."""
         problem = self._problem._replace(rows=rows)
         bandwidth = measured_bandwidth(self._device)
@@ -307,7 +308,7 @@ class Job:
             if selection is None or selection.chosen == next(iter(measurement.times())):
                 return  # the baseline
             name = selection.chosen
-            full = self._measurement(self._problem._replace(rows=rows), {name: get_backend(name)})
+            full = self._measurement(self._problem._replace(rows=rows), {name: get_backend(name, self._problem)})
             try:
                 full.look_at(name)
             except Exception as error:
@@ -325,7 +326,7 @@ class Job:
         incumbent, extra_bytes = self._order["incumbent"], measurement.extra_bytes()
         return select(measurement.times(), incumbent=incumbent, extra_bytes=extra_bytes, final=final)
 
-    def _measurement(self, problem: Problem, candidates: Mapping[str, Backend], **options: Any) -> Measurement:
+    def _measurement(self, problem: Problem, candidates: Mapping[str, AnyBackend], **options: Any) -> Measurement:
         seed = self._order["seed"]
         return Measurement(problem, candidates, device=self._device, seed=seed, on_step=self._step, **options)
 

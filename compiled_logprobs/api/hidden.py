@@ -1,0 +1,262 @@
+"""The public functions over hidden states: check the arguments, choose a backend, call it."""
+
+import math
+import numbers
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from compiled_logprobs.api.call import named_backend
+from compiled_logprobs.api.log_probs import LogProbs, log_probs_with
+from compiled_logprobs.arguments import (
+    check_labels,
+    check_values,
+    checked_out_dtype,
+    checked_temperature,
+    is_nan,
+    is_traced,
+)
+from compiled_logprobs.backends import built_in_for, get_backend
+from compiled_logprobs.backends.base import HiddenBackend
+from compiled_logprobs.choose.auto import Auto, logits_backend_on
+from compiled_logprobs.errors import InputError
+from compiled_logprobs.operation.contract import Wanted, in_dtype
+from compiled_logprobs.operation.hidden import compute_from_hidden
+from compiled_logprobs.problem import DTYPES, Problem, Temperature, short_name
+
+
+def log_probs_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    return_logsumexp: bool = False,
+    return_argmax: bool = False,
+    memory_limit: int | None = None,
+    out_dtype: torch.dtype | None = torch.float32,
+    backend: str = "auto",
+) -> Tensor | LogProbs:
+    """Log-probability of each label, from hidden states and the output layer's weight: the logits need not fit.
+
+    With x = cap(logit_scale * (hidden @ weight.T + bias)) / temperature:  out[...] = x[..., label] -
+    logsumexp(x[..., :]), where cap(z) is z, or softcap * tanh(z / softcap). Products are in the dtype of `hidden`, as a
+    model's output layer computes them; what comes after, and sums over chunks, in float32. Rows all of whose labels are
+    ignored are left out before the product. Nothing is filtered: gradients are exact but for rounding.
+
+    Args:
+        hidden: [..., H] hidden states; float32, bfloat16 or float16 (float64 through eager).
+        weight: [V, H], in the dtype of `hidden`; frozen, it costs no gradient. Under autocast all three are converted.
+        labels: [...] or [..., K], int64 or int32, in [0, V) or `ignore_index`.
+        bias: [V].
+        temperature: as for `log_probs_from_logits`.
+        logit_scale: > 0; what the logits are multiplied by, before the cap.
+        softcap: > 0; the bound that the logits are softly kept below, before the temperature.
+        ignore_index: as for `log_probs_from_logits`.
+        return_entropy: also return the entropy of each row, from the same pass, as with the next two.
+        return_logsumexp: also return the logsumexp of x.
+        return_argmax: also return the first column that holds the maximum of the logits.
+        memory_limit: bytes that the call and its backward may take beside their arguments, results and gradients.
+        out_dtype: dtype of the results; None is that of `hidden`.
+        backend: "auto", or the name of one of `backends(from_hidden=True)`, which then runs or raises.
+
+    Returns:
+        As `log_probs_from_logits`, differentiable in `hidden`, `weight` and `bias` once.
+
+    Raises:
+        InputError: shapes, dtypes, devices, labels or temperature do not fit together, or the limit is less than the
+            least that is possible, which the message names.
+        BackendUnavailable: the named backend is unknown or cannot run this problem.
+    """
+    hidden, weight, bias = _checked(hidden, weight, bias)
+    check_labels(hidden, labels, ignore_index, "hidden")
+    given = temperature
+    logit_scale, softcap = _checked_number("logit_scale", logit_scale), _checked_cap(softcap)
+    temperature = checked_temperature(hidden, temperature)
+    if logit_scale != 1.0:
+        temperature = checked_temperature(hidden, temperature / logit_scale)
+        softcap = None if softcap is None else softcap / logit_scale
+    out_dtype = checked_out_dtype(hidden, out_dtype)
+    wanted = Wanted(return_entropy, return_logsumexp, return_argmax)
+    if is_traced(hidden):
+        raise InputError("got hidden states inside torch.compile or torch.export; outside of graphs they are served.")
+    problem = _problem_of(hidden, weight, bias, labels, temperature, wanted, softcap, memory_limit, out_dtype)
+    _check_limit(problem)
+    serving: Any = Auto(problem, hidden) if backend == "auto" else named_backend(backend, problem)
+    log_probs, *others = compute_from_hidden(
+        serving,
+        problem,
+        hidden,
+        weight,
+        labels,
+        bias,
+        temperature,
+        softcap=softcap,
+        ignore_index=int(ignore_index),
+        wanted=wanted,
+        logits_backend=logits_backend_on(hidden.device),
+    )
+    if hidden.is_cpu and is_nan(log_probs):
+        check_values(hidden, labels, given if isinstance(given, Tensor) else 1.0, ignore_index, weight.shape[0])
+    log_probs = log_probs.to(out_dtype)
+    if not others:
+        return log_probs
+    return log_probs_with(wanted, log_probs, *(in_dtype(result, out_dtype) for result in others))
+
+
+def cross_entropy_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    memory_limit: int | None = None,
+    out_dtype: torch.dtype | None = torch.float32,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross entropy of each label: minus `log_probs_from_hidden`, whose arguments and errors it shares.
+
+    Args:
+        reduction: as for `cross_entropy_from_logits`.
+
+    Returns:
+        Nats, never negative.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise InputError(f"got reduction={reduction!r}; 'mean', 'sum' or 'none' is valid.")
+    log_probs = log_probs_from_hidden(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        memory_limit=memory_limit,
+        out_dtype=out_dtype if reduction == "none" else None if hidden.dtype == torch.float64 else torch.float32,
+        backend=backend,
+    )
+    losses = 0.0 - cast(Tensor, log_probs)  # not a negation, which would turn the 0 of an ignored label into -0
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    if reduction == "mean":
+        total = total / (labels != ignore_index).sum()
+    return total.to(hidden.dtype if out_dtype is None else out_dtype)
+
+
+def _checked(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three, in the dtype of autocast where that is on. Raises InputError where they do not fit together."""
+    given = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            remedy = "its weight, e.g. lm_head.weight" if hasattr(tensor, "weight") else "a tensor"
+            raise InputError(
+                f"got {name} of type {type(tensor).__name__}; a torch.Tensor is valid. Pass {remedy}; of an adapter "
+                "(LoRA) pass the merged weight, as its get_delta_weight added to that of the base layer."
+            )
+        if hasattr(tensor, "full_tensor"):
+            raise InputError(
+                f"got {name} that is a DTensor; a plain tensor is valid. Pass {name}.full_tensor(), which gathers it, "
+                "and whose gradient goes back to the shards; or call inside the forward of a module under fully_shard, "
+                "where its parameters are gathered."
+            )
+        if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
+            raise InputError(
+                f"got {name} of dtype {short_name(tensor.dtype)} and layout {tensor.layout}; "
+                f"{', '.join(map(short_name, DTYPES))} in a strided layout are valid. Dequantise it, or convert it, "
+                f"e.g. {name}.bfloat16()."
+            )
+        if tensor.device != hidden.device:
+            raise InputError(
+                f"got {name} on {tensor.device} and hidden on {hidden.device}; one device is valid. Use "
+                f"{name}.to({str(hidden.device)!r})."
+            )
+    sizes = f"got hidden of shape {list(hidden.shape)} and weight of shape {list(weight.shape)}"
+    if hidden.ndim == 0 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[-1] or 0 in weight.shape:
+        raise InputError(
+            f"{sizes}; [..., H] and [V, H] with the same H, and both at least 1, are valid. The weight is as "
+            "torch.nn.Linear has it; transpose one that is [H, V]."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"{sizes}, and bias of shape {list(bias.shape)}; [{weight.shape[0]}] is valid.")
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if len(dtypes := {name: tensor.dtype for name, tensor in given.items()}) and len(set(dtypes.values())) > 1:
+        got = ", ".join(f"{name} in {short_name(dtype)}" for name, dtype in dtypes.items())
+        raise InputError(f"got {got}; one dtype is valid. Convert them, or call under torch.autocast.")
+    return hidden, weight, bias
+
+
+def _checked_number(name: str, number: Any) -> float:
+    is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not is_number or not 0.0 < number < math.inf:
+        raise InputError(f"got {name}={number!r}; a positive, finite number is valid.")
+    return float(number)
+
+
+def _checked_cap(softcap: Any) -> float | None:
+    if softcap == 0:
+        raise InputError("got softcap=0; a positive number or None is valid. Where a model has none, pass None.")
+    return None if softcap is None else _checked_number("softcap", softcap)
+
+
+def _problem_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: float | Tensor,
+    wanted: Wanted,
+    softcap: float | None,
+    memory_limit: int | None,
+    out_dtype: torch.dtype,
+) -> Problem:
+    """The problem that a call poses."""
+    kind: Temperature = "per_token" if isinstance(temperature, Tensor) else "none" if temperature == 1.0 else "number"
+    differentiable = (x.requires_grad for x in (hidden, weight, bias) if x is not None)
+    needs_grad = torch.is_grad_enabled() and any(differentiable)
+    return Problem(
+        hidden.device.type,
+        hidden.numel() // hidden.shape[-1],
+        weight.shape[0],
+        hidden.dtype,
+        out_dtype,
+        labels.shape[-1] if labels.ndim == hidden.ndim else 1,
+        needs_grad,
+        *wanted,
+        kind,
+        hidden=hidden.shape[-1],
+        weight_grad=needs_grad and weight.requires_grad,
+        bias=bias is not None,
+        softcap=softcap is not None,
+        memory_limit=memory_limit,
+    )
+
+
+def _check_limit(problem: Problem) -> None:
+    """Raise InputError for a limit of memory that nothing can keep."""
+    limit = problem.memory_limit
+    if limit is None:
+        return
+    backends = (cast(HiddenBackend, get_backend(name, problem)) for name in built_in_for(problem))
+    least = min(bytes for backend in backends if (bytes := backend.least_memory(problem)) is not None)
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < least:
+        raise InputError(
+            f"got memory_limit={limit!r} for {problem}; an integer of at least {least} bytes, the least that is "
+            "possible, or None is valid."
+        )

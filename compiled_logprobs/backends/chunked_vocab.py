@@ -1,0 +1,146 @@
+"""Chunks of the vocabulary: of each, the product of all rows; backward computes it again, a chunk at a time.
+
+Each block of the weight's gradient is one product over all rows, so that no sum of it has to be held: what is added up
+is the gradient in the hidden states.
+
+Shapes: N rows; H hidden size; V vocabulary, B of a chunk; K labels a row.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiled_logprobs.backends.base import HiddenBackend
+from compiled_logprobs.operation.contract import Results, Upstream, Wanted
+from compiled_logprobs.operation.formula import per_row
+from compiled_logprobs.operation.hidden import Gradients, HiddenInputs, LogitsBackend, Needs, gradient_in_place
+from compiled_logprobs.operation.shards import Columns, highest, of_whole_rows, sums_of
+from compiled_logprobs.problem import Problem, accumulation_dtype, of_logits
+
+ELEMENTS = {"cpu": 2**24}
+"""Logits of a chunk."""
+ELEMENTS_ELSEWHERE = 2**27
+LEAST = 128
+"""Columns; chunks are multiples of it, so that they lie as well in memory as the weight does."""
+WORKSPACE = 2**24
+"""Bytes that a backend over logits may take beside them."""
+MIB = 2**20
+
+
+class ChunkedVocab(HiddenBackend):
+    """Chunks of columns, as many as the memory leaves room for."""
+
+    name = "chunked_vocab"
+    summary = "a part of the vocabulary at a time, whose logits backward computes again"
+
+    def why_not(self, problem: Problem) -> str | None:
+        if problem.vocab <= LEAST:
+            return f"it has no more than {LEAST} columns"
+        least = self.least_memory(problem)
+        if problem.memory_limit is not None and least > problem.memory_limit:
+            return f"it takes {least / MIB:.1f} MiB, and may take {problem.memory_limit / MIB:.1f}"
+        return None
+
+    def least_memory(self, problem: Problem) -> int:
+        return self._bytes(problem, LEAST)
+
+    def forward(
+        self, inputs: HiddenInputs, wanted: Wanted, logits_backend: LogitsBackend, *, keep: bool
+    ) -> tuple[Results, None]:
+        all_rows = slice(0, len(inputs.labels))
+        hidden_NH = inputs.hidden_of(all_rows)
+        parts: list[Results] = []
+        x_NK = rows = None
+        argmax: Tensor | None = None
+        for columns in self._chunks(inputs):
+            z_NB = inputs.product(hidden_NH, columns)
+            serving = self._of(columns, inputs, logits_backend)
+            part, rows, x_here_NK, is_here = serving.forward(inputs.at(z_NB, all_rows), wanted)
+            del z_NB
+            x_here_NK = x_here_NK.masked_fill(~is_here, 0.0)
+            x_NK = x_here_NK if x_NK is None else x_NK + x_here_NK
+            if part.argmax is not None:
+                here = part.argmax + columns.start
+                argmax = here if argmax is None else torch.where(part.stats[0] > highest_of(parts), here, argmax)
+            parts.append(part)
+        assert x_NK is not None and rows is not None  # V is at least 1
+        top = highest_of(parts)
+        t = rows.temperature.double() if isinstance(rows.temperature, Tensor) else rows.temperature
+        of_parts = (sums_of(part, wanted, top, t) for part in parts)
+        sums = [torch.stack(each).sum(0) for each in zip(*of_parts, strict=True)]
+        d_NK = (x_NK - top.unsqueeze(-1)) / per_row(t)
+        return of_whole_rows(rows, wanted, top, sums, d_NK, argmax), None
+
+    def backward(
+        self,
+        inputs: HiddenInputs,
+        stats: Tensor,
+        kept: Any,
+        upstream: Upstream,
+        logits_backend: LogitsBackend,
+        needs: Needs,
+    ) -> Gradients:
+        all_rows, weight, bias = slice(0, len(inputs.labels)), inputs.weight, inputs.bias
+        hidden_NH = inputs.hidden_of(all_rows)
+        of_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight else None
+        of_bias = torch.empty_like(bias) if needs.bias and bias is not None else None
+        wide = accumulation_dtype(hidden_NH.dtype)
+        of_hidden = torch.zeros_like(hidden_NH, dtype=wide) if needs.hidden else None
+        for columns in self._chunks(inputs):
+            z_NB = inputs.product(hidden_NH, columns)
+            gradient_NB = gradient_in_place(
+                self._of(columns, inputs, logits_backend),
+                z_NB,
+                inputs.at(z_NB, all_rows),
+                inputs.softcap,
+                stats,
+                upstream,
+            )
+            if of_weight is not None:
+                torch.mm(gradient_NB.T, hidden_NH, out=of_weight[columns])
+            if of_bias is not None:
+                of_bias[columns] = gradient_NB.sum(0, dtype=wide)
+            if of_hidden is not None and of_hidden.dtype == gradient_NB.dtype:
+                of_hidden.addmm_(gradient_NB, weight[columns])
+            elif of_hidden is not None:
+                of_hidden += gradient_NB @ weight[columns]
+            del z_NB, gradient_NB
+        if of_hidden is not None:
+            of_hidden = of_hidden.to(weight.dtype)
+            if inputs.counting is not None:
+                of_hidden = torch.zeros_like(inputs.hidden).index_copy_(0, inputs.counting, of_hidden)
+        return Gradients(of_hidden, of_weight, of_bias)
+
+    def _chunks(self, inputs: HiddenInputs) -> Iterator[slice]:
+        vocab, step = len(inputs.weight), self._columns(inputs.problem)
+        return (slice(start, min(start + step, vocab)) for start in range(0, vocab, step))
+
+    def _columns(self, problem: Problem) -> int:
+        columns = ELEMENTS.get(problem.device_type, ELEMENTS_ELSEWHERE) // max(1, problem.rows)
+        if problem.memory_limit is not None:
+            fixed, a_column = self._bytes(problem, 0), self._bytes(problem, 1) - self._bytes(problem, 0)
+            columns = min(columns, (problem.memory_limit - fixed) // max(1, a_column))
+        return max(LEAST, columns // LEAST * LEAST)
+
+    @staticmethod
+    def _of(columns: slice, inputs: HiddenInputs, logits_backend: LogitsBackend) -> Columns:
+        width = columns.stop - columns.start
+        problem = of_logits(inputs.problem, len(inputs.labels), width)._replace(logsumexp=True)
+        return Columns(logits_backend(problem), columns.start, width, len(inputs.weight))
+
+    @staticmethod
+    def _bytes(problem: Problem, columns: int) -> int:
+        """Beside arguments, results and gradients, with so many columns a chunk."""
+        size, wide = problem.dtype.itemsize, accumulation_dtype(problem.dtype).itemsize
+        sums = problem.rows * (problem.hidden or 1) * (wide + size) if problem.needs_grad and size < wide else 0
+        return WORKSPACE + problem.rows * columns * (size + problem.softcap * wide) + sums
+
+
+def highest_of(parts: list[Results]) -> Tensor:
+    """[N]: the maxima of the rows, as far as `parts` go."""
+    return torch.stack([highest(part.stats[0]) for part in parts]).amax(0)
+
+
+CHUNKED_VOCAB = ChunkedVocab()
