@@ -5,7 +5,7 @@ from importlib import import_module
 from threading import Lock
 from typing import Any, overload
 
-from compiled_logprobs.backends.base import AnyBackend, Backend, HiddenBackend
+from compiled_logprobs.backends.base import AnyBackend, Backend, HiddenBackend, faults_of
 from compiled_logprobs.decision import PLAIN
 from compiled_logprobs.errors import BackendUnavailable, InputError
 from compiled_logprobs.problem import Problem
@@ -109,7 +109,7 @@ def get_backend(name: str, problem: Problem | None = None) -> AnyBackend:
     """The backend called `name`, over logits, or over what `problem` has.
 
     Raises:
-        BackendUnavailable: the name is unknown, or its module cannot be imported.
+        BackendUnavailable: the name is unknown, its module cannot be imported, or what is there is no whole backend.
     """
     return _get(name, from_hidden=problem is not None and problem.hidden is not None)
 
@@ -149,8 +149,16 @@ def target_of(name: str) -> str | AnyBackend:
 
 
 def _load(name: str, target: _Target, kind: type[AnyBackend]) -> AnyBackend:
-    if isinstance(target, AnyBackend):
-        return target
+    backend = target if isinstance(target, AnyBackend) else _imported(name, target, kind)
+    if faults := faults_of(backend, kind):
+        raise BackendUnavailable(
+            f"backend {name!r} is no whole {kind.__name__}: {'; '.join(faults)}. "
+            f"Write {type(backend).__name__} as compiled_logprobs.backends.base.{kind.__name__} has it."
+        )
+    return backend
+
+
+def _imported(name: str, target: str, kind: type[AnyBackend]) -> AnyBackend:
     module_name, attribute = target.split(":")
     try:
         backend = getattr(import_module(module_name), attribute)

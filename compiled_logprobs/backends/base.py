@@ -2,6 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,27 @@ class HiddenBackend(AnyBackend):
         needs: Needs,
     ) -> Gradients:
         """The gradients that are needed. `stats` may come from another backend's forward; then `kept` is None."""
+
+
+ATTRIBUTES = {"name": str, "summary": str, "row_invariant": bool}
+
+
+def faults_of(backend: AnyBackend, kind: type[AnyBackend]) -> list[str]:
+    """What of `backend` is not as `kind` has it, in words: what was got, and what is valid."""
+    faults = []
+    for name, right in ATTRIBUTES.items():
+        if not isinstance(value := getattr(backend, name, None), right):
+            faults.append(f"got {name}={value!r:.80}, where a {right.__name__} is valid")
+    for name in (name for name in dir(kind) if name[0] != "_" and callable(getattr(kind, name))):
+        parameters = list(inspect.signature(getattr(kind, name)).parameters.values())[1:]
+        by_place = [each.name for each in parameters if each.kind is not each.KEYWORD_ONLY]
+        by_name = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+        method = getattr(backend, name)
+        with suppress(ValueError):  # of what is not Python, such as C++, which tells no signature
+            try:
+                inspect.signature(method).bind(*by_place, **dict.fromkeys(by_name))
+            except TypeError:
+                got = f"{name}{inspect.signature(method)}" if callable(method) else f"{name}={method!r:.80}"
+                valid = ", ".join([*by_place, *(["*", *by_name] if by_name else [])])
+                faults.append(f"got {got}, where {name}({valid}) is valid")
+    return faults

@@ -83,8 +83,9 @@ def subject_of(target: str) -> str | Callable[..., Any]:
             + _nearest(target, names)
         ) from error
     if isinstance(subject, Backend) or (isinstance(subject, type) and issubclass(subject, Backend)):
-        register_backend(subject.name, target)
-        return subject.name
+        called: str = getattr(subject, "name", "")
+        register_backend(called, target)
+        return called
     if not callable(subject):
         raise InputError(f"got target {target!r}, which is of type {type(subject).__name__}; a function is valid.")
     return subject  # type: ignore[no-any-return]  # narrowed to a callable from Any

@@ -108,6 +108,34 @@ def test_a_backend_is_registered_by_its_place_and_imported_when_used(registry):
         get_backend("a_function")
 
 
+class HalfABackend(Eager):
+    """With mistakes that would show only when it is called."""
+
+    summary = None
+
+    def forward(self, logits, labels, temperature):
+        pytest.fail("it was called")
+
+    def backward(self, inputs, stats, upstream, inplace_backward=False):
+        pytest.fail("it was called")
+
+    is_warm = True
+
+
+@pytest.mark.parametrize("target", [HalfABackend(), f"{__name__}:HalfABackend"], ids=["instance", "place"])
+def test_what_is_no_whole_backend_is_told_before_it_is_called(registry, target):
+    clp.register_backend("half", target)
+    words = (
+        "backend 'half' is no whole Backend: got summary=None, where a str is valid; got backward(inputs, stats, "
+        "upstream, inplace_backward=False), where backward(inputs, stats, upstream, *, inplace) is valid; got "
+        "forward(logits, labels, temperature), where forward(inputs, wanted) is valid; got is_warm=True, where "
+        "is_warm(problem) is valid. Write HalfABackend as compiled_logprobs.backends.base.Backend has it."
+    )
+    with pytest.raises(clp.BackendUnavailable) as raised:
+        clp.log_probs_from_logits(torch.randn(3, 5), torch.tensor([0, 1, 2]), backend="half")
+    assert str(raised.value) == words == why_not("half", Problem("cpu", 1, 8, torch.float32))
+
+
 @pytest.mark.parametrize(
     ("name", "target", "message"),
     [
