@@ -1,12 +1,14 @@
 """How far a choice can be trusted where it was measured under noise: `python -m benchmarks.noise`, from a checkout.
 
 Each tune is that of a fresh process with an empty store, while another process keeps one core busy in bursts. When the
-noise has ended, all backends take turns, and the choices are held against the best of them.
+noise has ended, all backends take turns, and the choices are held against the best of them. `--json FILE` adds a line a
+tune to those that are there, and judges all of them: so many tunes can be had in parts.
 """
 
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,14 +30,20 @@ from compiled_logprobs.tuning.rounds import Measurement
 LIMIT = 1.1
 """Times as long as the best backend, what a choice may take."""
 BURSTS = """
-import random, sys, time
+import os, random, sys, threading, time
+
+def end():
+    sys.stdin.read()
+    os._exit(0)
+
+threading.Thread(target=end, daemon=True).start()
 while True:
     ends = time.monotonic() + random.uniform(0.02, float(sys.argv[1]))
     while time.monotonic() < ends:
         pass
     time.sleep(random.uniform(0.02, float(sys.argv[1])))
 """
-"""A program that is busy and idle in turn, for up to so many seconds each."""
+"""A program that is busy and idle in turn, for up to so many seconds each, until whoever holds its input has ended."""
 TUNE = """
 import json, sys, torch
 from compiled_logprobs import Problem, tune
@@ -50,45 +58,53 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def noise(
-    tunes: Annotated[int, typer.Option(min=1, help="How many, each in a process of its own.")] = 20,
+    tunes: Annotated[int, typer.Option(min=0, help="How many, each in a process of its own.")] = 20,
     shape: Annotated[str, typer.Option(metavar="NxV", help="In float32, with the gradient.")] = "256x151936",
     budget: Annotated[float, typer.Option(min=1, help="Seconds for the rounds of a tune.")] = 20.0,
     burst: Annotated[float, typer.Option(min=0.02, help="Seconds that a burst takes at most, and a pause.")] = 2.0,
     rounds: Annotated[int, typer.Option(min=2, help="Of all backends, after the noise.")] = 30,
-    json_file: Annotated[Path | None, typer.Option("--json", show_default=False, help="File for all figures.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", show_default=False, help="File of a line a tune, which is added to.")
+    ] = None,
 ) -> None:
     """Tune under noise, and count the choices that are within 1.1 times of the best backend."""
     n, _, vocab = shape.partition("x")
-    results = []
+    asked = {"shape": shape, "budget_s": budget, "burst_s": burst}
+    results = [] if json_file is None else _read(json_file, asked)
     with _bursts(burst):
         for number in range(1, tunes + 1):
-            results.append(_tune(n, vocab, budget))
+            results.append({**asked, **_tune(n, vocab, budget)})
             typer.echo(f"tune {number} of {tunes}: {results[-1]['chosen']}: {results[-1]['reason']}", err=True)
+            if json_file is not None:
+                with json_file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(results[-1]) + "\n")
     ratios = _ratios(Problem("cpu", int(n), int(vocab), torch.float32, needs_grad=True), rounds)
-    for result in results:
-        result["times_the_best"] = ratios.get(result["chosen"])
-    within = sum((result["times_the_best"] or LIMIT + 1) <= LIMIT for result in results)
+    within = sum(ratios.get(result["chosen"], LIMIT + 1) <= LIMIT for result in results)
     table = [
         (
             str(number),
             result["chosen"] or "none",
             result["code"],
-            f"{ratio:.2f}" if (ratio := result["times_the_best"]) else "",
+            f"{ratio:.2f}" if (ratio := ratios.get(result["chosen"])) else "",
         )
         for number, result in enumerate(results, 1)
     ]
     numbers = Column("tune", right=True), Column("times the best", right=True)
     print_table(f"{shape} float32, gradient", [numbers[0], "choice", "code", numbers[1]], table)
-    typer.echo(f"within {LIMIT}x of the best: {within} of {tunes}")
-    if json_file is not None:
-        report = {"shape": shape, "budget_s": budget, "ratios": ratios, "tunes": results, "within": within}
-        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    typer.echo(f"within {LIMIT}x of the best: {within} of {len(results)}")
+
+
+def _read(file: Path, asked: dict[str, Any]) -> list[dict[str, Any]]:
+    """The earlier tunes of the same kind."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    earlier: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    return [result for result in earlier if asked.items() <= result.items()]
 
 
 @contextlib.contextmanager
 def _bursts(longest: float) -> Iterator[None]:
     """Keep one core busy from time to time."""
-    with subprocess.Popen([sys.executable, "-c", BURSTS, str(longest)]) as process:
+    with subprocess.Popen([sys.executable, "-c", BURSTS, str(longest)], stdin=subprocess.PIPE) as process:
         try:
             yield
         finally:
@@ -122,4 +138,5 @@ def _ratios(problem: Problem, rounds: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a tune under way ends as well
     app(prog_name="python -m benchmarks.noise")
