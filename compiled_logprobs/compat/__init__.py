@@ -12,7 +12,8 @@ In all of them, whatever the original does:
 * A label outside [0, V) is an error (on an accelerator NaN), where several originals return 0, a certainty.
 * A token of probability 0 counts 0 in an entropy, where most originals give NaN.
 * No backend copies all logits, so `chunk_size` changes nothing.
-* Logits that are split over more than one rank are refused, where a function can see it.
+* A function that takes a process group, or Megatron's own, takes this rank's columns of the logits, of which all ranks
+  have as many. It sends two collectives forward and none backward, and its results have the same bits on all ranks.
 """
 
 from compiled_logprobs.compat.originals import FRAMEWORKS

@@ -1,9 +1,9 @@
-"""AReaL's `areal.utils.functional`, for logits that are not split over ranks.
+"""AReaL's `areal.utils.functional`, for whole logits and for those that are split over tensor-parallel ranks.
 
 Kept: float32 results of logits of any dtype, divided by the temperature in float32.
 
 Not kept: empty input gives an empty result, where the original fails. The gradient takes one tensor of the size and
-dtype of the logits.
+dtype of the logits, and the graph can be kept for a second backward.
 """
 
 from typing import Any
@@ -18,15 +18,14 @@ def gather_logprobs(
 ) -> Tensor:
     """Log-probability of each label under softmax(logits / temperature), [...] float32.
 
-    `logits` [..., V] are not modified. A `tp_group` of more than one rank is an InputError. `chunk_size` is not used.
+    `logits` [..., V], or [..., V / ranks] of this rank of `tp_group`, are not modified. `labels` are of the whole
+    vocabulary. `chunk_size` is not used.
     """
-    conventions.require_one_rank(tp_group=tp_group)
-    return conventions.gathered_log_probs(logits, labels, temperature=temperature)
+    return conventions.gathered_log_probs(logits, labels, temperature=temperature, group=tp_group)
 
 
 def gather_logprobs_entropy(
     logits: Tensor, labels: Tensor, temperature: float = 1.0, tp_group: Any = None, chunk_size: int = 1024
 ) -> tuple[Tensor, Tensor]:
     """As `gather_logprobs`, and the entropy of each row, [...] float32 both. The entropy carries a gradient."""
-    conventions.require_one_rank(tp_group=tp_group)
-    return conventions.gathered_log_probs_and_entropy(logits, labels, temperature=temperature)
+    return conventions.gathered_log_probs_and_entropy(logits, labels, temperature=temperature, group=tp_group)

@@ -1,11 +1,12 @@
-"""What the originals agree on: which labels count, which dtype comes back, and that one rank holds whole rows."""
+"""What the originals agree on: which labels count, which dtype comes back, and who has which columns."""
 
+import sys
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
-from compiled_logprobs import entropy_from_logits, log_probs_from_logits
+from compiled_logprobs import cross_entropy_from_logits, entropy_from_logits, log_probs_from_logits
 from compiled_logprobs.arguments import NO_LABEL, check_not_leaf
 from compiled_logprobs.errors import InputError
 
@@ -33,6 +34,20 @@ def sum_p_squared(logits: Tensor, **options: Any) -> Tensor:
     return result
 
 
+def losses(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """Stand for cross entropies that return a number a label: a label of -100 counts 0."""
+    return cross_entropy_from_logits(logits, labels, reduction="none", **options)
+
+
+def require_no_smoothing(label_smoothing: float) -> None:
+    """Raise InputError unless labels are not smoothed."""
+    if label_smoothing != 0:
+        raise InputError(
+            f"got label_smoothing={label_smoothing!r}; 0 is valid: smoothed labels need the mean of all "
+            "log-probabilities, which no backend has. Keep the framework's own function for them."
+        )
+
+
 def overwriting_log_probs(logits: Tensor, labels: Tensor, inplace_backward: bool) -> Tensor:
     """Stand for originals that call flash-attn: labels of any shape, the gradient over the logits where it can be."""
     return log_probs(
@@ -58,19 +73,48 @@ def at_least_float32(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def require_one_rank(**groups: Any) -> None:
-    """Raise InputError, which names the argument, unless each process group is None or has one rank."""
-    for name, group in groups.items():
-        if group is not None and group.size() > 1:
-            raise split_error(f"a {name} of {group.size()} ranks", "None or a group of one rank is valid")
+def part_of_group(logits: Tensor, start: int, end: int, **groups: Any) -> dict[str, Any]:
+    """The options of a call whose logits are columns [start, end) of a vocabulary, split over the one group named.
+
+    InputError unless all ranks have as many columns, in their order; without ranks, unless these are all columns.
+    """
+    ((name, group),) = groups.items()
+    held, group = logits.shape[-1], of_ranks(group)
+    due = (0, held) if group is None else (group.rank() * held, (group.rank() + 1) * held)
+    if (start, end) != due:
+        whose = f"with a {name} of one rank" if group is None else f"on rank {group.rank()} of {group.size()}"
+        raise InputError(
+            f"got the vocabulary's part from {start} to {end} for logits of {held} columns, {whose}; {due[0]} to "
+            f"{due[1]} is valid: here all ranks of the {name} have as many columns. For other parts call "
+            "compiled_logprobs.log_probs_from_logits with group, vocab_start_index and vocab_size."
+        )
+    return {"group": group}
 
 
-def split_error(what: str, valid: str) -> InputError:
-    """Say that logits are split over ranks."""
-    return InputError(
-        f"got {what}; {valid}: logits that are split over ranks are not served here. Keep the framework's own function "
-        "for them (unpatch it), or gather the logits first."
-    )
+def of_ranks(group: Any) -> Any:
+    """The group, or None in place of one that has one rank."""
+    return None if group is None or group.size() == 1 else group
+
+
+def all_ranks() -> Any:
+    """The group of all ranks of torch.distributed, None where there is one rank."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return distributed.group.WORLD
+    return None
+
+
+def tensor_parallel_ranks() -> Any:
+    """Megatron's tensor-parallel group, None where it has one rank, or where there is one rank in all."""
+    megatron = sys.modules.get("megatron.core.parallel_state")
+    if megatron is not None and megatron.model_parallel_is_initialized():
+        return of_ranks(megatron.get_tensor_model_parallel_group())
+    if (group := all_ranks()) is not None:
+        raise InputError(
+            f"got a call on one of {group.size()} ranks, and no tensor-parallel group of Megatron's; one is valid, "
+            "since it says whose the columns are. Call megatron.core.parallel_state.initialize_model_parallel first, "
+            "or compiled_logprobs.log_probs_from_logits with group."
+        )
+    return None
 
 
 def _may_overwrite(logits: Tensor) -> bool:

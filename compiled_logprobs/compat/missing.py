@@ -9,21 +9,11 @@ from typing import Any, NoReturn
 HIDDEN = "Hidden states are not taken yet: compute the logits and call {}, or keep the framework's own."
 KERNEL = "Call {}, which takes the fastest kernel by itself."
 K_LABELS = "Call {}, which takes K labels a position."
-SPLIT = "Logits that are split over ranks are not served yet: gather them and call {}, or keep the framework's own."
-PACKED = (
-    "Packed sequences are not taken apart yet: call compiled_logprobs.log_probs_from_logits(logits[0, :-1], "
-    "target[0, 1:]) and drop what crosses from one sequence to the next, or keep the framework's own."
-)
-
 ADVICE: dict[str, list[tuple[str, str, str]]] = {
     "easyr1": [("log_probs_from_logits_flash_attn", KERNEL, "log_probs_from_logits")],
     "verl": [
         ("logprobs_from_logits_flash_attn logprobs_from_logits_torch_npu", KERNEL, "logprobs_from_logits"),
         ("linear_cross_entropy FusedLinearForPPO", HIDDEN, "logprobs_from_logits and entropy_from_logits"),
-        ("vocab_parallel_log_probs_from_logits", SPLIT, "logprobs_from_logits"),
-        ("vocab_parallel_log_probs_from_logits_response_rmpad", SPLIT, "log_probs_from_logits_response_rmpad"),
-        ("vocab_parallel_entropy vocab_parallel_entropy_with_chunking", SPLIT, "entropy_from_logits"),
-        ("vocab_parallel_sum_pi_squared", SPLIT, "calculate_sum_pi_squared_from_logits"),
     ],
     "skyrl": [
         ("logprobs_from_logits_flash_attn", KERNEL, "logprobs_from_logits"),
@@ -33,13 +23,14 @@ ADVICE: dict[str, list[tuple[str, str, str]]] = {
             "compiled_logprobs.compat.verl.logprobs_from_logits_v2",
         ),
         ("chunked_cross_entropy_from_log_probs", "Call {} with the logits.", "chunked_entropy_from_logits"),
-        ("DistributedLogprob ChunkedDistributedLogprob", SPLIT, "logprobs_from_logits"),
-        ("from_parallel_logits_to_logprobs", SPLIT, "logprobs_from_logits with logits[:, :-1] and target[:, 1:]"),
-        ("from_parallel_logits_to_logprobs_packed_sequences", PACKED, ""),
         ("from_parallel_hidden_to_logprobs", HIDDEN, "logprobs_from_logits"),
         ("from_parallel_hidden_to_logprobs_packed_sequences", HIDDEN, "logprobs_from_logits"),
         ("from_parallel_hidden_to_entropy_packed_sequences", HIDDEN, "chunked_entropy_from_logits"),
-        ("vocab_parallel_entropy vocab_parallel_entropy_packed_sequences", SPLIT, "chunked_entropy_from_logits"),
+        (
+            "vocab_parallel_entropy_packed_sequences vocab_parallel_entropy_weighted_sum",
+            "Call {}, and weight its result.",
+            "vocab_parallel_entropy",
+        ),
     ],
     "trl": [("add_fused_lm_head patch_chunked_lm_head", HIDDEN, "selective_log_softmax_and_entropy")],
     "prime_rl": [("FusedOutputLinear", HIDDEN, "selective_log_softmax and compute_entropy")],
@@ -47,7 +38,6 @@ ADVICE: dict[str, list[tuple[str, str, str]]] = {
         ("logprobs_from_logits_flash_attn logprobs_from_logits_liger_kernel", KERNEL, "compute_logprobs_from_logits")
     ],
     "nemo_rl": [
-        ("from_parallel_logits_to_logprobs_packed_sequences", PACKED, ""),
         ("from_parallel_hidden_states_to_logprobs", HIDDEN, "from_parallel_logits_to_logprobs"),
         ("ChunkedDistributedHiddenStatesToLogprobs", HIDDEN, "ChunkedDistributedLogprob.apply"),
         (
@@ -57,7 +47,7 @@ ADVICE: dict[str, list[tuple[str, str, str]]] = {
         ),
         (
             "dtensor_from_parallel_logits_to_logprobs get_logprobs_from_vocab_parallel_logits",
-            SPLIT,
+            "Call {}, which takes a DTensor that is sharded over its vocabulary.",
             "get_next_token_logprobs_from_logits",
         ),
         ("ChunkedDistributedGatherLogprob", K_LABELS, "compiled_logprobs.log_probs_from_logits(logits, indices)"),

@@ -1,12 +1,13 @@
-"""NeMo-RL's `nemo_rl.distributed.model_utils`, for logits that are not split over ranks.
+"""NeMo-RL's `nemo_rl.distributed.model_utils`.
 
-Kept: float32 results. The functions shift by themselves and return S - 1 columns for S tokens; the classes do not
-shift. `ChunkedDistributedEntropy` returns the sum of p log p: minus the entropy, in spite of its name. Sampling
-parameters filter the logits as in the originals, which do not apply their temperature; a label that was filtered out
-has -inf.
+Kept: float32 results of logits [B, S, V / ranks], the columns of this rank of a tensor-parallel group; positions may be
+split over a context-parallel group as well, whose gradients are added up. The functions shift by themselves and return
+S - 1 columns for S tokens; the classes do not shift. `ChunkedDistributedEntropy` returns the sum of p log p: minus the
+entropy, in spite of its name. Sampling parameters filter the logits as in the originals, which do not apply their
+temperature; a label that was filtered out has -inf.
 
-Not kept: a part of the vocabulary is refused. With `inference_only=True` the result carries no gradient, where the
-originals' backward fails. Functions for packed sequences and from hidden states are not here.
+Not kept: filtering needs all columns on one rank. With `inference_only=True` the result carries no gradient, where the
+originals' backward fails. Functions from hidden states are not here.
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.compat import conventions, missing
+from compiled_logprobs.compat.sequences import Sequences, in_rows
 from compiled_logprobs.errors import InputError
 
 missing.advise(globals())
@@ -32,23 +34,30 @@ def get_next_token_logprobs_from_logits(
 ) -> Tensor:
     """Log-probability of each token but the first, [B, S - 1] float32.
 
-    `seq_index`, `vocab_parallel_rank` and `chunk_size` change nothing.
+    `seq_index` and `chunk_size` change nothing.
 
     Args:
         input_ids: [B, S], not shifted.
-        next_token_logits: [B, S, V], or more positions, of which the last are not used. Not modified.
-        vocab_parallel_group, context_parallel_group: None or a process group of one rank, else InputError.
-        sampling_params: None, or has `top_k` and `top_p`; filtering costs a copy of the logits.
+        next_token_logits: [B, S / context ranks, V / ranks], or more positions, of which the last are not used; or a
+            DTensor that is sharded over its last dimension. Not modified.
+        vocab_parallel_rank: that of this process in the group, else InputError.
+        vocab_parallel_group, context_parallel_group: None or a process group.
+        sampling_params: None, or has `top_k` and `top_p`; filtering needs all columns here, and costs a copy of them.
     """
-    groups = {"vocab_parallel_group": vocab_parallel_group, "context_parallel_group": context_parallel_group}
-    conventions.require_one_rank(**groups)
-    labels = input_ids[:, 1:].to(next_token_logits.device)
-    logits, keep = next_token_logits[:, : labels.shape[1]], None
-    if sampling_params is not None:
-        keep = _keep_mask(logits, sampling_params.top_k, sampling_params.top_p)
-    if keep is not None:
-        logits = logits.masked_fill(~keep, -torch.inf)
-    return conventions.gathered_log_probs(logits, labels, masked_logits=keep is not None)
+    logits, group = next_token_logits, conventions.of_ranks(vocab_parallel_group)
+    if group is not None and vocab_parallel_rank != group.rank():
+        raise InputError(
+            f"got vocab_parallel_rank={vocab_parallel_rank!r} on rank {group.rank()} of vocab_parallel_group; "
+            "these are the same where the columns lie in the order of the ranks. Pass that rank."
+        )
+    if (context := conventions.of_ranks(context_parallel_group)) is None:
+        labels = input_ids[:, 1:].to(logits.device)
+        return _log_probs(logits[:, : labels.shape[1]], labels, group, sampling_params)
+    tokens, width = input_ids.to(logits.device), input_ids.shape[1]
+    padded = logits.shape[1] * context.size()
+    sequences = Sequences(torch.tensor([0, padded], device=logits.device), logits.shape[1], context)
+    labels = sequences.next_tokens(torch.nn.functional.pad(tokens, (0, padded - width)))
+    return sequences.of_all_ranks(_log_probs(logits, labels, group, sampling_params))[:, : width - 1]
 
 
 def from_parallel_logits_to_logprobs(
@@ -65,13 +74,58 @@ def from_parallel_logits_to_logprobs(
     """As `get_next_token_logprobs_from_logits`, from the same logits and tokens.
 
     Args:
-        vocab_start_index, vocab_end_index: 0 and V, else InputError.
-        tp_group, cp_group: None or a process group of one rank, else InputError.
+        vocab_start_index, vocab_end_index: the columns of this rank, of which all ranks have as many, else InputError.
+        tp_group, cp_group: None or a process group.
         inference_only: the result carries no gradient.
     """
-    conventions.require_one_rank(tp_group=tp_group, cp_group=cp_group)
-    logits = _whole(vocab_parallel_logits, vocab_start_index, vocab_end_index, inference_only)
-    return get_next_token_logprobs_from_logits(target, logits, sampling_params=sampling_params)
+    bounds = (vocab_start_index, vocab_end_index)
+    group = conventions.part_of_group(vocab_parallel_logits, *bounds, tp_group=tp_group)["group"]
+    return get_next_token_logprobs_from_logits(
+        target,
+        vocab_parallel_logits.detach() if inference_only else vocab_parallel_logits,
+        vocab_parallel_rank=None if group is None else group.rank(),
+        vocab_parallel_group=group,
+        context_parallel_group=cp_group,
+        sampling_params=sampling_params,
+    )
+
+
+def from_parallel_logits_to_logprobs_packed_sequences(
+    vocab_parallel_logits: Tensor,
+    target: Tensor,
+    cu_seqlens_padded: Tensor,
+    unpacked_seqlen: int,
+    vocab_start_index: int,
+    vocab_end_index: int,
+    group: Any,
+    inference_only: bool = False,
+    cp_group: Any = None,
+    chunk_size: int | None = None,
+    sampling_params: Any = None,
+    target_is_pre_rolled: bool = False,
+) -> Tensor:
+    """Log-probability of each token but the first of each of B sequences, [B, unpacked_seqlen - 1] float32.
+
+    What follows a sequence in its row is 0. `chunk_size` changes nothing.
+
+    Args:
+        vocab_parallel_logits: [1, T / context ranks, V / ranks], of all sequences one after another. Not modified.
+        target: [1, T], not shifted.
+        cu_seqlens_padded: [B + 1], where each sequence begins and the last one ends, in T.
+        unpacked_seqlen: longer sequences are cut.
+        vocab_start_index, vocab_end_index: the columns of this rank, of which all ranks have as many, else InputError.
+        group, cp_group: None or a process group.
+        inference_only: the result carries no gradient.
+        sampling_params: as in `get_next_token_logprobs_from_logits`.
+        target_is_pre_rolled: `target` is [1, T / context ranks] of this rank, shifted already.
+    """
+    part = conventions.part_of_group(vocab_parallel_logits, vocab_start_index, vocab_end_index, group=group)
+    logits = (vocab_parallel_logits.detach() if inference_only else vocab_parallel_logits)[0]
+    starts = cu_seqlens_padded.to(logits.device)
+    sequences = Sequences(starts, len(logits), cp_group)
+    labels = (sequences.without_last if target_is_pre_rolled else sequences.next_tokens)(target[0].to(logits.device))
+    log_probs = _log_probs(logits, labels, part["group"], sampling_params)
+    return in_rows(sequences.of_all_ranks(log_probs), starts, unpacked_seqlen - 1)
 
 
 class DistributedLogprob:
@@ -86,10 +140,15 @@ class DistributedLogprob:
         group: Any,
         inference_only: bool = False,
     ) -> Tensor:
-        """Log-probability of each label of `target` [B, S], already shifted: [B, S] float32, from logits [B, S, V]."""
-        conventions.require_one_rank(group=group)
-        logits = _whole(vocab_parallel_logits, vocab_start_index, vocab_end_index, inference_only)
-        return conventions.gathered_log_probs(logits, target)
+        """Log-probability of each label of `target` [B, S], shifted already: [B, S] float32.
+
+        Args:
+            vocab_parallel_logits: [B, S, V / ranks].
+            vocab_start_index, vocab_end_index, group: as in `from_parallel_logits_to_logprobs`.
+        """
+        part = conventions.part_of_group(vocab_parallel_logits, vocab_start_index, vocab_end_index, group=group)
+        logits = vocab_parallel_logits.detach() if inference_only else vocab_parallel_logits
+        return conventions.gathered_log_probs(logits, target, **part)
 
 
 class ChunkedDistributedLogprob:
@@ -115,30 +174,37 @@ class ChunkedDistributedEntropy:
 
     @staticmethod
     def apply(vocab_parallel_logits: Tensor, chunk_size: int, tp_group: Any, inference_only: bool = False) -> Tensor:
-        """The sum of p log p of each row, MINUS the entropy: [B, S] float32, never positive, from logits [B, S, V]."""
-        conventions.require_one_rank(tp_group=tp_group)
-        return 0.0 - conventions.entropy(vocab_parallel_logits.detach() if inference_only else vocab_parallel_logits)
+        """The sum of p log p of each row, MINUS the entropy: [B, S] float32, never positive, of [B, S, V / ranks]."""
+        logits = vocab_parallel_logits.detach() if inference_only else vocab_parallel_logits
+        return 0.0 - conventions.entropy(logits, group=tp_group)
 
 
-def _whole(logits: Tensor, start: int, end: int, inference_only: bool) -> Tensor:
-    """The logits, without gradient for inference. Raise InputError unless [start, end) is the whole vocabulary."""
-    vocab = logits.shape[-1]
-    if (start, end) != (0, vocab):
-        what = f"the vocabulary's part from {start} to {end} for logits with {vocab} columns"
-        raise conventions.split_error(what, f"0 to {vocab} is valid")
-    return logits.detach() if inference_only else logits
+def _log_probs(logits: Tensor, labels: Tensor, group: Any, sampling_params: Any) -> Tensor:
+    """Of labels of which NO_LABEL counts 0, after filtering."""
+    keep = None
+    if sampling_params is not None:
+        top_k, top_p = max(0, sampling_params.top_k or 0), sampling_params.top_p
+        top_p = 1.0 if top_p is None else top_p
+        is_split = group is not None or hasattr(logits, "placements")
+        if is_split and (top_k or top_p != 1.0):
+            raise InputError(
+                f"got top_k={top_k} and top_p={top_p} for a vocabulary that is split over ranks; None and 1 are valid "
+                "there, since the largest logits are found among all columns. Gather the logits, or keep the "
+                "framework's own function."
+            )
+        keep = _keep_mask(logits, top_k, top_p) if top_k or top_p != 1.0 else None
+    if keep is not None:
+        logits = logits.masked_fill(~keep, -torch.inf)
+    return conventions.gathered_log_probs(logits, labels, masked_logits=keep is not None, group=group)
 
 
 @torch.no_grad()
-def _keep_mask(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor | None:
-    """Which logits [..., V] top-k and then top-p leave, or None where neither filters.
+def _keep_mask(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Which logits [..., V] top-k and then top-p leave. A `top_k` of 0 and a `top_p` of 1 leave all.
 
     top-k keeps what is no less than the k-th largest. top-p keeps the most likely of what is left until their
     probabilities add up to `top_p`, and at least one.
     """
-    top_k, top_p = max(0, top_k or 0), 1.0 if top_p is None else top_p
-    if not top_k and top_p == 1.0:
-        return None
     vocab = logits.shape[-1]
     if top_k > vocab:
         raise InputError(

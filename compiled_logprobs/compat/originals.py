@@ -31,12 +31,20 @@ FRAMEWORKS = {
         {
             "verl.utils.torch_functional": "logprobs_from_logits logprobs_from_logits_v2 logprobs_from_logits_naive "
             "entropy_from_logits entropy_from_logits_with_chunking calculate_sum_pi_squared_from_logits "
-            "log_probs_from_logits_response log_probs_from_logits_response_rmpad log_probs_from_logits_all_rmpad"
+            "log_probs_from_logits_response log_probs_from_logits_response_rmpad log_probs_from_logits_all_rmpad",
+            "verl.utils.megatron.tensor_parallel": "vocab_parallel_log_probs_from_logits "
+            "vocab_parallel_log_probs_from_logits_response_rmpad vocab_parallel_entropy "
+            "vocab_parallel_entropy_with_chunking vocab_parallel_sum_pi_squared",
         },
         older_arguments={"logprobs_from_logits": "(logits, labels)"},
     ),
     "skyrl": Framework(
-        "skyrl", {"skyrl.backends.skyrl_train.utils.torch_utils": "logprobs_from_logits chunked_entropy_from_logits"}
+        "skyrl",
+        {
+            "skyrl.backends.skyrl_train.utils.torch_utils": "logprobs_from_logits chunked_entropy_from_logits",
+            "skyrl.backends.skyrl_train.distributed.megatron.model_utils": "from_parallel_logits_to_logprobs "
+            "from_parallel_logits_to_logprobs_packed_sequences vocab_parallel_entropy",
+        },
     ),
     "trl": Framework(
         "trl",
@@ -57,13 +65,25 @@ FRAMEWORKS = {
         "roll",
         {
             "roll.utils.functionals": "log_probs_from_logits entropy_from_logits",
+            "roll.third_party.megatron.tensor_parallel": "vocab_parallel_entropy",
             "mcore_adapter.parallel_functions.vocab_parallel": "vocab_parallel_logprobs",
         },
     ),
     "rlinf": Framework("rlinf", {"rlinf.utils.utils": "compute_logprobs_from_logits compute_entropy_from_logits"}),
     "nemo_rl": Framework(
         "nemo-rl",
-        {"nemo_rl.distributed.model_utils": "get_next_token_logprobs_from_logits from_parallel_logits_to_logprobs"},
+        {
+            "nemo_rl.distributed.model_utils": "get_next_token_logprobs_from_logits from_parallel_logits_to_logprobs "
+            "from_parallel_logits_to_logprobs_packed_sequences"
+        },
+    ),
+    "megatron": Framework(
+        "megatron-core",
+        {
+            "megatron.core.tensor_parallel.cross_entropy": "vocab_parallel_cross_entropy",
+            "megatron.core.fusions.fused_cross_entropy": "fused_vocab_parallel_cross_entropy",
+        },
+        older_arguments={"vocab_parallel_cross_entropy": "(vocab_parallel_logits, target, label_smoothing=0.0)"},
     ),
 }
 """By the name of the module in `compiled_logprobs.compat`."""

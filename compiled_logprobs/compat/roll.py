@@ -1,12 +1,11 @@
-"""ROLL's `roll.utils.functionals`, and `mcore_adapter.parallel_functions` for logits that are not split over ranks.
+"""ROLL's `roll.utils.functionals`, `roll.third_party.megatron.tensor_parallel`, and `mcore_adapter.parallel_functions`.
 
-Kept: float32 results of logits of any dtype.
+Kept: float32 results of logits of any dtype. The `vocab_parallel` functions take the columns that this rank of
+Megatron's tensor-parallel group has.
 
 Not kept: `vocab_parallel_logprobs` does not modify the logits, where the original without the fused kernel overwrites
-float32 ones with their exponentials; it is refused where Megatron has more than one tensor-parallel rank.
+float32 ones with their exponentials. Nothing depends on `use_fused_kernel`, nor on `used_fp32`: sums are in float32.
 """
-
-import sys
 
 from torch import Tensor
 
@@ -27,10 +26,15 @@ def vocab_parallel_logprobs(vocab_parallel_logits: Tensor, target: Tensor, use_f
     """Log-probability of each label, [...] float32. `use_fused_kernel` changes nothing.
 
     Args:
-        vocab_parallel_logits: [..., V], the whole vocabulary; InputError where Megatron splits it. Not modified.
-        target: [...].
+        vocab_parallel_logits: [..., V / ranks]. Not modified.
+        target: [...], of the whole vocabulary.
     """
-    megatron = sys.modules.get("megatron.core.parallel_state")
-    if megatron is not None and megatron.model_parallel_is_initialized():
-        conventions.require_one_rank(tensor_model_parallel_group=megatron.get_tensor_model_parallel_group())
-    return conventions.gathered_log_probs(vocab_parallel_logits, target)
+    group = conventions.tensor_parallel_ranks()
+    return conventions.gathered_log_probs(vocab_parallel_logits, target, group=group)
+
+
+def vocab_parallel_entropy(
+    vocab_parallel_logits: Tensor, used_fp32: bool = True, use_fused_kernel: bool = True
+) -> Tensor:
+    """Entropy of each row of `vocab_parallel_logits` [..., V / ranks], [...] float32. The options change nothing."""
+    return conventions.entropy(vocab_parallel_logits, group=conventions.tensor_parallel_ranks())

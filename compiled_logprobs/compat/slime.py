@@ -1,17 +1,18 @@
-"""slime's `slime.utils.ppo_utils`, for logits that are not split over ranks.
+"""slime's `slime.utils.ppo_utils`, for whole logits and for those that are split over tensor-parallel ranks.
 
 Kept: log-probabilities [T, 1] beside entropies [T], both float32; for T = 0 both are [0], in the dtype of the logits.
 The entropy is that of all logits, whatever `log_prob_keep_mask` leaves out. The mask cannot leave out the label itself.
 
-Not kept: logits that are split over ranks are refused; a `tp_group` of None means all ranks of torch.distributed, as in
-the original. A token of -100 is an error. The graph can be kept for a second backward, and no float32 softmax of all
-logits is stored.
+A `tp_group` of None stands for all ranks of torch.distributed.
+
+Not kept: a token of -100 is an error. The graph can be kept for a second backward, and no float32 softmax of all logits
+is stored.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from compiled_logprobs.arguments import NO_LABEL, check_labels, check_logits
 from compiled_logprobs.compat import conventions
@@ -30,19 +31,16 @@ def calculate_log_probs_and_entropy(
     """Log-probability of each token, [T, 1], and the entropy of each row, [T], or None where not asked for.
 
     Args:
-        logits: [T, V], already divided by the temperature. Not modified.
-        tokens: [T].
-        tp_group: a process group of one rank, or None where torch.distributed has no more, else InputError.
+        logits: [T, V], or [T, V / ranks] of this rank, already divided by the temperature. Not modified.
+        tokens: [T], of the whole vocabulary.
+        tp_group: the ranks that the vocabulary is split over, equally and in their order; None for all there are.
         with_entropy: whether to return the entropy.
         chunk_size: changes nothing.
-        log_prob_keep_mask: [T, V] bool, what each token was sampled from (top-p); costs a copy of the logits.
+        log_prob_keep_mask: of the shape of `logits`, bool: what each token was sampled from (top-p); costs a copy of
+            the logits.
         with_entropy_grad: whether the entropy carries a gradient.
     """
-    if tp_group is not None:
-        conventions.require_one_rank(tp_group=tp_group)
-    elif distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        what = f"a tp_group of None, which stands for all {distributed.get_world_size()} ranks"
-        raise conventions.split_error(what, "a group of one rank is valid")
+    group = conventions.all_ranks() if tp_group is None else tp_group
     entropy = None
     if log_prob_keep_mask is not None:
         check_logits(logits)
@@ -56,18 +54,25 @@ def calculate_log_probs_and_entropy(
         # Widened for two gradients, as in the original, so that they are rounded after their sum.
         is_wide = with_entropy and with_entropy_grad
         x = logits.to(conventions.at_least_float32(logits)) if is_wide else logits
-        entropy = conventions.entropy(x) if with_entropy else None
-        # Where no value was looked at, a token may still be outside, and its row becomes NaN.
-        inside = tokens.long().clamp(0, logits.shape[-1] - 1)
-        keep = log_prob_keep_mask.scatter(-1, inside.unsqueeze(-1), True)
-        kept = x.masked_fill(~keep, -torch.inf)
-        log_probs = conventions.gathered_log_probs(kept, tokens, masked_logits=True)
+        entropy = conventions.entropy(x, group=group) if with_entropy else None
+        kept = x.masked_fill(~_with_token(log_prob_keep_mask, tokens, group), -torch.inf)
+        log_probs = conventions.gathered_log_probs(kept, tokens, masked_logits=True, group=group)
     elif with_entropy:
-        log_probs, entropy = conventions.gathered_log_probs_and_entropy(logits, tokens)
+        log_probs, entropy = conventions.gathered_log_probs_and_entropy(logits, tokens, group=group)
     else:
-        log_probs = conventions.gathered_log_probs(logits, tokens)
+        log_probs = conventions.gathered_log_probs(logits, tokens, group=group)
     if entropy is not None and not with_entropy_grad:
         entropy = entropy.detach()
     if len(logits) == 0:
         return log_probs.to(logits.dtype), None if entropy is None else entropy.to(logits.dtype)
     return log_probs.unsqueeze(-1), entropy
+
+
+def _with_token(keep: Tensor, tokens: Tensor, group: Any) -> Tensor:
+    """The mask of the columns here, with the token's own, if it is one of them."""
+    held = keep.shape[-1]
+    column = (tokens.long() - (0 if group is None else group.rank() * held)).unsqueeze(-1)
+    # Another rank has the token, or nobody, where no value was looked at: then its row becomes NaN.
+    is_here = (column >= 0) & (column < held)
+    column = column.clamp(0, held - 1)
+    return keep.scatter(-1, column, keep.gather(-1, column) | is_here)

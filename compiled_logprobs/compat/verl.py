@@ -1,11 +1,14 @@
-"""verl's `verl.utils.torch_functional`.
+"""verl's `verl.utils.torch_functional` and `verl.utils.megatron.tensor_parallel`.
 
 Kept: names, order of arguments, and dtypes. `logprobs_from_logits` is as with flash-attn: float32, and a label of -100
 counts 0; verl without flash-attn returns the dtype of the logits. `inplace_backward=True`, the default, writes the
-gradient over `logits`, as flash-attn does.
+gradient over `logits`, as flash-attn does. The `vocab_parallel` functions take the columns that this rank of Megatron's
+tensor-parallel group has; a label of -100 counts 0.
 
 Not kept: if something else needs the logits after an in-place gradient, autograd raises an error; flash-attn's kernel
-does not tell autograd that it wrote. VERL_DISABLE_FLASH_ATTN_CE is not read: `compiled_logprobs.autotune` chooses.
+does not tell autograd that it wrote. VERL_DISABLE_FLASH_ATTN_CE is not read: `compiled_logprobs.autotune` chooses. The
+`vocab_parallel` functions never modify the logits, so that they need not be copied for the entropy, and a sum of
+squares has no gradient.
 """
 
 import torch
@@ -92,15 +95,11 @@ def log_probs_from_logits_response_rmpad(
         input_ids, attention_mask: [B, S]; T tokens have a mask other than 0.
         logits_rmpad: [T, V]. Not modified; the original with flash-attn overwrites them.
     """
-    if attention_mask.shape != input_ids.shape:
-        raise InputError(
-            f"got an attention_mask of shape {list(attention_mask.shape)} for input_ids of shape "
-            f"{list(input_ids.shape)}; the same shape is valid. Slice one of them so that they agree."
-        )
+    indices, tokens = _without_padding(input_ids, attention_mask)
     batch_size, seqlen = input_ids.shape
-    indices = attention_mask.flatten().nonzero().squeeze(-1)
-    tokens = input_ids.flatten()[indices].unsqueeze(0)
-    return log_probs_from_logits_all_rmpad(tokens, logits_rmpad, indices, batch_size, seqlen, response_length)
+    return log_probs_from_logits_all_rmpad(
+        tokens.unsqueeze(0), logits_rmpad, indices, batch_size, seqlen, response_length
+    )
 
 
 def log_probs_from_logits_all_rmpad(
@@ -108,7 +107,56 @@ def log_probs_from_logits_all_rmpad(
 ) -> Tensor:
     """As `log_probs_from_logits_response_rmpad`, from T tokens [1, T] and their `indices` [T] in [B * S]."""
     _require_response(response_length, seqlen, f"sequences of {seqlen} tokens")
-    log_probs = logprobs_from_logits(logits_rmpad, input_ids_rmpad.squeeze(0).roll(-1), inplace_backward=False)
+    labels = input_ids_rmpad.squeeze(0).roll(-1)
+    log_probs = logprobs_from_logits(logits_rmpad, labels, inplace_backward=False)
+    return _response(log_probs, indices, batch_size, seqlen, response_length)
+
+
+def vocab_parallel_log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of each label, [...] float32, of `logits` [..., V / ranks]; a label of -100 counts 0."""
+    return conventions.log_probs(logits, labels, group=conventions.tensor_parallel_ranks())
+
+
+def vocab_parallel_log_probs_from_logits_response_rmpad(
+    input_ids: Tensor, attention_mask: Tensor, logits_rmpad: Tensor, response_length: int
+) -> Tensor:
+    """As `log_probs_from_logits_response_rmpad`, of `logits_rmpad` [T, V / ranks]."""
+    indices, tokens = _without_padding(input_ids, attention_mask)
+    _require_response(response_length, input_ids.shape[1], f"sequences of {input_ids.shape[1]} tokens")
+    log_probs = vocab_parallel_log_probs_from_logits(logits_rmpad, tokens.roll(-1))
+    return _response(log_probs, indices, len(input_ids), input_ids.shape[1], response_length)
+
+
+def vocab_parallel_entropy(vocab_parallel_logits: Tensor) -> Tensor:
+    """Entropy of each row of `vocab_parallel_logits` [..., V / ranks], [...] in their dtype."""
+    group = conventions.tensor_parallel_ranks()
+    return conventions.entropy(vocab_parallel_logits, out_dtype=None, group=group)
+
+
+def vocab_parallel_entropy_with_chunking(vocab_parallel_logits: Tensor, chunk_size: int = 2048) -> Tensor:
+    """Entropy of each row of `vocab_parallel_logits` [..., V / ranks], [...] float32. `chunk_size` changes nothing."""
+    return conventions.entropy(vocab_parallel_logits, group=conventions.tensor_parallel_ranks())
+
+
+def vocab_parallel_sum_pi_squared(vocab_parallel_logits: Tensor) -> Tensor:
+    """Sum of the squared probabilities of each row of logits [..., V / ranks], [...] in their dtype."""
+    group = conventions.tensor_parallel_ranks()
+    return conventions.sum_p_squared(vocab_parallel_logits.detach(), out_dtype=None, group=group)
+
+
+def _without_padding(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the tokens that are no padding lie in [B * S], [T], and they."""
+    if attention_mask.shape != input_ids.shape:
+        raise InputError(
+            f"got an attention_mask of shape {list(attention_mask.shape)} for input_ids of shape "
+            f"{list(input_ids.shape)}; the same shape is valid. Slice one of them so that they agree."
+        )
+    indices = attention_mask.flatten().nonzero().squeeze(-1)
+    return indices, input_ids.flatten()[indices]
+
+
+def _response(log_probs: Tensor, indices: Tensor, batch_size: int, seqlen: int, response_length: int) -> Tensor:
+    """Log-probabilities [T] of tokens, each at the token before, those of the last tokens as [B, response_length]."""
     padded = log_probs.new_zeros(batch_size * seqlen).index_put((indices,), log_probs)
     return padded.view(batch_size, seqlen)[:, -response_length - 1 : -1]
 

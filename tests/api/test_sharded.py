@@ -3,46 +3,12 @@
 What they go through is in `tests/helpers/shard_rank.py` and `tests/helpers/fsdp_rank.py`.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import distributed
 
 import compiled_logprobs as clp
-
-
-def go_through(module: str, ranks: int, scenarios: int, folder: Path) -> None:
-    """Start `module` as each of the ranks, which may fail in none of its scenarios."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(ranks),
-        "METHOD": f"file://{folder / 'meeting'}",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    command = [sys.executable, "-m", f"tests.helpers.{module}"]
-    processes = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=-1, stderr=-1, text=True)
-        for rank in range(ranks)
-    ]
-    try:
-        printed, errors = zip(*(process.communicate(timeout=220) for process in processes), strict=True)
-    except subprocess.TimeoutExpired:
-        pytest.fail("a rank hangs")
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for text, error in zip(printed, errors, strict=True):
-        results = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-        failures = [failure for result in results for failure in result.values() if failure]
-        assert not failures, failures[0]
-        assert len(results) == scenarios, error
+from tests.helpers.ranks import go_through
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -42,7 +43,7 @@ class Draw:
         *self.rows, self.vocab = self.x.shape
 
     def random(self, distribution: Callable[..., Tensor], *shape: int) -> Tensor:
-        return distribution(*shape, generator=self.torch_rng)
+        return distribution(shape, generator=self.torch_rng)
 
     def pick(self, *values: Any) -> Any:
         return self.rng.choice(values)
@@ -73,6 +74,11 @@ class Draw:
         mask[torch.randperm(10, generator=self.torch_rng)[: self.rows[0]]] = 1
         return torch.randint(self.vocab, (2, 5), generator=self.torch_rng), mask.view(2, 5)
 
+    def cuts(self) -> list[int]:
+        """Where three sequences begin, of all rows one after another, and where the last one ends."""
+        total = math.prod(self.rows)
+        return [0, *sorted(self.rng.randint(0, total) for _ in range(2)), total]
+
     def sampling(self) -> SimpleNamespace:
         top_k = self.pick(None, -1, 1, min(3, self.vocab))
         return SimpleNamespace(top_k=top_k, top_p=self.pick(1.0, 0.9, 0.4, 0.0))
@@ -100,6 +106,29 @@ def find_ours(name: str) -> Callable[..., Any]:
     return reduce(getattr, names, import_module(f"compiled_logprobs.compat.{module}"))
 
 
+def call_packed(f: Callable[..., Tensor], x: Tensor, d: Draw) -> Tensor:
+    """NeMo-RL's, whose labels are shifted already or not."""
+    cuts, rolled = torch.tensor(d.cuts()), d.flag()
+    packed = (x.flatten(0, 1)[None], d.labels().view(1, -1), cuts, d.pick(2, 4, 9), 0, d.vocab, None)
+    return f(*packed, d.flag(), chunk_size=2, target_is_pre_rolled=rolled)
+
+
+def call_unpacked(f: Callable[..., Tensor], x: Tensor, d: Draw) -> Tensor:
+    """SkyRL's, whose sequences go to the columns of a mask, or several of them to a row."""
+    cuts, columns, how = d.cuts(), d.pick(2, 4, 9), d.pick("rows", "mask", "shared")
+    options: dict[str, Any] = {}
+    lengths = [b - a - (d.flag() and b > a) for a, b in pairwise(cuts)]  # in part with padding at the end
+    if how == "mask":
+        mask = torch.zeros(3, columns, dtype=torch.int64)
+        for row, length in zip(mask, lengths, strict=True):
+            row[torch.randperm(columns, generator=d.torch_rng)[:length]] = 1
+        options["attention_mask"] = mask
+    if how == "shared":
+        options["sub_seq_lengths"] = [lengths[:2], lengths[2:]]
+    packed = (x.flatten(0, 1)[None], d.labels().view(1, -1), torch.tensor(cuts), columns, 0, d.vocab, None)
+    return f(*packed, d.flag(), chunk_size=2, **options)
+
+
 def call_without_padding(f: Callable[..., Tensor], x: Tensor, d: Draw) -> Tensor:
     tokens, mask = d.padded()
     return f(tokens[mask > 0].unsqueeze(0), x, mask.flatten().nonzero().squeeze(-1), 2, 5, 3)
@@ -117,6 +146,18 @@ PAIRS = [
     Pair("verl.log_probs_from_logits_response_rmpad", lambda f, x, d: f(*d.padded(), x, 3), 1),
     Pair("verl.log_probs_from_logits_all_rmpad", call_without_padding, 1),
     Pair("verl.calculate_sum_pi_squared_from_logits", lambda f, x, d: f(x)),
+    Pair("verl.vocab_parallel_log_probs_from_logits", lambda f, x, d: f(x, d.labels(-100))),
+    Pair("verl.vocab_parallel_log_probs_from_logits_response_rmpad", lambda f, x, d: f(*d.padded(), x, 3), 1),
+    Pair("verl.vocab_parallel_entropy", lambda f, x, d: f(x)),
+    Pair("verl.vocab_parallel_entropy_with_chunking", lambda f, x, d: f(x, chunk_size=2), 2),
+    Pair("verl.vocab_parallel_sum_pi_squared", lambda f, x, d: f(x)),
+    Pair(
+        "skyrl.from_parallel_logits_to_logprobs",
+        lambda f, x, d: f(x, d.fewer_labels(0, 1), 0, d.vocab, None, d.flag(), chunk_size=2),
+        2,
+    ),
+    Pair("skyrl.from_parallel_logits_to_logprobs_packed_sequences", call_unpacked, 2),
+    Pair("skyrl.vocab_parallel_entropy", lambda f, x, d: f(x, 2)),
     Pair("skyrl.chunked_entropy_from_logits", lambda f, x, d: f(x, d.flag(), d.mask(d.rows), 2), 2),
     Pair("skyrl.logprobs_from_logits", lambda f, x, d: f(x, d.labels(-100).flatten(), inplace_backward=d.flag())),
     Pair("trl.selective_log_softmax", lambda f, x, d: f(x, d.labels(None, 3), d.draw_temperature())),
@@ -145,7 +186,11 @@ PAIRS = [
     Pair("torchtune.get_batch_log_probs", lambda f, x, d: f(x, d.labels(-100), return_average_logprobs=d.flag()), 2),
     Pair("torchforge.compute_logprobs", lambda f, x, d: f(x, d.labels(-100), 0.7, False), 2),
     Pair("torchforge.compute_logprobs", lambda f, x, d: f(x, d.fewer_labels(1, 2), 0.7), 2),
+    Pair("torchtitan.cross_entropy_loss", lambda f, x, d: f(x, d.labels(-100)), 1),
     Pair("torchtitan.compute_logprobs", lambda f, x, d: f(x, d.labels(-100), return_entropy=d.flag())),
+    Pair("megatron.fused_vocab_parallel_cross_entropy", lambda f, x, d: f(x, d.labels(-100), None), 2),
+    Pair("megatron.vocab_parallel_cross_entropy", lambda f, x, d: f(x, d.labels(-100)), 2),
+    Pair("roll.vocab_parallel_entropy", lambda f, x, d: f(x, d.flag(), d.flag())),
     Pair("roll.log_probs_from_logits", lambda f, x, d: f(x, d.labels())),
     Pair("roll.entropy_from_logits", lambda f, x, d: f(x)),
     Pair("roll.vocab_parallel_logprobs", lambda f, x, d: f(x, d.labels(), use_fused_kernel=d.flag()), 2),
@@ -155,6 +200,7 @@ PAIRS = [
     ),
     Pair("rlinf.compute_entropy_from_logits", lambda f, x, d: f(x, dim=d.pick(-1, 1)), 2),
     Pair("nemo_rl.get_next_token_logprobs_from_logits", lambda f, x, d: f(d.fewer_labels(0, 1), x, chunk_size=2), 2),
+    Pair("nemo_rl.from_parallel_logits_to_logprobs_packed_sequences", call_packed, 2),
     Pair("nemo_rl.DistributedLogprob.apply", lambda f, x, d: f(x, d.labels(), 0, d.vocab, None, d.flag()), 2),
     Pair("nemo_rl.ChunkedDistributedLogprob.apply", lambda f, x, d: f(x, d.labels(), 0, d.vocab, 2, None, d.flag()), 2),
     Pair("nemo_rl.ChunkedDistributedEntropy.apply", lambda f, x, d: f(x, 2, None, inference_only=d.flag()), 2),

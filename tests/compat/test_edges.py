@@ -2,7 +2,6 @@
 
 import math
 import sys
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +17,8 @@ from compiled_logprobs.compat import (
     areal,
     conventions,
     easyr1,
+    liger,
+    megatron,
     nemo_rl,
     prime_rl,
     rlinf,
@@ -197,43 +198,56 @@ def world():
     distributed.destroy_process_group()
 
 
-GROUPED = {
-    "areal": lambda group: areal.gather_logprobs(X, LABELS, tp_group=group),
-    "areal entropy": lambda group: areal.gather_logprobs_entropy(X, LABELS, 1.0, group),
-    "slime": lambda group: slime.calculate_log_probs_and_entropy(X[0], LABELS[0], group),
-    "nemo_rl next": lambda group: nemo_rl.get_next_token_logprobs_from_logits(LABELS, X, None, 0, group),
-    "nemo_rl context": lambda group: nemo_rl.get_next_token_logprobs_from_logits(LABELS, X, None, 0, None, group),
-    "nemo_rl parallel": lambda group: nemo_rl.from_parallel_logits_to_logprobs(X, LABELS, 0, 5, group),
-    "nemo_rl cp": lambda group: nemo_rl.from_parallel_logits_to_logprobs(X, LABELS, 0, 5, None, cp_group=group),
-    "nemo_rl class": lambda group: nemo_rl.DistributedLogprob.apply(X, LABELS, 0, 5, group),
-    "nemo_rl chunked": lambda group: nemo_rl.ChunkedDistributedLogprob.apply(X, LABELS, 0, 5, 2, group),
-    "nemo_rl entropy": lambda group: nemo_rl.ChunkedDistributedEntropy.apply(X, 2, group),
-}
-
-
-@pytest.mark.parametrize("call", GROUPED.values(), ids=GROUPED)
-def test_more_than_one_rank_is_refused_and_one_is_served(call, world):
-    call(distributed.new_group([0]))
-    with pytest.raises(InputError, match=r"of 2 ranks; None or a group of one rank is valid.*unpatch"):
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda group: nemo_rl.from_parallel_logits_to_logprobs(X, LABELS, 5, 10, group),
+            "from 5 to 10 for logits of 5 columns, on rank 0 of 2; 0 to 5 is valid",
+        ),
+        (
+            lambda group: nemo_rl.DistributedLogprob.apply(X, LABELS, 5, 10, None),
+            "from 5 to 10 for logits of 5 columns, with a group of one rank; 0 to 5 is valid",
+        ),
+        (
+            lambda group: nemo_rl.get_next_token_logprobs_from_logits(LABELS, X, None, 1, group),
+            "vocab_parallel_rank=1 on rank 0 of",
+        ),
+        (
+            lambda group: nemo_rl.get_next_token_logprobs_from_logits(
+                LABELS, X, None, 0, group, sampling_params=SimpleNamespace(top_k=3, top_p=1.0)
+            ),
+            "top_k=3 and top_p=1.0 for a vocabulary that is split over ranks; None and 1 are valid",
+        ),
+        (
+            lambda group: nemo_rl.from_parallel_logits_to_logprobs_packed_sequences(
+                X[:1], LABELS[:1], torch.tensor([0, 3]), 3, 0, 5, None, cp_group=group
+            ),
+            "got 3 tokens for logits at 6 positions in all",
+        ),
+        (lambda group: verl.vocab_parallel_entropy(X), "one of 2 ranks, and no tensor-parallel group of Megatron's"),
+        (lambda group: megatron.vocab_parallel_cross_entropy(X, LABELS, 0.1, group), "label_smoothing=0.1; 0 is valid"),
+        (lambda group: liger.LigerVocabParallelCrossEntropy(reduction="mean"), "reduction='mean'; 'none' is valid"),
+        (lambda group: liger.LigerVocabParallelCrossEntropy()(X[0], LABELS[0]), r"shape \[3, 5\]; three dimensions"),
+    ],
+)
+def test_what_ranks_cannot_share_is_named(call, message, world):
+    with pytest.raises(InputError, match=message):
         call(world)
 
 
-def test_none_is_one_rank_but_all_ranks_for_slime(request):
-    calls = [call for name, call in GROUPED.items() if name != "slime"]
-    GROUPED["slime"](None)
-    request.getfixturevalue("world")
-    for call in calls:
-        call(None)
-    with pytest.raises(InputError, match="a tp_group of None, which stands for all 2 ranks; a group of one rank is"):
-        GROUPED["slime"](None)
-
-
-@pytest.mark.parametrize(
-    "function", [nemo_rl.from_parallel_logits_to_logprobs, nemo_rl.DistributedLogprob.apply], ids=["function", "class"]
-)
-def test_a_part_of_the_vocabulary_is_refused(function):
-    with pytest.raises(InputError, match="from 5 to 10 for logits with 5 columns; 0 to 5 is valid"):
-        function(X, LABELS, 5, 10, None)
+def test_a_group_of_one_rank_has_the_whole_vocabulary(world):
+    alone = distributed.new_group([0])
+    expected, entropy = areal.gather_logprobs_entropy(X, LABELS)
+    for got in (
+        areal.gather_logprobs(X, LABELS, tp_group=alone),
+        slime.calculate_log_probs_and_entropy(X.flatten(0, 1), LABELS.flatten(), alone)[0].view(2, 3),
+        nemo_rl.DistributedLogprob.apply(X, LABELS, 0, 5, alone),
+        -liger.LigerVocabParallelCrossEntropy()(X, LABELS, alone),
+        -megatron.fused_vocab_parallel_cross_entropy(X, LABELS, alone),
+    ):
+        assert torch.equal(got, expected)
+    assert torch.equal(-nemo_rl.ChunkedDistributedEntropy.apply(X, 2, alone), entropy)
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
@@ -242,37 +256,14 @@ def test_nemo_rl_refuses_more_than_all_tokens(top_p):
         nemo_rl.get_next_token_logprobs_from_logits(LABELS, X, sampling_params=SimpleNamespace(top_k=6, top_p=top_p))
 
 
-def test_roll_asks_megatron_for_its_ranks(monkeypatch, world):
-    megatron = SimpleNamespace(
-        model_parallel_is_initialized=lambda: True, get_tensor_model_parallel_group=lambda: distributed.new_group([0])
-    )
-    monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", megatron)
-    assert roll.vocab_parallel_logprobs(X, LABELS).shape == (2, 3)
-    megatron.get_tensor_model_parallel_group = lambda: world
-    with pytest.raises(InputError, match="tensor_model_parallel_group of 2 ranks"):
-        roll.vocab_parallel_logprobs(X, LABELS)
-
-
-@pytest.mark.parametrize("placement", [Replicate(), Shard(0), Shard(2), Partial()], ids=str)
+@pytest.mark.parametrize("placement", [Replicate(), Shard(0), Partial()], ids=str)
 def test_torchtitan_takes_the_local_rows_of_a_dtensor(placement, world):
     logits = DTensor.from_local(X, init_device_mesh("cpu", (2,)), [placement], run_check=False)
     if placement in (Replicate(), Shard(0)):
         assert torch.equal(torchtitan.compute_logprobs(logits, LABELS), torchtitan.compute_logprobs(X, LABELS))
     else:
-        with pytest.raises(InputError, match="over 2 ranks; whole rows on each rank are valid"):
+        with pytest.raises(InputError, match="over 2 ranks; whole rows and a shard of the columns are valid"):
             torchtitan.compute_logprobs(logits, LABELS)
-
-
-@pytest.mark.parametrize(
-    ("backend", "ranks", "refused"), [("spmd_types", 2, True), ("spmd_types", 1, False), ("dtensor", 2, False)]
-)
-def test_torchtitan_refuses_a_plain_part_of_the_vocabulary(monkeypatch, backend, ranks, refused):
-    """The part looks like any tensor, and normalising over it would give plausible wrong numbers."""
-    names = SimpleNamespace(get_spmd_backend=lambda: backend, spmd_mesh_size={"tp": ranks}.__getitem__)
-    for module in ("utils", "spmd_types"):
-        monkeypatch.setitem(sys.modules, f"torchtitan.distributed.{module}", names)
-    with pytest.raises(InputError, match="spmd_types") if refused else nullcontext():
-        torchtitan.compute_logprobs(X, LABELS)
 
 
 def test_importing_brings_no_framework():

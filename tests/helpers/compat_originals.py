@@ -5,7 +5,10 @@ with labels that do not count. Loops over rows and chunks, which change no numbe
 converts to float32, float64 stays, so that the same statement, given float64, is the truth.
 """
 
+from itertools import pairwise
+
 import torch
+from torch.nn import functional
 
 
 def at(values, labels):
@@ -101,6 +104,15 @@ def slime_both(
     return log_softmax_at(x, tokens).unsqueeze(-1), entropy
 
 
+def megatron_losses(vocab_parallel_logits, target, label_smoothing=0.0, tp_group=None):
+    """But for -100, of which the original makes the loss of a logit at the maximum."""
+    return -log_probs_or_zero(up(vocab_parallel_logits), target)
+
+
+def torchtitan_sum(pred, labels, *, global_vocab_size=None):
+    return -log_probs_or_zero(up(pred), labels).sum()
+
+
 def torchtune_sequences(logits, labels, label_pad_token_id=-100, return_average_logprobs=False):
     counts = labels[:, 1:] != label_pad_token_id
     each = log_softmax_at(logits[:, :-1], labels[:, 1:].where(counts, 0)) * counts
@@ -158,6 +170,79 @@ def nemo_rl_parallel(
     return nemo_rl_next(target, logits, sampling_params=sampling_params)
 
 
+def nemo_rl_packed(
+    vocab_parallel_logits,
+    target,
+    cu_seqlens_padded,
+    unpacked_seqlen,
+    vocab_start_index,
+    vocab_end_index,
+    group,
+    inference_only=False,
+    cp_group=None,
+    chunk_size=None,
+    sampling_params=None,
+    target_is_pre_rolled=False,
+):
+    x, rows = vocab_parallel_logits[0].detach() if inference_only else vocab_parallel_logits[0], []
+    for start, end in pairwise(cu_seqlens_padded.tolist()):
+        last = max(start, min(end, start + unpacked_seqlen) - 1)
+        labels = target[0, start:last] if target_is_pre_rolled else target[0, start + 1 : last + 1]
+        log_probs = log_softmax_at(up(x[start:last]), labels)
+        rows.append(functional.pad(log_probs, (0, unpacked_seqlen - 1 - len(log_probs))))
+    return torch.stack(rows)
+
+
+def skyrl_parallel(
+    vocab_parallel_logits,
+    target,
+    vocab_start_index,
+    vocab_end_index,
+    tp_group,
+    inference_only=False,
+    cp_group=None,
+    chunk_size=None,
+):
+    return nemo_rl_parallel(vocab_parallel_logits, target, 0, 0, None, inference_only)
+
+
+def skyrl_packed(
+    vocab_parallel_logits,
+    target,
+    cu_seqlens_padded,
+    unpacked_seqlen,
+    vocab_start_index,
+    vocab_end_index,
+    group,
+    inference_only=False,
+    cp_group=None,
+    chunk_size=None,
+    attention_mask=None,
+    sub_seq_lengths=None,
+):
+    starts, mask = cu_seqlens_padded.tolist(), attention_mask
+    wide = target.shape[1] + unpacked_seqlen
+    each = nemo_rl_packed(vocab_parallel_logits, target, cu_seqlens_padded, wide, 0, 0, None, inference_only)
+    if sub_seq_lengths is not None:
+        rows = []
+        for lengths in sub_seq_lengths:
+            row, begin = each.new_zeros(wide), starts[0]
+            for length in lengths:
+                taken, before = each[0, : max(0, length - 1)], starts[0] - begin
+                row = row + functional.pad(taken, (before, wide - before - len(taken)))
+                starts, each = starts[1:], each[1:]
+            rows.append(row[: unpacked_seqlen - 1])
+        return torch.stack(rows)
+    if mask is None:
+        return each[:, : unpacked_seqlen - 1]
+    rows = []
+    for values, columns in zip(each, mask, strict=True):
+        (columns,) = columns.nonzero(as_tuple=True)
+        taken = values[: max(0, len(columns) - 1)]
+        rows.append(values.new_zeros(unpacked_seqlen).index_put((columns[: len(taken)],), taken)[:-1])
+    return torch.stack(rows)
+
+
 def nemo_rl_class(logits, target, start, end, *rest):
     """Its `apply`; the last argument says whether no gradient is wanted."""
     return log_softmax_at(up(logits.detach() if rest[-1] else logits), target)
@@ -190,7 +275,22 @@ ORIGINALS = {
     "verl.log_probs_from_logits_response_rmpad": verl_response_rmpad,
     "verl.log_probs_from_logits_all_rmpad": verl_all_rmpad,
     "skyrl.logprobs_from_logits": lambda logits, labels, inplace_backward=True: log_probs_or_zero(up(logits), labels),
+    "verl.vocab_parallel_log_probs_from_logits": lambda logits, labels: log_probs_or_zero(up(logits), labels),
+    "verl.vocab_parallel_log_probs_from_logits_response_rmpad": verl_response_rmpad,
+    "verl.vocab_parallel_entropy": lambda vocab_parallel_logits: entropy_by_logsumexp(vocab_parallel_logits),
+    "verl.vocab_parallel_entropy_with_chunking": lambda vocab_parallel_logits, chunk_size=2048: entropy_by_logsumexp(
+        up(vocab_parallel_logits)
+    ),
+    # Of ranks that share a vocabulary no gradient comes through the original's sums.
+    "verl.vocab_parallel_sum_pi_squared": lambda vocab_parallel_logits: (
+        vocab_parallel_logits.detach().softmax(-1).square().sum(-1)
+    ),
     "skyrl.chunked_entropy_from_logits": skyrl_entropy,
+    "skyrl.from_parallel_logits_to_logprobs": skyrl_parallel,
+    "skyrl.from_parallel_logits_to_logprobs_packed_sequences": skyrl_packed,
+    "skyrl.vocab_parallel_entropy": lambda vocab_parallel_logits, chunk_size=None, chunk_memory_mb=512: (
+        entropy_by_logsumexp(vocab_parallel_logits)
+    ),
     "trl.selective_log_softmax": trl_log_probs,
     "trl.selective_log_softmax_and_entropy": trl_both,
     "trl.entropy_from_logits": lambda logits, chunk_size=128: entropy_by_log_softmax(logits),
@@ -218,15 +318,24 @@ ORIGINALS = {
     ],
     "torchforge.compute_logprobs": torchforge_log_probs,
     "torchtitan.compute_logprobs": torchtitan_log_probs,
+    "torchtitan.cross_entropy_loss": torchtitan_sum,
+    "megatron.vocab_parallel_cross_entropy": megatron_losses,
+    "megatron.fused_vocab_parallel_cross_entropy": lambda vocab_parallel_logits, target, tp_group: megatron_losses(
+        vocab_parallel_logits, target
+    ),
     "roll.log_probs_from_logits": lambda logits, labels: log_softmax_at(up(logits), labels),
     "roll.entropy_from_logits": lambda logits: entropy_by_logsumexp(up(logits)),
     "roll.vocab_parallel_logprobs": lambda vocab_parallel_logits, target, use_fused_kernel=True: log_softmax_at(
         up(vocab_parallel_logits), target
     ),
+    "roll.vocab_parallel_entropy": lambda vocab_parallel_logits, used_fp32=True, use_fused_kernel=True: (
+        entropy_by_logsumexp(up(vocab_parallel_logits))
+    ),
     "rlinf.compute_logprobs_from_logits": rlinf_log_probs,
     "rlinf.compute_entropy_from_logits": rlinf_entropy,
     "nemo_rl.get_next_token_logprobs_from_logits": nemo_rl_next,
     "nemo_rl.from_parallel_logits_to_logprobs": nemo_rl_parallel,
+    "nemo_rl.from_parallel_logits_to_logprobs_packed_sequences": nemo_rl_packed,
     "nemo_rl.DistributedLogprob.apply": nemo_rl_class,
     "nemo_rl.ChunkedDistributedLogprob.apply": nemo_rl_class,
     # The sum of p log p, in spite of its name.

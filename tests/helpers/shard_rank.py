@@ -4,10 +4,8 @@ went wrong in each, as JSON: null, or a traceback.
 RANK, WORLD_SIZE and METHOD (where to meet) say which one.
 """
 
-import json
 import os
 import signal
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -18,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import compiled_logprobs as clp
 from compiled_logprobs.operation.reference import reference
+from tests.helpers.ranks import report
 
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 VOCAB, ROWS, TEMPERATURE = 1042, 24, 0.7
@@ -220,18 +219,12 @@ if __name__ == "__main__":
     distributed.init_process_group("gloo", rank=RANK, world_size=RANKS, init_method=os.environ["METHOD"])
     WORLD = distributed.group.WORLD
     PAIR = [distributed.new_group([0, 1]), distributed.new_group([2, 3])][RANK // 2]
-    for scenario in (
+    report(
         every_result_and_gradient_is_that_of_the_whole,
         padding_counts_as_no_column_and_gets_no_gradient,
         a_dtensor_says_itself_what_it_holds,
         nothing_is_sent_but_one_maximum_and_one_sum,
         what_does_not_fit_is_an_error_on_all_ranks,
         a_rank_that_raises_keeps_nobody_for_longer_than_the_timeout,
-    ):
-        try:
-            scenario()
-            failure = None
-        except Exception:  # noqa: BLE001  whatever it is, it is printed
-            failure = traceback.format_exc()
-        print(json.dumps({scenario.__name__: failure}), flush=True)
+    )
     os._exit(0)
