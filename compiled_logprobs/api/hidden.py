@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compiled_logprobs.api.call import named_backend
 from compiled_logprobs.api.log_probs import LogProbs, log_probs_with
+from compiled_logprobs.api.sharded import part_of_weight
 from compiled_logprobs.arguments import (
     check_labels,
     check_values,
@@ -23,6 +24,7 @@ from compiled_logprobs.choose.auto import Auto, logits_backend_on
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.operation.contract import Wanted, in_dtype
 from compiled_logprobs.operation.hidden import compute_from_hidden
+from compiled_logprobs.operation.shards import HiddenShard
 from compiled_logprobs.problem import DTYPES, Problem, Temperature, short_name
 
 
@@ -42,6 +44,9 @@ def log_probs_from_hidden(
     memory_limit: int | None = None,
     out_dtype: torch.dtype | None = torch.float32,
     backend: str = "auto",
+    group: Any = None,
+    vocab_start_index: int | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor | LogProbs:
     """Log-probability of each label, from hidden states and the output layer's weight: the logits need not fit.
 
@@ -65,6 +70,8 @@ def log_probs_from_hidden(
         memory_limit: bytes that the call and its backward may take beside their arguments, results and gradients.
         out_dtype: dtype of the results; None is that of `hidden`.
         backend: "auto", or the name of one of `backends(from_hidden=True)`, which then runs or raises.
+        group, vocab_start_index, vocab_size: as for `log_probs_from_logits`, where `weight` and `bias` are the rows
+            that this rank has. The gradient in `hidden` is summed over the ranks, so it must not be summed again.
 
     Returns:
         As `log_probs_from_logits`, differentiable in `hidden`, `weight` and `bias` once.
@@ -74,7 +81,7 @@ def log_probs_from_hidden(
             least that is possible, which the message names.
         BackendUnavailable: the named backend is unknown or cannot run this problem.
     """
-    hidden, weight, bias = _checked(hidden, weight, bias)
+    hidden, weight, bias = _checked(hidden, weight, bias, least_columns=int(group is None))
     check_labels(hidden, labels, ignore_index, "hidden")
     given = temperature
     logit_scale, softcap = _checked_number("logit_scale", logit_scale), _checked_cap(softcap)
@@ -84,11 +91,17 @@ def log_probs_from_hidden(
         softcap = None if softcap is None else softcap / logit_scale
     out_dtype = checked_out_dtype(hidden, out_dtype)
     wanted = Wanted(return_entropy, return_logsumexp, return_argmax)
+    weight, bias, part = part_of_weight(weight, bias, group, vocab_start_index, vocab_size)
+    if is_traced(hidden) and part is not None:
+        raise part.error_in_graph()
     if is_traced(hidden):
         raise InputError("got hidden states inside torch.compile or torch.export; outside of graphs they are served.")
-    problem = _problem_of(hidden, weight, bias, labels, temperature, wanted, softcap, memory_limit, out_dtype)
+    of_backend = wanted if part is None else part.wanted_of_backend(wanted)
+    problem = _problem_of(hidden, weight, bias, labels, temperature, of_backend, softcap, memory_limit, out_dtype)
     _check_limit(problem)
     serving: Any = Auto(problem, hidden) if backend == "auto" else named_backend(backend, problem)
+    if part is not None:
+        serving = HiddenShard(serving, *part)
     log_probs, *others = compute_from_hidden(
         serving,
         problem,
@@ -103,7 +116,13 @@ def log_probs_from_hidden(
         logits_backend=logits_backend_on(hidden.device),
     )
     if hidden.is_cpu and is_nan(log_probs):
-        check_values(hidden, labels, given if isinstance(given, Tensor) else 1.0, ignore_index, weight.shape[0])
+        check_values(
+            hidden,
+            labels,
+            given if isinstance(given, Tensor) else 1.0,
+            ignore_index,
+            part.vocab if part else weight.shape[0],
+        )
     log_probs = log_probs.to(out_dtype)
     if not others:
         return log_probs
@@ -124,6 +143,9 @@ def cross_entropy_from_hidden(
     memory_limit: int | None = None,
     out_dtype: torch.dtype | None = torch.float32,
     backend: str = "auto",
+    group: Any = None,
+    vocab_start_index: int | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """Cross entropy of each label: minus `log_probs_from_hidden`, whose arguments and errors it shares.
 
@@ -147,6 +169,9 @@ def cross_entropy_from_hidden(
         memory_limit=memory_limit,
         out_dtype=out_dtype if reduction == "none" else None if hidden.dtype == torch.float64 else torch.float32,
         backend=backend,
+        group=group,
+        vocab_start_index=vocab_start_index,
+        vocab_size=vocab_size,
     )
     losses = 0.0 - cast(Tensor, log_probs)  # not a negation, which would turn the 0 of an ignored label into -0
     if reduction == "none":
@@ -157,7 +182,9 @@ def cross_entropy_from_hidden(
     return total.to(hidden.dtype if out_dtype is None else out_dtype)
 
 
-def _checked(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _checked(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, least_columns: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The three, in the dtype of autocast where that is on. Raises InputError where they do not fit together."""
     given = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, tensor in given.items():
@@ -171,7 +198,8 @@ def _checked(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
             raise InputError(
                 f"got {name} that is a DTensor; a plain tensor is valid. Pass {name}.full_tensor(), which gathers it, "
                 "and whose gradient goes back to the shards; or call inside the forward of a module under fully_shard, "
-                "where its parameters are gathered."
+                f"where its parameters are gathered. Of a vocabulary that is split over ranks, {name}.to_local() and "
+                "group=."
             )
         if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
             raise InputError(
@@ -185,7 +213,8 @@ def _checked(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
                 f"{name}.to({str(hidden.device)!r})."
             )
     sizes = f"got hidden of shape {list(hidden.shape)} and weight of shape {list(weight.shape)}"
-    if hidden.ndim == 0 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[-1] or 0 in weight.shape:
+    is_right = hidden.ndim > 0 and weight.ndim == 2 and hidden.shape[-1] == weight.shape[-1] > 0
+    if not is_right or weight.shape[0] < least_columns:
         raise InputError(
             f"{sizes}; [..., H] and [V, H] with the same H, and both at least 1, are valid. The weight is as "
             "torch.nn.Linear has it; transpose one that is [H, V]."

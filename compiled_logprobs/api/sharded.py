@@ -75,6 +75,23 @@ def part_of(
     return _part(logits, group if ranks > 1 else None, start, columns, vocab_size)
 
 
+def part_of_weight(
+    weight: Tensor, bias: Tensor | None, group: Any, vocab_start_index: int | None, vocab_size: int | None
+) -> tuple[Tensor, Tensor | None, Part | None]:
+    """The same of a weight [columns, H] and a bias [columns]; a rank without columns has one with a bias of -inf."""
+    if group is vocab_start_index is vocab_size is None:
+        return weight, bias, None
+    held = weight.shape[0]
+    logits, part = part_of(weight.T, group, vocab_start_index, vocab_size)
+    columns = logits.shape[-1] if part is None else part.columns
+    if columns == 0:
+        weight = functional.pad(weight[:0], (0, 0, 0, 1))
+        return weight, weight.new_full((1,), -torch.inf), part
+    if columns < held:
+        weight, bias = weight[:columns], None if bias is None else bias[:columns]
+    return weight, bias, part
+
+
 def of_all_rows(labels: Tensor) -> Tensor:
     """Labels or temperatures as a plain tensor, of a replicated DTensor or as they are."""
     if not is_dtensor(labels):

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.backends.base import HiddenBackend
-from compiled_logprobs.operation.contract import Results, Upstream, Wanted
-from compiled_logprobs.operation.formula import per_row
+from compiled_logprobs.operation.contract import Clean, Results, Upstream, Wanted
 from compiled_logprobs.operation.hidden import Gradients, HiddenInputs, LogitsBackend, Needs, gradient_in_place
 from compiled_logprobs.operation.shards import Columns, highest, of_whole_rows, sums_of
 from compiled_logprobs.problem import Problem, accumulation_dtype, of_logits
@@ -52,26 +51,23 @@ class ChunkedVocab(HiddenBackend):
         all_rows = slice(0, len(inputs.labels))
         hidden_NH = inputs.hidden_of(all_rows)
         parts: list[Results] = []
-        x_NK = rows = None
+        here: list[Tensor] = []
+        rows: Clean | None = None
         argmax: Tensor | None = None
         for columns in self._chunks(inputs):
             z_NB = inputs.product(hidden_NH, columns)
             serving = self._of(columns, inputs, logits_backend)
-            part, rows, x_here_NK, is_here = serving.forward(inputs.at(z_NB, all_rows), wanted)
+            rows, part, is_here = serving.forward(inputs.at(z_NB, all_rows), wanted)
             del z_NB
-            x_here_NK = x_here_NK.masked_fill(~is_here, 0.0)
-            x_NK = x_here_NK if x_NK is None else x_NK + x_here_NK
             if part.argmax is not None:
-                here = part.argmax + columns.start
-                argmax = here if argmax is None else torch.where(part.stats[0] > highest_of(parts), here, argmax)
+                first = part.argmax + columns.start
+                argmax = first if argmax is None else torch.where(part.stats[0] > _highest(parts), first, argmax)
             parts.append(part)
-        assert x_NK is not None and rows is not None  # V is at least 1
-        top = highest_of(parts)
-        t = rows.temperature.double() if isinstance(rows.temperature, Tensor) else rows.temperature
-        of_parts = (sums_of(part, wanted, top, t) for part in parts)
-        sums = [torch.stack(each).sum(0) for each in zip(*of_parts, strict=True)]
-        d_NK = (x_NK - top.unsqueeze(-1)) / per_row(t)
-        return of_whole_rows(rows, wanted, top, sums, d_NK, argmax), None
+            here.append(is_here)
+        assert rows is not None  # V is at least 1
+        top = _highest(parts)
+        of_parts = (sums_of(rows, part, is_here, wanted, top) for part, is_here in zip(parts, here, strict=True))
+        return of_whole_rows(rows, wanted, top, torch.stack(list(of_parts)).sum(0), argmax), None
 
     def backward(
         self,
@@ -138,7 +134,7 @@ class ChunkedVocab(HiddenBackend):
         return WORKSPACE + problem.rows * columns * (size + problem.softcap * wide) + sums
 
 
-def highest_of(parts: list[Results]) -> Tensor:
+def _highest(parts: list[Results]) -> Tensor:
     """[N]: the maxima of the rows, as far as `parts` go."""
     return torch.stack([highest(part.stats[0]) for part in parts]).amax(0)
 

@@ -20,7 +20,6 @@ from torch.nn import functional
 from compiled_logprobs.arguments import has_saved_tensor_hooks
 from compiled_logprobs.operation.autograd import DIFFERENTIABLE, PLAIN, ForwardBackward, names, refuse_double_backward
 from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
-from compiled_logprobs.operation.shards import Columns
 from compiled_logprobs.problem import Problem, accumulation_dtype
 
 
@@ -114,8 +113,14 @@ def capped(z: Tensor, softcap: float | None) -> Tensor:
     return torch.div(z, softcap, out=z.new_empty(z.shape, dtype=accumulation_dtype(z.dtype))).tanh_().mul_(softcap)
 
 
+class Differentiates(Protocol):
+    """What computes from logits, backward alone."""
+
+    def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor: ...
+
+
 def gradient_in_place(
-    backend: ForwardBackward | Columns,
+    backend: Differentiates,
     z: Tensor,
     inputs: Inputs,
     softcap: float | None,

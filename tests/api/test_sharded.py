@@ -13,7 +13,7 @@ from tests.helpers.ranks import go_through
 
 @pytest.mark.slow
 def test_four_ranks_and_pairs_of_them_have_the_numbers_of_the_whole(tmp_path):
-    go_through("shard_rank", 4, 6, tmp_path)
+    go_through("shard_rank", 4, 7, tmp_path)
 
 
 @pytest.mark.slow

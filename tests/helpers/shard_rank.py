@@ -114,6 +114,46 @@ def compare(backend: str, group: distributed.ProcessGroup, kind: str, count: int
     assert_same_on(group, *out)
 
 
+def from_hidden_states_it_is_that_of_the_whole_too() -> None:
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(ROWS, 32, generator=generator)
+    weight, bias = 0.5 * torch.randn(VOCAB, 32, generator=generator), torch.randn(VOCAB, generator=generator)
+    y = torch.randint(VOCAB, (ROWS, 2), generator=generator)
+    y[3:7] = -100
+    g, h = torch.randn(ROWS, 2, generator=generator), torch.randn(ROWS, generator=generator)
+    exact = [x.double().requires_grad_() for x in (hidden, weight, bias)]
+    logits = torch.nn.functional.linear(*exact)
+    true = reference(logits.detach(), y, TEMPERATURE, grad_log_probs=g, grad_entropy=h)
+    of_hidden, of_weight, of_bias = torch.autograd.grad(logits, exact, true.gradient)
+    for backend, group, kind in (
+        ("chunked_vocab", PAIR, "equal"),
+        ("whole", WORLD, "unequal"),
+        ("auto", WORLD, "none on the last"),
+    ):
+        start, end = bounds(group.size(), group.rank(), kind)
+        own = [x.clone().requires_grad_() for x in (hidden, weight[start:end], bias[start:end])]
+        where = {} if kind == "equal" else {"vocab_start_index": start, "vocab_size": VOCAB}
+        out = clp.log_probs_from_hidden(
+            *own[:2],
+            y,
+            bias=own[2],
+            temperature=TEMPERATURE,
+            return_entropy=True,
+            backend=backend,
+            group=group,
+            **where,
+        )
+        torch.autograd.backward([out.log_probs, out.entropy], [g, h])
+        what = f"{backend}, {kind}"
+        for name in ("log_probs", "entropy"):
+            torch.testing.assert_close(getattr(out, name).double(), getattr(true, name), rtol=1e-5, atol=1e-5, msg=what)
+        torch.testing.assert_close(own[0].grad.double(), of_hidden, rtol=1e-5, atol=3e-5)
+        if end > start:
+            torch.testing.assert_close(own[1].grad.double(), of_weight[start:end], rtol=1e-5, atol=3e-5)
+            torch.testing.assert_close(own[2].grad.double(), of_bias[start:end], rtol=1e-5, atol=3e-5)
+        assert_same_on(group, *out, own[0].grad)
+
+
 def padding_counts_as_no_column_and_gets_no_gradient() -> None:
     x, y = inputs(1, torch.float32, vocab=1000, special=False)
     start, end = bounds(2, PAIR.rank(), "equal")
@@ -152,6 +192,8 @@ def nothing_is_sent_but_one_maximum_and_one_sum() -> None:
     x, y = inputs(3, torch.float32)
     start, end = bounds(RANKS, RANK, "unequal")
     sent, real = [], distributed.all_reduce
+    where = {"group": WORLD, "vocab_start_index": start, "vocab_size": VOCAB}
+    hidden, weight = torch.randn(ROWS, 8).requires_grad_(), torch.randn(end - start, 8)
 
     def count(tensor: Tensor, op: distributed.ReduceOp.RedOpType, group: distributed.ProcessGroup) -> None:
         sent.append((op, tensor.numel(), tensor.dtype))
@@ -159,19 +201,16 @@ def nothing_is_sent_but_one_maximum_and_one_sum() -> None:
 
     distributed.all_reduce = count
     try:
-        out = clp.log_probs_from_logits(
-            x[:, start:end].clone().requires_grad_(),
-            y,
-            return_entropy=True,
-            group=WORLD,
-            vocab_start_index=start,
-            vocab_size=VOCAB,
-        )
+        leaf = x[:, start:end].clone().requires_grad_()
+        out = clp.log_probs_from_logits(leaf, y, return_entropy=True, **where)
         out.log_probs.sum().backward()
+        clp.log_probs_from_hidden(hidden, weight, y[:, 0].clamp(min=0), **where).sum().backward()
     finally:
         distributed.all_reduce = real
-    op = distributed.ReduceOp
-    assert sent == [(op.MAX, ROWS, torch.float32), (op.SUM, 5 * ROWS + 2, torch.float32)], sent
+    op, dtype = distributed.ReduceOp, torch.float32
+    from_logits = [(op.MAX, ROWS, dtype), (op.SUM, 5 * ROWS + 2, dtype)]
+    from_hidden = [(op.MAX, ROWS, dtype), (op.SUM, 2 * ROWS + 2, dtype), (op.SUM, 8 * ROWS, dtype)]
+    assert sent == from_logits + from_hidden, sent
 
 
 def what_does_not_fit_is_an_error_on_all_ranks() -> None:
@@ -223,6 +262,7 @@ if __name__ == "__main__":
         every_result_and_gradient_is_that_of_the_whole,
         padding_counts_as_no_column_and_gets_no_gradient,
         a_dtensor_says_itself_what_it_holds,
+        from_hidden_states_it_is_that_of_the_whole_too,
         nothing_is_sent_but_one_maximum_and_one_sum,
         what_does_not_fit_is_an_error_on_all_ranks,
         a_rank_that_raises_keeps_nobody_for_longer_than_the_timeout,
