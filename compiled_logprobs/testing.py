@@ -19,6 +19,7 @@ def assert_log_probs(
     vocab: int | None = None,
     call: str | None = None,
     returns: Returns = "log_prob",
+    group: Any = None,
     tell: Callable[[str], None] | None = None,
 ) -> None:
     """Check a function, or a backend, and fail where it is wrong. The arguments are those of `check_backend`.
@@ -38,6 +39,7 @@ def assert_log_probs(
         vocab=vocab,
         call=call,
         returns=returns,
+        group=group,
         tell=tell,
     )
     if report.passed:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compiled_logprobs.check.function import Function, NamedBackend, Subject
 from compiled_logprobs.check.inputs import DIFFERENTIABLE, CaseInputs, Returned, names_of
+from compiled_logprobs.check.over_ranks import FunctionOverRanks
 from compiled_logprobs.check.process_state import modes, restore_modes
 from compiled_logprobs.check.report import Notes, Refused, Stop
 from compiled_logprobs.errors import nothing_can_serve_after
@@ -92,6 +93,8 @@ def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradie
         notes.refuse(raised)
         raise Refused
     notes.require("runs", not raised, raised)
+    if isinstance(subject, FunctionOverRanks):
+        notes.add("same_on_ranks", not subject.differs, "a rank returned other bits than another")
     if isinstance(subject, NamedBackend):
         notes.add("own_memory", not subject.shared, f"the {subject.shared} shares memory with the stats")
     if gradient is not None:

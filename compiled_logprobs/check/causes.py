@@ -28,6 +28,7 @@ ALWAYS = {
     "of the loss: a division by it, or a 0 taken for none",
     "own_memory": "keeps for the backward what it also returns, where whoever writes into a result changes the "
     "gradient: keep a copy",
+    "same_on_ranks": "gives other numbers on other ranks: what each has of its own has to be summed over all",
     "random_state": "seeds torch's random generators, Python's or NumPy's, or draws from them: use a torch.Generator "
     "of its own",
     "modes": "changes a mode of torch for all that comes after, such as gradients, the default dtype or the number of "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compiled_logprobs.check.causes_of_gradients import GRADIENT
 from compiled_logprobs.check.probe import Got, Probe
-from compiled_logprobs.check.readings import CLOSE, COARSELY, log_probs_of, same
+from compiled_logprobs.check.readings import CLOSE, COARSELY, SHARDS, log_probs_of, same
 from compiled_logprobs.problem import results_of
 
 
@@ -111,7 +111,18 @@ def _entropies(x_NV: Tensor, t: float) -> Rows:
         ("returns the sum of p log p as the entropy: negative where an entropy must be positive. Negate it", -true),
         ("returns the entropy in bits, not in nats", true / math.log(2)),
         ("divides the entropy by its largest value, log V", true / math.log(x_NV.shape[1])),
+        *(
+            (f"adds up the entropies of {shards} shards of the columns, of a softmax each", _added_up(x_NV / t, shards))
+            for shards in SHARDS
+        ),
     ]
+
+
+def _added_up(x_NV: Tensor, shards: int) -> Tensor:
+    total = x_NV.new_zeros(len(x_NV))
+    for x in torch.split(x_NV, -(-x_NV.shape[1] // shards), -1):
+        total = total - (x.softmax(-1) * x.log_softmax(-1)).nan_to_num(0.0).sum(-1)
+    return total
 
 
 def _logsumexps(x_NV: Tensor, t: float) -> Rows:

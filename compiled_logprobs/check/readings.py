@@ -164,6 +164,24 @@ def _of_other_sums(x_NV: Tensor, labels: Tensor) -> Iterator[Reading]:
         of_shards = torch.stack([shard.logsumexp(-1) for shard in torch.split(x_NV, width, -1)], -1)
         own = of_shards.gather(-1, (labels // width)[:, None]).squeeze(-1)
         yield Reading((f"normalises over one of {shards} shards of the columns, the one with the label",), picked - own)
+        words = f"adds up the maxima of {shards} shards of the columns, where the largest of them counts"
+        maxima = torch.stack([shard.amax(-1) for shard in torch.split(x_NV, width, -1)], -1)
+        yield Reading((words,), picked - total + maximum - maxima.sum(-1))
+        yield from _of_the_other_shard(x_NV, labels, width, shards)
+    yield Reading(("counts the maximum twice: in the logarithm of the sum, and beside it",), picked - total - maximum)
+
+
+def _of_the_other_shard(x_NV: Tensor, labels: Tensor, width: int, shards: int) -> Iterator[Reading]:
+    """A rank that takes its first column for the next one's, or for that of the one before; a label that none has then
+    is taken for a logit of 0, before or after the maximum is subtracted."""
+    words = f"takes the column that lies {{}} shard of {shards} from the label's: a rank's first column is not where"
+    words += " it thinks"
+    for which, step in (("one", width), ("minus one", -width)):
+        column = labels + step
+        is_here = (column >= 0) & (column < x_NV.shape[1])
+        picked = x_NV.gather(-1, column.clamp(0, x_NV.shape[1] - 1)[:, None]).squeeze(-1)
+        for missing in (x_NV.amax(-1), torch.zeros_like(picked)):
+            yield Reading((words.format(which),), torch.where(is_here, picked, missing) - x_NV.logsumexp(-1))
 
 
 def _measured(rows: Tensor, x_NV: Tensor, labels: Tensor, t: float) -> Iterator[Reading]:

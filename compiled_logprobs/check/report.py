@@ -41,6 +41,7 @@ MEANING = {
     "inputs_changed": "logits, labels and temperature keep every bit",
     "outside_write": "no memory outside the results is written",
     "own_memory": "no result of a backend shares memory with what it keeps for the backward",
+    "same_on_ranks": "all ranks of a group return the same bits",
     "random_state": "the random generators of torch, Python and NumPy are left as they were",
     "modes": "torch's modes are left as they were: gradients, default dtype, threads, autocast, determinism",
     "version_counter": "a gradient written over the logits is announced to autograd",

@@ -21,6 +21,7 @@ from compiled_logprobs.check.cases import IGNORE_INDEX, Case, cases, same_bits
 from compiled_logprobs.check.causes import likely_causes
 from compiled_logprobs.check.function import Function, NamedBackend, Returns, Subject
 from compiled_logprobs.check.inputs import CaseInputs, Returned
+from compiled_logprobs.check.over_ranks import FunctionOverRanks
 from compiled_logprobs.check.process_state import draws_random_numbers, modes, restore_modes
 from compiled_logprobs.check.report import CheckReport, Notes, ProblemReport, Refused, Stop
 from compiled_logprobs.check.verdicts import judge, plain_yardstick, wide_yardstick
@@ -50,6 +51,7 @@ def check_backend(
     vocab: int | None = None,
     call: str | None = None,
     returns: Returns = "log_prob",
+    group: Any = None,
     tell: Callable[[str], None] | None = None,
 ) -> CheckReport:
     """Hold a backend, or any function of logits and labels, against the contract.
@@ -71,6 +73,9 @@ def check_backend(
             expression of these names: f, the function, which it has to call, logits, labels, and the options above,
             of which only those in it are tried. A batch dimension of 1 in the results is taken away.
         returns: what the function's numbers are: "log_prob", or "loss" for minus that.
+        group: a process group of torch.distributed, all of whose ranks call this alike, with a function that takes the
+            rank's columns of the logits, of which all have as many, and labels of the whole vocabulary. It is held to
+            the numbers of the whole, on all ranks, and not asked for argmax, nor for a gradient in place.
         tell: called with what is being checked, at each step.
 
     Returns:
@@ -85,17 +90,21 @@ def check_backend(
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     if problem is not None:
         check_problem(problem)
-    subject = _subject(name_or_callable, call, returns)
+    subject = _subject(name_or_callable, call, returns, group)
+    ranks = subject.group.size() if isinstance(subject, FunctionOverRanks) else 1
+    if isinstance(subject, FunctionOverRanks):
+        seed = int(subject.told(seed)[0])
     if vocab is not None and (vocab < 2 or problem is not None):
         raise InputError(
             f"got vocab={vocab}{f' beside {problem}' if problem else ''}; 2 or more is valid, without a problem."
         )
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     default = "cpu" if accelerator is None else accelerator.type
-    elsewhere = problem is None and vocab is None
+    elsewhere = problem is None and vocab is None and ranks == 1
     place = checked_device(device or (default if problem is None else problem.device_type))
     # By default, V is odd and off every block size; flash-attn needs three blocks for it.
-    plain = Problem(place.type, rows=48, vocab=vocab or 32771, dtype=torch.float32, needs_grad=True)
+    width = -(-32771 // ranks) | 1
+    plain = Problem(place.type, rows=48, vocab=vocab or width * ranks, dtype=torch.float32, needs_grad=True)
     problems = subject.default_problems(plain) if problem is None else [subject.within(problem)]
 
     def examine(checked: Problem) -> tuple[Notes, ProblemReport, list[str]]:
@@ -140,9 +149,14 @@ def check_backend(
     )
 
 
-def _subject(given: str | Callable[..., Any], call: str | None, returns: Returns) -> Subject:
+def _subject(given: str | Callable[..., Any], call: str | None, returns: Returns, group: Any) -> Subject:
     if not isinstance(given, str):
-        return Function(given, call, returns)
+        return Function(given, call, returns) if group is None else FunctionOverRanks(given, group, call, returns)
+    if group is not None:
+        raise InputError(
+            f"got backend {given!r} with a group; a function is valid beside it. A backend computes one rank's columns "
+            "and knows of no others: leave the group out, or pass a function that calls log_probs_from_logits with it."
+        )
     if call is not None or returns != "log_prob":
         raise InputError(
             f"got backend {given!r} with call={call!r} and returns={returns!r}; these say how a function is called, "
@@ -156,6 +170,8 @@ def _causes(
 ) -> list[str]:
     """What is probably wrong, if anything is."""
     failed = frozenset(check.name for check in result.checks if not check.passed)
+    if isinstance(subject, FunctionOverRanks):  # all ranks look for causes, or none
+        failed = frozenset().union(*subject.told(failed))
     if not failed:
         return []
     function = subject if isinstance(subject, Function) else Function(subject.as_function(result.problem))
@@ -212,6 +228,8 @@ def _check(
         except Stop:
             if case.rows or not isinstance(subject, Function):
                 return  # what follows would only repeat it
+    if isinstance(subject, FunctionOverRanks):
+        return  # what follows asks what a rank's memory and threads allow, which may be other numbers of calls
     if not short:
         tell(f"{what}: ways of calling")
         check_ways(subject, problem, yardstick, notes, generator)

@@ -37,8 +37,9 @@ def test_the_documentation_names_where_each_was_reported():
 
 def test_each_kind_of_check_stops_one():
     # Each error has a twin, the mean square, which the same mistakes trip. Row invariance is for backends that declare
-    # it, and memory of its own for all backends; see test_run.py for these.
+    # it, and memory of its own for all backends; see test_run.py for these, and test_over_ranks.py for ranks.
     alone = {"entropy_rmse", "logsumexp_rmse", "sum_p_squared_rmse", "gradient_rmse", "row_invariance", "own_memory"}
+    alone.add("same_on_ranks")
     assert set(MEANING) - {wrong.reason for wrong in WRONG_FUNCTIONS} == alone
 
 
