@@ -121,7 +121,23 @@ def log_probs_from_logits(
             part,
         )
     elif part is not None:
-        raise part.error_in_graph()
+        if not torch.compiler.is_dynamo_compiling():
+            raise part.error_in_graph()
+        from compiled_logprobs.api.apart import outside_of_the_graph
+
+        log_probs, *others = outside_of_the_graph(
+            _computed,
+            logits,
+            labels,
+            temperature,
+            int(ignore_index),
+            wanted,
+            masked_logits,
+            inplace_backward,
+            out_dtype,
+            backend,
+            part,
+        )
     elif backend == EAGER:  # for the compiler to fuse
         log_probs, *others = compute(_PLAIN, logits, labels, temperature, ignore_index=int(ignore_index), wanted=wanted)
     else:

@@ -32,7 +32,7 @@ class Part(NamedTuple):
     def error_in_graph(self) -> InputError:
         """What a call in a graph is told."""
         return InputError(
-            f"got a vocabulary that is split over {self.group.size()} ranks, inside torch.compile; "
+            f"got a vocabulary that is split over {self.group.size()} ranks, while tracing; "
             "outside of graphs it is served. Put the call into a function under torch.compiler.disable."
         )
 

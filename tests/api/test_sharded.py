@@ -6,6 +6,7 @@ What they go through is in `tests/helpers/shard_rank.py` and `tests/helpers/fsdp
 import pytest
 import torch
 from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import compiled_logprobs as clp
 from tests.helpers.ranks import go_through
@@ -24,6 +25,29 @@ def test_four_ranks_and_pairs_of_them_have_the_numbers_of_the_whole(tmp_path):
 def test_a_model_whose_parameters_are_sharded_has_the_loss_and_gradients_of_the_whole(tmp_path):
     """By FSDP2, under checkpoints and in place too."""
     go_through("fsdp_rank", 2, 1, tmp_path)
+
+
+def test_a_graph_is_broken_for_a_split_vocabulary():
+    """The other rank says nothing, as if it had no columns; outside it is the same."""
+    distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        labels, leaf = torch.tensor([1, 4, -100]), torch.randn(3, 5, requires_grad=True)
+        part = {"group": distributed.group.WORLD, "vocab_start_index": 0, "vocab_size": 5}
+
+        def loss(logits):
+            return 2 * clp.log_probs_from_logits(2 * logits, labels, **part)
+
+        def values_and_gradient(function):
+            result = function(leaf)
+            return result, *torch.autograd.grad(result.sum(), leaf)
+
+        compiled = torch.compile(loss, backend="aot_eager")
+        torch.testing.assert_close(values_and_gradient(compiled), values_and_gradient(loss), rtol=0, atol=0)
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            torch.compile(loss, backend="aot_eager", fullgraph=True)(leaf)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_one_rank_takes_the_columns_of_a_padded_vocabulary():
