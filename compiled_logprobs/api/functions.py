@@ -68,9 +68,9 @@ def log_probs_from_logits(
         inplace_backward: write the gradient over `logits`, which saves its memory. Nothing else may need their values
             by then: whoever saved them for its own backward gets autograd's error (a second slice of the same tensor
             too), but a plain read afterwards finds the gradient and cannot be detected. Not for leaf tensors. Where
-            memory overlaps (an expanded tensor), where the last stride is not 1, under hooks on saved tensors (as a
-            checkpoint has), and in the graphs of torch.compile and torch.export, whose backward may not write over what
-            it was given, the gradient gets memory of its own.
+            memory overlaps (an expanded tensor), where the last stride is not 1, and under hooks on saved tensors (as a
+            checkpoint has), the gradient gets memory of its own. In a graph of torch.compile it is a permission, used
+            by Inductor for logits that the graph computed, and that nothing needs any more.
         out_dtype: dtype of the results; None is the dtype of `logits`.
         backend: "auto", or the name of one of `backends()`, which then runs or raises. In the recomputation of a
             checkpoint "auto" is what the last forward took; in a CUDA graph's capture what is warm, or an error. In the
@@ -151,6 +151,7 @@ def log_probs_from_logits(
             wanted=wanted,
             per_token=per_token,
             masked_logits=masked_logits,
+            inplace_backward=inplace_backward,
             out_dtype=out_dtype,
             backend=backend,
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 
 from compiled_logprobs.api.call import named_backend, problem_of
-from compiled_logprobs.arguments import is_temperature, peek_transform
+from compiled_logprobs.arguments import is_temperature, is_traced, peek_transform
 from compiled_logprobs.choose.auto import Auto, choose_again
 from compiled_logprobs.choose.rule import Context
 from compiled_logprobs.decision import Decision
@@ -34,10 +34,11 @@ from compiled_logprobs.operation.contract import Upstream, Wanted
 from compiled_logprobs.problem import Problem, accumulation_dtype
 
 FORWARD, BACKWARD = "compiled_logprobs::log_probs", "compiled_logprobs::log_probs_backward"
+IN_PLACE = f"{BACKWARD}_"
 _INPUTS = "Tensor logits, Tensor labels, Tensor? temperature"
 _OPTIONS = (
-    "SymInt ignore_index, bool[4] wanted, bool per_token, bool needs_grad, bool masked_logits, ScalarType out_dtype, "
-    "str backend"
+    "SymInt ignore_index, bool[4] wanted, bool per_token, bool needs_grad, bool masked_logits, bool inplace, "
+    "ScalarType out_dtype, str backend"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)  # so that slices come as they lie in memory
 
@@ -51,13 +52,14 @@ def log_probs_in_graph(
     wanted: Wanted,
     per_token: bool,
     masked_logits: bool,
+    inplace_backward: bool,
     out_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, ...]:
     """What `operation.autograd.compute` returns, by the operator.
 
     Args:
-        logits, labels, ignore_index, wanted, masked_logits, backend: as for `log_probs_from_logits`.
+        logits, labels, ignore_index, wanted, masked_logits, inplace_backward, backend: as for `log_probs_from_logits`.
         temperature: as `checked_temperature` returns it.
         per_token: whether the caller gave it as a tensor.
         out_dtype: what the results will be converted to, which counts for the choice.
@@ -66,7 +68,7 @@ def log_probs_in_graph(
     if t is None and temperature != 1.0:
         t = torch.tensor(temperature, dtype=torch.float64, device=logits.device)
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
-    options = ignore_index, list(wanted), per_token, needs_grad, masked_logits, out_dtype, backend
+    options = ignore_index, list(wanted), per_token, needs_grad, masked_logits, inplace_backward, out_dtype, backend
     log_probs, _, *others = torch.ops.compiled_logprobs.log_probs(logits, labels, t, *options)
     return log_probs, *(result for result, is_wanted in zip(others, wanted, strict=True) if is_wanted)
 
@@ -109,7 +111,7 @@ def _posed(
     logits: Tensor, labels: Tensor, temperature: Tensor | None, wanted: list[bool], options: tuple[Any, ...]
 ) -> tuple[float | Tensor, Problem]:
     """The temperature for a backend, and the problem."""
-    per_token, needs_grad, masked_logits, out_dtype, _ = options
+    per_token, needs_grad, masked_logits, inplace, out_dtype, _ = options
     t: float | Tensor = 1.0 if temperature is None else temperature
     if isinstance(t, Tensor):
         is_number = not per_token and t.is_cpu  # elsewhere reading it would wait for the device
@@ -118,7 +120,8 @@ def _posed(
         else:
             t = t.to(accumulation_dtype(logits.dtype)).expand(logits.shape[:-1])
     problem = problem_of(logits, labels, t, Wanted(*wanted), masked_logits, False, out_dtype)
-    return t, problem._replace(needs_grad=needs_grad)  # inside an operator gradients are off
+    # Inside an operator gradients are off.
+    return t, problem._replace(needs_grad=needs_grad, inplace_backward=inplace and needs_grad)
 
 
 def _without_measuring(context: Context, standing: Decision | None) -> str:
@@ -154,9 +157,15 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None, *grad_others
     grads = dict.fromkeys(DIFFERENTIABLE) | {
         name: grad for name, grad, is_wanted in zip(Wanted._fields, grad_others, wanted, strict=True) if is_wanted
     }
-    gradient = torch.ops.compiled_logprobs.log_probs_backward(
-        logits, labels, temperature, stats, grad, *map(grads.get, DIFFERENTIABLE), *ctx.options
-    )
+    given = labels, temperature, stats, grad, *map(grads.get, DIFFERENTIABLE), *ctx.options
+    *_, inplace, _, _ = ctx.options
+    if inplace and is_traced(logits) and logits.is_contiguous() and not torch.is_grad_enabled():
+        # What was saved may not be written over. But where nobody needs it any more, Inductor makes this copy onto
+        # itself. Of a slice it would copy the whole, for a gradient that autograd copies again.
+        gradient = logits.clone()
+        torch.ops.compiled_logprobs.log_probs_backward_(gradient, *given)
+    else:
+        gradient = torch.ops.compiled_logprobs.log_probs_backward(logits, *given)
     return gradient, *[None] * (2 + len(ctx.options))
 
 
@@ -174,6 +183,7 @@ def _backward(
     ignore_index: int,
     wanted: list[bool],
     *options: Any,
+    inplace: bool = False,
 ) -> Tensor:
     *_, backend = options
     if logits.numel() == 0:
@@ -183,12 +193,18 @@ def _backward(
     serving = choose_again(problem, logits.device)[1] if is_auto else named_backend(backend, problem)
     inputs = merged(logits, labels, t, ignore_index)
     grads = grad_log_probs, grad_entropy, grad_logsumexp
-    gradient = run_backward(serving, inputs, stats.view(-1, *inputs.labels.shape[:-1]), grads, inplace=False)
+    gradient = run_backward(serving, inputs, stats.view(-1, *inputs.labels.shape[:-1]), grads, inplace=inplace)
     return gradient.view(logits.shape)
 
 
 def _fake_backward(logits: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _backward_in_place(logits: Tensor, *others: Any) -> None:
+    """Write the gradient over `logits`."""
+    if logits.numel() > 0:
+        _backward(logits, *others, inplace=True)
 
 
 def _refuse(ctx: Any, *grads: Any) -> None:
@@ -200,10 +216,14 @@ def _refuse(ctx: Any, *grads: Any) -> None:
 _RESULTS = ", ".join(f"Tensor {name}" for name in ("log_probs", "stats", *Wanted._fields))
 define(FORWARD, f"({_INPUTS}, {_OPTIONS}) -> ({_RESULTS})", tags=_TAGS)
 _GRADS = ", ".join(f"Tensor? grad_{name}" for name in Upstream._fields)
-define(BACKWARD, f"({_INPUTS}, Tensor stats, {_GRADS}, {_OPTIONS}) -> Tensor", tags=_TAGS)
+_UPSTREAM = f"Tensor stats, {_GRADS}, {_OPTIONS}"
+define(BACKWARD, f"({_INPUTS}, {_UPSTREAM}) -> Tensor", tags=_TAGS)
+define(IN_PLACE, f"({_INPUTS.replace('Tensor', 'Tensor(a!)', 1)}, {_UPSTREAM}) -> ()", tags=_TAGS)
 impl(FORWARD, "default", _forward)
 impl(BACKWARD, "default", _backward)
+impl(IN_PLACE, "default", _backward_in_place)
 register_fake(FORWARD, _fake_forward)
 register_fake(BACKWARD, _fake_backward)
+register_fake(IN_PLACE, lambda *_: None)
 register_autograd(FORWARD, _differentiate, setup_context=_save)
 register_autograd(BACKWARD, _refuse)

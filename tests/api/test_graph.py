@@ -3,6 +3,7 @@
 import io
 import math
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -90,12 +91,13 @@ def test_torch_finds_the_operators_well_formed(backend):
     logits, labels = torch.randn(2, 4, 11, dtype=torch.bfloat16)[:, :-1], torch.randint(11, (2, 3))
     operators = torch.ops.compiled_logprobs
     temperature = torch.tensor(0.7, dtype=torch.float64)
-    options = -100, [True, False, False, True], False, True, False, torch.float32, backend
+    options = -100, [True, False, False, True], False, True, False, False, torch.float32, backend
     torch.library.opcheck(operators.log_probs, (logits.requires_grad_(), labels, temperature, *options))
     logits = logits.detach()
     log_probs, stats, entropy, *_ = operators.log_probs(logits, labels, temperature, *options)
     saved = logits, labels, temperature, stats
-    torch.library.opcheck(operators.log_probs_backward, (*saved, log_probs, entropy, None, *options))
+    for backward in (operators.log_probs_backward, operators.log_probs_backward_):
+        torch.library.opcheck(backward, (*saved, log_probs, entropy, None, *options))
 
 
 @pytest.mark.slow
@@ -116,6 +118,62 @@ def test_a_slice_is_not_copied_on_the_way_in(monkeypatch):
     assert x.data_ptr() == logits.data_ptr() and x.stride() == logits.stride() and x.shape == (2, 5, VOCAB)
     log_probs.sum().backward()
     assert weight.grad is not None
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[tuple[int, int]]:
+    """Where the logits of a graph's forward lie, and then where its backward writes the gradient."""
+    seen = []
+    run, run_back = graph.run_forward, graph.run_backward
+
+    def forward(serving, logits, *rest):
+        seen.append(logits.data_ptr())
+        return run(serving, logits, *rest)
+
+    def backward(*given, inplace):
+        gradient = run_back(*given, inplace=inplace)
+        assert inplace
+        seen.append(gradient.data_ptr())
+        return gradient
+
+    monkeypatch.setattr(graph, "run_forward", forward)
+    monkeypatch.setattr(graph, "run_backward", backward)
+    return seen
+
+
+def of_head(hidden, weight, labels, call):
+    logits = torch.nn.functional.linear(hidden, weight)
+    return None, call(logits.view(-1, VOCAB), labels.view(-1)).sum()
+
+
+def of_head_and_others(hidden, weight, labels, call):
+    """The logits are saved by others, and by a second call, and go out of the graph."""
+    logits = torch.nn.functional.linear(hidden, weight)
+    return logits, call(logits, labels).sum() + logits.logsumexp(-1).sum() + call(logits, labels, temperature=0.5).sum()
+
+
+def of_input(hidden, weight, labels, call):
+    """As where the loss alone is compiled."""
+    return hidden, call(hidden, labels).sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [of_head, of_head_and_others, of_input])
+def test_in_place_inductor_writes_over_what_nobody_needs_and_nothing_else(function, written):
+    hidden, weight, labels = torch.randn(2, 6, 8), torch.randn(VOCAB, 8), torch.randint(VOCAB, (2, 6))
+    if function is of_input:
+        hidden = torch.randn(2, 6, VOCAB)
+    leaves = hidden.requires_grad_(), *([] if function is of_input else [weight.requires_grad_()])
+    call = partial(clp.log_probs_from_logits, backend="cpp")
+    expected = torch.autograd.grad(function(hidden, weight, labels, call)[1], leaves)
+    inside = torch.compile(function, fullgraph=True)
+    logits, loss = inside(hidden, weight, labels, partial(call, inplace_backward=True))
+    before = None if logits is None else logits.detach().clone()
+    gradients = torch.autograd.grad(loss, leaves)
+    for got, true in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got, true, atol=1e-5, rtol=1e-5)
+    assert before is None or torch.equal(logits, before)
+    assert (written[0] in written[len(written) // 2 :]) == (function is of_head)
 
 
 def note_calls(monkeypatch, kind, name, ran):
@@ -152,7 +210,6 @@ def test_a_graph_looks_up_and_never_measures(mode, monkeypatch):
 
 
 def test_an_invalid_label_or_temperature_makes_its_row_nan_in_a_graph():
-    """And in place is a permission that a graph does not use."""
     logits, labels = inputs(3)
     labels[1] = VOCAB
     graph = compiled(lambda x, y, t: clp.log_probs_from_logits(x * 2, y, temperature=t, inplace_backward=True))

@@ -27,7 +27,7 @@ def check_in_a_graph(backend: str, vocab: int, **options: Any) -> None:
     for got, expected in zip(run(inside), run(call), strict=True):
         torch.testing.assert_close(got, expected, atol=0, rtol=0, equal_nan=True)
 
-    operators, fixed = torch.ops.compiled_logprobs, (-100, [bool(options)] + [False] * 3, False, True, False)
+    operators, fixed = torch.ops.compiled_logprobs, (-100, [bool(options)] + [False] * 3, False, True, False, False)
     labels = labels.clamp(min=0)  # of a row that is ignored, statistics may be anything
     logits, temperature = (hidden * 2).detach(), torch.tensor(0.7, dtype=torch.float64)
     call_with = *fixed, torch.float32, backend
