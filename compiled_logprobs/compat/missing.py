@@ -32,6 +32,13 @@ ADVICE: dict[str, list[tuple[str, str, str]]] = {
             "vocab_parallel_entropy",
         ),
     ],
+    "torchtitan": [
+        (
+            "_LossParallelCrossEntropy",
+            "Call {} with group, vocab_start_index and vocab_size.",
+            "compiled_logprobs.cross_entropy_from_logits",
+        )
+    ],
     "trl": [("add_fused_lm_head patch_chunked_lm_head", HIDDEN, "selective_log_softmax_and_entropy")],
     "prime_rl": [("FusedOutputLinear", HIDDEN, "selective_log_softmax and compute_entropy")],
     "rlinf": [

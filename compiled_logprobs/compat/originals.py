@@ -14,7 +14,7 @@ class Framework:
     """Name of the installed distribution, whose version is reported."""
     names_by_module: dict[str, str]
     """A framework without the first name is not patched; the others only some versions have."""
-    older_arguments: dict[str, str] = field(default_factory=dict)
+    older_arguments: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """What a function took before it took what ours takes, as `inspect.signature` prints it without annotations."""
 
     @property
@@ -23,6 +23,18 @@ class Framework:
         return [(module, name) for module, names in self.names_by_module.items() for name in names.split()]
 
 
+_NEXT = (
+    "(input_ids, next_token_logits, seq_index=None, vocab_parallel_rank=None, vocab_parallel_group=None, "
+    "context_parallel_group=None{})"
+)
+_PARALLEL = (
+    "(vocab_parallel_logits, target, vocab_start_index, vocab_end_index, tp_group, inference_only=False, "
+    "cp_group=None, chunk_size=None)"
+)
+_PACKED = (
+    "(vocab_parallel_logits, target, cu_seqlens_padded, unpacked_seqlen, vocab_start_index, vocab_end_index, group, "
+    "inference_only=False, cp_group=None, chunk_size=None{})"
+)
 FRAMEWORKS = {
     # EasyR1 kept the name of verl, from which it comes.
     "easyr1": Framework("verl", {"verl.utils.torch_functional": "log_probs_from_logits"}),
@@ -36,7 +48,7 @@ FRAMEWORKS = {
             "vocab_parallel_log_probs_from_logits_response_rmpad vocab_parallel_entropy "
             "vocab_parallel_entropy_with_chunking vocab_parallel_sum_pi_squared",
         },
-        older_arguments={"logprobs_from_logits": "(logits, labels)"},
+        older_arguments={"logprobs_from_logits": ("(logits, labels)",)},
     ),
     "skyrl": Framework(
         "skyrl",
@@ -45,11 +57,15 @@ FRAMEWORKS = {
             "skyrl.backends.skyrl_train.distributed.megatron.model_utils": "from_parallel_logits_to_logprobs "
             "from_parallel_logits_to_logprobs_packed_sequences vocab_parallel_entropy",
         },
+        older_arguments={
+            "from_parallel_logits_to_logprobs_packed_sequences": (_PACKED.format(""),),
+            "vocab_parallel_entropy": ("(vocab_parallel_logits)",),
+        },
     ),
     "trl": Framework(
         "trl",
         {"trl.trainer.utils": "selective_log_softmax selective_log_softmax_and_entropy entropy_from_logits"},
-        older_arguments={"selective_log_softmax": "(logits, index)"},
+        older_arguments={"selective_log_softmax": ("(logits, index)",)},
     ),
     "openrlhf": Framework("openrlhf", {"openrlhf.models.utils": "log_probs_from_logits compute_entropy"}),
     "areal": Framework("areal", {"areal.utils.functional.vocab_parallel": "gather_logprobs gather_logprobs_entropy"}),
@@ -68,6 +84,10 @@ FRAMEWORKS = {
             "roll.third_party.megatron.tensor_parallel": "vocab_parallel_entropy",
             "mcore_adapter.parallel_functions.vocab_parallel": "vocab_parallel_logprobs",
         },
+        older_arguments={
+            "vocab_parallel_entropy": ("(vocab_parallel_logits)",),
+            "vocab_parallel_logprobs": ("(vocab_parallel_logits, target)",),
+        },
     ),
     "rlinf": Framework("rlinf", {"rlinf.utils.utils": "compute_logprobs_from_logits compute_entropy_from_logits"}),
     "nemo_rl": Framework(
@@ -76,6 +96,14 @@ FRAMEWORKS = {
             "nemo_rl.distributed.model_utils": "get_next_token_logprobs_from_logits from_parallel_logits_to_logprobs "
             "from_parallel_logits_to_logprobs_packed_sequences"
         },
+        older_arguments={
+            "get_next_token_logprobs_from_logits": (_NEXT.format(""), _NEXT.format(", sampling_params=None")),
+            "from_parallel_logits_to_logprobs": (_PARALLEL,),
+            "from_parallel_logits_to_logprobs_packed_sequences": (
+                _PACKED.format(""),
+                _PACKED.format(", sampling_params=None"),
+            ),
+        },
     ),
     "megatron": Framework(
         "megatron-core",
@@ -83,7 +111,7 @@ FRAMEWORKS = {
             "megatron.core.tensor_parallel.cross_entropy": "vocab_parallel_cross_entropy",
             "megatron.core.fusions.fused_cross_entropy": "fused_vocab_parallel_cross_entropy",
         },
-        older_arguments={"vocab_parallel_cross_entropy": "(vocab_parallel_logits, target, label_smoothing=0.0)"},
+        older_arguments={"vocab_parallel_cross_entropy": ("(vocab_parallel_logits, target, label_smoothing=0.0)",)},
     ),
 }
 """By the name of the module in `compiled_logprobs.compat`."""

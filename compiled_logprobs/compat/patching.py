@@ -125,8 +125,7 @@ def _swaps(framework: str, original: Framework) -> Iterator[tuple[Any, Any]]:
             raise _refusal(version, f"{module} has no {name}", remedy)
         ours = getattr(compat, name)
         arguments, valid = _arguments(theirs), [_arguments(ours)]
-        if name in original.older_arguments:
-            valid.append(original.older_arguments[name])
+        valid += original.older_arguments.get(name, ())
         if arguments not in valid:
             what = f"{module}.{name} has the arguments {arguments}; {' and '.join(valid)} are valid"
             raise _refusal(version, what)

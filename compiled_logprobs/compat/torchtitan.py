@@ -13,8 +13,10 @@ from typing import Any, cast
 from torch import Tensor
 
 from compiled_logprobs import cross_entropy_from_logits
-from compiled_logprobs.compat import conventions
+from compiled_logprobs.compat import conventions, missing
 from compiled_logprobs.errors import InputError
+
+missing.advise(globals())
 
 
 def compute_logprobs(logits: Tensor, labels: Tensor, *, return_entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:

@@ -92,13 +92,15 @@ def test_a_block_ends_with_the_original_unless_it_is_within_a_patch(utils):
     assert utils.selective_log_softmax(X, LABELS) == "original"
 
 
-@pytest.mark.parametrize("framework", ["verl", "trl"])
+@pytest.mark.parametrize("framework", ["verl", "trl", "nemo_rl"])
 def test_a_version_with_older_arguments_and_fewer_functions_is_patched(package, framework):
     ((module, name), *_) = FRAMEWORKS[framework].functions
-    own = package(module, source_of(FRAMEWORKS[framework].older_arguments))
+    older = FRAMEWORKS[framework].older_arguments
+    own = package(module, source_of({name: arguments[0] for name, arguments in older.items()}))
     with patch(framework) as patched:
-        assert patched.places == (f"{module}.{name}",)
-        assert getattr(own, name)(X, LABELS).shape == (2, 3)
+        assert set(patched.places) == {f"{module}.{name}" for name in older}
+        called = (LABELS, X) if framework == "nemo_rl" else (X, LABELS)
+        assert getattr(own, name)(*called).shape == (2, 2 if framework == "nemo_rl" else 3)
 
 
 def test_every_name_is_replaced_whatever_it_is_called_and_callers_through_a_module_are_served(package, utils):
