@@ -15,8 +15,8 @@ print([name for name in heavy if name in sys.modules])
 """
 PUBLIC = """
 BackendUnavailable CheckReport Decision Explanation InputError LogProbs LogProbsError Problem ProfileError autotune
-backends check_backend cross_entropy_from_logits entropy_from_logits explain log_probs_from_logits register_backend tune
-warm
+backends check_backend cross_entropy_from_hidden cross_entropy_from_logits entropy_from_logits explain
+log_probs_from_hidden log_probs_from_logits register_backend tune warm
 """
 
 
