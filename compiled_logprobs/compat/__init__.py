@@ -13,7 +13,7 @@ In all of them, whatever the original does:
 * A token of probability 0 counts 0 in an entropy, where most originals give NaN.
 * No backend copies all logits, so `chunk_size` changes nothing.
 * A function that takes a process group, or Megatron's own, takes this rank's columns of the logits, of which all ranks
-  have as many. It sends two collectives forward and none backward, and its results have the same bits on all ranks.
+  have as many, and its results have the same bits on all ranks.
 """
 
 from compiled_logprobs.compat.originals import FRAMEWORKS
