@@ -30,7 +30,16 @@ QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 """The form of `measured_at`: UTC."""
 
-Kind = Literal["log_prob", "entropy", "logsumexp", "sum_p_squared", "gradient"]
+Kind = Literal[
+    "log_prob",
+    "entropy",
+    "logsumexp",
+    "sum_p_squared",
+    "gradient",
+    "hidden_gradient",
+    "weight_gradient",
+    "bias_gradient",
+]
 Number = float | Literal["nan", "inf", "-inf"]
 """As JSON can hold it."""
 

@@ -3,7 +3,8 @@
 Shapes: V vocabulary, K labels a row; R one or two leading dimensions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from compiled_logprobs.check.inputs import DIFFERENTIABLE, CaseInputs, Returned,
 from compiled_logprobs.check.over_ranks import FunctionOverRanks
 from compiled_logprobs.check.process_state import modes, restore_modes
 from compiled_logprobs.check.report import Notes, Refused, Stop
+from compiled_logprobs.check.verdicts import Judged
 from compiled_logprobs.errors import nothing_can_serve_after
 from compiled_logprobs.problem import short_name
 
@@ -33,23 +35,24 @@ class _NotALeaf(torch.autograd.Function):
         return None, None
 
 
-def _from_a_model(logits: Tensor) -> Tensor:
+def from_a_model(logits: Tensor) -> Tensor:
+    """The same values in the same memory, with a gradient function."""
     model = torch.zeros((), device=logits.device, requires_grad=True)
     return _NotALeaf.apply(model, logits)  # type: ignore[no-any-return, no-untyped-call]  # torch's gap
 
 
 def begin_call(subject: Subject, inputs: CaseInputs, notes: Notes) -> tuple[Tensor, Returned]:
     """Call the subject for a gradient: the logits that it got, as a model would give them, and what it returned."""
-    logits, labels = _from_a_model(inputs.arena.logits), inputs.fresh_labels()
+    logits, labels = from_a_model(inputs.arena.logits), inputs.fresh_labels()
     with torch.enable_grad():
         results = _called(subject, logits, labels, inputs.temperature, inputs, notes)
-    return logits, _typed(subject, results, inputs, notes)
+    return logits, typed(subject, results, inputs, notes)
 
 
 def call_without_gradient(subject: Subject, inputs: CaseInputs, notes: Notes) -> Returned:
     """Call the subject, in the mode that holds, with logits that require no gradient."""
     results = _called(subject, inputs.arena.logits, inputs.fresh_labels(), inputs.temperature, inputs, notes)
-    return _typed(subject, results, inputs, notes).each(Tensor.detach)
+    return typed(subject, results, inputs, notes).each(Tensor.detach)
 
 
 def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradient: bool) -> Returned:
@@ -59,11 +62,11 @@ def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradie
     t = t.clone() if isinstance(t, Tensor) else t
     logits, gradient, raised = arena.logits, None, ""
     if with_gradient:
-        logits = _from_a_model(logits)
+        logits = from_a_model(logits)
     version = logits._version
     try:
         with torch.set_grad_enabled(with_gradient):
-            results = _typed(subject, _called(subject, logits, labels, t, inputs, notes), inputs, notes)
+            results = typed(subject, _called(subject, logits, labels, t, inputs, notes), inputs, notes)
         if with_gradient:
             for name in DIFFERENTIABLE:
                 tensor, what = getattr(results, name), "log-probabilities do" if name == "log_probs" else f"{name} does"
@@ -82,6 +85,8 @@ def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradie
     changed = arena.logits_changed()
     may_overwrite = problem.inplace_backward and gradient is not None
     notes.add("inputs_changed", may_overwrite or not changed, "the logits were overwritten")
+    for what in subject.overwritten():
+        notes.add("inputs_changed", False, f"the {what} overwritten")
     notes.add("inputs_changed", torch.equal(labels, inputs.labels), "the labels were overwritten")
     same = torch.equal(torch.as_tensor(t), torch.as_tensor(inputs.temperature))
     notes.add("inputs_changed", same, "the temperature was overwritten")
@@ -110,16 +115,23 @@ def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradie
 def _called(
     subject: Subject, logits: Tensor, labels: Tensor, t: float | Tensor, inputs: CaseInputs, notes: Notes
 ) -> Any:
-    """What it returns; torch's modes are put back."""
-    before = modes(logits.device)
-    try:
+    with kept_modes(logits.device, notes):
         return subject(logits, labels, t, inputs.problem, inputs.case.ignore_index)
+
+
+@contextmanager
+def kept_modes(device: torch.device, notes: Notes) -> Iterator[None]:
+    """Put torch's modes back after a call, and note down which it has changed."""
+    before = modes(device)
+    try:
+        yield
     finally:
-        changed = restore_modes(before, logits.device)
+        changed = restore_modes(before, device)
         notes.add("modes", not changed, f"a call changed {' and '.join(changed)}")
 
 
-def _typed(subject: Subject, result: Any, inputs: CaseInputs, notes: Notes) -> Returned:
+def typed(subject: Subject, result: Any, inputs: Judged, notes: Notes) -> Returned:
+    """The results by name. Notes down where their types, shapes and dtypes are not those that were asked for."""
     problem = inputs.problem
     parts = tuple(result) if isinstance(result, tuple) else (result,)
     names = names_of(problem)

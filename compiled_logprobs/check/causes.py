@@ -77,11 +77,8 @@ def _about_calling(probe: Probe, failed: frozenset[str], ignore_index: bool) -> 
     if "runs" not in failed:
         return
     if probe.raises(probe.logits, probe.labels) is not None:
-        for what, *arguments in (
-            ("logits and labels the other way round", "labels", "logits"),
-            ("a batch of sequences", "logits[None]", "labels[None]"),
-        ):
-            other = replace(probe, function=probe.function.called_with(*arguments))
+        for what, expressions in probe.function.other_calls:
+            other = replace(probe, function=probe.function.called_with(**expressions))
             if other.raises(other.logits, other.labels) is None:
                 yield f'takes {what}: say --call "{other.function.call}"'
                 return

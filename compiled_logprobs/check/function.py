@@ -27,8 +27,6 @@ OPTIONS = ("temperature", "ignore_index", *RETURNS, "masked_logits", "inplace_ba
 
 CALL = "--call"
 """Stands for a file in the traceback of what a call raises."""
-_GIVEN = ("f", "logits", "labels")
-_EXAMPLE = "e.g. --call \"f(labels, logits, temp=temperature, reduction='none')\""
 
 
 class Function:
@@ -40,6 +38,11 @@ class Function:
     """
 
     row_invariant = False  # nobody has declared it
+    given: tuple[str, ...] = ("logits", "labels")
+    """What a call has to name beside f."""
+    known: tuple[str, ...] = OPTIONS
+    """What else it may name."""
+    example = "e.g. --call \"f(labels, logits, temp=temperature, reduction='none')\""
 
     def __init__(self, function: Callable[..., Any], call: str | None = None, returns: Returns = "log_prob") -> None:
         if returns not in ("log_prob", "loss"):
@@ -50,15 +53,15 @@ class Function:
         self.returns = returns
         self._function = function
         self._may_batch = call is not None
-        signature = _signature(function, call)
-        options = [name for name in OPTIONS if signature is not None and name in signature.parameters]
-        own = f"f({', '.join(['logits', 'labels', *(f'{name}={name}' for name in options)])})"
+        signature = self._signature(call)
+        options = [name for name in self.known if signature is not None and name in signature.parameters]
+        own = f"f({', '.join([*self.given, *(f'{name}={name}' for name in options)])})"
         self.call = own if call is None else call
-        tree = _parsed(self.call)
+        tree = self._parsed(self.call)
         if signature is not None:
-            _check_fits(signature, tree, self.call)
+            self._check_fits(signature, tree)
         self._code = compile(tree, CALL, "eval")
-        self._options = frozenset(_names(tree) & set(OPTIONS))
+        self._options = frozenset(_names(tree) & set(self.known))
 
     def within(self, problem: Problem) -> Problem:
         """`problem` without the options that the function does not have."""
@@ -98,7 +101,10 @@ class Function:
         ignore_index: int = IGNORE_INDEX,
     ) -> Any:
         """What it returns for labels [N, 1], with log-probabilities [N, 1] where that can be."""
-        result = self.returned(logits, labels, temperature, problem, ignore_index)
+        return self.in_columns(self.returned(logits, labels, temperature, problem, ignore_index))
+
+    def in_columns(self, result: Any) -> Any:
+        """Of what it has returned, log-probabilities [N, 1], where that can be, and what else there is."""
         parts = tuple(result) if isinstance(result, tuple) else (result,)
         if not all(isinstance(part, Tensor) for part in parts) or len(parts) > 1 + len(RESULTS):
             return result
@@ -116,19 +122,96 @@ class Function:
         ignore_index: int = IGNORE_INDEX,
     ) -> Any:
         """What it returns for labels [N, 1], as it is, but for a batch dimension that a given call has added."""
-        values = {"f": self._function, "logits": logits, "labels": labels.squeeze(-1), "temperature": temperature}
-        values |= {"ignore_index": ignore_index}
+        values = {
+            "logits": logits,
+            "masked_logits": problem.masked_logits,
+            "inplace_backward": problem.inplace_backward,
+        }
+        return self.evaluated(values, labels, temperature, problem, ignore_index)
+
+    def evaluated(
+        self,
+        values: dict[str, Any],
+        labels: Tensor,
+        temperature: float | Tensor,
+        problem: Problem,
+        ignore_index: int,
+    ) -> Any:
+        """What the call gives with these values, as it is, but for the batch dimension."""
+        values = {**values, "f": self._function, "labels": labels.squeeze(-1), "temperature": temperature}
+        values |= {"ignore_index": ignore_index, "out_dtype": problem.out_dtype}
         values |= {option: getattr(problem, name) for option, name in RETURNS.items()}
-        values |= {name: getattr(problem, name) for name in ("masked_logits", "inplace_backward", "out_dtype")}
         result = eval(self._code, values)
         if not self._may_batch:
             return result
         return tuple(map(_without_batch, result)) if isinstance(result, tuple) else _without_batch(result)
 
-    def called_with(self, logits: str, labels: str) -> "Function":
-        """The same function, called with these expressions in the places of logits and labels."""
-        call = _Instead({"logits": logits, "labels": labels}).visit(_parsed(self.call))
-        return Function(self._function, ast.unparse(call), self.returns)
+    def called_with(self, **expressions: str) -> "Function":
+        """The same function, called with these expressions in the places of its arguments."""
+        call = _Instead(expressions).visit(self._parsed(self.call))
+        return self._called_so(ast.unparse(call))
+
+    def _called_so(self, call: str) -> "Function":
+        return type(self)(self._function, call, self.returns)
+
+    @property
+    def other_calls(self) -> list[tuple[str, dict[str, str]]]:
+        """How functions of such arguments are called as well, in words, and what stands in the places of them then."""
+        return [
+            ("logits and labels the other way round", {"logits": "labels", "labels": "logits"}),
+            ("a batch of sequences", {"logits": "logits[None]", "labels": "labels[None]"}),
+        ]
+
+    def overwritten(self) -> list[str]:
+        """What else than the logits the last call and its backward changed."""
+        return []
+
+    def _parsed(self, call: str) -> ast.Expression:
+        """The expression. Raises InputError for any that is not a call of the function with what it is given."""
+        try:
+            tree = ast.parse(call.strip(), CALL, "eval")
+            compile(tree, CALL, "eval")  # refuses more, such as the same keyword twice
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+            what = f"which is no expression of Python: {error}"
+        else:
+            names, needed = _names(tree), ("f", *self.given)
+            unknown = sorted(names.difference(needed, self.known))
+            missing = [name for name in needed if name not in names]
+            if not (unknown or missing) and _calls(tree):
+                return tree
+            wrong = f"with the name {unknown[0]!r} in it" if unknown else ""
+            what = wrong or (f"with no {missing[0]} in it" if missing else "")
+        raise InputError(
+            f"got call {call!r}, {what or 'which does not call f, the function'}. It has to call f, which is the "
+            f"function, with {_listed(self.given)}, and may name {', '.join(self.known)}. Valid is {self.example}."
+        )
+
+    def _check_fits(self, signature: inspect.Signature, tree: ast.Expression) -> None:
+        """Raise InputError where the function does not take what its call passes."""
+        for node in _calls(tree):
+            names = [keyword.arg for keyword in node.keywords if keyword.arg is not None]
+            if len(names) < len(node.keywords) or any(isinstance(part, ast.Starred) for part in node.args):
+                continue  # how many there are shows only when it runs
+            try:
+                signature.bind(*node.args, **dict.fromkeys(names))
+            except TypeError as error:
+                raise InputError(
+                    f"got call {self.call!r} of a function of {signature}: {error}. Say how it is called, "
+                    f"{self.example}, or wrap it in a function of ({', '.join(self.given)})."
+                ) from error
+
+    def _signature(self, call: str | None) -> inspect.Signature | None:
+        """Of the function; None if it cannot be read and is not needed, since a call is given."""
+        try:
+            # A given call is one of what takes it, and not of what that wraps.
+            return inspect.signature(self._function, follow_wrapped=call is None)
+        except Exception as error:  # TypeError and ValueError are Python's own; who computes one may raise anything
+            if call is not None:
+                return None
+            raise InputError(
+                f"got {self._function!r}, whose signature cannot be read ({type(error).__name__}: {error}); a function "
+                f"of ({', '.join(self.given)}) is valid. Wrap it in one, or say how it is called, {self.example}."
+            ) from error
 
 
 class _Minus(torch.autograd.Function):
@@ -162,24 +245,8 @@ class _Instead(ast.NodeTransformer):
         return ast.parse(self.expressions.get(node.id, node.id), mode="eval").body
 
 
-def _parsed(call: str) -> ast.Expression:
-    """The expression. Raises InputError for any that is not a call of the function with logits and labels."""
-    try:
-        tree = ast.parse(call.strip(), CALL, "eval")
-        compile(tree, CALL, "eval")  # refuses more, such as the same keyword twice
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        what = f"which is no expression of Python: {error}"
-    else:
-        names = _names(tree)
-        unknown = sorted(names.difference(_GIVEN, OPTIONS))
-        missing = [name for name in _GIVEN if name not in names]
-        if not (unknown or missing) and _calls(tree):
-            return tree
-        what = f"with the name {unknown[0]!r} in it" if unknown else f"with no {missing[0]} in it" if missing else ""
-    raise InputError(
-        f"got call {call!r}, {what or 'which does not call f, the function'}. It has to call f, which is the function, "
-        f"with logits and labels, and may name {', '.join(OPTIONS)}. Valid is {_EXAMPLE}."
-    )
+def _listed(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _calls(tree: ast.Expression) -> list[ast.Call]:
@@ -188,37 +255,8 @@ def _calls(tree: ast.Expression) -> list[ast.Call]:
     return [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "f"]
 
 
-def _check_fits(signature: inspect.Signature, tree: ast.Expression, call: str) -> None:
-    """Raise InputError where the function does not take what `call` passes."""
-    for node in _calls(tree):
-        names = [keyword.arg for keyword in node.keywords if keyword.arg is not None]
-        if len(names) < len(node.keywords) or any(isinstance(part, ast.Starred) for part in node.args):
-            continue  # how many there are shows only when it runs
-        try:
-            signature.bind(*node.args, **dict.fromkeys(names))
-        except TypeError as error:
-            raise InputError(
-                f"got call {call!r} of a function of {signature}: {error}. Say how it is called, {_EXAMPLE}, or wrap "
-                "it in a function of (logits, labels)."
-            ) from error
-
-
 def _names(tree: ast.Expression) -> set[str]:
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-
-
-def _signature(function: Callable[..., Any], call: str | None) -> inspect.Signature | None:
-    """Of the function; None if it cannot be read and is not needed, since a call is given."""
-    try:
-        # A given call is one of what takes it, and not of what that wraps.
-        return inspect.signature(function, follow_wrapped=call is None)
-    except Exception as error:  # TypeError and ValueError are Python's own; who computes a signature may raise anything
-        if call is not None:
-            return None
-        raise InputError(
-            f"got {function!r}, whose signature cannot be read ({type(error).__name__}: {error}); "
-            f"a function of (logits, labels) is valid. Wrap it in one, or say how it is called, {_EXAMPLE}."
-        ) from error
 
 
 class NamedBackend:
@@ -246,6 +284,10 @@ class NamedBackend:
         if not problems:
             require_backend(self.name, plain)  # raises
         return problems
+
+    def overwritten(self) -> list[str]:
+        """As for a `Function`."""
+        return []
 
     def forward(self, inputs: Inputs, wanted: Wanted) -> Results:
         """The backend's own, whose results are looked at."""
@@ -280,7 +322,7 @@ class NamedBackend:
         returned = tuple(in_dtype(result, problem.out_dtype) for result in results)
         return returned if len(returned) > 1 else returned[0]
 
-    def as_function(self, problem: Problem) -> Callable[..., Any]:
+    def as_function(self, problem: Problem) -> Function:
         """The same as a function of logits [N, V] and labels [N], with the options that `problem` has."""
 
         def function(
@@ -297,7 +339,7 @@ class NamedBackend:
             result = self(logits, labels.unsqueeze(-1), temperature, asked)
             return (result[0].squeeze(-1), *result[1:]) if isinstance(result, tuple) else result.squeeze(-1)
 
-        return function
+        return Function(function)
 
 
 Subject = NamedBackend | Function

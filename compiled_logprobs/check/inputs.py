@@ -21,6 +21,8 @@ SAMPLED_ROWS = 64
 FEWEST_ROWS_FOR_SILENCE = 4
 """With so many, all that comes from above one of them is 0, as of a token that a mask leaves out of the loss."""
 DIFFERENTIABLE = Upstream._fields
+PLAIN_CEILING = 64.0
+"""How many times eps(float32) times the row's largest |x| plain torch may be off: what its sums cost at V = 2^18."""
 
 
 class Returned(NamedTuple):
@@ -45,6 +47,8 @@ class Returned(NamedTuple):
 
 class CaseInputs:
     """One case, ready to run: fresh inputs of one kind, with the truth about them."""
+
+    ceiling = PLAIN_CEILING
 
     def __init__(self, case: Case, problem: Problem, yardstick: dict[str, float], generator: torch.Generator) -> None:
         device = generator.device

@@ -39,9 +39,8 @@ class FunctionOverRanks(Function):
             )
         return super().within(problem)._replace(argmax=False, inplace_backward=False)
 
-    def called_with(self, logits: str, labels: str) -> "FunctionOverRanks":
-        other = super().called_with(logits, labels)
-        return FunctionOverRanks(self._function, self.group, other.call, self.returns)
+    def _called_so(self, call: str) -> "FunctionOverRanks":
+        return FunctionOverRanks(self._function, self.group, call, self.returns)
 
     def returned(
         self,

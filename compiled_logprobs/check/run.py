@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.arguments import check_problem, checked_device, find_private
+from compiled_logprobs.backends import backends
 from compiled_logprobs.check.calls import call_once
 from compiled_logprobs.check.cases import IGNORE_INDEX, Case, cases, same_bits
 from compiled_logprobs.check.causes import likely_causes
 from compiled_logprobs.check.function import Function, NamedBackend, Returns, Subject
+from compiled_logprobs.check.hidden_cases import cases_from_hidden
+from compiled_logprobs.check.hidden_function import HiddenFunction, NamedHiddenBackend
+from compiled_logprobs.check.hidden_run import HiddenSubject, can_embed, check_from_hidden, of_embedded_logits
 from compiled_logprobs.check.inputs import CaseInputs, Returned
 from compiled_logprobs.check.over_ranks import FunctionOverRanks
 from compiled_logprobs.check.process_state import draws_random_numbers, modes, restore_modes
@@ -52,14 +56,16 @@ def check_backend(
     call: str | None = None,
     returns: Returns = "log_prob",
     group: Any = None,
+    from_hidden: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> CheckReport:
-    """Hold a backend, or any function of logits and labels, against the contract.
+    """Hold a backend, or any function of logits and labels, or of hidden states, against the contract.
 
     Args:
         name_or_callable: a registered backend's name; or a function that takes logits [N, V], labels [N] int64 and
             whichever of the options of `log_probs_from_logits` but `backend` its signature names, and returns
-            log-probabilities [N], with any `return_...=True` a tuple of them and what that asks for, each [N].
+            log-probabilities [N], with any `return_...=True` a tuple of them and what that asks for, each [N]. With
+            `from_hidden` it takes hidden [N, H], weight [V, H], labels [N], and options of `log_probs_from_hidden`.
         problem: what to check it for; by default a few small problems in each dtype with what it supports.
         short: fewer inputs, for a check right before the first use.
         ignore_index: whether labels of -100 are among the inputs.
@@ -76,6 +82,8 @@ def check_backend(
         group: a process group of torch.distributed, all of whose ranks call this alike, with a function that takes the
             rank's columns of the logits, of which all have as many, and labels of the whole vocabulary. It is held to
             the numbers of the whole, on all ranks, and not asked for argmax, nor for a gradient in place.
+        from_hidden: whether a function, or a backend of a name that both lists have, takes hidden states and the output
+            layer's weight. A problem with a hidden size says so, too.
         tell: called with what is being checked, at each step.
 
     Returns:
@@ -90,7 +98,8 @@ def check_backend(
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     if problem is not None:
         check_problem(problem)
-    subject = _subject(name_or_callable, call, returns, group)
+    is_from_hidden = _is_from_hidden(name_or_callable, problem, from_hidden)
+    subject = _subject(name_or_callable, call, returns, group, is_from_hidden)
     ranks = subject.group.size() if isinstance(subject, FunctionOverRanks) else 1
     if isinstance(subject, FunctionOverRanks):
         seed = int(subject.told(seed)[0])
@@ -106,13 +115,28 @@ def check_backend(
     width = -(-32771 // ranks) | 1
     plain = Problem(place.type, rows=48, vocab=vocab or width * ranks, dtype=torch.float32, needs_grad=True)
     problems = subject.default_problems(plain) if problem is None else [subject.within(problem)]
+    said = tell or (lambda doing: None)
 
     def examine(checked: Problem) -> tuple[Notes, ProblemReport, list[str]]:
         notes = Notes()
         with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
             generator = torch.Generator(place).manual_seed(seed)
-            chosen = _cases(subject, checked, short, ignore_index, elsewhere)
-            _check(subject, checked, chosen, notes, generator, short, tell or (lambda doing: None))
+            if isinstance(subject, HiddenSubject):
+                embedded = of_embedded_logits(checked, frozen=subject.frozen)
+                chosen = [case for case in _cases(subject, embedded, short, ignore_index, elsewhere) if can_embed(case)]
+                _check(subject, embedded, chosen, notes, generator, short, said)
+                own = cases_from_hidden(
+                    checked,
+                    short=short,
+                    foreign=isinstance(subject, Function),
+                    options=subject.options,
+                    elsewhere=elsewhere,
+                    ignore_index=ignore_index,
+                )
+                check_from_hidden(subject, checked, own, notes, generator, said)
+            else:
+                chosen = _cases(subject, checked, short, ignore_index, elsewhere)
+                _check(subject, checked, chosen, notes, generator, short, said)
             result = notes.report(checked)
             return notes, result, _causes(subject, result, notes, place, seed, ignore_index)
 
@@ -149,9 +173,24 @@ def check_backend(
     )
 
 
-def _subject(given: str | Callable[..., Any], call: str | None, returns: Returns, group: Any) -> Subject:
+def _is_from_hidden(given: str | Callable[..., Any], problem: Problem | None, said: bool) -> bool:
+    """Whether it takes hidden states: as is said, as the problem says, or as there is no other backend of that name."""
+    if problem is None:
+        return said or (given in backends(from_hidden=True) and given not in backends())
+    if said and problem.hidden is None:
+        raise InputError(f"got from_hidden=True for {problem}, which has no hidden size; hidden=64 is valid in it.")
+    return problem.hidden is not None
+
+
+def _subject(
+    given: str | Callable[..., Any], call: str | None, returns: Returns, group: Any, from_hidden: bool
+) -> Subject:
+    if from_hidden and group is not None:
+        raise InputError("got hidden states and a group; either is valid: over ranks, functions of logits are checked.")
     if not isinstance(given, str):
-        return Function(given, call, returns) if group is None else FunctionOverRanks(given, group, call, returns)
+        if group is not None:
+            return FunctionOverRanks(given, group, call, returns)
+        return HiddenFunction(given, call, returns) if from_hidden else Function(given, call, returns)
     if group is not None:
         raise InputError(
             f"got backend {given!r} with a group; a function is valid beside it. A backend computes one rank's columns "
@@ -162,7 +201,7 @@ def _subject(given: str | Callable[..., Any], call: str | None, returns: Returns
             f"got backend {given!r} with call={call!r} and returns={returns!r}; these say how a function is called, "
             "which is known of a backend. Leave them out."
         )
-    return NamedBackend(given)
+    return NamedHiddenBackend(given) if from_hidden else NamedBackend(given)
 
 
 def _causes(
@@ -174,7 +213,7 @@ def _causes(
         failed = frozenset().union(*subject.told(failed))
     if not failed:
         return []
-    function = subject if isinstance(subject, Function) else Function(subject.as_function(result.problem))
+    function = subject if isinstance(subject, Function) else subject.as_function(result.problem)
     causes = likely_causes(function, result.problem, failed, device, seed, ignore_index)
     wrong_in = [case.case for case in result.cases if not all(check.passed for check in case.checks)]
     mistakes = [case.mistake for case in notes.cases if case.name in wrong_in]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_logprobs.check.inputs import row_scale
-from compiled_logprobs.check.verdicts import EPS, PLAIN_CEILING
+from compiled_logprobs.check.inputs import PLAIN_CEILING, row_scale
+from compiled_logprobs.check.verdicts import EPS
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem, results_of
 

@@ -5,21 +5,21 @@ Shapes: N rows, n of them compared, V vocabulary, K labels a row; R one or two l
 
 import math
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from compiled_logprobs.check.cases import Case
-from compiled_logprobs.check.inputs import SAMPLED_ROWS, CaseInputs, Returned
+from compiled_logprobs.check.inputs import PLAIN_CEILING, SAMPLED_ROWS, CaseInputs, Returned
 from compiled_logprobs.check.report import Errors, Notes
 from compiled_logprobs.decision import Kind
+from compiled_logprobs.operation.reference import Reference
 from compiled_logprobs.problem import Problem, results_of
 
 EPS = torch.finfo(torch.float32).eps
 BUDGET = 2.0
 """How many times the error of plain torch a backend may make."""
-PLAIN_CEILING = 64.0
-"""How many times eps(float32) times the row's largest |x| plain torch may be off: what its sums cost at V = 2^18."""
 FEWEST_ROWS_FOR_A_MEAN = 4
 YARDSTICK_ELEMENTS = 2**22
 """How many logits tell how far plain torch is off on ordinary rows."""
@@ -27,7 +27,28 @@ OF_ROWS: tuple[Kind, ...] = ("entropy", "logsumexp", "sum_p_squared")
 """Numbers that are returned one a row."""
 
 
-def judge(inputs: CaseInputs, results: Returned, notes: Notes) -> None:
+class Judged(Protocol):
+    """Inputs with the truth about them, of logits or of hidden states."""
+
+    problem: Problem
+    yardstick: dict[str, float]
+    ceiling: float
+    labels: Tensor
+    ignored: Tensor
+    upstream: dict[str, Tensor]
+    sample: Tensor
+    scale: Tensor
+    row_temperature: float | Tensor
+    true: Reference
+    plain: Returned
+
+    @property
+    def case(self) -> Case: ...
+
+    def sampled(self, tensor: Tensor, columns: int) -> Tensor: ...
+
+
+def judge(inputs: Judged, results: Returned, notes: Notes) -> None:
     """Hold the results of a call against the truth."""
     problem, case = inputs.problem, inputs.case
     largest = float(results.log_probs.nan_to_num(nan=-1.0).max()) if results.log_probs.numel() else 0.0
@@ -59,10 +80,10 @@ def judge(inputs: CaseInputs, results: Returned, notes: Notes) -> None:
         if errors.got.numel():
             notes.add("nan_pattern", errors.fits_pattern, f"{errors.what} is NaN or infinite elsewhere than in float64")
             notes.add_errors(errors)
-            _judge_errors(errors, plain, scale, inputs, notes)
+            judge_errors(errors, plain, scale, inputs, notes)
 
 
-def _errors(inputs: CaseInputs, results: Returned) -> Iterator[tuple[Errors, Tensor, Tensor]]:
+def _errors(inputs: Judged, results: Returned) -> Iterator[tuple[Errors, Tensor, Tensor]]:
     """Of each kind of result, what plain torch returns as well, and [n, 1] what an eps(float32) is relative to."""
     problem, true, plain = inputs.problem, inputs.true, inputs.plain
     x_scale = inputs.scale
@@ -112,12 +133,12 @@ def plain_yardstick(problem: Problem, generator: torch.Generator) -> dict[str, f
     return yardstick
 
 
-def _judge_errors(errors: Errors, plain: Tensor, scale: Tensor, inputs: CaseInputs, notes: Notes) -> None:
+def judge_errors(errors: Errors, plain: Tensor, scale: Tensor, inputs: Judged, notes: Notes) -> None:
     """Whether they are within the budget; what the dtype of the result rounds comes on top."""
     rows, error, plain_error = len(errors.got), errors.error, errors.of(plain)
     info = torch.finfo(errors.got.dtype)  # below its smallest normal number, a dtype rounds to multiples of eps * tiny
     rounding = info.eps * errors.truth.abs().amax(-1, keepdim=True).clamp(min=info.tiny)
-    floor, ceiling = BUDGET * EPS * scale, PLAIN_CEILING * EPS * scale + rounding
+    floor, ceiling = BUDGET * EPS * scale, inputs.ceiling * EPS * scale + rounding
 
     def limits(name: str, of_plain: float, scatter: float = 0.0) -> Tensor:
         ordinary = inputs.yardstick.get(name, 0.0) * EPS * scale * (1.0 + scatter)
@@ -143,7 +164,7 @@ def _rms(error: Tensor) -> float:
     return float(error.square().mean().sqrt())
 
 
-def _judge_argmax(inputs: CaseInputs, argmax: Tensor, notes: Notes) -> None:
+def _judge_argmax(inputs: Judged, argmax: Tensor, notes: Notes) -> None:
     """Every row, exactly: of equal maxima the first one counts."""
     got, true = inputs.sampled(argmax, 1).squeeze(-1), inputs.true.argmax
     wrong = (got != true).nonzero()
@@ -152,7 +173,7 @@ def _judge_argmax(inputs: CaseInputs, argmax: Tensor, notes: Notes) -> None:
     notes.add("argmax", not len(wrong), detail)
 
 
-def _judge_silence(inputs: CaseInputs, log_probs: Tensor, gradient: Tensor, notes: Notes) -> None:
+def _judge_silence(inputs: Judged, log_probs: Tensor, gradient: Tensor, notes: Notes) -> None:
     """Where nothing comes from above, nothing goes below; a NaN does not, either, unless the row has one before."""
     silent = log_probs.isfinite().all(-1)
     for name, grad in inputs.upstream.items():
@@ -163,7 +184,7 @@ def _judge_silence(inputs: CaseInputs, log_probs: Tensor, gradient: Tensor, note
         notes.add("zero_upstream", bool((gradient[silent] == 0).all()), "a gradient where none comes from above")
 
 
-def _judge_gradient_sign(inputs: CaseInputs, gradient: Tensor, notes: Notes) -> None:
+def _judge_gradient_sign(inputs: Judged, gradient: Tensor, notes: Notes) -> None:
     """In the direction of the upstream gradient, where all of it comes from one label a row."""
     if inputs.case.special or list(inputs.upstream) != ["log_probs"] or inputs.problem.labels_per_row != 1:
         return

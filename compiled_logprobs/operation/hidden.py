@@ -110,7 +110,9 @@ def capped(z: Tensor, softcap: float | None) -> Tensor:
     """c tanh(z / c), new and in the accumulation dtype; z itself where there is no cap."""
     if softcap is None:
         return z
-    return torch.div(z, softcap, out=z.new_empty(z.shape, dtype=accumulation_dtype(z.dtype))).tanh_().mul_(softcap)
+    wide = accumulation_dtype(z.dtype)  # before the division, which would round in half precision
+    quotient = z / softcap if z.dtype == wide else z.to(wide).div_(softcap)
+    return quotient.tanh_().mul_(softcap)
 
 
 class Differentiates(Protocol):
@@ -326,7 +328,8 @@ class _FromHidden(torch.autograd.Function):
         inputs = HiddenInputs(
             problem, hidden, weight.detach(), bias, labels, t, ctx.ignore_index, ctx.softcap, counting
         )
-        kept = ctx.kept if kept is None else kept
+        # Without its version, so that a second backward may unpack what this one writes over.
+        kept = ctx.kept if kept is None else kept.data
         kept = None if ctx.is_spent else kept  # a first backward has written over it
         ctx.kept, ctx.is_spent = None, True
         rows, per_row = problem.rows, problem.labels_per_row

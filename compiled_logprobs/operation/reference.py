@@ -2,13 +2,14 @@
 
 It shares no code with any backend, and its gradient comes from autograd, not from a formula.
 
-Shapes: ... leading dimensions, N rows, V vocabulary, K labels a row.
+Shapes: ... leading dimensions, N rows, V vocabulary, K labels a row; H hidden size.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 CHUNK_ELEMENTS = 2**22
 
@@ -83,6 +84,70 @@ def reference(
         return None if tensors[0] is None else torch.cat(tensors).detach().reshape((*rows, *tensors[0].shape[1:]))
 
     return Reference(*map(joined, zip(*parts, strict=True)))
+
+
+class ReferenceFromHidden(NamedTuple):
+    """What is true from hidden states."""
+
+    results: Reference
+    """[N, K] and [N], without the gradient in the logits."""
+    hidden: Tensor | None = None
+    """[N, H]: the gradient in the hidden states; None, as the next two, where no upstream gradient is given."""
+    weight: Tensor | None = None
+    """[V, H]"""
+    bias: Tensor | None = None
+    """[V]; None where there is no bias."""
+
+
+def reference_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    grad_log_probs: Tensor | None = None,
+    grad_entropy: Tensor | None = None,
+    grad_logsumexp: Tensor | None = None,
+    product_dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype = torch.float64,
+) -> ReferenceFromHidden:
+    """All results and gradients for `labels` [N, K] under the softmax of what an output layer makes of hidden states.
+
+    Args:
+        hidden: [N, H]; rows all of whose labels are ignored count 0, whatever they hold.
+        weight: [V, H].
+        labels: as for `reference`.
+        bias: [V].
+        temperature: a number, or [N].
+        logit_scale: what the logits are multiplied by.
+        softcap: what they are softly kept below, after that and before the temperature.
+        ignore_index, grad_log_probs, grad_entropy, grad_logsumexp: as for `reference`.
+        product_dtype: of products, and so of the gradients.
+        dtype: to compute all else in; with that of the arguments before and float32 here, it is what plain torch makes
+            of the same input.
+    """
+    upstream = [grad_log_probs, grad_entropy, grad_logsumexp]
+    want_gradients = any(grad is not None for grad in upstream)
+    given = [None if x is None else x.detach().to(product_dtype) for x in (hidden, weight, bias)]
+    given[0] = hidden.detach().to(product_dtype).masked_fill((labels == ignore_index).all(-1, keepdim=True), 0.0)
+    leaves = [None if x is None else x.clone().requires_grad_(want_gradients) for x in given]
+    t_N = torch.as_tensor(temperature, device=hidden.device).to(dtype).expand(len(hidden))
+    with torch.set_grad_enabled(want_gradients):
+        x_NV = functional.linear(*leaves).to(dtype) * logit_scale  # type: ignore[arg-type]  # the bias may be None
+        if softcap is not None:
+            x_NV = softcap * torch.tanh(x_NV / softcap)
+        results = _rows(x_NV, labels.long(), t_N, ignore_index)
+    if not want_gradients:
+        return ReferenceFromHidden(results)
+    outputs = list(results[:3])
+    grads = [torch.zeros_like(x) if g is None else g.to(dtype) for x, g in zip(outputs, upstream, strict=True)]
+    found = iter(torch.autograd.grad(outputs, [x for x in leaves if x is not None], grads))
+    detached = Reference(*(None if x is None else x.detach() for x in results))  # type: ignore[arg-type]
+    return ReferenceFromHidden(detached, *(None if x is None else next(found) for x in leaves))
 
 
 def _rows(x_NV: Tensor, y_NK: Tensor, t_N: Tensor, ignore_index: int) -> Reference:
