@@ -40,7 +40,7 @@ _OPTIONS = (
     "SymInt ignore_index, bool[4] wanted, bool per_token, bool needs_grad, bool masked_logits, bool inplace, "
     "ScalarType out_dtype, str backend"
 )
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)  # so that slices come as they lie in memory
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)  # so that slices come as they lie in memory
 
 
 def log_probs_in_graph(
@@ -64,13 +64,48 @@ def log_probs_in_graph(
         per_token: whether the caller gave it as a tensor.
         out_dtype: what the results will be converted to, which counts for the choice.
     """
-    t: Tensor | None = temperature if isinstance(temperature, Tensor) else None
-    if t is None and temperature != 1.0:
-        t = torch.tensor(temperature, dtype=torch.float64, device=logits.device)
+    t = as_argument(temperature, logits)
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
     options = ignore_index, list(wanted), per_token, needs_grad, masked_logits, inplace_backward, out_dtype, backend
     log_probs, _, *others = torch.ops.compiled_logprobs.log_probs(logits, labels, t, *options)
     return log_probs, *(result for result, is_wanted in zip(others, wanted, strict=True) if is_wanted)
+
+
+def as_argument(temperature: float | Tensor, at: Tensor) -> Tensor | None:
+    """What an operator takes for a temperature of rows of `at`: a tensor, which no new value compiles anew; None for
+    1."""
+    if isinstance(temperature, Tensor):
+        return temperature
+    return None if temperature == 1.0 else torch.tensor(temperature, dtype=torch.float64, device=at.device)
+
+
+def as_given(temperature: Tensor | None, per_token: bool, at: Tensor) -> float | Tensor:
+    """The temperature for a backend, of rows of `at`, from what `as_argument` made of it."""
+    if temperature is None:
+        return 1.0
+    is_number = not per_token and temperature.is_cpu  # elsewhere reading it would wait for the device
+    if is_number and is_temperature(number := temperature.item()):
+        return number
+    return temperature.to(accumulation_dtype(at.dtype)).expand(at.shape[:-1])
+
+
+def dtype_of(name: str, at: Tensor) -> torch.dtype:
+    """Of the result of this name."""
+    return torch.int64 if name == "argmax" else accumulation_dtype(at.dtype)
+
+
+def refuse_transforms(function: str) -> None:
+    """Raise LogProbsError for what torch would differentiate through an operator in silence, to a tangent of 0."""
+    if forward_ad_level() >= 0 or peek_transform() is not None:
+        raise LogProbsError(
+            f"forward-mode differentiation or a transform of torch.func got to {function} in a graph; it has a "
+            "backward alone. Use torch.autograd.grad, or torch.log_softmax and gather."
+        )
+
+
+def without_measuring(context: Context, standing: Decision | None) -> str:
+    """Why a call in a graph does not tune."""
+    return "a call inside a graph does not measure; tune(...) does"
 
 
 # Forward
@@ -79,32 +114,19 @@ def log_probs_in_graph(
 def _forward(
     logits: Tensor, labels: Tensor, temperature: Tensor | None, ignore_index: int, wanted: list[bool], *options: Any
 ) -> tuple[Tensor, ...]:
-    _refuse_transforms()
+    refuse_transforms("log_probs_from_logits")
     *_, backend = options
     t, problem = _posed(logits, labels, temperature, wanted, options)
     asked = Wanted(*wanted)
-    serving = Auto(problem, logits, _without_measuring) if backend == "auto" else named_backend(backend, problem)
+    serving = Auto(problem, logits, without_measuring) if backend == "auto" else named_backend(backend, problem)
     inputs, results = run_forward(serving, logits, labels, t, ignore_index, asked)
     log_probs, *others = in_shape(results, asked, logits, labels)
     stats = results.stats.view(-1, problem.rows) if inputs is not None else log_probs.new_empty(2 + asked.entropy, 0)
     given = dict(zip(names(asked), others, strict=True))
     for name in Wanted._fields:
         if name not in given:
-            given[name] = logits.new_empty(0, dtype=_dtype_of(name, logits))
+            given[name] = logits.new_empty(0, dtype=dtype_of(name, logits))
     return log_probs, stats, *(given[name] for name in Wanted._fields)
-
-
-def _dtype_of(name: str, logits: Tensor) -> torch.dtype:
-    return torch.int64 if name == "argmax" else accumulation_dtype(logits.dtype)
-
-
-def _refuse_transforms() -> None:
-    """Raise LogProbsError for what torch would differentiate through an operator in silence, to a tangent of 0."""
-    if forward_ad_level() >= 0 or peek_transform() is not None:
-        raise LogProbsError(
-            "forward-mode differentiation or a transform of torch.func got to log_probs_from_logits in a graph; it "
-            "has a backward alone. Use torch.autograd.grad, or torch.log_softmax and gather."
-        )
 
 
 def _posed(
@@ -112,30 +134,20 @@ def _posed(
 ) -> tuple[float | Tensor, Problem]:
     """The temperature for a backend, and the problem."""
     per_token, needs_grad, masked_logits, inplace, out_dtype, _ = options
-    t: float | Tensor = 1.0 if temperature is None else temperature
-    if isinstance(t, Tensor):
-        is_number = not per_token and t.is_cpu  # elsewhere reading it would wait for the device
-        if is_number and is_temperature(number := t.item()):
-            t = number
-        else:
-            t = t.to(accumulation_dtype(logits.dtype)).expand(logits.shape[:-1])
+    t = as_given(temperature, per_token, logits)
     problem = problem_of(logits, labels, t, Wanted(*wanted), masked_logits, False, out_dtype)
     # Inside an operator gradients are off.
     return t, problem._replace(needs_grad=needs_grad, inplace_backward=inplace and needs_grad)
 
 
-def _without_measuring(context: Context, standing: Decision | None) -> str:
-    return "a call inside a graph does not measure; tune(...) does"
-
-
 def _fake_forward(
     logits: Tensor, labels: Tensor, temperature: Tensor | None, ignore_index: int, wanted: list[bool], *options: Any
 ) -> tuple[Tensor, ...]:
-    _refuse_transforms()
+    refuse_transforms("log_probs_from_logits")
     rows, dtype = logits.shape[:-1], accumulation_dtype(logits.dtype)
     asked = Wanted(*wanted)
     others = (
-        logits.new_empty(rows if is_wanted else 0, dtype=_dtype_of(name, logits))
+        logits.new_empty(rows if is_wanted else 0, dtype=dtype_of(name, logits))
         for name, is_wanted in asked._asdict().items()
     )
     stats = logits.new_empty(2 + asked.entropy, math.prod(rows), dtype=dtype)
@@ -207,18 +219,18 @@ def _backward_in_place(logits: Tensor, *others: Any) -> None:
         _backward(logits, *others, inplace=True)
 
 
-def _refuse(ctx: Any, *grads: Any) -> None:
+def refuse(ctx: Any, *grads: Any) -> None:
     """A backward of the backward, where the forward's own was not asked, as in a graph that holds both."""
     with torch.enable_grad():
         refuse_double_backward()
 
 
 _RESULTS = ", ".join(f"Tensor {name}" for name in ("log_probs", "stats", *Wanted._fields))
-define(FORWARD, f"({_INPUTS}, {_OPTIONS}) -> ({_RESULTS})", tags=_TAGS)
+define(FORWARD, f"({_INPUTS}, {_OPTIONS}) -> ({_RESULTS})", tags=TAGS)
 _GRADS = ", ".join(f"Tensor? grad_{name}" for name in Upstream._fields)
 _UPSTREAM = f"Tensor stats, {_GRADS}, {_OPTIONS}"
-define(BACKWARD, f"({_INPUTS}, {_UPSTREAM}) -> Tensor", tags=_TAGS)
-define(IN_PLACE, f"({_INPUTS.replace('Tensor', 'Tensor(a!)', 1)}, {_UPSTREAM}) -> ()", tags=_TAGS)
+define(BACKWARD, f"({_INPUTS}, {_UPSTREAM}) -> Tensor", tags=TAGS)
+define(IN_PLACE, f"({_INPUTS.replace('Tensor', 'Tensor(a!)', 1)}, {_UPSTREAM}) -> ()", tags=TAGS)
 impl(FORWARD, "default", _forward)
 impl(BACKWARD, "default", _backward)
 impl(IN_PLACE, "default", _backward_in_place)
@@ -226,4 +238,4 @@ register_fake(FORWARD, _fake_forward)
 register_fake(BACKWARD, _fake_backward)
 register_fake(IN_PLACE, lambda *_: None)
 register_autograd(FORWARD, _differentiate, setup_context=_save)
-register_autograd(BACKWARD, _refuse)
+register_autograd(BACKWARD, refuse)

@@ -7,7 +7,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from compiled_logprobs.api.call import named_backend
+from compiled_logprobs.api.call import check_limit, named_backend, problem_from_hidden
+from compiled_logprobs.api.hidden_graph import log_probs_in_graph
 from compiled_logprobs.api.log_probs import LogProbs, log_probs_with
 from compiled_logprobs.api.sharded import part_of_weight
 from compiled_logprobs.arguments import (
@@ -18,14 +19,13 @@ from compiled_logprobs.arguments import (
     is_nan,
     is_traced,
 )
-from compiled_logprobs.backends import built_in_for, get_backend
-from compiled_logprobs.backends.base import HiddenBackend
+from compiled_logprobs.backends import backends, get_backend
 from compiled_logprobs.choose.auto import Auto, logits_backend_on
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.operation.contract import Wanted, in_dtype
 from compiled_logprobs.operation.hidden import compute_from_hidden
 from compiled_logprobs.operation.shards import HiddenShard
-from compiled_logprobs.problem import DTYPES, Problem, Temperature, short_name
+from compiled_logprobs.problem import DTYPES, Problem, short_name
 
 
 def log_probs_from_hidden(
@@ -92,37 +92,27 @@ def log_probs_from_hidden(
     out_dtype = checked_out_dtype(hidden, out_dtype)
     wanted = Wanted(return_entropy, return_logsumexp, return_argmax)
     weight, bias, part = part_of_weight(weight, bias, group, vocab_start_index, vocab_size)
-    if is_traced(hidden) and part is not None:
-        raise part.error_in_graph()
-    if is_traced(hidden):
-        raise InputError("got hidden states inside torch.compile or torch.export; outside of graphs they are served.")
-    of_backend = wanted if part is None else part.wanted_of_backend(wanted)
-    problem = _problem_of(hidden, weight, bias, labels, temperature, of_backend, softcap, memory_limit, out_dtype)
-    _check_limit(problem)
-    serving: Any = Auto(problem, hidden) if backend == "auto" else named_backend(backend, problem)
-    if part is not None:
-        serving = HiddenShard(serving, *part)
-    log_probs, *others = compute_from_hidden(
-        serving,
-        problem,
-        hidden,
-        weight,
-        labels,
-        bias,
-        temperature,
-        softcap=softcap,
-        ignore_index=int(ignore_index),
-        wanted=wanted,
-        logits_backend=logits_backend_on(hidden.device),
-    )
-    if hidden.is_cpu and is_nan(log_probs):
-        check_values(
-            hidden,
-            labels,
-            given if isinstance(given, Tensor) else 1.0,
-            ignore_index,
-            part.vocab if part else weight.shape[0],
+    options: dict[str, Any] = {"softcap": softcap, "ignore_index": int(ignore_index), "wanted": wanted}
+    if not is_traced(hidden):
+        of_backend = wanted if part is None else part.wanted_of_backend(wanted)
+        problem = problem_from_hidden(
+            hidden, weight, bias, labels, temperature, of_backend, softcap, memory_limit, out_dtype
         )
+        check_limit(problem)
+        serving: Any = Auto(problem, hidden) if backend == "auto" else named_backend(backend, problem)
+        serving = serving if part is None else HiddenShard(serving, *part)
+        options["logits_backend"] = logits_backend_on(hidden.device)
+        log_probs, *others = compute_from_hidden(serving, problem, hidden, weight, labels, bias, temperature, **options)
+        if hidden.is_cpu and is_nan(log_probs):
+            vocab = part.vocab if part else weight.shape[0]
+            check_values(hidden, labels, given if isinstance(given, Tensor) else 1.0, ignore_index, vocab)
+    elif part is not None:
+        raise part.error_in_graph()
+    else:
+        if backend != "auto" and backend not in backends(from_hidden=True):
+            get_backend(backend, Problem("cpu", 0, 1, hidden.dtype, hidden=1))  # raises
+        options |= {"per_token": isinstance(given, Tensor), "memory_limit": memory_limit, "out_dtype": out_dtype}
+        log_probs, *others = log_probs_in_graph(hidden, weight, labels, bias, temperature, **options, backend=backend)
     log_probs = log_probs.to(out_dtype)
     if not others:
         return log_probs
@@ -242,50 +232,3 @@ def _checked_cap(softcap: Any) -> float | None:
     if softcap == 0:
         raise InputError("got softcap=0; a positive number or None is valid. Where a model has none, pass None.")
     return None if softcap is None else _checked_number("softcap", softcap)
-
-
-def _problem_of(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    temperature: float | Tensor,
-    wanted: Wanted,
-    softcap: float | None,
-    memory_limit: int | None,
-    out_dtype: torch.dtype,
-) -> Problem:
-    """The problem that a call poses."""
-    kind: Temperature = "per_token" if isinstance(temperature, Tensor) else "none" if temperature == 1.0 else "number"
-    differentiable = (x.requires_grad for x in (hidden, weight, bias) if x is not None)
-    needs_grad = torch.is_grad_enabled() and any(differentiable)
-    return Problem(
-        hidden.device.type,
-        hidden.numel() // hidden.shape[-1],
-        weight.shape[0],
-        hidden.dtype,
-        out_dtype,
-        labels.shape[-1] if labels.ndim == hidden.ndim else 1,
-        needs_grad,
-        *wanted,
-        kind,
-        hidden=hidden.shape[-1],
-        weight_grad=needs_grad and weight.requires_grad,
-        bias=bias is not None,
-        softcap=softcap is not None,
-        memory_limit=memory_limit,
-    )
-
-
-def _check_limit(problem: Problem) -> None:
-    """Raise InputError for a limit of memory that nothing can keep."""
-    limit = problem.memory_limit
-    if limit is None:
-        return
-    backends = (cast(HiddenBackend, get_backend(name, problem)) for name in built_in_for(problem))
-    least = min(bytes for backend in backends if (bytes := backend.least_memory(problem)) is not None)
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < least:
-        raise InputError(
-            f"got memory_limit={limit!r} for {problem}; an integer of at least {least} bytes, the least that is "
-            "possible, or None is valid."
-        )

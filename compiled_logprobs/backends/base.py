@@ -74,6 +74,13 @@ class HiddenBackend(AnyBackend):
     backend that it is given.
     """
 
+    keeps_logits: bool = False
+    """Whether what it keeps, where it does, is the product of all rows that count, [M, V] in the dtype of the hidden
+    states, over which its backward may write; any such backend can use what another one kept."""
+    needs_autograd: bool = False
+    """Whether its backward differentiates what it recorded, which there is no way to do inside an operator: in graphs
+    it does not serve."""
+
     def fingerprint(self) -> str:
         """The same, with what is common to backends over hidden states."""
         own = Path(inspect.getfile(type(self)))

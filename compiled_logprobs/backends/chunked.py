@@ -31,6 +31,8 @@ class Chunked(HiddenBackend):
         may_be_fewer: whether it also runs with fewer rows a chunk, where the limit leaves room for no more.
     """
 
+    keeps_logits = True
+
     def __init__(
         self, name: str, summary: str, rows: int | None, *, uses: str | None = None, may_be_fewer: bool = True
     ) -> None:

@@ -20,6 +20,7 @@ class LinearCrossEntropy(HiddenBackend):
 
     name = "linear_cross_entropy"
     summary = "torch's own linear_cross_entropy, all logits at once"
+    needs_autograd = True
 
     def why_not(self, problem: Problem) -> str | None:
         if not hasattr(functional, "linear_cross_entropy"):

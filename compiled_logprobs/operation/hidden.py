@@ -331,6 +331,7 @@ class _FromHidden(torch.autograd.Function):
         # Without its version, so that a second backward may unpack what this one writes over.
         kept = ctx.kept if kept is None else kept.data
         kept = None if ctx.is_spent else kept  # a first backward has written over it
+        kept = kept.data if isinstance(kept, Tensor) else kept  # whose being written over autograd would refuse later
         ctx.kept, ctx.is_spent = None, True
         rows, per_row = problem.rows, problem.labels_per_row
         if grad_log_probs is None:

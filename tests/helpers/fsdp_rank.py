@@ -22,15 +22,22 @@ ROWS, HIDDEN, VOCAB = 32, 16, 1042
 
 
 class Model(nn.Module):
-    """The loss of [B, T] tokens, each with the label of the next: embedding, a layer, a head."""
+    """The loss of [B, T] tokens, each with the label of the next: embedding, a layer, a head, of which the weight alone
+    is used `from_hidden`."""
 
-    def __init__(self, backend: str, checkpoints: bool, inplace: bool) -> None:
+    def __init__(self, backend: str, checkpoints: bool, inplace: bool, from_hidden: bool = False) -> None:
         super().__init__()
         self.embedding, self.layer = nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
         self.head = nn.Linear(HIDDEN, VOCAB, bias=False)
         self.how, self.checkpoints = {"backend": backend, "inplace_backward": inplace}, checkpoints
+        self.from_hidden = from_hidden
 
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        if self.from_hidden:
+            out = clp.log_probs_from_hidden(
+                hidden[:, :-1], self.head.weight, labels[:, 1:], temperature=0.7, return_entropy=True
+            )
+            return out.log_probs + 0.1 * out.entropy
         logits = self.head(hidden)[:, :-1]
         out = clp.log_probs_from_logits(logits, labels[:, 1:], temperature=0.7, return_entropy=True, **self.how)
         return out.log_probs + 0.1 * out.entropy
@@ -49,14 +56,17 @@ def loss_and_gradients(model: Model, tokens: Tensor) -> list[Tensor]:
     return [loss.detach(), *(g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients)]
 
 
-def compare(*options: str | bool) -> None:
+def compare(*options: str | bool, compiles: bool = False) -> None:
     """Each rank has its part of the batch; the mean over the ranks is what one process has for all of it."""
     torch.manual_seed(0)
     whole, sharded, tokens = Model(*options), Model(*options), torch.randint(VOCAB, (2 * RANKS, ROWS))
     sharded.load_state_dict(whole.state_dict())
     mesh = init_device_mesh("cpu", (RANKS,))
-    for module in (sharded.layer, sharded.head, sharded):
-        fully_shard(module, mesh=mesh)
+    for module in (sharded.layer, sharded) if whole.from_hidden else (sharded.layer, sharded.head, sharded):
+        fully_shard(module, mesh=mesh)  # a head that is not called itself is gathered with what calls
+    if compiles:
+        whole.compile(fullgraph=True, backend="aot_eager")
+        sharded.compile(backend="aot_eager")
     expected = loss_and_gradients(whole, tokens)
     got = loss_and_gradients(sharded, tokens[2 * RANK : 2 * RANK + 2])
     distributed.all_reduce(got[0])
@@ -73,6 +83,8 @@ if __name__ == "__main__":
     try:
         for options in product(("auto", "eager"), (False, True), (False, True)):
             compare(*options)
+        for checkpoints, compiles in product((False, True), (False, True)):
+            compare("auto", checkpoints, False, True, compiles=compiles)
         failure = None
     except Exception:  # noqa: BLE001  whatever it is, it is printed
         failure = traceback.format_exc()

@@ -148,9 +148,10 @@ def test_what_does_not_count_is_never_read(name):
     assert all(bool(given[key].grad.isfinite().all()) for key in ("hidden", "weight", "bias"))
 
 
-def test_a_second_backward_gives_the_same_gradient():
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_a_second_backward_gives_the_same_gradient(softcap):
     given = arguments()
-    result = log_probs_from_hidden(**given, backend="whole").sum()
+    result = log_probs_from_hidden(**given, softcap=softcap, backend="whole").sum()
     first = torch.autograd.grad(result, given["weight"], retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(result, given["weight"])[0])
 
