@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from compiled_logprobs.errors import BackendUnavailable, InputError, ProfileError
 from compiled_logprobs.problem import (
@@ -300,3 +300,20 @@ def check_not_leaf(logits: Tensor) -> None:
             "gradient would overwrite their value, and be their .grad as well. Logits computed by a model are valid; "
             "for a leaf set inplace_backward=False."
         )
+
+
+def ranks_of(group: Any) -> int:
+    """How many ranks the process group has. InputError where it is none, or this rank is not one of its ranks."""
+    if group == distributed.GroupMember.NON_GROUP_MEMBER:
+        raise InputError(
+            "got the group NON_GROUP_MEMBER, which new_group returns where this rank is not one of its ranks; a group "
+            "that it is part of is valid. Call on the ranks of the group alone."
+        )
+    if not hasattr(group, "size") or not hasattr(group, "rank"):
+        raise InputError(
+            f"got group={group!r}; a process group of torch.distributed is valid, e.g. distributed.group.WORLD or "
+            "mesh.get_group('tp'), on each of its ranks."
+        )
+    if group.rank() < 0:
+        raise InputError("got a group that this rank is not part of. Call on the ranks of the group alone.")
+    return int(group.size())

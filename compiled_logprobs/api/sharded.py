@@ -3,10 +3,10 @@
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn import functional
 
-from compiled_logprobs.arguments import is_dtensor
+from compiled_logprobs.arguments import is_dtensor, ranks_of
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.operation.contract import Wanted
 
@@ -51,7 +51,7 @@ def part_of(
                 "DTensor alone, whose placements say which columns lie here, or logits.to_local() and the group."
             )
         return _part_of_dtensor(logits)
-    ranks = 1 if group is None else _size(group)
+    ranks = 1 if group is None else ranks_of(group)
     held = logits.shape[-1]
     if vocab_start_index is not None and (group is None or vocab_size is None):
         missing = "group" if group is None else "vocab_size"
@@ -139,19 +139,3 @@ def _part(logits: Tensor, group: Any, start: int, columns: int, vocab: int) -> t
     elif columns < logits.shape[-1]:
         logits = logits.narrow(-1, 0, columns)
     return logits, None if group is None else Part(group, start, columns, vocab)
-
-
-def _size(group: Any) -> int:
-    if group == distributed.GroupMember.NON_GROUP_MEMBER:
-        raise InputError(
-            "got the group NON_GROUP_MEMBER, which new_group returns where this rank is not one of its ranks; a group "
-            "that it is part of is valid. Call on the ranks of the group alone."
-        )
-    if not hasattr(group, "size") or not hasattr(group, "rank"):
-        raise InputError(
-            f"got group={group!r}; a process group of torch.distributed is valid, e.g. distributed.group.WORLD or "
-            "mesh.get_group('tp'), on each of its ranks."
-        )
-    if group.rank() < 0:
-        raise InputError("got a group that this rank is not part of. Call on the ranks of the group alone.")
-    return int(group.size())

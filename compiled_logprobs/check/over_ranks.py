@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from compiled_logprobs.arguments import ranks_of
 from compiled_logprobs.check.cases import IGNORE_INDEX, same_bits
 from compiled_logprobs.check.function import Function, Returns
 from compiled_logprobs.errors import InputError, nothing_can_serve_after
@@ -27,6 +28,7 @@ class FunctionOverRanks(Function):
 
     def __init__(self, function: Callable[..., Any], group: Any, call: str | None, returns: Returns) -> None:
         super().__init__(function, call, returns)
+        ranks_of(group)  # raises for what is none
         self.group, self.differs = group, False
         """`differs`: whether a rank has returned other numbers than another in the last call."""
 

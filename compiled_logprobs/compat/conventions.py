@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, distributed
 
 from compiled_logprobs import cross_entropy_from_logits, entropy_from_logits, log_probs_from_logits
-from compiled_logprobs.arguments import NO_LABEL, check_not_leaf
+from compiled_logprobs.arguments import NO_LABEL, check_not_leaf, ranks_of
 from compiled_logprobs.errors import InputError
 
 
@@ -93,7 +93,7 @@ def part_of_group(logits: Tensor, start: int, end: int, **groups: Any) -> dict[s
 
 def of_ranks(group: Any) -> Any:
     """The group, or None in place of one that has one rank."""
-    return None if group is None or group.size() == 1 else group
+    return None if group is None or ranks_of(group) == 1 else group
 
 
 def all_ranks() -> Any:

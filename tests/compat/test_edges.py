@@ -225,6 +225,10 @@ def world():
             ),
             "got 3 tokens for logits at 6 positions in all",
         ),
+        (
+            lambda group: nemo_rl.DistributedLogprob.apply(X, LABELS, 0, 5, distributed.GroupMember.NON_GROUP_MEMBER),
+            "got the group NON_GROUP_MEMBER",
+        ),
         (lambda group: verl.vocab_parallel_entropy(X), "one of 2 ranks, and no tensor-parallel group of Megatron's"),
         (lambda group: megatron.vocab_parallel_cross_entropy(X, LABELS, 0.1, group), "label_smoothing=0.1; 0 is valid"),
         (lambda group: liger.LigerVocabParallelCrossEntropy(reduction="mean"), "reduction='mean'; 'none' is valid"),
