@@ -17,6 +17,7 @@ from compiled_logprobs.backends.cpp import Cpp
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.choose import auto, memory, rule, tune
 from compiled_logprobs.operation.reference import reference
+from tests.helpers.host_syncs import without_host_syncs
 
 ROWS, VOCAB = 1024, 1101
 
@@ -242,6 +243,28 @@ def test_a_capture_takes_what_is_warm_and_neither_tunes_checks_nor_compiles(monk
         clp.log_probs_from_logits(logits, labels)
     clp.log_probs_from_logits(logits, labels, backend="eager")
     assert memory.MEMORY.choices == before
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "cpp", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_a_capture_reads_no_value(backend, monkeypatch):
+    """Forward, backward and inference, as on a GPU: what would wait for it is an error there."""
+    logits, labels = inputs()
+    temperature = torch.full((ROWS,), 0.7)
+
+    def step():
+        with torch.inference_mode():
+            alone = clp.log_probs_from_logits(logits, labels, temperature=temperature, backend=backend)
+        out = clp.log_probs_from_logits(logits, labels, temperature=temperature, backend=backend)
+        return alone, out, *torch.autograd.grad(out.sum(), logits)
+
+    expected = step()
+    for module in (call, auto):
+        monkeypatch.setattr(module, "is_capturing", lambda problem: True)
+    with without_host_syncs():
+        results = step()
+    assert all(map(torch.equal, results, expected))
+    with pytest.raises(AssertionError, match="aten::item"), without_host_syncs():
+        logits.isnan().any().item()
 
 
 class Tagged(torch.Tensor):
