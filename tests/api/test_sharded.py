@@ -1,4 +1,4 @@
-"""A vocabulary, or a model's parameters, split over real ranks of gloo.
+"""A vocabulary, a model's parameters or its batch, split over real ranks of gloo.
 
 What they go through is in `tests/helpers/shard_rank.py` and `tests/helpers/fsdp_rank.py`.
 """
@@ -22,8 +22,8 @@ def test_four_ranks_and_pairs_of_them_have_the_numbers_of_the_whole(tmp_path):
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
     reason="without this function too the gradients that torch 2.8 gives on a CPU are not those of the whole",
 )
-def test_a_model_whose_parameters_are_sharded_has_the_loss_and_gradients_of_the_whole(tmp_path):
-    """By FSDP2, under checkpoints and in place too."""
+def test_a_model_that_is_sharded_or_replicated_has_the_loss_and_gradients_of_the_whole(tmp_path):
+    """By FSDP2 and by DDP, under checkpoints and in place too."""
     go_through("fsdp_rank", 2, 1, tmp_path)
 
 

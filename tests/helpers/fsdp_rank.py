@@ -1,4 +1,4 @@
-"""One rank of two that shard a small model by FSDP2: prints what went wrong, as JSON: null, or a traceback.
+"""One rank of two that train a small model by FSDP2 and by DDP: prints what went wrong, as JSON: null, or a traceback.
 
 RANK, WORLD_SIZE and METHOD (where to meet) say which one.
 """
@@ -7,12 +7,14 @@ import json
 import os
 import signal
 import traceback
+from collections.abc import Callable
 from itertools import product
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import compiled_logprobs as clp
@@ -49,26 +51,31 @@ class Model(nn.Module):
         return self.losses(hidden, tokens).mean()
 
 
-def loss_and_gradients(model: Model, tokens: Tensor) -> list[Tensor]:
+def loss_and_gradients(model: nn.Module, tokens: Tensor) -> list[Tensor]:
     loss = model(tokens)
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     return [loss.detach(), *(g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients)]
 
 
-def compare(*options: str | bool, compiles: bool = False) -> None:
+def shard(model: Model) -> nn.Module:
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for module in (model.layer, model) if model.from_hidden else (model.layer, model.head, model):
+        fully_shard(module, mesh=mesh)  # a head that is not called itself is gathered with what calls
+    return model
+
+
+def compare(spread: Callable[[Model], nn.Module], *options: str | bool, compiles: bool = False) -> None:
     """Each rank has its part of the batch; the mean over the ranks is what one process has for all of it."""
     torch.manual_seed(0)
-    whole, sharded, tokens = Model(*options), Model(*options), torch.randint(VOCAB, (2 * RANKS, ROWS))
-    sharded.load_state_dict(whole.state_dict())
-    mesh = init_device_mesh("cpu", (RANKS,))
-    for module in (sharded.layer, sharded) if whole.from_hidden else (sharded.layer, sharded.head, sharded):
-        fully_shard(module, mesh=mesh)  # a head that is not called itself is gathered with what calls
+    whole, part, tokens = Model(*options), Model(*options), torch.randint(VOCAB, (2 * RANKS, ROWS))
+    part.load_state_dict(whole.state_dict())
+    model = spread(part)
     if compiles:
         whole.compile(fullgraph=True, backend="aot_eager")
-        sharded.compile(backend="aot_eager")
+        model.compile(backend="aot_eager")
     expected = loss_and_gradients(whole, tokens)
-    got = loss_and_gradients(sharded, tokens[2 * RANK : 2 * RANK + 2])
+    got = loss_and_gradients(model, tokens[2 * RANK : 2 * RANK + 2])
     distributed.all_reduce(got[0])
     got[0] /= RANKS
     for a, b in zip(got, expected, strict=True):
@@ -82,11 +89,12 @@ if __name__ == "__main__":
     distributed.init_process_group("gloo", rank=RANK, world_size=RANKS, init_method=os.environ["METHOD"])
     try:
         for options in product(("auto", "eager"), (False, True), (False, True)):
-            compare(*options)
+            compare(shard, *options)
+            compare(DistributedDataParallel, *options)
         for checkpoints, compiles in product((False, True), (False, True)):
-            compare("auto", checkpoints, False, True, compiles=compiles)
+            compare(shard, "auto", checkpoints, False, True, compiles=compiles)
         failure = None
     except Exception:  # noqa: BLE001  whatever it is, it is printed
         failure = traceback.format_exc()
-    print(json.dumps({"fully_shard": failure}), flush=True)
+    print(json.dumps({"FSDP2 and DDP": failure}), flush=True)
     os._exit(0)
