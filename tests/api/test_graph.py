@@ -13,9 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import compiled_logprobs as clp
 from compiled_logprobs.api import graph
 from compiled_logprobs.backends import get_backend
+from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.choose import memory
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import RESULTS
+from tests.helpers.backends_for_tuning import registered
 
 VOCAB = 257
 EVERYTHING = {f"return_{name}": True for name in RESULTS}
@@ -30,7 +32,7 @@ def fresh_compiler():
 
 def compiled(function, **how):
     """As a user's graph, traced with its backward; run without Inductor, which takes seconds to compile it."""
-    return torch.compile(function, fullgraph=True, **{"backend": "aot_eager", **how})
+    return torch.compile(function, **{"backend": "aot_eager", "fullgraph": True, **how})
 
 
 def inputs(*rows: int):
@@ -72,6 +74,44 @@ def test_a_graph_has_the_same_bits_as_outside(backend, dynamic):
             got = value_and_gradient(inside, logits, labels, temperature, backend)
             for a, b in zip(got, expected, strict=True):
                 torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+class Mine(Eager):
+    """Somebody's backend, which has bits of its own."""
+
+    name = "mine"
+
+    def forward(self, inputs, wanted):
+        results = super().forward(inputs, wanted)
+        return results._replace(log_probs=results.log_probs * 1.5)
+
+    def backward(self, inputs, stats, upstream, *, inplace):
+        return super().backward(inputs, stats, upstream, inplace=inplace) * 1.5
+
+
+def test_a_backend_of_somebody_runs_in_a_graph():
+    with registered(mine=Mine()):
+        logits, labels = inputs(5, 6)
+        expected = value_and_gradient(of_slice, logits, labels, 0.7, "mine")
+        for a, b in zip(value_and_gradient(compiled(of_slice), logits, labels, 0.7, "mine"), expected, strict=True):
+            assert torch.equal(a, b)
+        assert not torch.allclose(expected[0], of_slice(logits, labels, 0.7, "eager")[0])
+
+
+def test_rows_are_invariant_in_a_graph_too():
+    """Whatever N they came with, and as outside."""
+    logits, labels = inputs(9)
+    inside = compiled(of_whole, dynamic=True)
+    with clp.autotune(row_invariant=True):
+        expected = value_and_gradient(of_whole, logits, labels, 0.7, "auto")
+        for rows in (9, 4):
+            given = logits[:rows].detach().requires_grad_(), labels[:rows]
+            *results, gradient = value_and_gradient(inside, *given, 0.7, "auto")
+            for a, b in zip(results, expected, strict=False):
+                assert torch.equal(a, b[:rows])
+            outside = value_and_gradient(of_whole, *given, 0.7, "auto")[-1]
+            assert torch.equal(gradient, outside)
+    assert {choice.backend for choice in memory.MEMORY.choices.values()} == {"cpp"}
 
 
 def test_a_new_n_or_temperature_hardly_compiles_a_users_graph_again():
@@ -323,6 +363,44 @@ def test_fake_tensors_have_shapes_and_dtypes():
     assert clp.log_probs_from_logits(logits, labels).shape == (4,)  # fake tensors outside of their mode
 
 
+def test_more_logits_than_32_bits_count_are_traced():
+    """Without memory: 2^32 of them, and more than 2^31 of a slice; on a GPU, whose autograd needs one, by operator."""
+    rows, vocab, operators = 2**20, 4096, torch.ops.compiled_logprobs
+    with FakeTensorMode():
+        for device in ("cpu", "cuda"):
+            logits = torch.empty(2, rows // 2, vocab, dtype=torch.bfloat16, device=device)
+            labels = torch.empty(2, rows // 2 - 1, 3, dtype=torch.int64, device=device)
+            part = logits.narrow(1, 0, rows // 2 - 1)
+            options = -100, [True] * 4, False, True, False, False, torch.float32, "auto"
+            log_probs, stats, *others = operators.log_probs(part, labels, None, *options)
+            assert log_probs.shape == labels.shape and stats.shape == (3, rows - 2) and log_probs.device.type == device
+            assert all(other.shape == part.shape[:-1] for other in others) and others[2].dtype == torch.int64
+            given = labels, None, stats, log_probs, others[0], others[1], *options
+            gradient = operators.log_probs_backward(part, *given)
+            assert gradient.shape == part.shape and gradient.is_contiguous() and gradient.device.type == device
+            assert operators.log_probs_backward_(gradient, *given) is None
+        logits, labels = logits.cpu().requires_grad_(), labels.cpu()
+
+        @compiled
+        def graph(logits, labels):
+            return clp.log_probs_from_logits(logits[:, :-1], labels, temperature=0.7).sum()
+
+        (gradient,) = torch.autograd.grad(graph(logits, labels), logits)
+        assert gradient.shape == logits.shape and gradient.dtype == torch.bfloat16
+
+
+def test_a_vmap_inside_a_graph_has_the_right_numbers():
+    """Where outside of one it is refused: torch goes through it entry by entry."""
+    logits, labels = torch.randn(2, 3, VOCAB, requires_grad=True), torch.randint(VOCAB, (2, 3))
+    (true,) = torch.autograd.grad(clp.log_probs_from_logits(logits, labels).sum(), logits)
+    for fullgraph, backend, inplace in ((False, "auto", False), (True, "cpp", True)):
+        call = partial(clp.log_probs_from_logits, backend=backend, inplace_backward=inplace)
+        graph = compiled(lambda x, y, call=call: torch.vmap(call)(x * 1.0, y), fullgraph=fullgraph)
+        out = graph(logits, labels)
+        torch.testing.assert_close(out, clp.log_probs_from_logits(logits, labels), atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), logits)[0], true, atol=1e-6, rtol=0)
+
+
 def test_forward_mode_inside_a_graph_is_refused():
     logits, labels = inputs(3)
     logits = logits.detach()
@@ -330,7 +408,7 @@ def test_forward_mode_inside_a_graph_is_refused():
     def tangent(x):
         return torch.func.jvp(lambda x: clp.log_probs_from_logits(x, labels), (x,), (x,))[1]
 
-    with pytest.raises(Exception, match="log_probs_from_logits"):
+    with pytest.raises(Exception, match="log_probs_from_logits|inside torch.func.grad, vmap or another"):
         torch.compile(tangent, backend="aot_eager")(logits)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(logits, logits)
