@@ -22,6 +22,9 @@ HiddenSubject = HiddenFunction | NamedHiddenBackend
 """What is checked from hidden states."""
 ROWS_OF_LOGITS = 48
 """At most so many rows of logits are embedded: the hidden size has to be as many."""
+COLUMNS_OF_LOGITS = 2**14
+"""At most about so many columns, which lie as all do: a case takes as long as it has logits, and all of a larger
+vocabulary is a case of its own."""
 SAFE_LIMIT = 2**26
 """Bytes that a function may take beside its arguments which says nothing of its least."""
 GRADIENTS: dict[str, Kind] = {"hidden": "hidden_gradient", "weight": "weight_gradient", "bias": "bias_gradient"}
@@ -30,9 +33,11 @@ GRADIENTS: dict[str, Kind] = {"hidden": "hidden_gradient", "weight": "weight_gra
 def of_embedded_logits(problem: Problem, *, frozen: bool) -> Problem:
     """What is asked of logits that are embedded, of a function for `problem`."""
     neither: dict[str, Any] = {name: Problem._field_defaults[name] for name in FROM_HIDDEN}
+    vocab = problem.vocab if problem.vocab < 2 * COLUMNS_OF_LOGITS else COLUMNS_OF_LOGITS + problem.vocab % 128
     return problem._replace(
         **neither,
         rows=min(problem.rows, ROWS_OF_LOGITS),
+        vocab=vocab,
         needs_grad=problem.needs_grad and not frozen,
         layout="flat",
         aligned=True,
