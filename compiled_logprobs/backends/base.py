@@ -9,10 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from compiled_logprobs.backends.fingerprint import digest_of
+from compiled_logprobs.machine.clock import total_memory
 from compiled_logprobs.operation import contract, formula, hidden, shards
 from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
 from compiled_logprobs.operation.hidden import Gradients, HiddenInputs, LogitsBackend, Needs
 from compiled_logprobs.problem import Problem
+
+SHARE_OF_MEMORY = 4
+"""The part of a device's memory, as one in so many, that all logits at once may take beside a model."""
+GIB = 2**30
 
 
 class AnyBackend(ABC):
@@ -107,6 +112,15 @@ class HiddenBackend(AnyBackend):
         needs: Needs,
     ) -> Gradients:
         """The gradients that are needed. `stats` may come from another backend's forward; then `kept` is None."""
+
+
+def why_not_at_once(problem: Problem) -> str | None:
+    """Why all logits at once are too many for the device, whatever is free of its memory now; None if they are
+    not."""
+    total, logits = total_memory(problem.device_type), problem.rows * problem.vocab * problem.dtype.itemsize
+    if total is None or logits * SHARE_OF_MEMORY <= total:
+        return None
+    return f"the logits are {logits / GIB:.1f} GiB, more than a quarter of the {total / GIB:.1f} of the device"
 
 
 ATTRIBUTES = {"name": str, "summary": str, "row_invariant": bool}

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled_logprobs.backends.base import HiddenBackend
+from compiled_logprobs.backends.base import SHARE_OF_MEMORY, HiddenBackend, why_not_at_once
+from compiled_logprobs.machine.clock import total_memory
 from compiled_logprobs.operation.contract import Results, Upstream, Wanted
 from compiled_logprobs.operation.hidden import Gradients, HiddenInputs, LogitsBackend, Needs, at_rows, gradient_in_place
 from compiled_logprobs.problem import Problem, accumulation_dtype, of_logits
@@ -42,6 +43,8 @@ class Chunked(HiddenBackend):
     def why_not(self, problem: Problem) -> str | None:
         if self._rows is not None and problem.rows <= self._rows:
             return f"its chunks of {self._rows} rows would hold all of the {problem.rows}, as `whole` has them"
+        if not self._may_be_fewer and (reason := why_not_at_once(problem)):
+            return reason
         rows = problem.rows if self._rows is None else self._rows
         least = self.least_memory(problem) if self._may_be_fewer else self._bytes(problem, rows)
         if problem.memory_limit is not None and least > problem.memory_limit:
@@ -49,7 +52,7 @@ class Chunked(HiddenBackend):
         return None
 
     def least_memory(self, problem: Problem) -> int:
-        return self._bytes(problem, 1)
+        return min(self._bytes(problem, 1), self._bytes(problem, problem.rows))
 
     def forward(
         self, inputs: HiddenInputs, wanted: Wanted, logits_backend: LogitsBackend, *, keep: bool
@@ -88,8 +91,11 @@ class Chunked(HiddenBackend):
     def _chunks(self, inputs: HiddenInputs) -> Iterator[slice]:
         count = len(inputs.labels)
         step = count if self._rows is None else self._rows
-        if inputs.problem.memory_limit is not None:
-            step = min(step, self._rows_within(inputs.problem, inputs.problem.memory_limit))
+        limit = inputs.problem.memory_limit
+        if limit is None and self._rows is None and why_not_at_once(inputs.problem):
+            limit = (total_memory(inputs.problem.device_type) or 0) // SHARE_OF_MEMORY
+        if limit is not None:
+            step = min(step, self._rows_within(inputs.problem, limit))
         return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
     def _rows_within(self, problem: Problem, limit: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compiled_logprobs.backends.base import HiddenBackend
+from compiled_logprobs.backends.base import HiddenBackend, why_not_at_once
 from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted, clean, finish
 from compiled_logprobs.operation.hidden import Gradients, HiddenInputs, LogitsBackend, Needs
 from compiled_logprobs.problem import Problem, results_of
@@ -31,7 +31,7 @@ class LinearCrossEntropy(HiddenBackend):
             return "it has one label a row, no temperature, no soft cap, and returns nothing but the loss"
         if problem.memory_limit is not None:
             return "it holds all logits and their gradient, and keeps within no limit"
-        return None
+        return why_not_at_once(problem)
 
     def forward(
         self, inputs: HiddenInputs, wanted: Wanted, logits_backend: LogitsBackend, *, keep: bool

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.arguments import count_dispatch_modes, find_private, has_saved_tensor_hooks, peek_transform
-from compiled_logprobs.backends import EAGER, get_backend, why_not
+from compiled_logprobs.backends import EAGER, built_in_for, get_backend, why_not
 from compiled_logprobs.backends.base import AnyBackend
 from compiled_logprobs.choose import memory, rule
 from compiled_logprobs.choose.explain import refusal
@@ -54,7 +54,7 @@ class Auto(AnyBackend):
         self._problem = problem
         process, under, is_again = memory.MEMORY, policy(), backward_pass() != -1
         if problem.rows == 0 or _is_observed(logits):
-            pair = EAGER, get_backend(EAGER, problem)
+            pair = _stand_in(problem)
             if not is_again:
                 process.keep(problem, None, pair)
         elif is_again:
@@ -86,13 +86,15 @@ class Auto(AnyBackend):
                 raise
             failed, reason = self._chosen, str(error)
             is_first = memory.MEMORY.put_aside(failed, self._problem, error)
-        self._chosen, self._backend = EAGER, get_backend(EAGER, self._problem)
+            self._chosen, self._backend = _stand_in(self._problem)
+            if self._chosen == EAGER and self._problem.memory_limit and why_not(EAGER, self._problem) is not None:
+                raise
         memory.MEMORY.keep(self._problem, None, (self._chosen, self._backend))
         results = self._backend.forward(*given, **options)
         if is_first:
             warn(
                 f"backend {failed!r} failed on {self._problem} and is set aside for such problems in this "
-                f"process: {reason}\neager serves the call. To see the whole error, name the backend."
+                f"process: {reason}\n{self._chosen} serves the call. To see the whole error, name the backend."
             )
         return results
 
@@ -132,13 +134,24 @@ def choose(
 def _pair_of(choice: Choice, problem: Problem, under: Policy) -> tuple[str, Any]:
     """The backend of `choice`, which is for a bucket; eager where it cannot run this very N."""
     name = choice.backend
-    reason = None if name == EAGER else why_not(name, problem)
+    if name == EAGER:
+        return _stand_in(problem)
+    reason = why_not(name, problem)
     if reason is not None and under.row_invariant:
         raise BackendUnavailable(
             f"backend {name!r}, which serves such problems with row_invariant=True in this process, cannot run "
             f"{rule.describe(problem)}: {reason}. Set row_invariant=False, or pose all of them so that it can."
         )
-    name = name if reason is None else EAGER
+    return (name, get_backend(name, problem)) if reason is None else _stand_in(problem)
+
+
+def _stand_in(problem: Problem) -> tuple[str, Any]:
+    """Eager, which serves where no other does; where it cannot keep to a limit of memory, the first that can."""
+    name = EAGER
+    if problem.memory_limit is not None and why_not(EAGER, problem) is not None:
+        failed = memory.MEMORY.failures(problem)
+        able = (other for other in built_in_for(problem) if other not in failed and why_not(other, problem) is None)
+        name = next(able, EAGER)
     return name, get_backend(name, problem)
 
 

@@ -135,7 +135,8 @@ def small(context: Context) -> Choice | Pending | str:
     ready = (
         Choice(name, "small") for name in _able(context) if get_backend(name, context.problem).is_warm(context.problem)
     )
-    return next(choice for choice in ready if is_checked(context, choice) is not False)  # eager, if none before
+    passing = (choice for choice in ready if is_checked(context, choice) is not False)
+    return next(passing, Choice(EAGER, "small"))
 
 
 def near(context: Context) -> Choice | str:
@@ -257,7 +258,7 @@ def why_not_measure(context: Context) -> str | None:
     if is_rank():
         return "this process is one of several ranks; call tune(..., group=...) on all of them"
     if device.type != "cpu":
-        needed = COPIES * problem.rows * problem.vocab * problem.dtype.itemsize + LEAST_FREE
+        needed = COPIES * _elements(problem) * problem.dtype.itemsize + LEAST_FREE
         free = free_memory(device) or 0
         if free < needed:
             return f"{free / 2**30:.1f} GiB of the device's memory are free, and {needed / 2**30:.1f} GiB are needed"
@@ -266,6 +267,11 @@ def why_not_measure(context: Context) -> str | None:
     if is_settled(context):
         return "it has been measured already, without a choice that may serve now"
     return None
+
+
+def _elements(problem: Problem) -> int:
+    """Of the logits; from hidden states of the weight, since fewer logits are timed where memory is short."""
+    return (problem.rows if problem.hidden is None else problem.hidden) * problem.vocab
 
 
 def budget_left(context: Context) -> float:
@@ -352,7 +358,7 @@ def _able(context: Context) -> Iterator[str]:
 def _others_can_run(problem: Problem) -> bool:
     """Whether another backend than eager may; those of third parties are not imported to find out."""
     others = (name for name in backends_for(problem) if name != EAGER)
-    return any(not is_built_in(name) or why_not(name, problem) is None for name in others)
+    return any(not is_built_in(name) or why_not(name, bucket(problem)) is None for name in others)
 
 
 def _first_that_passes(context: Context, choices: Iterable[Choice]) -> Choice | None:

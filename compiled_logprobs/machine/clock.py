@@ -99,7 +99,18 @@ def free_memory(device: torch.device | str) -> int:
     device = measurable(device)
     if device.type == "cuda":
         return int(cuda.mem_get_info(device)[0])
-    return min([int(psutil.virtual_memory().available), *_cgroup_room()])
+    return min([int(psutil.virtual_memory().available), *(room for _, room in _groups_of_control())])
+
+
+@cache
+def total_memory(device_type: str) -> int | None:
+    """Bytes that the current device of this type has, in use or not, within the limits of this process's control
+    groups; None where nobody can tell."""
+    if device_type == "cpu":
+        return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _groups_of_control())])
+    if device_type == "cuda" and cuda.is_available():
+        return int(cuda.get_device_properties(cuda.current_device()).total_memory)
+    return None
 
 
 def why_no_peak(device: torch.device | str) -> str | None:
@@ -206,9 +217,9 @@ def _cpu_cache(folder: Path) -> int | None:
     return sum(size for (level, _), size in sizes.items() if level == last) or None
 
 
-def _cgroup_room() -> list[int]:
-    """What each limit on this process's memory leaves; the page cache that can be dropped counts as free."""
-    room = []
+def _groups_of_control() -> list[tuple[int, int]]:
+    """Each limit on this process's memory, and what it leaves; the page cache that can be dropped counts as free."""
+    limits = []
     for line in _text(PROCESS / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2
@@ -224,8 +235,8 @@ def _cgroup_room() -> list[int]:
             if limit.isdigit() and used.isdigit():  # no limit is 'max'
                 statistics = _text(folder / "memory.stat").splitlines()
                 cached = sum(int(line.split()[1]) for line in statistics if line.startswith(dropped))
-                room.append(max(0, int(limit) - int(used) + cached))
-    return room
+                limits.append((int(limit), max(0, int(limit) - int(used) + cached)))
+    return limits
 
 
 def _text(file: Path) -> str:
