@@ -22,6 +22,7 @@ from compiled_logprobs.problem import (
     problem_from_dict,
     problem_to_dict,
     short_name,
+    why_not_posed,
 )
 
 NO_LABEL = -(2**63)
@@ -272,6 +273,8 @@ def check_problem(problem: object) -> None:
         problem_from_dict(problem_to_dict(problem))
     except ProfileError as error:
         raise InputError(f"got a problem that could not be stored: {error}. {example}") from error
+    if (reason := why_not_posed(problem)) is not None:
+        raise InputError(f"got a problem of {reason}. {example}")
 
 
 def checked_device(device: torch.device | str) -> torch.device:

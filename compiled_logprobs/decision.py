@@ -170,7 +170,8 @@ class Candidate:
     """Of the first call, compiling included, as far as it was not spared that by the compiler's cache or by other
     problems that were measured before in the same run."""
     extra_bytes: int | None = None
-    """Peak memory beyond the logits, results and their gradient included; None where it cannot be measured."""
+    """Peak memory beyond the logits, results and their gradient included; from hidden states, beyond arguments, results
+    and gradients; None where it cannot be measured."""
     extra_multiple: float | None = None
     """The same, as a multiple of the logits' size."""
     percent_of_bandwidth: float | None = None
@@ -239,6 +240,20 @@ class Decision:
     measured_at: str
     """UTC, as in 2026-11-24T07:00:00Z."""
     tuning_seconds: float
+    measured_vocab: int | None = None
+    """V of the inputs that were timed, from hidden states, where it was less than the problem's; None: all."""
+
+    @property
+    def timed(self) -> Problem:
+        """What was timed: the problem, or a part of it."""
+        return self.problem._replace(rows=self.measured_rows, vocab=self.measured_vocab or self.problem.vocab)
+
+    @property
+    def timed_in_words(self) -> str:
+        """Such as '512 rows and 12288 columns'; empty where all was timed."""
+        part, whole = self.timed, self.problem
+        words = [f"{part.rows} rows"] if part.rows < whole.rows else []
+        return " and ".join(words + ([f"{part.vocab} columns"] if part.vocab < whole.vocab else []))
 
     @property
     def winner(self) -> Candidate:
@@ -258,8 +273,9 @@ class Decision:
             slow = seconds * candidate.speedup.median  # as the baseline was then
         if first is None or seconds is None or slow is None or slow <= seconds:
             return None
-        # They were timed at `measured_rows`; a call at the full N saves in proportion.
-        saved = (slow - seconds) * self.problem.rows / self.measured_rows
+        # A call of the whole saves in proportion.
+        parts = self.problem.rows * self.problem.vocab / (self.timed.rows * self.timed.vocab)
+        saved = (slow - seconds) * parts
         calls = first / saved if saved > 0 else math.inf
         return max(1.0, math.ceil(calls)) if math.isfinite(calls) else None
 
@@ -285,8 +301,9 @@ class Decision:
         for name, what in ((decision.chosen, "chosen"), (decision.baseline, "baseline")):
             if name not in decision.candidates or not decision.candidates[name].measured:
                 raise ProfileError(f"its {what} backend {name!r:.80} is not among those that it measured")
-        if decision.measured_rows < 1:
-            raise ProfileError(f"it was measured with {decision.measured_rows} rows; valid is 1 or more")
+        if decision.timed.rows < 1 or decision.timed.vocab < 1:
+            part = f"{decision.timed.rows} rows and {decision.timed.vocab} columns"
+            raise ProfileError(f"it was measured with {part}; valid is 1 or more")
         return decision
 
     def _plain(self) -> dict[str, Any]:

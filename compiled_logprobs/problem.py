@@ -211,6 +211,24 @@ def of_logits(problem: Problem, rows: int, vocab: int | None = None) -> Problem:
     return as_it_lies(asked)
 
 
+def why_not_posed(problem: Problem) -> str | None:
+    """What of it no call has together, and what is valid; None if all of it goes together."""
+    if problem.hidden is None:
+        alone = [name for name in FROM_HIDDEN if getattr(problem, name)]
+        return f"{alone[0].replace('_', ' ')} without a hidden size; it is valid with one" if alone else None
+    given = {
+        "the mode inplace": problem.inplace_backward,
+        f"the layout {problem.layout}": problem.layout != "flat",
+        "masked logits": problem.masked_logits,
+        "the sum of squared probabilities": problem.sum_p_squared,
+    }
+    of_logits = [what for what, is_so in given.items() if is_so]
+    if of_logits:
+        return f"{of_logits[0]} with a hidden size; it is valid for logits alone"
+    is_odd = problem.weight_grad and not problem.needs_grad
+    return "a gradient of the weight without needs_grad; it is valid with it" if is_odd else None
+
+
 def is_small(problem: Problem) -> bool:
     """Whether `problem` is served by what is ready, unless a profile says otherwise."""
     return problem.rows * problem.vocab < SMALL

@@ -92,8 +92,8 @@ def tune(
 
 
 def explain(
-    logits: Tensor,
-    labels: Tensor,
+    problem_or_logits: Problem | Tensor,
+    labels: Tensor | None = None,
     *,
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
@@ -105,19 +105,28 @@ def explain(
     inplace_backward: bool = False,
     out_dtype: torch.dtype | None = torch.float32,
 ) -> Explanation:
-    """Which backend `log_probs_from_logits` takes for these arguments with `backend="auto"`, and why.
+    """Which backend a call takes with `backend="auto"`, and why.
 
-    Nothing is computed, checked or measured. The arguments and their errors are those of `log_probs_from_logits`;
-    whether `logits` requires a gradient counts.
+    Nothing is computed, checked or measured.
+
+    Args:
+        problem_or_logits: a problem, such as one from hidden states; or logits, as for `log_probs_from_logits`, whose
+            arguments and errors all others are. Whether they require a gradient counts.
+        labels: with logits.
 
     Returns:
         An `Explanation`: `str()` for people, `.to_dict()` for programs.
     """
+    if not isinstance(problem_or_logits, Tensor):
+        (problem,), device = _problems_on_one_device([problem_or_logits], labels, None)
+        return explain_problem(problem, device, policy())
+    if labels is None:
+        raise InputError("got logits without labels; logits and labels, or a problem, are valid. Pass one of these.")
     wanted = Wanted(return_entropy, return_logsumexp, return_argmax, return_sum_p_squared)
     problem = _problem_posed(
-        logits, labels, temperature, wanted, masked_logits, inplace_backward, out_dtype, ignore_index
+        problem_or_logits, labels, temperature, wanted, masked_logits, inplace_backward, out_dtype, ignore_index
     )
-    return explain_problem(problem, logits.device, policy())
+    return explain_problem(problem, problem_or_logits.device, policy())
 
 
 def warm(

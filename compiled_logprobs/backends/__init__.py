@@ -48,6 +48,11 @@ def backends(*, from_hidden: bool = False) -> list[str]:
     return list(_table(from_hidden))
 
 
+def registered_names() -> list[str]:
+    """Of both, each once."""
+    return list(dict.fromkeys((*_targets, *_from_hidden)))
+
+
 def backends_for(problem: Problem) -> list[str]:
     """The names of those that compute from what `problem` has."""
     return list(_table(problem.hidden is not None))

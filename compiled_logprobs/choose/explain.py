@@ -232,7 +232,7 @@ def _in_words(outcome: Choice | Pending | str) -> str:
 
 def _lines_of(decision: Decision) -> list[str]:
     how = "short check" if decision.short_check else "full check"
-    at = "" if decision.measured_rows == decision.problem.rows else f", timed with {decision.measured_rows} rows"
+    at = f", timed with {decision.timed_in_words}" if decision.timed_in_words else ""
     lines = [f"  {decision.code}: {decision.reason}"]
     if decision.rounds:
         measured = f"measured {decision.measured_at} at N = {decision.problem.rows}{at}"

@@ -3,19 +3,20 @@
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from compiled_logprobs.backends import EAGER, backends_for
 from compiled_logprobs.choose import memory
 from compiled_logprobs.choose.memory import Choice
-from compiled_logprobs.choose.rule import Context, describe, is_settled, stored
+from compiled_logprobs.choose.rule import Context, context_of, describe, is_settled, stored, walk
 from compiled_logprobs.choose.staleness import changed, holds
 from compiled_logprobs.decision import Decision, Evidence
 from compiled_logprobs.errors import ProfileError, nothing_can_serve_after, say, warn
 from compiled_logprobs.machine.environment import environment_at, fingerprint_of
 from compiled_logprobs.policy import BUDGET_VARIABLE, checked_budget, policy
-from compiled_logprobs.problem import Problem, bucket
+from compiled_logprobs.problem import Problem, bucket, of_logits
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning.process import Event
@@ -232,13 +233,29 @@ def decide(
     has_served = standing is not None and standing.is_decided and holds(standing, standing.chosen)
     incumbent = standing.chosen if standing is not None and has_served else None
     due = [] if standing is None or again else _due(standing, asked, tuner.short)
+    options: dict[str, Any] = {
+        "strict": strict,
+        "incumbent": incumbent,
+        "logits_backend": logits_backend_for(problem, tuner.device),
+    }
     if standing is None or incumbent is None or not due:
-        return tuner.decide(problem, seconds, strict=strict, names=asked, incumbent=incumbent)
+        return tuner.decide(problem, seconds, names=asked, **options)
 
-    decision, evidence = tuner.decide(problem, seconds, strict=strict, names=[*due, incumbent], incumbent=incumbent)
+    decision, evidence = tuner.decide(problem, seconds, names=[*due, incumbent], **options)
     if decision.chosen in (*due, incumbent) and decision.baseline == standing.baseline:
         return _with_what_stands(decision, standing), evidence
-    return tuner.decide(problem, seconds, strict=strict, names=asked, incumbent=incumbent)
+    return tuner.decide(problem, seconds, names=asked, **options)
+
+
+def logits_backend_for(problem: Problem, device: torch.device) -> str | None:
+    """From hidden states: the backend that serves the logits of `problem`, as far as that is known without measuring or
+    checking; it is what candidates are handed. None where it is not known, or there is no need of any."""
+    if problem.hidden is None:
+        return None
+    under = policy()
+    under = under._replace(mode="off" if under.mode == "off" else "lookup", require_hit=False, row_invariant=False)
+    *_, (_, outcome) = walk(context_of(of_logits(problem, problem.rows), device, under))
+    return outcome.backend if isinstance(outcome, Choice) else None
 
 
 def _due(standing: Decision, asked: Collection[str], short: bool) -> list[str]:

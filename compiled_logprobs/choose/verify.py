@@ -10,7 +10,7 @@ import torch
 
 from compiled_logprobs.backends import backends_for
 from compiled_logprobs.choose.staleness import holds, why_not_holds
-from compiled_logprobs.choose.tune import WAIT_S
+from compiled_logprobs.choose.tune import WAIT_S, logits_backend_for
 from compiled_logprobs.decision import MARGIN, Decision, Speedup, speedup_in_words
 from compiled_logprobs.machine.environment import fingerprint_of, without_paths
 from compiled_logprobs.problem import Problem, problem_to_dict
@@ -121,7 +121,8 @@ def verify(
 def _measure_again(tuner: Tuner, decision: Decision, source: str, budget_s: float) -> Verification:
     asked = [name for name in (decision.chosen, decision.baseline) if name in backends_for(decision.problem)]
     try:
-        now, _ = tuner.decide(decision.problem, budget_s, names=asked)
+        handed_on = logits_backend_for(decision.problem, tuner.device)
+        now, _ = tuner.decide(decision.problem, budget_s, names=asked, logits_backend=handed_on)
     except TuningFailed as error:
         return Verification(decision, source, "unverifiable", f"it could not be measured: {error}")
     outcome, why = _compare(decision, now)
@@ -146,17 +147,18 @@ def _compare(decision: Decision, now: Decision) -> tuple[Standing, str]:
         return "unverifiable", f"{checks}, but the baseline {baseline!r:.100} could not be timed beside it"
     if candidate.speedup.high is None:
         return "unverifiable", f"{checks}, and {now.rounds} rounds are too few to tell how fast it is"
-    slower = how_it_regressed(decision, candidate.speedup, now.measured_rows)
+    slower = how_it_regressed(decision, candidate.speedup, now.timed)
     return ("regressed", slower) if slower else ("holds", f"{candidate.speedup} the speed of {baseline}, {checks}")
 
 
-def how_it_regressed(decision: Decision, now: Speedup, rows: int) -> str | None:
-    """Why the winner of `decision`, with the speed-up `now` for `rows`, is slower than it was; None if it is not."""
+def how_it_regressed(decision: Decision, now: Speedup, timed: Problem) -> str | None:
+    """Why the winner of `decision`, with the speed-up `now` in what was timed, is slower than it was; None if it is
+    not."""
     then, high = _speedup_then(decision), now.high or math.inf
     if high < 1.0 + MARGIN:
         was = then or "not known"
         return f"no longer faster than {decision.baseline} by {MARGIN:.0%}: {now} its speed now, {was} then"
-    is_comparable = rows == decision.measured_rows and holds(decision, decision.baseline)
+    is_comparable = timed == decision.timed and holds(decision, decision.baseline)
     if then is not None and then.low is not None and is_comparable and high * (1.0 + MARGIN) < then.low:
         return f"{now} the speed of {decision.baseline} now, {then} then: less by more than the noise and {MARGIN:.0%}"
     return None

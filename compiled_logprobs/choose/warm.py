@@ -8,12 +8,13 @@ from torch import Tensor
 
 from compiled_logprobs.backends import require_backend
 from compiled_logprobs.choose import memory
-from compiled_logprobs.choose.auto import Auto, choose, is_capturing
+from compiled_logprobs.choose.auto import Auto, choose, is_capturing, logits_backend_on
 from compiled_logprobs.choose.rule import Context
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.operation.autograd import ForwardBackward, compute
 from compiled_logprobs.operation.contract import Upstream, wanted_by
+from compiled_logprobs.operation.hidden import FromHidden, compute_from_hidden
 from compiled_logprobs.policy import policy
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning.rounds import empty_logits
@@ -30,14 +31,15 @@ def _warm_one(problem: Problem, device: torch.device, backend: str) -> str:
             f"warm({problem}) would run and compile while a CUDA graph is captured. Call it before the capture."
         )
     with torch.inference_mode(False), torch.set_grad_enabled(problem.needs_grad):
-        logits = empty_logits(problem, device)
+        given = _hidden(problem, device) if problem.hidden is not None else empty_logits(problem, device)
+        run = _run_from_hidden if problem.hidden is not None else _run
         if backend != "auto":
-            _run(require_backend(backend, problem), problem, logits)
+            run(require_backend(backend, problem), problem, given)
             served = backend
         else:
-            choose(problem, logits.device, policy(), _without_measuring)
-            serving = Auto(problem, logits)  # which finds that choice, and lets eager serve where it fails
-            _run(serving, problem, logits)
+            choose(problem, given.device, policy(), _without_measuring)
+            serving = Auto(problem, given)  # which finds that choice, and lets eager serve where it fails
+            run(serving, problem, given)
             served = serving.chosen
     if problem.layout == "flat":  # of others the strides count too, which a problem does not tell
         memory.MEMORY.warmed.add((served, problem))
@@ -53,11 +55,7 @@ def _run(serving: ForwardBackward, problem: Problem, logits: Tensor) -> None:
 
     So may each start of the logits: where not every row starts at a multiple of 16 bytes, the first may or may not.
     """
-    rows = logits.shape[:-1]
-    labels = torch.zeros((*rows, problem.labels_per_row), dtype=torch.int64, device=logits.device)
-    temperature: float | Tensor = 1.0 if problem.temperature == "none" else 0.7
-    if problem.temperature == "per_token":
-        temperature = torch.full(rows, 0.7, device=logits.device)
+    labels, temperature = _beside(problem, logits)
     wanted = wanted_by(problem)
     differentiable = [name for name in Upstream._fields[1:] if getattr(wanted, name)]
     ways = [way for count in range(len(differentiable) + 1) for way in combinations(differentiable, count)]
@@ -72,3 +70,40 @@ def _run(serving: ForwardBackward, problem: Problem, logits: Tensor) -> None:
         results = [result.to(problem.out_dtype) for result in results]
         if problem.needs_grad:
             torch.autograd.grad(results, [x], [torch.zeros_like(result) for result in results])
+
+
+def _run_from_hidden(serving: FromHidden, problem: Problem, hidden: Tensor) -> None:
+    """Forward and backward, with the gradient of every result."""
+    labels, temperature = _beside(problem, hidden)
+    weight = hidden.new_zeros(problem.vocab, hidden.shape[-1]).requires_grad_(problem.weight_grad)
+    bias = hidden.new_zeros(problem.vocab).requires_grad_(problem.weight_grad) if problem.bias else None
+    results = compute_from_hidden(
+        serving,
+        problem,
+        hidden,
+        weight,
+        labels,
+        bias,
+        temperature,
+        softcap=1.0 if problem.softcap else None,
+        wanted=wanted_by(problem),
+        logits_backend=logits_backend_on(hidden.device),
+    )
+    if problem.needs_grad:
+        differentiable = [result.to(problem.out_dtype) for result in results if result.requires_grad]
+        leaves = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
+        torch.autograd.grad(differentiable, leaves, [torch.zeros_like(result) for result in differentiable])
+
+
+def _hidden(problem: Problem, device: torch.device) -> Tensor:
+    zeros = torch.zeros(problem.rows, problem.hidden or 1, dtype=problem.dtype, device=device)
+    return zeros.requires_grad_(problem.needs_grad)
+
+
+def _beside(problem: Problem, given: Tensor) -> tuple[Tensor, float | Tensor]:
+    """Labels and temperature."""
+    rows = given.shape[:-1]
+    labels = torch.zeros((*rows, problem.labels_per_row), dtype=torch.int64, device=given.device)
+    if problem.temperature == "per_token":
+        return labels, torch.full(rows, 0.7, device=given.device)
+    return labels, 1.0 if problem.temperature == "none" else 0.7

@@ -37,13 +37,27 @@ def call_of(problem: Problem) -> str:
         "" if problem.out_dtype == torch.float32 else "out_dtype=None",
     ]
     labels = "labels" if problem.labels_per_row == 1 else f"labels[..., :{problem.labels_per_row}]"
-    arguments = [LOGITS[problem.layout], labels, *(option for option in options if option)]
-    return f"log_probs_from_logits({', '.join(arguments)})"
+    if problem.hidden is None:
+        function, given = "log_probs_from_logits", [LOGITS[problem.layout]]
+    else:
+        function, given = "log_probs_from_hidden", [f"hidden[..., :{problem.hidden}]", "weight"]
+        options += [
+            "bias=bias" if problem.bias else "",
+            "softcap=softcap" if problem.softcap else "",
+            "" if problem.memory_limit is None else f"memory_limit={problem.memory_limit}",
+        ]
+    arguments = [*given, labels, *(option for option in options if option)]
+    return f"{function}({', '.join(arguments)})"
 
 
 def options_of(problem: Problem) -> str:
     """All else that sets it apart from a plain call, in few words."""
     words = [
+        "" if problem.hidden is None else f"hidden {problem.hidden}",
+        "frozen weight" if problem.hidden is not None and problem.needs_grad and not problem.weight_grad else "",
+        "bias" if problem.bias else "",
+        "soft cap" if problem.softcap else "",
+        "" if problem.memory_limit is None else f"within {problem.memory_limit / 2**20:g} MiB",
         "" if problem.layout == "flat" else problem.layout,
         {"none": "", "number": "temperature", "per_token": "temperature a token"}[problem.temperature],
         *(name.replace("_", " ") for name in results_of(problem)),

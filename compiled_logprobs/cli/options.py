@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from compiled_logprobs.arguments import checked_device
-from compiled_logprobs.backends import backends, register_backend
-from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.backends import backends, register_backend, registered_names
+from compiled_logprobs.backends.base import AnyBackend, HiddenBackend
 from compiled_logprobs.cli.progress import Bar, JsonLines, Progress
 from compiled_logprobs.errors import InputError, LogProbsError, is_out_of_memory
 from compiled_logprobs.store import bundled_store, user_store
@@ -58,7 +58,7 @@ Shown = Annotated[
 
 def subject_of(target: str) -> str | Callable[..., Any]:
     """What `target` names: a registered backend, or something that is imported."""
-    if target in backends():
+    if target in registered_names():
         return target
     module_name, colon, attribute = target.partition(":")
     respelled = re.sub(r"^\./|\.py\b", "", target).replace("/", ".")
@@ -82,9 +82,10 @@ def subject_of(target: str) -> str | Callable[..., Any]:
             "Python finds from the current directory, a colon and the function's name; install what the module needs."
             + _nearest(target, names)
         ) from error
-    if isinstance(subject, Backend) or (isinstance(subject, type) and issubclass(subject, Backend)):
+    if isinstance(subject, AnyBackend) or (isinstance(subject, type) and issubclass(subject, AnyBackend)):
         called: str = getattr(subject, "name", "")
-        register_backend(called, target)
+        kind = subject if isinstance(subject, type) else type(subject)
+        register_backend(called, target, from_hidden=issubclass(kind, HiddenBackend))
         return called
     if not callable(subject):
         raise InputError(f"got target {target!r}, which is of type {type(subject).__name__}; a function is valid.")

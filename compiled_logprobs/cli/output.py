@@ -163,8 +163,8 @@ def print_decisions(title: str, decisions: Sequence[tuple[Decision, str]]) -> No
             print_line(f"{short(decision.problem)}: {speedup_in_words(decision)}")
     for name, candidate, problem in lost:
         print_line(f"{name}: {candidate.outcome} on {short(problem)}: {candidate.reason}")
-    if any(decision.measured_rows < decision.problem.rows for decision, _ in decisions):
-        print_line("Where time or memory was short, fewer rows were timed; --json says where.")
+    if any(decision.timed != decision.problem for decision, _ in decisions):
+        print_line("Where time or memory was short, fewer rows or columns were timed; --json says where.")
 
 
 def print_imported(imported: list[Imported]) -> None:

@@ -51,10 +51,20 @@ SEVERAL = {
         presets.FEWEST_ROWS,
     ),
     "labels": Several("labels", presets.labels_of, "K", "How many labels a position."),
+    "hidden": Several(
+        *("hidden", presets.hidden_of, "H"), "From hidden states of this size, and the output layer's weight."
+    ),
+    "memory-limit": Several(
+        *("memory_limits", presets.memory_of, "BYTES"),
+        "With --hidden: what a call may take beside its arguments, results and gradients, e.g. 512MiB.",
+    ),
 }
 SWITCHES = {
     **{name: f"Whether the {name.replace('_', ' ')} is asked for." for name in RESULTS},
     "masked": "Whether regions of the vocabulary are -inf.",
+    "weight_grad": "With --hidden: whether the weight needs a gradient too, as by default, or is frozen.",
+    "bias": "With --hidden: whether the output layer has a bias.",
+    "softcap": "With --hidden: whether the logits are softly capped.",
 }
 
 
@@ -64,13 +74,15 @@ def takes_problems(command: Callable[..., None]) -> Callable[..., None]:
     def run(**options: Any) -> None:
         with reported_errors():
             asked: Asked = {
-                several.field: [several.parse(text) for text in split(options.pop(name))]
+                several.field: [several.parse(text) for text in split(options.pop(name.replace("-", "_")))]
                 for name, several in SEVERAL.items()
             }
             asked |= {name: options.pop(name) or [] for name in SWITCHES}
         command(asked, **options)
 
-    kinds = {name: Annotated[list[str] | None, _option(name, several)] for name, several in SEVERAL.items()} | {
+    kinds: dict[str, Any] = {
+        name.replace("-", "_"): Annotated[list[str] | None, _option(name, several)] for name, several in SEVERAL.items()
+    } | {
         name: Annotated[list[bool] | None, typer.Option(f"--{option}/--no-{option}", show_default=False, help=says)]
         for name, says in SWITCHES.items()
         if (option := name.replace("_", "-"))

@@ -9,7 +9,7 @@ import torch
 import typer
 from rich.text import Text
 
-from compiled_logprobs.backends import backends
+from compiled_logprobs.backends import registered_names
 from compiled_logprobs.choose import verify as verification
 from compiled_logprobs.choose.tune import tune_all
 from compiled_logprobs.cli.calls import calls_of
@@ -58,7 +58,7 @@ def profile(
         typer.Option(
             show_default=False,
             metavar="NAME",
-            autocompletion=completed_by(backends),
+            autocompletion=completed_by(registered_names),
             help="Measure only these, beside eager: names, or package.module:Class of your own. By default all.",
         ),
     ] = None,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from compiled_logprobs.backends import backends, why_not
+from compiled_logprobs.backends import backends_for, why_not
 from compiled_logprobs.choose.explain import explain_problem
 from compiled_logprobs.choose.staleness import holds
 from compiled_logprobs.cli.options import AsJson, Folder, Where, device_of, reported_errors
@@ -32,8 +32,9 @@ from compiled_logprobs.tuning import presets
 
 USUAL: Asked = {"rows": [512], "dtypes": [torch.bfloat16], "modes": ["backward"]}
 """What `explain` is about where nothing is named, with the vocabulary of the preset quick."""
-SAMPLE_ROWS, SAMPLE_VOCAB = 4096, 151936
-"""What `doctor` asks the backends about: a batch of an RL post-training step with Qwen's vocabulary."""
+SAMPLE_ROWS, SAMPLE_VOCAB, SAMPLE_HIDDEN = 4096, 151936, 1024
+"""What `doctor` asks the backends about: a batch of an RL post-training step with Qwen's vocabulary, whose smallest
+model has that hidden size."""
 
 
 @takes_problems
@@ -62,7 +63,7 @@ def show(
         first: dict[tuple[str, Problem], tuple[Decision, str]] = {}
         for label, store in where.items():
             for environment, decision in store.decisions():
-                is_used = (every or environment in here) and decision.chosen in backends()
+                is_used = (every or environment in here) and decision.chosen in backends_for(decision.problem)
                 if is_used and presets.is_among(decision.problem, **asked):
                     first.setdefault((environment, decision.problem), (decision, label))
         stored = [(environment, *value) for (environment, _), value in first.items()]
@@ -141,7 +142,10 @@ def doctor(as_json: AsJson = False) -> None:
         for device_type in dict.fromkeys(environment.device_type for environment in here)
         for dtype in (torch.float32, torch.bfloat16)
     ]
-    asked = [(name, problem, why_not(name, problem)) for name in backends() for problem in problems]
+    kinds = [problems, [problem._replace(hidden=SAMPLE_HIDDEN, weight_grad=True) for problem in problems]]
+    asked = [
+        (name, problem, why_not(name, problem)) for kind in kinds for name in backends_for(kind[0]) for problem in kind
+    ]
     answers = [(name, problem, reason and without_paths(reason)) for name, problem, reason in asked]
     if as_json:
         print_json(
@@ -158,5 +162,11 @@ def doctor(as_json: AsJson = False) -> None:
     for environment in here:
         print_environment(environment)
     print_line(f"C++ compiler, for torch.compile on the CPU: {compiler or 'none found'}")
-    rows = [(name, str(problem), "yes" if reason is None else f"no: {reason}") for name, problem, reason in answers]
-    print_table("Backends", ["backend", "problem", Column("can run", folds=True)], rows)
+    for title, is_kind in (("Backends", False), ("Backends, from hidden states", True)):
+        asked_of = [answer for answer in answers if (answer[1].hidden is not None) == is_kind]
+        sizes = str(asked_of[0][1]).partition(f" {short_name(asked_of[0][1].dtype)}")[0]
+        rows = [
+            (name, f"{short_name(one.dtype)} on {one.device_type}", "yes" if reason is None else f"no: {reason}")
+            for name, one, reason in asked_of
+        ]
+        print_table(f"{title}, {sizes}", ["backend", "problem", Column("can run", folds=True)], rows)

@@ -5,6 +5,7 @@ Shapes: ... leading dimensions (rows), V vocabulary, K labels a row.
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from compiled_logprobs.operation.autograd import PLAIN
 from compiled_logprobs.operation.contract import Wanted
@@ -44,4 +45,31 @@ def bytes_of_plain(problem: Problem) -> int:
     """What a call takes beside its inputs, backward included where the problem needs the gradient."""
     # As measured, in copies of the logits.
     copies = 2 + problem.entropy + problem.needs_grad * (1 + max(2 * problem.entropy, 3 * problem.logsumexp))
-    return copies * problem.rows * problem.vocab * accumulation_dtype(problem.dtype).itemsize
+    copies += problem.hidden is not None
+    of_weight = problem.weight_grad * problem.vocab * (problem.hidden or 0) * problem.dtype.itemsize
+    return copies * problem.rows * problem.vocab * accumulation_dtype(problem.dtype).itemsize + of_weight
+
+
+def plain_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    *,
+    softcap: float | None,
+    wanted: Wanted = PLAIN,
+) -> tuple[Tensor, ...]:
+    """The same of all logits at once, as a model's output layer makes them.
+
+    Args:
+        hidden: [..., H].
+        weight: [V, H].
+        labels, temperature, wanted: as for `plain`.
+        bias: [V].
+        softcap: the bound of the logits, before the temperature.
+    """
+    logits = functional.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits.to(accumulation_dtype(logits.dtype)) / softcap)
+    return plain(logits, labels, temperature, wanted=wanted)

@@ -9,7 +9,17 @@ from typing import Any
 import torch
 
 from compiled_logprobs.errors import InputError
-from compiled_logprobs.problem import MODES, RESULTS, Layout, Problem, Temperature, as_it_lies, bucket, short_name
+from compiled_logprobs.problem import (
+    MODES,
+    RESULTS,
+    Layout,
+    Problem,
+    Temperature,
+    as_it_lies,
+    bucket,
+    short_name,
+    why_not_posed,
+)
 
 MODELS = {
     "qwen3": 151936,
@@ -55,6 +65,12 @@ class Calls:
     argmax: Sequence[bool] = (False,)
     sum_p_squared: Sequence[bool] = (False,)
     masked: Sequence[bool] = (False,)
+    hidden: Sequence[int | None] = (None,)
+    weight_grad: Sequence[bool | None] = (None,)
+    """None: where there is a gradient, from hidden states."""
+    bias: Sequence[bool] = (False,)
+    softcap: Sequence[bool] = (False,)
+    memory_limits: Sequence[int | None] = (None,)
 
 
 @dataclass(frozen=True)
@@ -110,6 +126,11 @@ FIELDS = {
     "labels": "labels_per_row",
     **{name: name for name in RESULTS},
     "masked": "masked_logits",
+    "hidden": "hidden",
+    "weight_grad": "weight_grad",
+    "bias": "bias",
+    "softcap": "softcap",
+    "memory_limits": "memory_limit",
     "rows": "rows",
 }
 """Of a problem, by what several values of it are called; the rows last, since they share compiled code."""
@@ -124,8 +145,9 @@ def grid(device_type: str, preset: str = "standard", **named: Sequence[Any]) -> 
         named: values by the names in `FIELDS`. What is empty is left to the preset.
 
     Raises:
-        InputError: there is no such preset, or too few rows for a layout: see `FEWEST_ROWS`. Where only some
-            combinations have too few, these are left out.
+        InputError: there is no such preset, or too few rows for a layout: see `FEWEST_ROWS`; or what is named does not
+            go together, such as an in-place gradient with a hidden size. Where only some combinations are so, these are
+            left out.
     """
     if preset not in PRESETS:
         raise InputError(f"got preset {preset!r}; {', '.join(PRESETS)} are valid. Name one of them.")
@@ -134,13 +156,20 @@ def grid(device_type: str, preset: str = "standard", **named: Sequence[Any]) -> 
     usual = {"vocabs": base.vocabs, "dtypes": base.dtypes, "rows": base.rows(device_type)}
     asked = {name: values for name, values in named.items() if values}
     posed: dict[Problem, None] = {}
+    unfit: str | None = None
     for calls in base.calls:
         values = {**usual, **vars(calls), **asked}
         for combination in itertools.product(*(values[name] for name in FIELDS)):
             fields: dict[str, Any] = dict(zip(FIELDS.values(), combination, strict=True))
             problem = Problem(device_type, **MODES[fields.pop("mode")], **fields)
-            if problem.rows >= FEWEST_ROWS[problem.layout]:
+            if problem.weight_grad is None or not problem.needs_grad:
+                problem = problem._replace(weight_grad=problem.hidden is not None and problem.needs_grad)
+            if (reason := why_not_posed(problem)) is not None:
+                unfit = reason
+            elif problem.rows >= FEWEST_ROWS[problem.layout]:
                 posed[as_it_lies(problem)] = None
+    if not posed and unfit is not None:
+        raise InputError(f"got {unfit}. Leave one of them out.")
     if not posed:
         fewest = ", ".join(f"{layout} {least}" for layout, least in FEWEST_ROWS.items())
         raise InputError(
@@ -151,9 +180,13 @@ def grid(device_type: str, preset: str = "standard", **named: Sequence[Any]) -> 
 
 
 def is_among(problem: Problem, **named: Sequence[Any]) -> bool:
-    """Whether `problem` has values that are named, as for `grid`; N by its bucket. What is empty leaves all in."""
+    """Whether `problem` has values that are named, as for `grid`; N and a limit of memory by its bucket.
+
+    What is empty leaves all in.
+    """
     tops = [bucket(problem._replace(rows=n)).rows for n in named.get("rows", ())]
-    asked = {**named, "rows": tops}
+    limits = [bucket(problem._replace(memory_limit=limit)).memory_limit for limit in named.get("memory_limits", ())]
+    asked = {**named, "rows": tops, "memory_limits": limits}
     bucketed = bucket(problem)
     return all(getattr(bucketed, FIELDS[name]) in values for name, values in asked.items() if values)
 
@@ -181,6 +214,22 @@ def rows_of(text: str) -> int:
 def labels_of(text: str) -> int:
     """The number of labels a row that `text` says."""
     return _positive(text, "number of labels", "a whole number from 1 on")
+
+
+def hidden_of(text: str) -> int:
+    """The hidden size that `text` says."""
+    return _positive(text, "hidden size", "a whole number from 1 on")
+
+
+def memory_of(text: str) -> int:
+    """Bytes, such as 512MiB, 2GiB or 536870912."""
+    found = re.fullmatch(r"(\d{1,9}|\d+(?=$))\s*([KMG]i?B)?", text, re.IGNORECASE | re.ASCII)
+    if found is None or not 0 < int(found[1]) < 10**18:
+        raise InputError(f"got memory limit {text!r}; bytes, or a number of KiB, MiB or GiB, as 512MiB, are valid.")
+    unit = (found[2] or "B").upper()
+    base: int = 1024 if "I" in unit else 1000
+    bytes_of_unit: int = base ** "BKMG".index(unit[0])
+    return int(found[1]) * bytes_of_unit
 
 
 def dtype_of(text: str) -> torch.dtype:

@@ -22,13 +22,14 @@ from compiled_logprobs.check.spot_check import what_is_wrong
 from compiled_logprobs.decision import PLAIN
 from compiled_logprobs.errors import is_out_of_memory
 from compiled_logprobs.machine import clock
+from compiled_logprobs.machine.clock import MIB
 from compiled_logprobs.operation.autograd import compute
 from compiled_logprobs.operation.contract import Upstream, in_dtype, wanted_by
 from compiled_logprobs.operation.plain import bytes_of_plain, plain
 from compiled_logprobs.problem import Problem
+from compiled_logprobs.tuning.hidden_inputs import InputsFromHidden
+from compiled_logprobs.tuning.sizes import BUFFERS, SHARE_OF_FREE_MEMORY
 
-BUFFERS = 2
-"""How many inputs take turns, so that no candidate can live on having seen one before."""
 DISTINCT_ROWS = 64
 """Drawing every row would take longer than timing it: the others are these, shifted along the vocabulary."""
 LIKELY = 8
@@ -41,8 +42,6 @@ LONGEST_REASON = 500
 """Characters; compilers' errors run to pages."""
 AHEAD = 1.5
 """Times as long as the host takes for a call, a device is kept busy before it."""
-SHARE_OF_FREE_MEMORY = 0.5
-"""What the check, the rounds and plain torch may take of it, each."""
 
 STATE: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "number of threads": (torch.get_num_threads, torch.set_num_threads),
@@ -67,7 +66,8 @@ class Run:
     first_call_seconds: float | None = None
     """Compiling included; not among `seconds`."""
     extra_bytes: int | None = None
-    """Peak memory beyond the logits, results and their gradient included; None where it cannot be measured."""
+    """Peak memory beyond the logits, results and their gradient included; from hidden states, beyond these, results and
+    gradients; None where it cannot be measured."""
     extra_multiple: float | None = None
     """The same, as a multiple of the logits' size."""
     seconds: list[float] = field(default_factory=list)
@@ -96,6 +96,9 @@ class Measurement:
         look_at_results: whether to hold a few rows of what it returns against float64, which not even candidates that
             passed the check are sure to get right at this size.
         plain_s: how long a call of plain torch may take to be timed in each round, too; by default it is not called.
+        whole: from hidden states: the problem that this one is a part of, by default this one. Its limit of memory is
+            kept to where it is this one.
+        logits_backend: from hidden states: the name of what candidates are handed for logits.
     """
 
     def __init__(
@@ -108,6 +111,8 @@ class Measurement:
         on_step: Callable[[str, str], None] = lambda name, step: None,
         look_at_results: bool = True,
         plain_s: float = 0.0,
+        whole: Problem | None = None,
+        logits_backend: str | None = None,
     ) -> None:
         self.problem = problem
         self.device = clock.measurable(device or problem.device_type)
@@ -115,6 +120,7 @@ class Measurement:
         self.runs = {name: Run(name) for name in candidates}
         self._candidates, self._plain, self._plain_s = dict(candidates), Run(PLAIN), plain_s
         self._on_step, self._look_at_results = on_step, look_at_results
+        self._whole, self._logits_backend = whole or problem, logits_backend
 
     def times(self) -> dict[str, list[float]]:
         """Seconds by candidate and round, of those that have run in every round."""
@@ -137,7 +143,7 @@ class Measurement:
         Ends after `most` rounds, or when no candidate is left. What making the inputs raises is raised here: it
         concerns all of them.
         """
-        inputs = _Inputs(self.problem, self.device, self.seed)
+        inputs = self._inputs()
         for name in self._candidates:
             self._attempt(name, "compile", inputs)
         for name in self._candidates:
@@ -157,10 +163,15 @@ class Measurement:
 
     def look_at(self, name: str) -> None:
         """Call `name` once, and hold a few rows of what it returns against float64, without timing anything."""
-        inputs = _Inputs(self.problem, self.device, self.seed, buffers=1)
-        self._attempt(name, "full size", inputs)
+        self._attempt(name, "full size", self._inputs(buffers=1))
 
-    def _begin_plain(self, inputs: "_Inputs") -> None:
+    def _inputs(self, buffers: int = BUFFERS) -> "_Inputs | InputsFromHidden":
+        problem, device, seed = self.problem, self.device, self.seed
+        if problem.hidden is None:
+            return _Inputs(problem, device, seed, buffers)
+        return InputsFromHidden(problem, device, seed, buffers, whole=self._whole, logits_backend=self._logits_backend)
+
+    def _begin_plain(self, inputs: "_Inputs | InputsFromHidden") -> None:
         """Give plain torch its first calls; leave it out where they take too long, or too much memory."""
         room = SHARE_OF_FREE_MEMORY * clock.free_memory(self.device)
         if self._plain_s > 0.0 and bytes_of_plain(self.problem) <= room:
@@ -170,27 +181,28 @@ class Measurement:
             self._plain.outcome = "failed"
         self._plain.seconds.clear()
 
-    def _attempt(self, name: str, step: str, inputs: "_Inputs", index: int = 0) -> None:
+    def _attempt(self, name: str, step: str, inputs: "_Inputs | InputsFromHidden", index: int = 0) -> None:
         run = self._plain if name == PLAIN else self.runs[name]
         if not run.alive:
             return
         self._on_step(name, step)
         before = {name: get() for name, (get, _) in STATE.items()}
         try:
-            call = inputs.call(self._forward(name), index)
+            forward = inputs.forward_by(None if name == PLAIN else self._candidates[name])
+            call = inputs.call(forward, index)
             if step == "compile":
                 run.first_call_seconds = max(clock.time_call(call, self.device))
                 for other in range(1, BUFFERS):  # what a second call still does once belongs to no round
-                    results, gradients = inputs.call(self._forward(name), other)()
+                    results, gradients = inputs.call(forward, other)()
                 if self._look_at_results and (mistake := inputs.what_is_wrong(other, results, gradients)):
                     run.outcome, run.reason = "wrong", mistake
             elif step == "full size":
                 if mistake := inputs.what_is_wrong(index, *call()):
                     run.outcome, run.reason = "wrong", mistake
+                elif self.problem.memory_limit is not None:
+                    self._measure_memory(run, call, inputs)
             elif step == "memory":
-                run.extra_bytes = clock.extra_peak_bytes(call, self.device)
-                if run.extra_bytes is not None:
-                    run.extra_multiple = run.extra_bytes / inputs.logits_bytes
+                self._measure_memory(run, call, inputs)
             else:
                 # The least, since a call that waits for the device waits for what keeps that busy, too.
                 ahead_s = max(clock.AHEAD_S, AHEAD * min(run.host_seconds, default=0.0))
@@ -208,12 +220,15 @@ class Measurement:
             STATE[name][1](before[name])
             run.outcome, run.reason = "failed", f"{step}: it left torch with another {', '.join(changed)}"
 
-    def _forward(self, name: str) -> Forward:
-        wanted, inplace = wanted_by(self.problem), self.problem.inplace_backward
-        if name == PLAIN:
-            return partial(plain, wanted=wanted)
-        backend: Any = self._candidates[name]
-        return partial(compute, backend, wanted=wanted, inplace_backward=inplace)
+    def _measure_memory(self, run: Run, call: Callable[[], object], inputs: "_Inputs | InputsFromHidden") -> None:
+        peak = clock.extra_peak_bytes(call, self.device)
+        if peak is None:
+            return
+        run.extra_bytes = max(0, peak - inputs.bytes_returned)
+        run.extra_multiple = run.extra_bytes / inputs.logits_bytes
+        limit = self.problem.memory_limit
+        if limit is not None and self.problem == self._whole and run.extra_bytes > limit:
+            run.outcome, run.reason = "oom", f"it took {run.extra_bytes / MIB:.1f} MiB, and may take {limit / MIB:.1f}"
 
 
 class _Inputs:
@@ -240,6 +255,16 @@ class _Inputs:
         others = [name for name in Upstream._fields if getattr(problem, name, False)]
         upstream |= {name: torch.randn(rows, generator=generator) for name in others}
         self._upstream = {name: gradient.to(device, problem.out_dtype) for name, gradient in upstream.items()}
+
+    bytes_returned = 0
+    """Of results and gradient: they count as memory that a call takes."""
+
+    def forward_by(self, backend: Any) -> Forward:
+        """What `call` takes: `backend`, differentiably; plain torch where it is None."""
+        wanted, inplace = wanted_by(self._problem), self._problem.inplace_backward
+        if backend is None:
+            return partial(plain, wanted=wanted)
+        return partial(compute, backend, wanted=wanted, inplace_backward=inplace)
 
     def what_is_wrong(self, index: int, results: list[Tensor], gradients: tuple[Tensor, ...]) -> str | None:
         """The same of what `call(..., index)` returned, looked at in a few rows; None if nothing is."""

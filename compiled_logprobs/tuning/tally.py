@@ -23,6 +23,7 @@ from compiled_logprobs.decision import (
     Outcome,
     from_plain,
 )
+from compiled_logprobs.machine.clock import MIB
 from compiled_logprobs.machine.environment import environment_at
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning.process import Event
@@ -64,6 +65,8 @@ class Tally:
         self._checked_rows: dict[str, int] = {}
         self._short_of_memory: set[str] = set()
         self._measured_rows = self._proven_rows = 0
+        self._measured_vocab = problem.vocab
+        self._full_bytes: int | None = None
         reason = "the time was over before it was asked for"
         self._circumstances: dict[str, Any] = {"bandwidth": {}, "telemetry": None, "telemetry_reason": reason}
         self.begin()
@@ -108,8 +111,9 @@ class Tally:
             self._note(name, checks=checks, repeatable=event["repeatable"], row_invariant=event["row_invariant"])
         elif kind == "measuring":
             self._measured_rows = self._proven_rows = event["rows"]
+            self._measured_vocab = event["vocab"]
         elif kind == "proven":
-            self._proven_rows = event["rows"]
+            self._proven_rows, self._full_bytes = event["rows"], event["bytes"]
         elif kind == "memory":
             self._note(name, extra_bytes=event["bytes"], extra_multiple=event["multiple"])
         elif kind == "round":
@@ -190,8 +194,14 @@ class Tally:
         reason, chosen = selection.reason, selection.chosen
         if chosen in self._short_of_memory:
             reason += f"; checked with {self._checked_rows[chosen]} rows, for which there was memory"
-        if self._measured_rows < self.problem.rows:
-            reason += f"; measured with {self._measured_rows} rows, for which there was time and memory"
+        parts = [f"{self._measured_rows} rows"] if self._measured_rows < self.problem.rows else []
+        parts += [f"{self._measured_vocab} columns"] if self._measured_vocab < self.problem.vocab else []
+        if parts:
+            reason += f"; measured with {' and '.join(parts)}, for which there was time and memory"
+        if self.problem.memory_limit is not None:
+            taken = self.candidates[chosen].extra_bytes if self._full_bytes is None else self._full_bytes
+            if taken is not None and (not parts or self._full_bytes is not None):
+                reason += f"; of {self.problem.memory_limit / MIB:.1f} MiB it takes {taken / MIB:.1f}"
         measured_at = datetime.now(timezone.utc).strftime(TIME)
         decision = Decision(
             problem=self.problem,
@@ -212,6 +222,7 @@ class Tally:
             seed=self.seed,
             measured_at=measured_at,
             tuning_seconds=tuning_seconds,
+            measured_vocab=None if self._measured_vocab == self.problem.vocab else self._measured_vocab,
             **self._circumstances,
         )
         seconds = times if plain is None else {**times, PLAIN: plain}

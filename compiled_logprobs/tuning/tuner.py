@@ -62,7 +62,7 @@ class Tuner:
     ) -> None:
         self._first_calls: dict[tuple[str, Problem], float] = {}
         self.short = short
-        self._device, self._on_event = measurable(device), on_event  # another process has another current device
+        self.device, self._on_event = measurable(device), on_event  # another process has another current device
         self._worker: Worker | None = None
         self._is_reused = False
 
@@ -80,6 +80,7 @@ class Tuner:
         strict: bool = False,
         names: Sequence[str] | None = None,
         incumbent: str | None = None,
+        logits_backend: str | None = None,
     ) -> tuple[Decision, Evidence]:
         """Measure the bucket of `problem`; returns the decision, and what it rests on.
 
@@ -92,6 +93,8 @@ class Tuner:
                 after which it is taken for hanging, and what was spent on a program that was lost does not count.
             names: of the backends to measure; the baseline is always among them. By default all that are registered.
             incumbent: the backend that has served so far, which only a clear win replaces.
+            logits_backend: from hidden states: the name of what candidates are handed for logits; by default the first
+                that can run them.
 
         Raises:
             TuningFailed: no decision came about.
@@ -103,7 +106,7 @@ class Tuner:
         tally = Tally(bucket(problem), in_order, incumbent, seconds if strict else None)
         while True:
             try:
-                self._run(tally, seconds)
+                self._run(tally, seconds, logits_backend)
                 break
             except WorkerLost as error:
                 self._end_worker()
@@ -128,11 +131,11 @@ class Tuner:
         if not tally.times():
             outcomes = "; ".join(f"{name}: {each.outcome}: {each.reason}" for name, each in tally.candidates.items())
             raise TuningFailed(f"no backend could be measured: {outcomes}")
-        return tally.decide(self._device, short=self.short, tuning_seconds=time.monotonic() - began)
+        return tally.decide(self.device, short=self.short, tuning_seconds=time.monotonic() - began)
 
-    def _run(self, tally: Tally, seconds: float) -> None:
+    def _run(self, tally: Tally, seconds: float, logits_backend: str | None) -> None:
         """Have the worker program measure what is left of the candidates."""
-        finish_queued(self._device)  # such as the forward pass of a model, which the candidates would wait for
+        finish_queued(self.device)  # such as the forward pass of a model, which the candidates would wait for
         tally.begin()
         self._is_reused = self._worker is not None
         if self._worker is None:
@@ -142,11 +145,12 @@ class Tuner:
         self._worker.send(
             {
                 "problem": problem_to_dict(tally.problem),
-                "device": str(self._device),
+                "device": str(self.device),
                 "threads": torch.get_num_threads(),
                 "candidates": [[name, target if isinstance(target, str) else None] for name, target in targets],
                 "checked": [name for name in tally.alive if tally.candidates[name].checks],
                 "incumbent": tally.incumbent,
+                "logits_backend": logits_backend,
                 "short": self.short,
                 "plain": tally.with_plain,
                 "seconds": min(seconds, tally.rounds_s),
@@ -163,7 +167,7 @@ class Tuner:
                 tally.hear(event)
             if event["event"] != "evidence":
                 self._on_event(event)
-            if event["event"] == "started" and event["environment"] != fingerprint_of(self._device):
+            if event["event"] == "started" and event["environment"] != fingerprint_of(self.device):
                 raise TuningFailed("the worker program finds itself in another environment than this process")
             if event["event"] == "done":
                 return

@@ -23,6 +23,7 @@ import torch
 from compiled_logprobs.backends import get_backend, is_built_in, register_backend
 from compiled_logprobs.backends.base import AnyBackend
 from compiled_logprobs.check.cases import cases
+from compiled_logprobs.check.hidden_run import ROWS_OF_LOGITS
 from compiled_logprobs.check.inputs import CHECKED_ELEMENTS, SAMPLED_ROWS
 from compiled_logprobs.check.report import CheckReport
 from compiled_logprobs.check.run import check_backend
@@ -34,12 +35,10 @@ from compiled_logprobs.machine.clock import MIB, free_memory, measurable
 from compiled_logprobs.machine.environment import environment_of, without_paths
 from compiled_logprobs.machine.nvml import Watch, telemetry
 from compiled_logprobs.problem import Problem, problem_from_dict
-from compiled_logprobs.tuning.rounds import BUFFERS, LONGEST_REASON, SHARE_OF_FREE_MEMORY, Measurement
+from compiled_logprobs.tuning.rounds import LONGEST_REASON, Measurement
+from compiled_logprobs.tuning.sizes import BUFFERS, SHARE_OF_FREE_MEMORY, sizes_of, top_within
 from compiled_logprobs.tuning.statistics import LOOKS, Selection, fewest_rounds, select
 
-PILOT_LOGITS = {"cpu": 2**22, "cuda": 2**27}
-"""Size of the first calls, which compile, and tell how long a round would take: by what the device takes for a row, and
-not by what the host takes for a call."""
 SHARE_OF_TIME = 0.6
 """Of the seconds that are left, what the rounds up to the first look may take; inputs have to be made, too."""
 SHARE_WITH_PLAIN = 0.9
@@ -84,6 +83,7 @@ class Job:
         candidates: [name, target] of each, the baseline first; the target of one that only its own process knows is
             None.
         checked: names of those that have passed the check already.
+        logits_backend: the name of what candidates from hidden states are handed for logits; None: the first that can.
         incumbent: for `statistics.select`.
         short: whether the check has its fewer inputs.
         plain: whether plain torch is timed beside the candidates.
@@ -101,10 +101,7 @@ class Job:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # as it is where the call that this is for comes from
         self._lost: set[str] = set()
-        self._extra_multiple = self._problem.needs_grad + 1.0
-        self._fewest_rows = PILOT_LOGITS[self._device.type] // self._problem.vocab
-        pilot_rows = min(max(2, self._fewest_rows), self._rows_in_memory(BUFFERS))
-        self._pilot_rows = max(1, min(self._problem.rows, int(pilot_rows)))
+        self._sizes = sizes_of(self._problem, self._device)
 
     def run(self) -> None:
         """Each candidate gets an event `lost` that says why, or `checked`, and then a time in each event `round`.
@@ -113,23 +110,24 @@ class Job:
         """
         self._emit("started", environment=environment_of(self._device).fingerprint())
         alive: dict[str, AnyBackend] = {}
-        seconds = 0.0
+        seconds_a_logit = 0.0
         for name, target in self._order["candidates"]:
             backend = self._load(name, target)
             if backend is None:
                 continue
-            call_seconds = self._first_call(name, backend)
-            if call_seconds is not None and (name in self._order["checked"] or self._check(name)):
+            seconds = self._first_call(name, backend)
+            if seconds is not None and (name in self._order["checked"] or self._check(name)):
                 alive[name] = backend
-                seconds += call_seconds
+                seconds_a_logit += seconds
         if not alive:
             return
         self._step(None, "inputs")
         self._ends = time.monotonic() + self._order["seconds"]
-        seconds_a_row = seconds / self._pilot_rows
-        rows = self._rows_that_fit(seconds_a_row)
-        while not self._measure(alive, rows, seconds_a_row):
-            rows //= 2
+        calls = LOOKS[0] + BUFFERS + 1  # the rounds up to the first look, and the calls before them
+        logits = SHARE_OF_TIME * (self._ends - time.monotonic()) / (calls * seconds_a_logit)
+        timed = self._sizes.that_fit(logits, lambda part: all(_is_able(backend, part) for backend in alive.values()))
+        while not self._measure(alive, timed, seconds_a_logit):
+            timed = self._sizes.smaller(timed) or timed
 
     def _load(self, name: str, target: str | None) -> AnyBackend | None:
         if target is None:
@@ -160,17 +158,17 @@ class Job:
         return backend
 
     def _first_call(self, name: str, backend: AnyBackend) -> float | None:
-        """Compile it on few rows; seconds that a call takes then, None if it fails."""
-        pilot = self._problem._replace(rows=self._pilot_rows)
+        """Compile it on few rows; seconds that a call takes for each logit then, None if it fails."""
+        pilot = self._sizes.pilot(lambda part: _is_able(backend, part))
         measurement = self._measurement(pilot, {name: backend}, look_at_results=False)  # the check tells more
         list(measurement.rounds(2))
         run = measurement.runs[name]
         if not run.alive:
             self._lose(name, run.outcome, run.reason)
             return None
-        self._extra_multiple = max(self._extra_multiple, run.extra_multiple or 0.0)
+        self._sizes.learn(run.extra_multiple)
         self._emit("first_call", candidate=name, seconds=run.first_call_seconds)
-        return min(run.seconds)
+        return min(run.seconds) / _logits_of(pilot)
 
     def _check(self, name: str) -> bool:
         try:
@@ -186,10 +184,11 @@ class Job:
         for check in chain(checks, *(case["checks"] for case in by_case)):
             check["detail"] = _line(check["detail"])
         self._emit("evidence", candidate=name, cases=by_case)
+        posed = cases(problem, short=self._order["short"], foreign=False) if problem.hidden is None else result.cases
         self._emit(
             "checked",
             candidate=name,
-            rows=max(case.rows for case in cases(problem, short=self._order["short"], foreign=False)),
+            rows=max(case.rows for case in posed),
             fewer_for_memory=problem.rows < self._rows_to_check(),
             checks=checks,
             repeatable=report.repeatable,
@@ -222,45 +221,32 @@ class Job:
             except Exception as error:
                 if rows == 1 or not is_out_of_memory(error):
                     raise
-            rows = _top_within(rows // 2)
+            rows = top_within(rows // 2)
 
     def _rows_to_check(self) -> int:
         """Where memory is not short."""
         most = CHECKED_LOGITS.get(self._device.type, math.inf) // self._problem.vocab
-        return _top_within(int(min(self._problem.rows, most)))
+        return top_within(int(min(self._problem.rows, most)))
 
-    def _rows_that_fit(self, seconds_a_row: float) -> int:
-        """The largest N, the problem's or the top of a bucket below, whose rounds fit into memory and time."""
-        calls = LOOKS[0] + BUFFERS + 1  # the rounds up to the first look, and the calls before them
-        by_time = SHARE_OF_TIME * (self._ends - time.monotonic()) / (calls * seconds_a_row)
-        rows = max(by_time, self._fewest_rows)
-        return _top_within(int(min(self._problem.rows, rows, self._rows_in_memory(BUFFERS))))
-
-    def _rows_in_memory(self, buffers: int) -> float:
-        # Inputs, the original of those that are overwritten, and what candidates take, gradient included.
-        copies = buffers + self._problem.inplace_backward + self._extra_multiple
-        room = SHARE_OF_FREE_MEMORY * free_memory(self._device)
-        return room / (copies * self._problem.vocab * self._problem.dtype.itemsize)
-
-    def _measure(self, alive: Mapping[str, AnyBackend], rows: int, seconds_a_row: float) -> bool:
-        """False if there is no memory for the inputs, and fewer rows are worth a try."""
-        problem = self._problem._replace(rows=rows)
-        bandwidth = measured_bandwidth(self._device)
+    def _measure(self, alive: Mapping[str, AnyBackend], problem: Problem, seconds_a_logit: float) -> bool:
+        """False if there is no memory for the inputs, and fewer are worth a try."""
+        # From hidden states it is products that take the time.
+        bandwidth = measured_bandwidth(self._device) if problem.hidden is None else None
         provider = telemetry(self._device)
         ends = self._ends
-        if self._order["strict"] and rows < self._problem.rows:  # room for a look at the winner with all rows
-            ends -= min(SHARE_FOR_PROOF * self._order["seconds"], self._problem.rows * seconds_a_row)
+        if self._order["strict"] and problem != self._problem:  # room for a look at the winner with all rows
+            ends -= min(SHARE_FOR_PROOF * self._order["seconds"], _logits_of(self._problem) * seconds_a_logit)
         plain_s = 0.0
         if self._order["plain"]:
             left = SHARE_WITH_PLAIN * (ends - time.monotonic())
-            plain_s = left / fewest_rounds(len(alive)) - rows * seconds_a_row
+            plain_s = left / fewest_rounds(len(alive)) - _logits_of(problem) * seconds_a_logit
         measurement = self._measurement(problem, alive, plain_s=plain_s)
-        self._emit("measuring", rows=rows)
+        self._emit("measuring", rows=problem.rows, vocab=problem.vocab)
         rounds = measurement.rounds(LOOKS[-1])
         try:
             first = next(rounds, None)  # None if no candidate got through the calls before
         except Exception as error:
-            if not is_out_of_memory(error) or rows == 1:
+            if not is_out_of_memory(error) or self._sizes.smaller(problem) is None:
                 raise
             return False
         with Watch(provider) as watch:
@@ -282,42 +268,44 @@ class Job:
         rounds.close()  # and with it the inputs
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what plain torch took is in nobody's way
-        self._look_at_winner(measurement, seconds_a_row)
+        self._look_at_winner(measurement, seconds_a_logit)
         summary = watch.summary()
         self._emit(
             "circumstances",
-            bandwidth=asdict(bandwidth),
+            bandwidth={} if bandwidth is None else asdict(bandwidth),
             percent={
                 name: percent_of_bandwidth(problem, median(series), bandwidth)
                 for name, series in measurement.times().items()
+                if bandwidth is not None
             },
             telemetry=None if summary is None else asdict(summary),
             telemetry_reason=provider.reason,
         )
         return True
 
-    def _look_at_winner(self, measurement: Measurement, seconds_a_row: float) -> None:
-        """Call the winner with more rows than were timed, as far as memory and time go, to see that it is right."""
-        timed = measurement.problem.rows
-        rows = min(self._problem.rows, self._rows_in_memory(1))
+    def _look_at_winner(self, measurement: Measurement, seconds_a_logit: float) -> None:
+        """Call the winner with more than was timed, as far as memory and time go, to see that it is right, and that it
+        keeps to a limit of memory."""
+        logits = math.inf
         if self._order["strict"]:  # by the seconds of a call of each, where one is called
-            rows = min(rows, (self._ends - time.monotonic()) / seconds_a_row)
-        rows = int(rows)
-        while rows > timed and measurement.times():
+            logits = (self._ends - time.monotonic()) / seconds_a_logit
+        looked = self._sizes.of_look(measurement.problem, logits)
+        while looked is not None and measurement.times():
             selection = self._selection(measurement, final=True)
-            if selection is None or selection.chosen == next(iter(measurement.times())):
-                return  # the baseline
+            is_baseline = selection is None or selection.chosen == next(iter(measurement.times()))
+            if selection is None or (is_baseline and looked.memory_limit is None):
+                return
             name = selection.chosen
-            full = self._measurement(self._problem._replace(rows=rows), {name: get_backend(name, self._problem)})
+            full = self._measurement(looked, {name: get_backend(name, self._problem)})
             try:
                 full.look_at(name)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                rows //= 2
+                looked = self._sizes.of_look(measurement.problem, _logits_of(looked) / 2)
                 continue
             if full.runs[name].alive:
-                self._emit("proven", rows=rows)
+                self._emit("proven", rows=looked.rows, bytes=full.runs[name].extra_bytes)
                 return
             measurement.runs[name] = full.runs[name]
             self._lose_failed(measurement)
@@ -327,8 +315,16 @@ class Job:
         return select(measurement.times(), incumbent=incumbent, extra_bytes=extra_bytes, final=final)
 
     def _measurement(self, problem: Problem, candidates: Mapping[str, AnyBackend], **options: Any) -> Measurement:
-        seed = self._order["seed"]
-        return Measurement(problem, candidates, device=self._device, seed=seed, on_step=self._step, **options)
+        return Measurement(
+            problem,
+            candidates,
+            device=self._device,
+            seed=self._order["seed"],
+            on_step=self._step,
+            whole=self._problem,
+            logits_backend=self._order["logits_backend"],
+            **options,
+        )
 
     def _lose_failed(self, measurement: Measurement) -> None:
         for name, run in measurement.runs.items():
@@ -348,17 +344,21 @@ class Job:
 
 def bytes_of_check(problem: Problem) -> int:
     """What a check takes at most, whatever the backend, for inputs of up to as many rows as `problem` has."""
-    logits = problem.rows * problem.vocab
+    rows = problem.rows if problem.hidden is None else min(problem.rows, ROWS_OF_LOGITS)
+    logits = rows * problem.vocab
     a_logit = OF_A_COPIED_LOGIT if problem.layout == "slice" else BYTES_OF_A_LOGIT
     yardstick = min(SAMPLED_ROWS, max(8, YARDSTICK_ELEMENTS // problem.vocab)) * problem.vocab
     compared = max(yardstick, min(logits, CHECKED_ELEMENTS))
     return a_logit * max(1, problem.dtype.itemsize // 4) * logits + OF_A_COMPARED_LOGIT * compared
 
 
-def _top_within(rows: int) -> int:
-    """The top of the last bucket of N that holds at most so many rows, which has at least one."""
-    octave = 1 << (max(1, rows).bit_length() - 1)
-    return octave * 3 // 2 if octave > 1 and rows >= octave * 3 // 2 else octave
+def _logits_of(problem: Problem) -> int:
+    return problem.rows * problem.vocab
+
+
+def _is_able(backend: AnyBackend, part: Problem) -> bool:
+    """Whether it can run a part of the problem, whose limit of memory is one of all of it."""
+    return backend.why_not(part._replace(memory_limit=None)) is None
 
 
 def _line(message: object) -> str:

@@ -36,7 +36,7 @@ from compiled_logprobs.problem import RESULTS, Problem, bucket
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning import presets
-from compiled_logprobs.tuning.rounds import BUFFERS, SHARE_OF_FREE_MEMORY
+from compiled_logprobs.tuning.sizes import BUFFERS, SHARE_OF_FREE_MEMORY
 from compiled_logprobs.tuning.tuner import alone_on
 from compiled_logprobs_dashboard.tables.run import Seen
 
@@ -51,6 +51,8 @@ BUSY_SHARE = 0.25
 GRACE_S = (15.0, 5.0)
 """After SIGINT, which has the run keep what is finished and end, and after SIGTERM; then it is killed."""
 EVENTS, ERRORS, LOCK = "events.jsonl", "errors.txt", "run.lock"
+
+FROM_HIDDEN_SWITCHES = ("weight_grad", "bias", "softcap")
 
 Status = Literal["running", "stopping", "finished", "cancelled", "died"]
 
@@ -73,6 +75,11 @@ class Request:
     argmax: tuple[bool, ...] = ()
     sum_p_squared: tuple[bool, ...] = ()
     masked: tuple[bool, ...] = ()
+    hidden: tuple[int, ...] = ()
+    weight_grad: tuple[bool, ...] = ()
+    bias: tuple[bool, ...] = ()
+    softcap: tuple[bool, ...] = ()
+    memory_limits: tuple[int, ...] = ()
     backends: tuple[str, ...] = ()
     budget_s: float | None = None
     """For each problem; None: as the preset says."""
@@ -96,6 +103,9 @@ class Request:
             layouts=[presets.layout_of(name) for name in self.layouts],
             labels=self.labels,
             masked=self.masked,
+            hidden=self.hidden,
+            memory_limits=self.memory_limits,
+            **{name: getattr(self, name) for name in FROM_HIDDEN_SWITCHES},
             **{name: getattr(self, name) for name in RESULTS},
         )
         return list(dict.fromkeys(map(bucket, grid)))
@@ -105,9 +115,10 @@ class Request:
         several: dict[str, Sequence[object]] = {"vocab": self.vocabs, "rows": self.rows, "dtype": self.dtypes}
         several |= {"mode": self.modes, "layout": self.layouts, "labels": self.labels, "backend": self.backends}
         several["temperature"] = [name.replace("_", "-") for name in self.temperatures]
+        several |= {"hidden": self.hidden, "memory-limit": self.memory_limits}
         several["budget"] = [] if self.budget_s is None else [f"{self.budget_s:g}"]
         named = [f"--{option}={','.join(map(str, values))}" for option, values in several.items() if values]
-        switches = {name.replace("_", "-"): getattr(self, name) for name in (*RESULTS, "masked")}
+        switches = {name.replace("_", "-"): getattr(self, name) for name in (*RESULTS, "masked", *FROM_HIDDEN_SWITCHES)}
         named += [f"--{'' if on else 'no-'}{name}" for name, values in switches.items() for on in values]
         start = ["profile", f"--device={self.device}", f"--preset={self.preset}"]
         return [*start, *named, *(["--again"] if self.again else [])]

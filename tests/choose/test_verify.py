@@ -91,7 +91,7 @@ def test_winners_that_became_wrong_or_crash_are_found(tmp_path, monkeypatch):
     ],
 )
 def test_what_counts_as_a_regression(then, now, rows, regressed):
-    reason = how_it_regressed(won_by(speedup=Speedup(*then)), Speedup(*now), rows)
+    reason = how_it_regressed(won_by(speedup=Speedup(*then)), Speedup(*now), PROBLEM._replace(rows=rows))
     assert (reason is not None) == regressed, reason
 
 

@@ -106,8 +106,10 @@ def test_doctor_tells_machine_versions_and_backends_and_neither_host_nor_home(ru
     told = json.loads(result.stdout, parse_constant=pytest.fail)
     assert told.keys() == {"environments", "cpp_compiler", "backends"}
     assert told["environments"][0]["fingerprint"] == environment_of().fingerprint()
-    asked = [(row["name"], row["problem"].split()[3]) for row in told["backends"] if row["problem"].endswith("on cpu")]
-    assert asked == [(name, dtype) for name in backends() for dtype in ("float32", "bfloat16")]
+    asked = [(row["name"], row["problem"]) for row in told["backends"] if row["problem"].endswith("on cpu")]
+    both = (("4096 x 151936", backends()), ("4096 x 1024 x 151936", backends(from_hidden=True)))
+    dtypes = ("float32", "bfloat16")
+    assert asked == [(name, f"{size} {dtype} on cpu") for size, names in both for name in names for dtype in dtypes]
     assert str(Path.home()) not in result.stdout and "secret" not in result.stdout
     if len(socket.gethostname()) > 3:
         assert socket.gethostname() not in result.stdout

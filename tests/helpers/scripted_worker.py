@@ -30,7 +30,7 @@ def rounds(
 
 def ready(*names: str) -> list[Event]:
     """What is said up to the rounds."""
-    return [*checked(*names), step(None, "inputs"), {"event": "measuring", "rows": 256}]
+    return [*checked(*names), step(None, "inputs"), {"event": "measuring", "rows": 256, "vocab": 4096}]
 
 
 def checked(*names: str) -> list[Event]:

@@ -25,7 +25,7 @@ NEW = "0" * 16
 def measured(name: str, outcome: str = "slower", **changes: Any) -> Candidate:
     """A candidate that was timed, with today's code."""
     fields: dict[str, Any] = {
-        "fingerprint": get_backend(name).fingerprint(),
+        "fingerprint": changes.get("fingerprint") or get_backend(name).fingerprint(),
         "speedup": Speedup(0.9, 1.0, 1.1),
         "seconds": 2e-3,
         "first_call_seconds": 0.5,
@@ -120,6 +120,7 @@ class FakeTuner:
     """In the place of `Tuner`: decides at once, and notes what it was asked."""
 
     short = True
+    device = CPU
 
     def __init__(self, answer: Any = decided) -> None:
         """`answer`: from a problem to a decision; may raise."""

@@ -73,6 +73,29 @@ def test_what_is_named_replaces_that_part_of_the_preset():
     assert all(is_among(problem, **every) and is_among(problem) for problem in problems)
 
 
+def test_problems_from_hidden_states_have_the_weights_gradient_unless_it_is_frozen():
+    options = {"rows": [512], "vocabs": [32000], "dtypes": [BF16], "hidden": [64]}
+    modes = list(MODES)
+    posed = grid("cpu", "full", **options, modes=modes, layouts=["flat", "slice"], weight_grad=[True, False])
+    plain = Problem("cpu", 512, 32000, BF16, hidden=64)
+    frozen, both = plain._replace(needs_grad=True), plain._replace(needs_grad=True, weight_grad=True)
+    assert set(posed) == {plain, frozen, both, *(p._replace(entropy=True) for p in (plain, frozen, both))}
+    assert grid("cpu", "quick", **options) == [plain, both]
+    limited = plain._replace(memory_limit=2**29)
+    assert is_among(bucket(limited), memory_limits=[2**29 + 1], hidden=[64]) and not is_among(
+        plain, memory_limits=[2**29]
+    )
+    with pytest.raises(InputError, match="got memory limit without a hidden size; it is valid with one. Leave one of"):
+        grid("cpu", memory_limits=[2**29])
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"), [("512MiB", 2**29), ("2 gib", 2**31), ("3kb", 3000), ("1000000000000", 10**12), ("7", 7)]
+)
+def test_memory_is_said_in_bytes_or_larger_units(text, bytes_):
+    assert presets.memory_of(text) == bytes_
+
+
 def test_rows_that_are_too_few_for_a_layout_are_left_out():
     assert {(problem.rows, problem.layout) for problem in grid("cpu", rows=[1, 2, 4], layouts=list(FEWEST_ROWS))} == {
         *((1, "flat"), (2, "flat"), (2, "rows"), (4, "flat"), (4, "rows"), (4, "slice"))
@@ -133,6 +156,9 @@ def test_dtypes_have_the_names_that_people_write(names, dtype):
         (presets.rows_of, str(2**31), "below 2^31"),
         (presets.labels_of, "0", "got number of labels '0'"),
         (presets.dtype_of, "float64", "got dtype 'float64'; float32, bfloat16, float16 are valid"),
+        (presets.hidden_of, "-1", "got hidden size '-1'; a whole number from 1 on is valid"),
+        (presets.memory_of, "1.5GiB", "got memory limit '1.5GiB'; bytes, or a number of KiB, MiB or GiB, as 512MiB"),
+        (presets.memory_of, "0", "got memory limit '0'"),
         (presets.mode_of, "entropy", "got mode 'entropy'; forward, backward, inplace are valid"),
         (presets.layout_of, "other", "got layout 'other'; flat, rows, slice are valid"),
         (presets.temperature_of, "hot", "got temperature 'hot'; none, number, per-token are valid"),

@@ -86,7 +86,14 @@ def test_where_plain_torch_fails_in_a_round_it_has_no_line(scripted):
 
 def test_what_time_and_memory_were_short_for_is_said(scripted):
     short = [{**event, "fewer_for_memory": True} if event["event"] == "checked" else event for event in ready("eager")]
-    scripted([*short, {"event": "measuring", "rows": 64}, *rounds(20, eager=1.0), {"event": "proven", "rows": 128}])
+    scripted(
+        [
+            *short,
+            {"event": "measuring", "rows": 64, "vocab": 4096},
+            *rounds(20, eager=1.0),
+            {"event": "proven", "rows": 128, "bytes": None},
+        ]
+    )
     decision, _ = decide("")
     assert (decision.measured_rows, decision.proven_rows, decision.checked_rows) == (64, 128, 16)
     assert decision.reason == (

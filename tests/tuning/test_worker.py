@@ -19,8 +19,10 @@ from compiled_logprobs.machine import clock
 from compiled_logprobs.machine.clock import MIB, extra_peak_bytes, why_no_peak
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.problem import Problem, bucket, problem_to_dict
+from compiled_logprobs.tuning import sizes as sizes_module
 from compiled_logprobs.tuning import tuner as tuner_module
 from compiled_logprobs.tuning import worker as worker_module
+from compiled_logprobs.tuning.sizes import sizes_of
 from compiled_logprobs.tuning.tuner import Tuner
 from compiled_logprobs.tuning.worker import Job, bytes_of_check
 from tests.helpers.backends_for_tuning import (
@@ -164,6 +166,7 @@ def run_here(problem, **changes):
         "candidates": [["eager", ""]],
         "checked": ["eager"],
         "incumbent": None,
+        "logits_backend": None,
         "short": True,
         "plain": False,
         "seconds": 1.0,
@@ -219,7 +222,7 @@ def test_n_does_not_shrink_because_compiling_and_checking_took_long(monkeypatch,
 
     monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(worker_module, "check_backend", check)
-    monkeypatch.setitem(worker_module.PILOT_LOGITS, "cpu", 2**14)
+    monkeypatch.setitem(sizes_module.PILOT_LOGITS, "cpu", 2**14)
     problem = Problem("cpu", 256, 1024, torch.float32)
     told = run_here(problem, checked=[], seconds=20.0, strict=strict)
     (measuring,) = of("measuring", told)
@@ -232,7 +235,9 @@ def test_the_first_calls_keep_an_accelerator_busy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     problem = Problem("cuda", 8192, 151936, torch.bfloat16, needs_grad=True)
     order = {"problem": problem_to_dict(problem), "device": "cuda:1", "threads": torch.get_num_threads()}
-    assert Job(order, lambda event, **fields: None)._pilot_rows == 2**27 // 151936
+    Job(order, lambda event, **fields: None)  # which makes the device the current one
+    pilot = sizes_of(problem, torch.device("cuda:1")).pilot(lambda part: True)
+    assert pilot == problem._replace(rows=2**27 // 151936)
 
 
 @pytest.mark.slow
@@ -256,7 +261,8 @@ def test_rows_shrink_to_the_memory_there_is_and_the_events_say_so(monkeypatch, s
     """By what is free, before the check; and by what the check gets, where the system does not grant it."""
     problem, free = Problem("cpu", 4096, 1024, torch.float32, needs_grad=True), 120 * MIB
     if short_of == "free":  # of 4096 rows, less than four copies can have half
-        monkeypatch.setattr(worker_module, "free_memory", lambda device: free)
+        for module in (worker_module, sizes_module):
+            monkeypatch.setattr(module, "free_memory", lambda device: free)
     else:
 
         def check(name, problem, **options):
@@ -268,11 +274,12 @@ def test_rows_shrink_to_the_memory_there_is_and_the_events_say_so(monkeypatch, s
     assert 1 < checked["rows"] < problem.rows and checked["fewer_for_memory"]
     assert (measuring["rows"] < problem.rows) == (short_of == "free")
     if short_of == "free":
-        assert measuring["rows"] * problem.vocab * 4 * 4 <= worker_module.SHARE_OF_FREE_MEMORY * free
+        assert measuring["rows"] * problem.vocab * 4 * 4 <= sizes_module.SHARE_OF_FREE_MEMORY * free
 
 
 def test_nothing_is_checked_where_there_is_no_room_for_a_row(monkeypatch):
-    monkeypatch.setattr(worker_module, "free_memory", lambda device: MIB)
+    for module in (worker_module, sizes_module):
+        monkeypatch.setattr(module, "free_memory", lambda device: MIB)
     monkeypatch.setattr(worker_module, "check_backend", lambda *_, **__: pytest.fail("it is checked"))
     (lost,) = of("lost", run_here(PROBLEM._replace(rows=64, vocab=512), checked=[]))
     assert lost["outcome"] == "oom" and "may take 0 of what is free" in lost["reason"]

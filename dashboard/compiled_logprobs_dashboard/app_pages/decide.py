@@ -116,7 +116,7 @@ def _ranking(frames: Frames, decision: Decision) -> None:
     alt = "The candidates, the chosen one first"
     shown = board.drop(columns="name")
     st.dataframe(shown, hide_index=True, column_config=COLUMNS, key="leaderboard", alt=alt, placeholder="–")
-    timed = "" if decision.measured_rows == decision.problem.rows else f", timed with {decision.measured_rows} rows"
+    timed = f", timed with {decision.timed_in_words}" if decision.timed_in_words else ""
     st.caption(
         f"{plain(decision.code)}: {plain(decision.reason)}. {decision.rounds} rounds{timed}. Speed-ups are over "
         f"{plain(over)}{beside}."

@@ -91,15 +91,14 @@ class Figure(NamedTuple):
 def figures(decision: Decision) -> list[Figure]:
     """Time, memory, bandwidth and checks of the chosen backend."""
     winner, baseline = decision.winner, decision.candidates[decision.baseline]
-    rows = decision.measured_rows
-    at = "" if rows == decision.problem.rows else f" Timed with {rows} rows."
+    at = f" Timed with {decision.timed_in_words}." if decision.timed_in_words else ""
     is_baseline = decision.chosen == decision.baseline
     grad = ", forward and backward" if decision.problem.needs_grad else ""
     host = "" if winner.host_seconds is None else f" The host takes {duration(winner.host_seconds)} a call."
     name = plain_line(decision.baseline, 40)
     return [
         Figure(
-            f"A call, N {rows}",
+            f"A call, N {decision.measured_rows}",
             duration(winner.seconds),
             "the baseline" if is_baseline else f"{name}: {duration(baseline.seconds)}",
             f"Median of the timed calls{grad}.{host}{at}",
@@ -241,6 +240,8 @@ def command(decision: Decision) -> str | None:
     values: dict[str, Any] = {name: getattr(problem, field) for name, field in FIELDS.items()}
     usual = Problem._field_defaults
     values = {name: (value,) for name, value in values.items() if value != usual.get(FIELDS[name])}
+    if problem.hidden is not None and problem.needs_grad:
+        values["weight_grad"] = (problem.weight_grad,)
     values |= {"dtypes": (short_name(problem.dtype),), "backends": tuple(map(where_from, others))}
     request = Request(problem.device_type, again=decision.is_decided, **values)  # what is not is measured in any case
     try:

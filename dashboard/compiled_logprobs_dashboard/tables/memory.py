@@ -63,10 +63,10 @@ def memory(frames: Frames, profile: Profile, shape: Shape) -> tuple[pd.DataFrame
         except ProfileError as error:
             left_out.append(plain_line(error))
             continue
-        timed = decision.problem._replace(rows=decision.measured_rows)
+        timed = decision.timed
         logits, least = logits_bytes(timed), least_bytes(timed)
         for name, candidate in decision.candidates.items():
-            if candidate.measured_at is not None and decision.measured_rows != decision.problem.rows:
+            if candidate.measured_at is not None and timed != decision.problem:
                 left_out.append(
                     f"{plain_line(name, 40)} at N {decision.problem.rows}: measured earlier, with unknown rows"
                 )

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from compiled_logprobs.decision import Decision
+from compiled_logprobs.decision import Decision, short
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.bandwidth import backward_bytes, forward_bytes, minimum_bytes
 from compiled_logprobs.problem import Problem, bucket
@@ -88,13 +88,15 @@ def keys_along(frames: Frames, profile: Profile, shape: Shape, along: Axis) -> t
 def _points(
     key: int, decision: Decision, times: dict[str, list[float]], cache_bytes: float | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    timed = decision.problem._replace(rows=decision.measured_rows)
+    timed = decision.timed
+    if timed.hidden is not None:
+        return [], [f"{short(timed)}: from hidden states it is products that take the time, and not moving bytes"]
     size = minimum_bytes(timed)
     points, left_out = [], []
     for name, candidate in decision.candidates.items():
         if not candidate.measured or candidate.seconds is None or not candidate.seconds > 0:
             continue
-        if candidate.measured_at is not None and decision.measured_rows != decision.problem.rows:
+        if candidate.measured_at is not None and timed != decision.problem:
             left_out.append(
                 f"{plain_line(name, 40)} at N {decision.problem.rows}: it was timed for an earlier decision, and with "
                 "how many rows is not stored"
