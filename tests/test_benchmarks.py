@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import chart, idioms, noise, overhead, peers
+from benchmarks import chart, hidden, idioms, noise, overhead, peers
 from benchmarks import measure as measurement
 from benchmarks.candidates import AUTO, COMPILE, Contender, candidates
 from benchmarks.measure import measure
@@ -117,6 +117,23 @@ def test_it_prints_nothing_but_json_where_that_is_asked_for():
     assert [row["candidate"] for row in rows] == ["amax", "eager", "log_softmax"]
     ratio = rows[1]["times_as_fast_as"]["log_softmax"]  # two rounds give no interval
     assert ratio["low"] is None and ratio["median"] > 0 and ratio["high"] is None
+
+
+def test_the_benchmark_from_hidden_states_has_all_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(hidden, "flush_cache", lambda device: None)  # which takes longer than the calls
+    file = tmp_path / "new" / "hidden.json"
+    asked = ["--rows", "70", "--hidden", "16", "--vocab", "2000", "--rounds", "2", "--no-tune", "--json", str(file)]
+    ran = CliRunner().invoke(hidden.app, [*asked, "--dtype", "float32"])
+    assert ran.exit_code == 0, ran.output
+    figures = json.loads(file.read_text())["figures"]
+    of: dict[str, dict[str, dict]] = {}
+    for figure in figures:
+        of.setdefault(figure["what"], {})[figure["name"]] = figure
+    whats = ["forward + backward", "within 32 MiB", "forward alone", "half of the rows ignored", "memory"]
+    assert list(of) == whats and {"auto", "auto, off", "log_softmax", "chunked_vocab"} <= of["within 32 MiB"].keys()
+    assert {figure["limit"] for figure in of["forward + backward"].values()} == {None, hidden.BESIDE}
+    assert of["forward alone"]["chunked_64"]["against"] == hidden.PRODUCT
+    assert of["half of the rows ignored"]["auto, half ignored"]["limit"] == 0.6
 
 
 def test_the_overhead_of_small_calls_has_all_figures(tmp_path):
