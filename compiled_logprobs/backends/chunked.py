@@ -14,7 +14,15 @@ from torch import Tensor
 from compiled_logprobs.backends.base import SHARE_OF_MEMORY, HiddenBackend, why_not_at_once
 from compiled_logprobs.machine.clock import total_memory
 from compiled_logprobs.operation.contract import Results, Upstream, Wanted
-from compiled_logprobs.operation.hidden import Gradients, HiddenInputs, LogitsBackend, Needs, at_rows, gradient_in_place
+from compiled_logprobs.operation.hidden import (
+    Gradients,
+    HiddenInputs,
+    LogitsBackend,
+    Needs,
+    Scratch,
+    at_rows,
+    gradient_in_place,
+)
 from compiled_logprobs.problem import Problem, accumulation_dtype, of_logits
 
 WORKSPACE = 2**24
@@ -58,14 +66,14 @@ class Chunked(HiddenBackend):
         self, inputs: HiddenInputs, wanted: Wanted, logits_backend: LogitsBackend, *, keep: bool
     ) -> tuple[Results, Tensor | None]:
         chunks, parts = list(self._chunks(inputs)), []
-        kept = None
+        scratch = Scratch(inputs, chunks[0].stop * len(inputs.weight))
         for rows in chunks:
-            z_CV = inputs.product(inputs.hidden_of(rows))
-            serving = logits_backend(of_logits(inputs.problem, len(z_CV)), self._uses)
-            parts.append(serving.forward(inputs.at(z_CV, rows), wanted))
-            kept = z_CV if keep and len(chunks) == 1 else None
-            del z_CV  # before there is another one
-        return parts[0] if len(parts) == 1 else _joined(parts), kept
+            chunk = scratch.multiply(inputs.hidden_of(rows), rows)
+            serving = logits_backend(of_logits(inputs.problem, len(chunk.z)), self._uses)
+            parts.append(serving.forward(chunk.inputs, wanted))
+        if len(chunks) > 1:
+            return _joined(parts), None
+        return parts[0], chunk.z if keep else None
 
     def backward(
         self,
@@ -76,16 +84,16 @@ class Chunked(HiddenBackend):
         logits_backend: LogitsBackend,
         needs: Needs,
     ) -> Gradients:
-        sums = _Sums(inputs, needs)
-        for rows in [slice(0, len(inputs.labels))] if kept is not None else self._chunks(inputs):
+        chunks = list(self._chunks(inputs)) if kept is None else [slice(0, len(inputs.labels))]
+        scratch = Scratch(inputs, chunks[0].stop * len(inputs.weight), is_known=kept is not None)
+        sums = _Sums(inputs, needs, is_one=len(chunks) == 1)
+        for rows in chunks:
             hidden_CH = inputs.hidden_of(rows)
-            z_CV = inputs.product(hidden_CH) if kept is None else kept
-            serving = logits_backend(of_logits(inputs.problem, len(z_CV)), self._uses)
-            part = at_rows(upstream, rows)
+            chunk = scratch.multiply(hidden_CH, rows) if kept is None else scratch.cap(kept, rows)
+            serving = logits_backend(of_logits(inputs.problem, len(chunk.z)), self._uses)
             of_rows = stats[:, rows].contiguous()
-            gradient = gradient_in_place(serving, z_CV, inputs.at(z_CV, rows), inputs.softcap, of_rows, part)
+            gradient = gradient_in_place(serving, chunk, inputs.softcap, of_rows, at_rows(upstream, rows))
             sums.add(gradient, hidden_CH, rows)
-            del z_CV, gradient
         return sums.gradients()
 
     def _chunks(self, inputs: HiddenInputs) -> Iterator[slice]:
@@ -123,41 +131,38 @@ _BLOCK = 2**13
 class _Sums:
     """The gradients, a chunk of rows after another, in the accumulation dtype where there are several."""
 
-    def __init__(self, inputs: HiddenInputs, needs: Needs) -> None:
-        self._inputs, self._needs = inputs, needs
-        hidden, self._dtype = inputs.hidden, accumulation_dtype(inputs.hidden.dtype)
+    def __init__(self, inputs: HiddenInputs, needs: Needs, *, is_one: bool) -> None:
+        hidden, weight, self._inputs, self._needs, self._is_one = inputs.hidden, inputs.weight, inputs, needs, is_one
+        wide = accumulation_dtype(hidden.dtype)
         new = hidden.new_empty if inputs.counting is None else hidden.new_zeros
         self._hidden = new(hidden.shape) if needs.hidden else None
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
+        self._bias = hidden.new_zeros(len(weight), dtype=wide) if needs.bias else None
+        self._weight = self._part = None
+        if needs.weight and (is_one or weight.dtype == wide):
+            self._weight = (weight.new_empty if is_one else weight.new_zeros)(weight.shape)
+        elif needs.weight:
+            self._weight = weight.new_zeros(weight.shape, dtype=wide)
+            self._part = weight.new_empty(min(len(weight), _BLOCK), weight.shape[-1])
 
     def add(self, gradient_CV: Tensor, hidden_CH: Tensor, rows: slice) -> None:
-        inputs, needs = self._inputs, self._needs
+        inputs = self._inputs
         if self._hidden is not None and inputs.counting is None:
             torch.mm(gradient_CV, inputs.weight, out=self._hidden[rows])
         elif self._hidden is not None and inputs.counting is not None:
             self._hidden.index_copy_(0, inputs.counting[rows], gradient_CV @ inputs.weight)
-        if needs.weight:
-            self._add_weight(gradient_CV, hidden_CH, is_only=rows == slice(0, len(inputs.labels)))
-        if needs.bias:
-            part = gradient_CV.sum(0, dtype=self._dtype)
-            self._bias = part if self._bias is None else self._bias.add_(part)
-
-    def _add_weight(self, gradient_CV: Tensor, hidden_CH: Tensor, *, is_only: bool) -> None:
-        weight = self._inputs.weight
+        if self._bias is not None:
+            self._bias += gradient_CV.sum(0, dtype=self._bias.dtype)
         if self._weight is None:
-            dtype = weight.dtype if is_only else self._dtype
-            self._weight = weight.new_empty(weight.shape, dtype=dtype)
-            if dtype == weight.dtype:
-                torch.mm(gradient_CV.T, hidden_CH, out=self._weight)
-                return
-            self._weight.zero_()
-        if self._weight.dtype == weight.dtype:
-            self._weight.addmm_(gradient_CV.T, hidden_CH)
             return
-        for start in range(0, len(weight), _BLOCK):  # so that what is rounded takes little memory
-            columns = slice(start, start + _BLOCK)
-            self._weight[columns] += gradient_CV[:, columns].T @ hidden_CH
+        if self._is_one:
+            torch.mm(gradient_CV.T, hidden_CH, out=self._weight)
+        elif self._part is None:
+            self._weight.addmm_(gradient_CV.T, hidden_CH)
+        else:  # a block after another, so that what is rounded takes little memory
+            for start in range(0, len(self._weight), _BLOCK):
+                columns = slice(start, start + _BLOCK)
+                block = self._weight[columns]
+                block += torch.mm(gradient_CV[:, columns].T, hidden_CH, out=self._part[: len(block)])
 
     def gradients(self) -> Gradients:
         dtype = self._inputs.hidden.dtype

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compiled_logprobs.backends.base import HiddenBackend
 from compiled_logprobs.operation.contract import Clean, Results, Upstream, Wanted
-from compiled_logprobs.operation.hidden import Gradients, HiddenInputs, LogitsBackend, Needs, gradient_in_place
+from compiled_logprobs.operation.hidden import Gradients, HiddenInputs, LogitsBackend, Needs, Scratch, gradient_in_place
 from compiled_logprobs.operation.shards import Columns, highest, of_whole_rows, sums_of
 from compiled_logprobs.problem import Problem, accumulation_dtype, of_logits
 
@@ -54,11 +54,11 @@ class ChunkedVocab(HiddenBackend):
         here: list[Tensor] = []
         rows: Clean | None = None
         argmax: Tensor | None = None
-        for columns in self._chunks(inputs):
-            z_NB = inputs.product(hidden_NH, columns)
-            serving = self._of(columns, inputs, logits_backend)
-            rows, part, is_here = serving.forward(inputs.at(z_NB, all_rows), wanted)
-            del z_NB
+        chunks = list(self._chunks(inputs))
+        scratch = Scratch(inputs, chunks[0].stop * len(hidden_NH))
+        for columns in chunks:
+            chunk = scratch.multiply(hidden_NH, all_rows, columns)
+            rows, part, is_here = self._of(columns, inputs, logits_backend).forward(chunk.inputs, wanted)
             if part.argmax is not None:
                 first = part.argmax + columns.start
                 argmax = first if argmax is None else torch.where(part.stats[0] > _highest(parts), first, argmax)
@@ -84,25 +84,20 @@ class ChunkedVocab(HiddenBackend):
         of_bias = torch.empty_like(bias) if needs.bias and bias is not None else None
         wide = accumulation_dtype(hidden_NH.dtype)
         of_hidden = torch.zeros_like(hidden_NH, dtype=wide) if needs.hidden else None
-        for columns in self._chunks(inputs):
-            z_NB = inputs.product(hidden_NH, columns)
-            gradient_NB = gradient_in_place(
-                self._of(columns, inputs, logits_backend),
-                z_NB,
-                inputs.at(z_NB, all_rows),
-                inputs.softcap,
-                stats,
-                upstream,
-            )
+        chunks = list(self._chunks(inputs))
+        scratch = Scratch(inputs, chunks[0].stop * len(hidden_NH))
+        product = torch.empty_like(hidden_NH) if of_hidden is not None and wide != hidden_NH.dtype else None
+        for columns in chunks:
+            chunk, serving = scratch.multiply(hidden_NH, all_rows, columns), self._of(columns, inputs, logits_backend)
+            gradient_NB = gradient_in_place(serving, chunk, inputs.softcap, stats, upstream)
             if of_weight is not None:
                 torch.mm(gradient_NB.T, hidden_NH, out=of_weight[columns])
             if of_bias is not None:
                 of_bias[columns] = gradient_NB.sum(0, dtype=wide)
-            if of_hidden is not None and of_hidden.dtype == gradient_NB.dtype:
-                of_hidden.addmm_(gradient_NB, weight[columns])
+            if of_hidden is not None and product is not None:
+                of_hidden += torch.mm(gradient_NB, weight[columns], out=product)
             elif of_hidden is not None:
-                of_hidden += gradient_NB @ weight[columns]
-            del z_NB, gradient_NB
+                of_hidden.addmm_(gradient_NB, weight[columns])
         if of_hidden is not None:
             of_hidden = of_hidden.to(weight.dtype)
             if inputs.counting is not None:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from compiled_logprobs.arguments import has_saved_tensor_hooks
 from compiled_logprobs.operation.autograd import DIFFERENTIABLE, PLAIN, ForwardBackward, names, refuse_double_backward
@@ -58,14 +57,48 @@ class HiddenInputs(NamedTuple):
         """[C, H], of the rows that count."""
         return self.hidden[rows] if self.counting is None else self.hidden.index_select(0, self.counting[rows])
 
-    def product(self, hidden_CH: Tensor, columns: slice = slice(None)) -> Tensor:
-        """[C, columns]: z, in the dtype of the hidden states."""
-        return functional.linear(hidden_CH, self.weight[columns], None if self.bias is None else self.bias[columns])
 
-    def at(self, z_CV: Tensor, rows: slice) -> Inputs:
-        """What a backend over logits is given: z with its cap, in float32 where there is one, else z itself."""
-        t = self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
-        return Inputs(capped(z_CV, self.softcap), self.labels[rows], t, self.ignore_index)
+class Chunk(NamedTuple):
+    """The logits of some rows, or of some columns."""
+
+    z: Tensor
+    """In the dtype of the hidden states."""
+    inputs: Inputs
+    """What a backend over logits is given: z with its cap, in the accumulation dtype where there is one, else z."""
+
+
+class Scratch:
+    """Memory in which one chunk after another is computed.
+
+    Were it taken anew for each, what is allocated in between would lie in the holes, and a process would take more with
+    each chunk.
+    """
+
+    def __init__(self, inputs: HiddenInputs, logits: int, *, is_known: bool = False) -> None:
+        """Have room for chunks of at most so many logits, or for no product where it is known."""
+        self._inputs, hidden = inputs, inputs.hidden
+        self._z = hidden.new_empty(0 if is_known else logits)
+        is_capped = inputs.softcap is not None
+        self._x = hidden.new_empty(logits, dtype=accumulation_dtype(hidden.dtype)) if is_capped else None
+
+    def multiply(self, hidden_CH: Tensor, rows: slice, columns: slice = slice(None)) -> Chunk:
+        """The logits [C, columns] of these rows, until the next ones are asked for."""
+        inputs = self._inputs
+        weight = inputs.weight[columns]
+        z = self._z[: len(hidden_CH) * len(weight)].view(len(hidden_CH), len(weight))
+        if inputs.bias is None:
+            torch.mm(hidden_CH, weight.T, out=z)
+        else:
+            torch.addmm(inputs.bias[columns], hidden_CH, weight.T, out=z)
+        return self.cap(z, rows)
+
+    def cap(self, z: Tensor, rows: slice) -> Chunk:
+        """The same, of a product that is known."""
+        inputs, x = self._inputs, z
+        if self._x is not None and inputs.softcap is not None:
+            x = cap(z, inputs.softcap, self._x[: z.numel()].view(z.shape))
+        t = inputs.temperature[rows] if isinstance(inputs.temperature, Tensor) else inputs.temperature
+        return Chunk(z, Inputs(x, inputs.labels[rows], t, inputs.ignore_index))
 
 
 class Needs(NamedTuple):
@@ -106,13 +139,9 @@ class FromHidden(Protocol):
     ) -> Gradients: ...
 
 
-def capped(z: Tensor, softcap: float | None) -> Tensor:
-    """c tanh(z / c), new and in the accumulation dtype; z itself where there is no cap."""
-    if softcap is None:
-        return z
-    wide = accumulation_dtype(z.dtype)  # before the division, which would round in half precision
-    quotient = z / softcap if z.dtype == wide else z.to(wide).div_(softcap)
-    return quotient.tanh_().mul_(softcap)
+def cap(z: Tensor, softcap: float, out: Tensor) -> Tensor:
+    """c tanh(z / c), in `out`, whose dtype is the accumulation dtype: a division in half precision would round."""
+    return out.copy_(z).div_(softcap).tanh_().mul_(softcap)
 
 
 class Differentiates(Protocol):
@@ -122,22 +151,19 @@ class Differentiates(Protocol):
 
 
 def gradient_in_place(
-    backend: Differentiates,
-    z: Tensor,
-    inputs: Inputs,
-    softcap: float | None,
-    stats: Tensor,
-    upstream: Upstream,
+    backend: Differentiates, chunk: Chunk, softcap: float | None, stats: Tensor, upstream: Upstream
 ) -> Tensor:
-    """dz [C, V], over the memory of `z`; `inputs` as `HiddenInputs.at` made them of it."""
+    """dz, over the memory of the chunk's z."""
+    z, inputs = chunk
     gradient = backend.backward(inputs, stats, upstream, inplace=True)
     if softcap is None:
         return gradient
     step = max(1, PIECE // z.shape[-1])
+    slope = torch.empty_like(gradient[:step])
     for start in range(0, len(z), step):
         piece = z[start : start + step]
-        slope = capped(piece, softcap).div_(softcap).square_().neg_().add_(1.0)
-        piece.copy_(slope.mul_(gradient[start : start + step]))
+        part = cap(piece, softcap, slope[: len(piece)]).div_(softcap).square_().neg_().add_(1.0)
+        piece.copy_(part.mul_(gradient[start : start + step]))
     return z
 
 
