@@ -76,7 +76,10 @@ def as_argument(temperature: float | Tensor, at: Tensor) -> Tensor | None:
     1."""
     if isinstance(temperature, Tensor):
         return temperature
-    return None if temperature == 1.0 else torch.tensor(temperature, dtype=torch.float64, device=at.device)
+    if temperature == 1.0:
+        return None
+    dtype = torch.float64 if at.is_cpu else accumulation_dtype(at.dtype)
+    return torch.full((), temperature, dtype=dtype, device=at.device)  # torch.tensor would copy it from the host
 
 
 def as_given(temperature: Tensor | None, per_token: bool, at: Tensor) -> float | Tensor:

@@ -76,6 +76,23 @@ def test_a_graph_has_the_same_bits_as_outside(backend, dynamic):
                 torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 
+def test_a_number_that_the_host_may_not_read_is_one_temperature_a_row_with_the_same_bits(monkeypatch):
+    """As on an accelerator, whose tensors are not on the CPU."""
+    logits, labels = inputs(3, 6)
+    expected = value_and_gradient(of_slice, logits, labels, 0.7, "cpp")
+    inside = compiled(of_slice)
+    value_and_gradient(inside, logits, labels, 0.7, "cpp")
+    temperatures = []
+    run = graph.run_forward
+    monkeypatch.setattr(
+        graph, "run_forward", lambda a, b, c, t, *rest: (temperatures.append(t), run(a, b, c, t, *rest))[1]
+    )
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    got = value_and_gradient(inside, logits, labels, 0.7, "cpp")
+    assert [temperature.shape for temperature in temperatures] == [(3, 5)]
+    assert all(map(torch.equal, got, expected))
+
+
 class Mine(Eager):
     """Somebody's backend, which has bits of its own."""
 

@@ -187,6 +187,13 @@ def check_that_bits_do_not_depend_on_what_else_is_asked() -> None:
         apart = torch.zeros(count, 321, dtype=torch.bfloat16)[:, 5:309].copy_(inputs.logits[:count])
         alone = TRITON.forward(Inputs(apart, inputs.labels[:count], inputs.temperature, IGNORED), Wanted())
         assert same_bits(alone.log_probs, everything.log_probs[:count])
+    rows, upstream = len(inputs.logits), Upstream(torch.ones(inputs.labels.shape))
+    number = inputs._replace(temperature=0.7)  # on a device a graph makes it one a row
+    a_row = inputs._replace(temperature=torch.full((rows,), 0.7))
+    results = TRITON.forward(number, Wanted())
+    assert same_bits(TRITON.forward(a_row, Wanted()).log_probs, results.log_probs)
+    gradients = [TRITON.backward(given, results.stats, upstream, inplace=False) for given in (number, a_row)]
+    assert same_bits(*gradients)
     print("the same bits", flush=True)
 
 
