@@ -5,6 +5,8 @@ Where there is no GPU the same tests run on the CPU, with small sizes, and stand
 Shapes: N rows, B x T rows of a slice, V vocabulary, K labels a row.
 """
 
+from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -13,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from compiled_logprobs import BackendUnavailable, InputError, backends, log_probs_from_logits
+from compiled_logprobs import BackendUnavailable, InputError, backends, explain, log_probs_from_logits, warm
+from compiled_logprobs.api import call
 from compiled_logprobs.backends.eager import CHUNK_ELEMENTS_ELSEWHERE
+from compiled_logprobs.choose import auto
 from compiled_logprobs.machine.clock import MIB, extra_peak_bytes, free_memory
 from compiled_logprobs.operation.reference import reference
 from tests.helpers.fake_streams import FakeGraph, stand_in_for_streams_and_graphs
@@ -47,6 +51,8 @@ SIZES = count(VOCAB + 16 if IS_GPU else VOCAB, 16)
 
 
 each_backend = pytest.mark.parametrize("backend", backends())
+in_a_graph = partial(torch.compile, fullgraph=True, **({} if IS_GPU else {"backend": "aot_eager"}))
+"""Without Inductor on a CPU, where it would only take time."""
 
 
 class Results(NamedTuple):
@@ -74,10 +80,19 @@ def run(backend: str, logits: Tensor, labels: Tensor, **options) -> Results:
     try:
         results = log_probs_from_logits(logits, labels, backend=backend, **options)
     except BackendUnavailable as error:
-        pytest.skip(f"{backend}: {str(error).splitlines()[0].rpartition(': ')[2]}")
+        skip_without(backend, error)
     if not isinstance(results, tuple):
         return Results(results)
     return Results(*(getattr(results, name) for name in Results._fields))
+
+
+def skip_without(backend: str, error: BackendUnavailable) -> None:
+    pytest.skip(f"{backend}: {str(error).splitlines()[0].rpartition(': ')[2]}")
+
+
+def skip_without_memory(size: float) -> None:
+    if free_memory(DEVICE) < size:
+        pytest.skip(f"takes {size / 2**30:.0f} GiB of free memory")
 
 
 def logits_of(*rows: int, vocab: int = VOCAB) -> Tensor:
@@ -211,6 +226,11 @@ def test_a_graph_captured_after_a_warm_call_computes_anew(backend):
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
+    hold_replays(step, logits, labels)
+
+
+def hold_replays(step: Callable[[], tuple[Tensor, ...]], logits: Tensor, labels: Tensor) -> None:
+    """Capture `step`, and replay it on other logits and labels in the same memory."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = step()
@@ -218,12 +238,70 @@ def test_a_graph_captured_after_a_warm_call_computes_anew(backend):
         graph.record(step, results)
     for _ in range(2):
         with torch.no_grad():
-            logits.copy_(logits_of(8))
-            labels.copy_(labels_of(8))
+            logits.normal_()
+            labels.copy_(labels_of(len(labels)))
         graph.replay()
         torch.cuda.synchronize()
         for replayed, expected in zip(results, step(), strict=True):
             assert torch.equal(replayed, expected)
+
+
+@pytest.mark.parametrize("backend", [*backends(), "auto"])
+@pytest.mark.parametrize(
+    ("rows", "grad"), [(8, True), (8, False), pytest.param(BEYOND // VOCAB + 3, True, id="32_bits")]
+)
+def test_a_capture_needs_no_call_before_but_warm(backend, rows, grad):
+    """Forward and backward, or forward in inference mode; and of more logits than 32 bits count."""
+    skip_without_memory(6 * rows * VOCAB * 2)
+    logits = torch.empty(rows, VOCAB, dtype=torch.bfloat16, device=DEVICE).normal_().requires_grad_(grad)
+    labels, g = labels_of(rows), torch.randn(rows, device=DEVICE)
+    try:
+        warm(explain(logits, labels, temperature=0.7).problem, device=DEVICE, backend=backend)
+    except BackendUnavailable as error:
+        skip_without(backend, error)
+
+    def step() -> tuple[Tensor, ...]:
+        with torch.inference_mode(not grad):
+            log_probs = log_probs_from_logits(logits, labels, temperature=0.7, backend=backend)
+        return log_probs.detach(), *(torch.autograd.grad(log_probs, logits, g) if grad else ())
+
+    hold_replays(step, logits, labels)
+
+
+@pytest.mark.parametrize("backend", ["compiled", "auto"])
+def test_a_capture_of_what_is_not_warm_is_refused_and_names_warm(backend, monkeypatch):
+    vocab = VOCAB + 8  # for which nothing was compiled
+    logits, labels = logits_of(3, vocab=vocab), labels_of(3, vocab=vocab)
+    if not IS_GPU:
+        for module in (call, auto):
+            monkeypatch.setattr(module, "is_capturing", lambda problem: True)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(BackendUnavailable, match="Call warm"), torch.cuda.graph(graph):
+        log_probs_from_logits(logits, labels, backend=backend)
+    monkeypatch.undo()
+    run("eager", logits, labels)  # after which the device is as it was
+
+
+@pytest.mark.parametrize(
+    ("backend", "inplace"),
+    [*((name, False) for name in backends() if name != "eager"), ("auto", True)],  # eager is a formula in graphs
+)
+def test_a_graph_made_of_cuda_graphs_has_the_same_bits_as_outside(backend, inplace):
+    """Called to compile it, to record it, and to replay it."""
+    labels, g = labels_of(8), torch.randn(8, device=DEVICE)
+
+    def step(logits: Tensor, labels: Tensor) -> Tensor:
+        return log_probs_from_logits(logits * 2, labels, backend=backend, inplace_backward=inplace)
+
+    run(backend, logits_of(8).requires_grad_() * 2, labels, inplace_backward=inplace)
+    inside = in_a_graph(step, **({"mode": "reduce-overhead"} if IS_GPU else {}))
+    for _ in range(4):
+        logits = logits_of(8).requires_grad_()
+        torch.compiler.cudagraph_mark_step_begin()
+        log_probs = inside(logits, labels)
+        got = log_probs.detach().clone(), torch.autograd.grad(log_probs, logits, g)[0].clone()
+        expected = step(logits, labels)
+        assert torch.equal(got[0], expected) and torch.equal(got[1], torch.autograd.grad(expected, logits, g)[0])
 
 
 @each_backend
@@ -285,6 +363,20 @@ def test_a_checkpoint_recomputes_the_same(backend, is_reentrant):
     torch.testing.assert_close(hidden.grad, expected)
 
 
+@pytest.mark.parametrize("backend", ["compiled", "auto"])
+def test_a_checkpoint_in_a_graph_recomputes_the_same(backend):
+    hidden = torch.randn(8, 16, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    head, labels = torch.randn(16, VOCAB, device=DEVICE, dtype=torch.bfloat16), labels_of(8)
+
+    def loss(hidden: Tensor) -> Tensor:
+        return log_probs_from_logits(hidden @ head, labels, backend=backend).sum()
+
+    run(backend, (hidden @ head).detach().requires_grad_(), labels)
+    (expected,) = torch.autograd.grad(loss(hidden), hidden)
+    in_a_graph(lambda hidden: checkpoint(loss, hidden, use_reentrant=False))(hidden).backward()
+    torch.testing.assert_close(hidden.grad, expected)
+
+
 @each_backend
 @pytest.mark.parametrize("mode", PROMISED if IS_GPU else ["inplace"])
 def test_the_peak_of_memory_is_what_was_promised_cold_and_warm(backend, mode, record_property):
@@ -309,15 +401,15 @@ def test_the_peak_of_memory_is_what_was_promised_cold_and_warm(backend, mode, re
         assert peak <= promised or not IS_GPU  # on a CPU it is that of the process, the compiler's included
 
 
-@each_backend
-def test_more_logits_than_32_bits_count(backend):
+@pytest.mark.parametrize(("backend", "is_graph"), [*((name, False) for name in backends()), ("auto", True)])
+def test_more_logits_than_32_bits_count(backend, is_graph):
     rows = BEYOND // VOCAB + 3
-    size = rows * VOCAB * 2
-    if free_memory(DEVICE) < 3.2 * size:
-        pytest.skip(f"takes {3.2 * size / 2**30:.0f} GiB of free memory")
+    skip_without_memory(3.2 * rows * VOCAB * 2)
     logits = torch.empty(rows, VOCAB, dtype=torch.bfloat16, device=DEVICE).normal_().requires_grad_()
     labels, g = labels_of(rows), torch.randn(rows, device=DEVICE)
     got = run(backend, logits, labels)
+    if is_graph:
+        got = Results(in_a_graph(partial(log_probs_from_logits, backend=backend))(logits, labels))
     (gradient,) = torch.autograd.grad(got.log_probs, logits, g)
     some = torch.tensor([0, 1, BEYOND // VOCAB - 1, BEYOND // VOCAB, rows - 1], device=DEVICE)  # the border is in one
     hold(logits.detach()[some], labels[some], Results(got.log_probs[some]), gradient[some], g[some])
