@@ -401,6 +401,25 @@ def test_the_peak_of_memory_is_what_was_promised_cold_and_warm(backend, mode, re
         assert peak <= promised or not IS_GPU  # on a CPU it is that of the process, the compiler's included
 
 
+def test_in_a_graph_the_peak_of_memory_in_place_is_that_of_the_logits_alone(record_property):
+    """Where the graph computed them, and nothing else needs them."""
+    rows = min(LARGE_ROWS, free_memory(DEVICE) // (8 * 2 * VOCAB))
+    hidden = torch.randn(rows, 16, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    head, labels = torch.randn(16, VOCAB, device=DEVICE, dtype=torch.bfloat16), labels_of(rows)
+
+    @in_a_graph
+    def loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        return log_probs_from_logits(hidden @ head, labels, inplace_backward=True).sum()
+
+    def step() -> object:
+        return torch.autograd.grad(loss(hidden, head, labels), hidden)
+
+    step()
+    peak, size = extra_peak_bytes(step, DEVICE), rows * VOCAB * 2
+    record_property("in a graph, in place, x the logits", round(peak / size, 4))
+    assert peak <= 1.1 * size + BESIDE_OTHERS or not IS_GPU
+
+
 @pytest.mark.parametrize(("backend", "is_graph"), [*((name, False) for name in backends()), ("auto", True)])
 def test_more_logits_than_32_bits_count(backend, is_graph):
     rows = BEYOND // VOCAB + 3
