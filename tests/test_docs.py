@@ -14,6 +14,7 @@ import torch
 from typer.main import get_command
 
 from benchmarks import picture
+from compiled_logprobs import check_backend
 from compiled_logprobs.api import functions
 from compiled_logprobs.choose.explain import explain_problem
 from compiled_logprobs.cli.main import app
@@ -70,6 +71,18 @@ def test_python_on_a_page_runs_from_top_to_bottom(page, tmp_path):
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, f"{program}\n{done.stderr[-3000:]}"
+
+
+def test_the_sample_of_a_check_counts_what_it_counts_now():
+    def function(logits, labels):
+        return -torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+    report = check_backend(function, vocab=131)
+    with_limit = list(dict.fromkeys(check.name for check in report.checks if check.limit is not None))
+    (sample,) = (block for block in blocks(ROOT / "docs" / "check.md", "text") if "The worst of each check" in block)
+    assert sample.startswith(f"function: passed {len(report.checks)} of {len(report.checks)} checks\n")
+    assert [line.split()[0] for line in sample.splitlines()[4 : 4 + len(with_limit)]] == with_limit
+    assert f"\nand {len({check.name for check in report.checks}) - len(with_limit)} checks without a limit" in sample
 
 
 def test_every_block_says_its_language_and_the_exceptions_are_few():

@@ -94,7 +94,8 @@ def call_once(subject: Subject, inputs: CaseInputs, notes: Notes, *, with_gradie
         announced = logits._version > version
         notes.add("version_counter", announced or not changed, "the logits changed, their version did not")
     notes.add("outside_write", not arena.surroundings_changed(), "memory beside the logits was written")
-    if raised and inputs.case.may_refuse and isinstance(subject, Function):
+    is_accident = bool(inputs.case.accident) and inputs.case.accident in raised
+    if raised and inputs.case.may_refuse and not is_accident and isinstance(subject, Function):
         notes.refuse(raised)
         raise Refused
     notes.require("runs", not raised, raised)

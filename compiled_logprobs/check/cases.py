@@ -21,8 +21,8 @@ PADDING = 16
 REAL_VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 """Llama 2, GPT-2, Llama 3, Qwen and Gemma: multiples of 128, of which one a power of 2, and an odd one; the most above
 2^16."""
-MANY_ROWS, FEW_COLUMNS = 1037, 131
-"""More rows than one block or a small grid has, with so few columns that they take no time."""
+MANY_ROWS, FEW_COLUMNS = (1024, 1037), 131
+"""As many rows as a block or a small grid has, and more, with so few columns that they take no time."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Case:
     strided_labels: bool = False
     may_refuse: bool = False
     """Whether a function may raise: what it does not take is said of it, and no failure."""
+    accident: str = ""
+    """What an error says that no refusal does."""
     mistake: str = ""
     """What is wrong with a function that is right for all other inputs."""
 
@@ -152,7 +154,14 @@ def _odd_labels(few: int, *, ignore_index: bool) -> list[Case]:
 def _foreign(few: int, *, one_a_token: bool) -> list[Case]:
     contiguous = "reads the {} as if they were contiguous: go by their strides, or call contiguous() first"
     cases = [
-        Case("strided and misaligned", few, strided=True),
+        Case(
+            "strided and misaligned rows",
+            few,
+            strided=True,
+            may_refuse=True,
+            accident="view size is not compatible",
+            mistake=contiguous.format("rows of the logits"),
+        ),
         Case(
             "a last stride of 2",
             few,
@@ -171,7 +180,7 @@ def _foreign(few: int, *, one_a_token: bool) -> list[Case]:
 def _elsewhere(vocabularies: tuple[int, ...]) -> list[Case]:
     return [
         *(Case(f"a vocabulary of {vocab}", 3, vocab=vocab, ignored=0.0) for vocab in vocabularies),
-        Case(f"{MANY_ROWS} rows of {FEW_COLUMNS}", MANY_ROWS, vocab=FEW_COLUMNS),
+        *(Case(f"{rows} rows of {FEW_COLUMNS}", rows, vocab=FEW_COLUMNS) for rows in MANY_ROWS),
     ]
 
 

@@ -66,6 +66,8 @@ def _reading(gradient: Tensor, upstream: Tensor, probe: Probe) -> str | None:
     is_rounded = probe.problem.dtype == torch.float32 and torch.equal(gradient, gradient.bfloat16().double())
     if is_right and is_rounded:
         return "is rounded to bfloat16, whatever the logits are"
+    if words := "" if is_right else _about_upstream(gradient, true, upstream.double()):
+        return words
     if words := _about_zeros(gradient, true * g, probe):
         return words
     measured = {f"is {1 + share(true * g):.4g} times the right one": (1 + share(true * g)) * true * g}
@@ -89,6 +91,22 @@ def _first_that_fits(gradient: Tensor, readings: dict[str, Tensor]) -> str | Non
         words for tolerance in TOLERANCES for words, values in readings.items() if same(gradient, values, tolerance)
     )
     return next(fitting, None)
+
+
+def _about_upstream(gradient: Tensor, true: Tensor, upstream: Tensor) -> str:
+    """What it takes for the upstream gradient, where each row is right but for a number of its own."""
+    taken = (gradient * true).sum(-1) / true.square().sum(-1)
+    largest = float(taken.abs().max())
+    if not same(gradient, true * taken[:, None], COARSELY):
+        return ""
+    readings = {
+        "takes the upstream gradient without its sign": upstream.abs(),
+        "takes the sign alone of the upstream gradient": upstream.sign(),
+        "leaves out a negative upstream gradient: it is clamped at 0": upstream.clamp(min=0.0),
+        "leaves out a positive upstream gradient: it is clamped at 0": upstream.clamp(max=0.0),
+        f"clamps the upstream gradient to {largest:.3g}": upstream.clamp(-largest, largest),
+    }
+    return next((words for words, values in readings.items() if same(taken, values, COARSELY)), "")
 
 
 def _about_zeros(gradient: Tensor, true: Tensor, probe: Probe) -> str:

@@ -15,11 +15,13 @@ from compiled_logprobs.operation.contract import Upstream, in_dtype
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem, accumulation_dtype, results_of
 
-CHECKED_ELEMENTS = 2**24
-"""Larger inputs are compared with the reference on `SAMPLED_ROWS` rows, the first and the last among them."""
-SAMPLED_ROWS = 64
+COMPARED_LOGITS, FEWEST_COMPARED = 2**22, 16
+"""Larger inputs are compared with the reference on as many rows as hold so many, or a few, the first and the last among
+them. What needs no reference is looked at in all rows: signs, ignored labels, memory, bits."""
 FEWEST_ROWS_FOR_SILENCE = 4
 """With so many, all that comes from above one of them is 0, as of a token that a mask leaves out of the loss."""
+TEMPERATURES = 0.2, 2.0
+"""The lowest and the highest, but for those of a case."""
 DIFFERENTIABLE = Upstream._fields
 PLAIN_CEILING = 64.0
 """How many times eps(float32) times the row's largest |x| plain torch may be off: what its sums cost at V = 2^18."""
@@ -50,7 +52,15 @@ class CaseInputs:
 
     ceiling = PLAIN_CEILING
 
-    def __init__(self, case: Case, problem: Problem, yardstick: dict[str, float], generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        case: Case,
+        problem: Problem,
+        yardstick: dict[str, float],
+        generator: torch.Generator,
+        *,
+        solved: bool = True,
+    ) -> None:
         device = generator.device
         if case.vocab is not None:
             problem = problem._replace(vocab=case.vocab)
@@ -63,7 +73,7 @@ class CaseInputs:
         self.labels = labels_for(case, self.arena.logits, problem, generator)
         self.ignored = self.labels == case.ignore_index
         """[R, K]"""
-        least, most = (case.temperature,) * 2 if isinstance(case.temperature, float) else (0.5, 2.0)
+        least, most = (case.temperature,) * 2 if isinstance(case.temperature, float) else TEMPERATURES
         self.temperature: float | Tensor = 1.0
         if problem.temperature == "number":
             self.temperature = float(torch.empty((), device=device).uniform_(least, most, generator=generator))
@@ -81,12 +91,14 @@ class CaseInputs:
                 grad.view(count, -1)[row] = 0.0
         self.sample = torch.arange(count, device=device)
         """Which rows, of N, are compared with the reference."""
-        if count * problem.vocab > CHECKED_ELEMENTS and count > SAMPLED_ROWS:
-            inner = 1 + torch.randperm(count - 2, generator=generator, device=device)[: SAMPLED_ROWS - 2]
+        compared = rows_compared(problem.vocab)
+        if count > compared:
+            inner = 1 + torch.randperm(count - 2, generator=generator, device=device)[: compared - 2]
             self.sample = torch.cat([self.sample[:1], inner.sort().values, self.sample[-1:]])
         t = self.temperature
         self.row_temperature = self.sampled(t, 1) if isinstance(t, Tensor) else t
-        self.solve()
+        if solved:  # else nothing is held against the truth
+            self.solve()
 
     def sampled(self, tensor: Tensor, columns: int) -> Tensor:
         """[n, columns]: the compared rows of a tensor [R, columns] or, with one column, [R]."""
@@ -117,10 +129,18 @@ class CaseInputs:
         # What comes from above a result has its dtype.
         rounded = {name: grad.to(problem.out_dtype) for name, grad in upstream.items()}
         dtype = accumulation_dtype(problem.dtype)
-        plain = reference(logits, labels, t, ignore_index=self.case.ignore_index, dtype=dtype, **rounded)
+        # Where what is looked for is gross, plain torch's own error is not worth its time.
+        plain = self.true
+        if self.case.vocab is None:
+            plain = reference(logits, labels, t, ignore_index=self.case.ignore_index, dtype=dtype, **rounded)
         asked = {name: in_dtype(getattr(plain, name), problem.out_dtype) for name in names_of(problem)}
         gradient = None if plain.gradient is None else plain.gradient.to(problem.dtype)
         self.plain = Returned(**asked, gradient=gradient)
+
+
+def rows_compared(vocab: int) -> int:
+    """How many rows are compared with the reference at most."""
+    return max(FEWEST_COMPARED, COMPARED_LOGITS // vocab)
 
 
 def names_of(problem: Problem) -> tuple[str, ...]:

@@ -27,8 +27,8 @@ ROWS_OF_A_FIT = 6
 """As many as it takes to find one number."""
 
 LOSS = (
-    "returns the loss: positive where a log-probability must be negative. Negate it, or, if a loss is what it is for, "
-    "say --returns loss"
+    "returns the loss: positive where a log-probability must be negative, as abs() leaves it. Negate it, or, if a loss "
+    "is what it is for, say --returns loss"
 )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.check.cases import Case
-from compiled_logprobs.check.inputs import PLAIN_CEILING, SAMPLED_ROWS, CaseInputs, Returned
+from compiled_logprobs.check.inputs import PLAIN_CEILING, CaseInputs, Returned
 from compiled_logprobs.check.report import Errors, Notes
 from compiled_logprobs.decision import Kind
 from compiled_logprobs.operation.reference import Reference
@@ -21,8 +21,8 @@ EPS = torch.finfo(torch.float32).eps
 BUDGET = 2.0
 """How many times the error of plain torch a backend may make."""
 FEWEST_ROWS_FOR_A_MEAN = 4
-YARDSTICK_ELEMENTS = 2**22
-"""How many logits tell how far plain torch is off on ordinary rows."""
+YARDSTICK_LOGITS, YARDSTICK_ROWS = 2**22, 64
+"""How many logits, in how many rows at most, tell how far plain torch is off on ordinary rows."""
 OF_ROWS: tuple[Kind, ...] = ("entropy", "logsumexp", "sum_p_squared")
 """Numbers that are returned one a row."""
 
@@ -117,13 +117,18 @@ def _errors(inputs: Judged, results: Returned) -> Iterator[tuple[Errors, Tensor,
         yield Errors("gradient", gradient, true.gradient, kept_rows, inputs.sample), plain.gradient, scale.double()
 
 
+def yardstick_rows(vocab: int) -> int:
+    """How many rows tell how far plain torch is off."""
+    return min(YARDSTICK_ROWS, max(8, YARDSTICK_LOGITS // vocab))
+
+
 def plain_yardstick(problem: Problem, generator: torch.Generator) -> dict[str, float]:
     """How far plain torch is off on ordinary rows, by the name of the check, in eps(float32) times the row's scale.
 
     On the few rows of a case it may be right by luck, and a backend that is as good on the average must not be stopped
     for it.
     """
-    rows = min(SAMPLED_ROWS, max(8, YARDSTICK_ELEMENTS // problem.vocab))
+    rows = yardstick_rows(problem.vocab)
     plain = problem._replace(layout="flat", aligned=True, masked_logits=False)
     inputs = CaseInputs(Case("ordinary rows", rows, ignored=0.0), plain, {}, generator)
     yardstick: dict[str, float] = {}

@@ -76,7 +76,11 @@ def reference(
         with torch.set_grad_enabled(want_gradient):
             part = _rows(x, y_NK[n], t[n], ignore_index)
         if want_gradient:
-            (gradient,) = torch.autograd.grad([*part[:3]], [x], [g_NK[n], h_N[n], i_N[n]])
+            through = zip(part[:3], (g_NK[n], h_N[n], i_N[n]), given, strict=True)
+            results, grads = zip(
+                *((result, grad) for result, grad, (asked, _) in through if asked is not None), strict=True
+            )
+            (gradient,) = torch.autograd.grad(results, [x], grads)
             part = part._replace(gradient=_with_special_rows(gradient, y_NK[n], t[n], ignore_index))
         parts.append(tuple(part))
 

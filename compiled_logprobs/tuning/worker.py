@@ -24,10 +24,10 @@ from compiled_logprobs.backends import get_backend, is_built_in, register_backen
 from compiled_logprobs.backends.base import AnyBackend
 from compiled_logprobs.check.cases import cases
 from compiled_logprobs.check.hidden_run import ROWS_OF_LOGITS
-from compiled_logprobs.check.inputs import CHECKED_ELEMENTS, SAMPLED_ROWS
+from compiled_logprobs.check.inputs import rows_compared
 from compiled_logprobs.check.report import CheckReport
 from compiled_logprobs.check.run import check_backend
-from compiled_logprobs.check.verdicts import YARDSTICK_ELEMENTS
+from compiled_logprobs.check.verdicts import yardstick_rows
 from compiled_logprobs.decision import PLAIN
 from compiled_logprobs.errors import BackendUnavailable, is_out_of_memory, nothing_can_serve_after
 from compiled_logprobs.machine.bandwidth import measured_bandwidth, percent_of_bandwidth
@@ -347,8 +347,7 @@ def bytes_of_check(problem: Problem) -> int:
     rows = problem.rows if problem.hidden is None else min(problem.rows, ROWS_OF_LOGITS)
     logits = rows * problem.vocab
     a_logit = OF_A_COPIED_LOGIT if problem.layout == "slice" else BYTES_OF_A_LOGIT
-    yardstick = min(SAMPLED_ROWS, max(8, YARDSTICK_ELEMENTS // problem.vocab)) * problem.vocab
-    compared = max(yardstick, min(logits, CHECKED_ELEMENTS))
+    compared = max(yardstick_rows(problem.vocab), min(rows, rows_compared(problem.vocab))) * problem.vocab
     return a_logit * max(1, problem.dtype.itemsize // 4) * logits + OF_A_COMPARED_LOGIT * compared
 
 

@@ -704,10 +704,21 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
         ("the entropy is detached", with_entropy(lambda x, t: entropy_of(x.detach() / t))),
         ("the logsumexp is detached", beside("logsumexp", lambda x, t: (x.detach() / t).logsumexp(-1))),
     ],
-    "gradient_sign": [(GRADIENT + "is of the loss", lambda x, y: _Replaced.apply(positive(x, y), good(x, y).detach()))],
+    "gradient_sign": [
+        (GRADIENT + "is of the loss", lambda x, y: _Replaced.apply(positive(x, y), good(x, y).detach())),
+        (GRADIENT + "takes the upstream gradient without its sign", with_gradient(of_the_saved(torch.abs))),
+    ],
     "gradient_error": [
         (GRADIENT + "lacks the division by the temperature", temperature_missing_in_the_gradient),
         (GRADIENT + "takes the upstream gradient for 1", upstream_gradient_taken_as_one),
+        *(
+            (GRADIENT + words, with_gradient(of_the_saved(change)), PROBLEM._replace(temperature="none"))
+            for words, change in (
+                ("clamps the upstream gradient to 0.5", lambda g: g.clamp(-0.5, 0.5)),
+                ("leaves out a negative upstream gradient", lambda g: g.clamp(min=0.0)),
+                ("takes the sign alone of the upstream gradient", torch.sign),
+            )
+        ),
         *(
             ("loses labels that are nearly certain", with_gradient(rounds_probabilities), PROBLEM._replace(dtype=dtype))
             for dtype in (torch.bfloat16, torch.float16)
@@ -759,9 +770,8 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
         ),
         ("makes a number of a row that holds NaN", lambda x, y: good(x, y).nan_to_num(nan=0.0)),
         ("makes a number of a label at -inf", lambda x, y: good(x.clamp(min=-1e4), y)),
-        # Reads rows as if they were contiguous.
         (
-            ORDINARY + "strided and misaligned",
+            "reads the rows of the logits as if",
             lambda x, y: good(x.as_strided(x.shape, (x.shape[-1] * x.stride(-1), x.stride(-1))), y),
         ),
         ("reads the columns of the logits as if", lambda x, y: good(x.as_strided(x.shape, (x.stride(0), 1)), y)),
