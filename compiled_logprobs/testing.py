@@ -20,6 +20,7 @@ def assert_log_probs(
     call: str | None = None,
     returns: Returns = "log_prob",
     group: Any = None,
+    from_hidden: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> None:
     """Check a function, or a backend, and fail where it is wrong. The arguments are those of `check_backend`.
@@ -40,6 +41,7 @@ def assert_log_probs(
         call=call,
         returns=returns,
         group=group,
+        from_hidden=from_hidden,
         tell=tell,
     )
     if report.passed:
