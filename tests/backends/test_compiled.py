@@ -20,6 +20,7 @@ from compiled_logprobs.operation.autograd import compute
 from compiled_logprobs.operation.contract import Inputs, Upstream, Wanted
 from compiled_logprobs.operation.reference import reference
 from compiled_logprobs.problem import Problem, layout_of
+from tests.helpers.host_syncs import without_host_syncs
 
 ROWS = [0, 1, 2, 3, 5, 7, 8, 16, 17, 31, 64, 100, 128, 255, 512, 1000, 1024, 2048, 4095, 4096]
 COMPILED = get_backend("compiled")
@@ -228,6 +229,24 @@ def test_the_forms_for_gpus_keep_the_contract(monkeypatch, vocab, layout, labels
             getattr(got, name).double(), getattr(true, name).double(), rtol=3e-6, atol=3e-5, equal_nan=True
         )
     torch.testing.assert_close(gradient.double(), true.gradient, rtol=3e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layout", ["flat", "slice"])
+def test_beyond_2_31_logits_no_value_is_read(monkeypatch, layout, inplace):
+    """Which would end a capture; as on a GPU, in parts, and again in inference mode."""
+    as_on_a_gpu(monkeypatch, compiles=False)
+    monkeypatch.setattr(compiled_module, "INT32_MAX", 8 * formula.BLOCK * 3)
+    logits = logits_of_every_kind(2500, layout)
+    inputs = Inputs(logits, torch.randint(2500, (*logits.shape[:-1], 1)), 0.7, -100)
+    expected = COMPILED.forward(inputs, ALL)
+    with without_host_syncs():
+        with torch.inference_mode():
+            alone = COMPILED.forward(inputs, Wanted())
+        results = COMPILED.forward(inputs, ALL)
+        gradient = COMPILED.backward(inputs, results.stats, Upstream(torch.ones(inputs.labels.shape)), inplace=inplace)
+    assert torch.equal(alone.log_probs.nan_to_num(7.0), expected.log_probs.nan_to_num(7.0))
+    assert gradient.shape == logits.shape and not gradient.isnan().all()
 
 
 @pytest.mark.parametrize("inplace", [False, True])
