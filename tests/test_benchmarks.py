@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,6 +152,18 @@ def test_the_overhead_of_small_calls_has_all_figures(tmp_path):
 
 
 NOISY = ["--shape", "8x64", "--budget", "1", "--burst", "0.05", "--rounds", "3", "--tunes"]
+
+
+@pytest.mark.slow
+def test_ranks_have_all_figures_and_what_they_send_is_counted(tmp_path):
+    file = tmp_path / "ranks.json"
+    command = [sys.executable, "-m", "benchmarks.ranks", "--rows", "8", "--vocab", "64", "--rounds", "2"]
+    subprocess.run([*command, "--json", str(file)], check=True, cwd=Path(__file__).parents[1])
+    figures = json.loads(file.read_text())["figures"]
+    assert len(figures) == 8 and all(figure["times_as_long"] > 0 for figure in figures)
+    for figure in figures:
+        numbers = 8 + (3 if figure["entropy"] else 2) * 8 + 2
+        assert (figure["collectives"], figure["bytes"]) == (2, 4 * numbers)
 
 
 def test_choices_under_noise_are_held_against_the_best_and_none_is_not_within_the_limit(tmp_path, monkeypatch):
