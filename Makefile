@@ -16,9 +16,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := .venv-torch-$(VERSION)
 INTEGRATIONS := .venv-integrations
-# Together eight minutes, which is what CI has for them. In the foreground, so that Ctrl-C ends them as well.
+# Together eleven minutes; each run takes a minute or two. In the foreground, so that Ctrl-C ends them as well.
 INTEGRATIONS_LIMIT := 5m
 INTEGRATIONS_LIMIT_1.13 := 3m
+INTEGRATIONS_LIMIT_1.16 := 3m
 define within
 timeout --foreground $(1) $(2) || { code=$$?; [ $$code -ne 124 ] || \
 	echo "The integration tests took longer than $(1): see above which one it was at, and make it smaller." >&2; exit $$code; }
@@ -50,6 +51,8 @@ test-integrations: $(INTEGRATIONS)/.installed
 	$(call within,$(INTEGRATIONS_LIMIT),$(INTEGRATIONS)/bin/python -m pytest -v tests/integrations)
 	PYTHONPATH=$(INTEGRATIONS)/trl-1.13.0 \
 	$(call within,$(INTEGRATIONS_LIMIT_1.13),$(INTEGRATIONS)/bin/python -m pytest -v tests/integrations/test_trl.py)
+	PYTHONPATH=$(INTEGRATIONS)/trl-1.16.0 \
+	$(call within,$(INTEGRATIONS_LIMIT_1.16),$(INTEGRATIONS)/bin/python -m pytest -v tests/integrations/test_trl.py -k "not bfloat16")
 
 profile: .venv/.installed-flash-attn
 	$(BIN)/compiled-logprobs profile --budget 30
@@ -110,7 +113,7 @@ $(TORCH)/.installed: pyproject.toml constraints.txt
 	$(TORCH)/bin/python -m pip install --disable-pip-version-check -c $(TORCH)/constraints.txt $(FLASH_ATTENTION)
 	touch $@
 
-# TRL 1.14, the last version whose trainers call the functions that are replaced, and the versions around it, without their
+# TRL 1.14, the last version whose trainers compute from logits, and the versions around it, without their
 # dependencies, each in a folder of its own.
 $(INTEGRATIONS)/.installed: pyproject.toml tests/integrations/constraints.txt
 	$(PYTHON) -m venv $(INTEGRATIONS)

@@ -6,7 +6,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, distributed
 
-from compiled_logprobs import cross_entropy_from_logits, entropy_from_logits, log_probs_from_logits
+from compiled_logprobs import (
+    cross_entropy_from_logits,
+    entropy_from_logits,
+    log_probs_from_hidden,
+    log_probs_from_logits,
+)
 from compiled_logprobs.arguments import NO_LABEL, check_not_leaf, ranks_of
 from compiled_logprobs.errors import InputError
 
@@ -25,6 +30,38 @@ def gathered_log_probs_and_entropy(logits: Tensor, labels: Tensor, **options: An
     """As `gathered_log_probs`, with the entropy of each row from the same pass."""
     log_probs, entropy = log_probs_from_logits(logits, labels, ignore_index=NO_LABEL, return_entropy=True, **options)
     return log_probs, entropy
+
+
+def log_probs_of_head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """Stand for originals that multiply and gather, [...] float32 (float64 for float64 hidden states)."""
+    dtype = at_least_float32(hidden)
+    return cast(
+        Tensor, log_probs_from_hidden(hidden, weight, labels, ignore_index=NO_LABEL, out_dtype=dtype, **options)
+    )
+
+
+def log_probs_and_entropy_of_head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """As `log_probs_of_head`, with the entropy of each row from the same pass."""
+    log_probs, entropy = cast(Any, log_probs_of_head(hidden, weight, labels, return_entropy=True, **options))
+    return log_probs, entropy
+
+
+def require_whole_head(weight: Tensor, start: int, end: int, **groups: Any) -> None:
+    """Raise InputError unless each group has one rank, and [start, end) is all of the weight [V, H]."""
+    for name, group in groups.items():
+        if group is not None and group.size() > 1:
+            raise InputError(
+                f"got a {name} of {group.size()} ranks; None or a group of one rank is valid here. Call "
+                "compiled_logprobs.log_probs_from_hidden with group, on the hidden states of all tokens, or keep the "
+                "framework's own function."
+            )
+    if (start, end) != (0, len(weight)):
+        raise InputError(
+            f"got the vocabulary's part from {start} to {end} for a weight of {len(weight)} rows; 0 to {len(weight)} "
+            "is valid. Call compiled_logprobs.log_probs_from_hidden with group, vocab_start_index and vocab_size."
+        )
 
 
 def sum_p_squared(logits: Tensor, **options: Any) -> Tensor:

@@ -1,19 +1,18 @@
 """Say what to use instead of a framework's function that `compat` does not have, to whoever imports it.
 
-`from compiled_logprobs.compat.verl import linear_cross_entropy` raises an ImportError with the advice below. A name
+`from compiled_logprobs.compat.trl import add_fused_lm_head` raises an ImportError with the advice below. A name
 that is not listed is missing in the ordinary way.
 """
 
 from typing import Any, NoReturn
 
-HIDDEN = "Hidden states are not taken yet: compute the logits and call {}, or keep the framework's own."
+HIDDEN = "Call {} with the labels that follow each token, ignore_index where a sequence ends, and group."
 KERNEL = "Call {}, which takes the fastest kernel by itself."
 K_LABELS = "Call {}, which takes K labels a position."
 ADVICE: dict[str, list[tuple[str, str, str]]] = {
     "easyr1": [("log_probs_from_logits_flash_attn", KERNEL, "log_probs_from_logits")],
     "verl": [
         ("logprobs_from_logits_flash_attn logprobs_from_logits_torch_npu", KERNEL, "logprobs_from_logits"),
-        ("linear_cross_entropy FusedLinearForPPO", HIDDEN, "logprobs_from_logits and entropy_from_logits"),
     ],
     "skyrl": [
         ("logprobs_from_logits_flash_attn", KERNEL, "logprobs_from_logits"),
@@ -23,9 +22,11 @@ ADVICE: dict[str, list[tuple[str, str, str]]] = {
             "compiled_logprobs.compat.verl.logprobs_from_logits_v2",
         ),
         ("chunked_cross_entropy_from_log_probs", "Call {} with the logits.", "chunked_entropy_from_logits"),
-        ("from_parallel_hidden_to_logprobs", HIDDEN, "logprobs_from_logits"),
-        ("from_parallel_hidden_to_logprobs_packed_sequences", HIDDEN, "logprobs_from_logits"),
-        ("from_parallel_hidden_to_entropy_packed_sequences", HIDDEN, "chunked_entropy_from_logits"),
+        (
+            "from_parallel_hidden_to_logprobs_packed_sequences from_parallel_hidden_to_entropy_packed_sequences",
+            HIDDEN,
+            "compiled_logprobs.log_probs_from_hidden",
+        ),
         (
             "vocab_parallel_entropy_packed_sequences vocab_parallel_entropy_weighted_sum",
             "Call {}, and weight its result.",
@@ -39,14 +40,22 @@ ADVICE: dict[str, list[tuple[str, str, str]]] = {
             "compiled_logprobs.cross_entropy_from_logits",
         )
     ],
-    "trl": [("add_fused_lm_head patch_chunked_lm_head", HIDDEN, "selective_log_softmax_and_entropy")],
-    "prime_rl": [("FusedOutputLinear", HIDDEN, "selective_log_softmax and compute_entropy")],
+    "trl": [
+        (
+            "add_fused_lm_head patch_chunked_lm_head",
+            "Call {}, with which TRL's own has what it adds computed here.",
+            "compiled_logprobs.compat.patch('trl')",
+        )
+    ],
     "rlinf": [
         ("logprobs_from_logits_flash_attn logprobs_from_logits_liger_kernel", KERNEL, "compute_logprobs_from_logits")
     ],
     "nemo_rl": [
-        ("from_parallel_hidden_states_to_logprobs", HIDDEN, "from_parallel_logits_to_logprobs"),
-        ("ChunkedDistributedHiddenStatesToLogprobs", HIDDEN, "ChunkedDistributedLogprob.apply"),
+        (
+            "ChunkedDistributedHiddenStatesToLogprobs",
+            "Call {}, which shifts by itself.",
+            "from_parallel_hidden_states_to_logprobs",
+        ),
         (
             "DistributedLogprobWithSampling ChunkedDistributedLogprobWithSampling",
             "Call {} with sampling_params; its tokens are not shifted yet.",

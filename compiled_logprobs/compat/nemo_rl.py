@@ -7,7 +7,7 @@ entropy, in spite of its name. Sampling parameters filter the logits as in the o
 temperature; a label that was filtered out has -inf.
 
 Not kept: filtering needs all columns on one rank. With `inference_only=True` the result carries no gradient, where the
-originals' backward fails. Functions from hidden states are not here.
+originals' backward fails. Hidden states are taken on one rank alone.
 """
 
 from typing import Any
@@ -126,6 +126,38 @@ def from_parallel_logits_to_logprobs_packed_sequences(
     labels = (sequences.without_last if target_is_pre_rolled else sequences.next_tokens)(target[0].to(logits.device))
     log_probs = _log_probs(logits, labels, part["group"], sampling_params)
     return in_rows(sequences.of_all_ranks(log_probs), starts, unpacked_seqlen - 1)
+
+
+def from_parallel_hidden_states_to_logprobs(
+    tensor_parallel_hidden_states: Tensor,
+    output_weight_layer: Tensor,
+    runtime_gather_output: bool,
+    target: Tensor,
+    vocab_start_index: int,
+    vocab_end_index: int,
+    tp_group: Any,
+    inference_only: bool = False,
+    cp_group: Any = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Log-probability of each token but the first, [B, S - 1] float32.
+
+    `runtime_gather_output` and `chunk_size` change nothing.
+
+    Args:
+        tensor_parallel_hidden_states: [S, B, H], as Megatron has them.
+        output_weight_layer: [V, H].
+        target: [B, S], not shifted.
+        vocab_start_index, vocab_end_index: 0 and V, else InputError.
+        tp_group, cp_group: None or a process group of one rank, else InputError.
+        inference_only: the result carries no gradient.
+    """
+    groups = {"tp_group": tp_group, "cp_group": cp_group}
+    conventions.require_whole_head(output_weight_layer, vocab_start_index, vocab_end_index, **groups)
+    hidden, weight = tensor_parallel_hidden_states.transpose(0, 1)[:, : target.shape[1] - 1], output_weight_layer
+    if inference_only:
+        hidden, weight = hidden.detach(), weight.detach()
+    return conventions.log_probs_of_head(hidden, weight, target[:, 1:].to(hidden.device))
 
 
 class DistributedLogprob:

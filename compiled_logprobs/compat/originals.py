@@ -17,6 +17,9 @@ class Framework:
     older_arguments: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """What a function took before it took what ours takes, as `inspect.signature` prints it without annotations."""
 
+    other_arguments: dict[str, str] = field(default_factory=dict)
+    """What it took where it is left alone, since it returned something else."""
+
     @property
     def functions(self) -> list[tuple[str, str]]:
         """Module and name of each."""
@@ -47,6 +50,7 @@ FRAMEWORKS = {
             "verl.utils.megatron.tensor_parallel": "vocab_parallel_log_probs_from_logits "
             "vocab_parallel_log_probs_from_logits_response_rmpad vocab_parallel_entropy "
             "vocab_parallel_entropy_with_chunking vocab_parallel_sum_pi_squared",
+            "verl.utils.experimental.torch_functional": "FusedLinearForPPOFunction",
         },
         older_arguments={"logprobs_from_logits": ("(logits, labels)",)},
     ),
@@ -55,7 +59,7 @@ FRAMEWORKS = {
         {
             "skyrl.backends.skyrl_train.utils.torch_utils": "logprobs_from_logits chunked_entropy_from_logits",
             "skyrl.backends.skyrl_train.distributed.megatron.model_utils": "from_parallel_logits_to_logprobs "
-            "from_parallel_logits_to_logprobs_packed_sequences vocab_parallel_entropy",
+            "from_parallel_logits_to_logprobs_packed_sequences from_parallel_hidden_to_logprobs vocab_parallel_entropy",
         },
         older_arguments={
             "from_parallel_logits_to_logprobs_packed_sequences": (_PACKED.format(""),),
@@ -64,13 +68,27 @@ FRAMEWORKS = {
     ),
     "trl": Framework(
         "trl",
-        {"trl.trainer.utils": "selective_log_softmax selective_log_softmax_and_entropy entropy_from_logits"},
+        {
+            "trl.trainer.utils": "selective_log_softmax selective_log_softmax_and_entropy entropy_from_logits "
+            "_ChunkedLogProbFunction"
+        },
         older_arguments={"selective_log_softmax": ("(logits, index)",)},
+        other_arguments={
+            "_ChunkedLogProbFunction": "(last_hidden, weight, bias, targets, temperature, chunk_size, "
+            "final_logit_softcapping=None, logit_scale=1.0)"
+        },
     ),
     "openrlhf": Framework("openrlhf", {"openrlhf.models.utils": "log_probs_from_logits compute_entropy"}),
     "areal": Framework("areal", {"areal.utils.functional.vocab_parallel": "gather_logprobs gather_logprobs_entropy"}),
     "slime": Framework("slime", {"slime.utils.ppo_utils": "calculate_log_probs_and_entropy"}),
-    "prime_rl": Framework("prime-rl", {"prime_rl.trainer.rl.loss": "selective_log_softmax compute_entropy"}),
+    "prime_rl": Framework(
+        "prime-rl",
+        {
+            "prime_rl.trainer.rl.loss": "selective_log_softmax compute_entropy",
+            "prime_rl.trainer.models.layers.lm_head": "_SequenceChunkedLogProbEntropyFn",
+            "prime_rl.trainer.models.layers.lm_head_gemma": "_GemmaChunkedLogProbEntropyFn",
+        },
+    ),
     "torchtune": Framework(
         "torchtune",
         {"torchtune.rlhf.sequence_processing": "logits_to_logprobs batched_logits_to_logprobs get_batch_log_probs"},
@@ -94,7 +112,7 @@ FRAMEWORKS = {
         "nemo-rl",
         {
             "nemo_rl.distributed.model_utils": "get_next_token_logprobs_from_logits from_parallel_logits_to_logprobs "
-            "from_parallel_logits_to_logprobs_packed_sequences"
+            "from_parallel_logits_to_logprobs_packed_sequences from_parallel_hidden_states_to_logprobs"
         },
         older_arguments={
             "get_next_token_logprobs_from_logits": (_NEXT.format(""), _NEXT.format(", sampling_params=None")),

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from compiled_logprobs.compat.originals import FRAMEWORKS, Framework
 from compiled_logprobs.errors import InputError, LogProbsError
@@ -125,6 +127,8 @@ def _swaps(framework: str, original: Framework) -> Iterator[tuple[Any, Any]]:
             raise _refusal(version, f"{module} has no {name}", remedy)
         ours = getattr(compat, name)
         arguments, valid = _arguments(theirs), [_arguments(ours)]
+        if arguments == original.other_arguments.get(name):
+            continue
         valid += original.older_arguments.get(name, ())
         if arguments not in valid:
             what = f"{module}.{name} has the arguments {arguments}; {' and '.join(valid)} are valid"
@@ -141,12 +145,18 @@ def _refusal(
 
 
 def _arguments(function: Callable[..., Any]) -> str:
-    """Names, kinds and defaults, without annotations."""
+    """Names, kinds and defaults, without annotations; of an autograd function, or what stands for one, of `apply`."""
+    first = 0
+    if isinstance(function, type):
+        is_theirs = issubclass(function, torch.autograd.Function)
+        function, first = (cast(Any, function).forward, 1) if is_theirs else (cast(Any, function).apply, 0)
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError) as error:  # no function, or one of C++
         return f"unknown ({type(error).__name__}: {error})"
-    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()][
+        first:
+    ]
     return str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))
 
 
@@ -156,6 +166,9 @@ def _named_as(original: Any, ours: Any) -> Any:
     Whoever holds the copy has it from the framework, and gets the original back; who imported ours keeps it. It is
     pickled as a reference to the framework's function.
     """
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    if isinstance(ours, type):
+        return type(original.__name__, (ours,), {**names, "__doc__": ours.__doc__})
     copy = FunctionType(ours.__code__, ours.__globals__, original.__name__, ours.__defaults__, ours.__closure__)
     copy.__kwdefaults__, copy.__doc__, copy.__annotations__ = ours.__kwdefaults__, ours.__doc__, ours.__annotations__
     copy.__module__, copy.__qualname__ = original.__module__, original.__qualname__

@@ -2,10 +2,11 @@
 
 Kept: names, order of arguments, dtypes. `logprobs_from_logits` is as with flash-attn: float32, and a label of -100
 counts 0. `inplace_backward=True`, the default, writes the gradient over `logits`. Entropies have the dtype of the
-logits. The functions of `model_utils`, and its classes, are as in `compat.nemo_rl`; `vocab_parallel_entropy` is as in
-`compat.verl`.
+logits. The functions of `model_utils` from logits, and its classes, are as in `compat.nemo_rl`;
+`vocab_parallel_entropy` is as in `compat.verl`.
 
 Not kept: if something else needs the logits after an in-place gradient, autograd raises an error, as in `compat.verl`.
+Hidden states are taken on one rank alone, and the logits are divided by the temperature, not the weight.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ __all__ = [
     "ChunkedDistributedLogprob",
     "DistributedLogprob",
     "chunked_entropy_from_logits",
+    "from_parallel_hidden_to_logprobs",
     "from_parallel_logits_to_logprobs",
     "from_parallel_logits_to_logprobs_packed_sequences",
     "logprobs_from_logits",
@@ -106,6 +108,40 @@ def from_parallel_logits_to_logprobs_packed_sequences(
         return _in_shared_rows(log_probs, starts, columns, sub_seq_lengths)
     mask = None if attention_mask is None else attention_mask.to(logits.device, torch.bool)
     return in_rows(log_probs, starts, columns, mask)
+
+
+def from_parallel_hidden_to_logprobs(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    target: Tensor,
+    vocab_start_index: int,
+    vocab_end_index: int,
+    tp_group: Any,
+    inference_only: bool = False,
+    cp_group: Any = None,
+    chunk_size: int | None = None,
+    temperature: float = 1.0,
+    fused_backend: str = "torch",
+) -> Tensor:
+    """Log-probability of each token but the first, [B, S - 1] float32.
+
+    `chunk_size` and `fused_backend` change nothing.
+
+    Args:
+        hidden: [B, S, H], or more positions, of which the last are not used.
+        lm_head_weight: [V, H].
+        target: [B, S], not shifted.
+        vocab_start_index, vocab_end_index: 0 and V, else InputError.
+        tp_group, cp_group: None or a process group of one rank, else InputError.
+        inference_only: the result carries no gradient.
+        temperature: > 0.
+    """
+    groups = {"tp_group": tp_group, "cp_group": cp_group}
+    conventions.require_whole_head(lm_head_weight, vocab_start_index, vocab_end_index, **groups)
+    if inference_only:
+        hidden, lm_head_weight = hidden.detach(), lm_head_weight.detach()
+    labels = target[:, 1:].to(hidden.device)
+    return conventions.log_probs_of_head(hidden[:, : labels.shape[1]], lm_head_weight, labels, temperature=temperature)
 
 
 def vocab_parallel_entropy(

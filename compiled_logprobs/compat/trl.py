@@ -1,16 +1,23 @@
 """TRL's `trl.trainer.utils`, with the arguments of 1.14 and later, of which 1.13 had the first two.
 
-From 1.15 on, TRL's trainers compute log-probabilities from hidden states (`add_fused_lm_head`) and call none of these.
+From 1.15 on, TRL's trainers compute log-probabilities from hidden states: `add_fused_lm_head` has a model call
+`_ChunkedLogProbFunction`, which `patch` replaces, and none of the others.
 
 Kept: one label a row or K of them, `row_mask`, results in the dtype of the logits, but float32 where TRL 1.14 has a
 kernel: on CUDA and XPU, for at most three dimensions and one label a row. The logits are not modified.
+
+From hidden states results are float32, or float64 where these are, which TRL computes in float32. `log_sum_sq_probs`
+costs a second product, and `mean_logits` of a model with a soft cap another.
 
 Not kept: results and gradients of 16-bit logits are closer to float64 than those of TRL's plain torch. A masked row has
 gradient 0 even where its logits are NaN. An empty batch gives an empty result, where plain TRL raises an error.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from compiled_logprobs.arguments import NO_LABEL
 from compiled_logprobs.compat import conventions, missing
@@ -60,6 +67,77 @@ def selective_log_softmax_and_entropy(
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """Entropy of each row of `logits` [..., V], [...]. `chunk_size` changes nothing."""
     return conventions.entropy(logits, out_dtype=_result_dtype(logits))
+
+
+_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+class _ChunkedLogProbFunction:
+    """Stand for an autograd function of the same name, called `ChunkedLogProbFunction` in `trl.kernels`; only `apply`
+    is there."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = _OUTPUTS,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Log-probability of each target [N], and of each row, [N], what `outputs` name, in their order, else None.
+
+        Args:
+            hidden: [N, H].
+            weight, bias: [V, H] and [V], converted to the dtype of `hidden`.
+            targets: [N].
+            temperature: > 0.
+            chunk_size: changes nothing.
+            final_logit_softcapping: > 0, or None for no soft cap.
+            logit_scale: > 0; what the logits are multiplied by, before the cap.
+            outputs: "entropy", which carries a gradient; "log_sum_sq_probs", the logarithm of the sum of the squared
+                probabilities; "mean_logits", the mean of the logits after cap and temperature; "is_top1", whether the
+                target is the first of the most likely.
+        """
+        if not torch.is_autocast_enabled(hidden.device.type):
+            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        head: dict[str, Any] = {"bias": bias, "softcap": final_logit_softcapping, "logit_scale": logit_scale}
+        asked = {"return_entropy": "entropy" in outputs, "return_argmax": "is_top1" in outputs}
+        squares = "log_sum_sq_probs" in outputs
+        results: Any = conventions.log_probs_of_head(
+            hidden, weight, targets, temperature=temperature, return_logsumexp=squares, **asked, **head
+        )
+        if not squares and not any(asked.values()):
+            return results, None, None, None, None
+        log_squares = mean = None
+        with torch.no_grad():
+            if squares:  # the sum of exp(2 x), over the square of that of exp(x)
+                twice: Any = conventions.log_probs_of_head(
+                    hidden, weight, targets, temperature=temperature / 2, return_logsumexp=True, **head
+                )
+                log_squares = twice.logsumexp - 2 * results.logsumexp
+            if "mean_logits" in outputs:
+                mean = _mean_logits(hidden, weight, bias, final_logit_softcapping, logit_scale) / temperature
+        is_top1 = results.argmax == targets if "is_top1" in outputs else None
+        return results.log_probs, results.entropy, log_squares, mean, is_top1
+
+
+def _mean_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """Mean over the vocabulary, [N], after scale and soft cap; without one it is the product with the mean weight."""
+    dtype = conventions.at_least_float32(hidden)
+    if softcap is None:
+        mean = hidden.to(dtype) @ weight.mean(0, dtype=dtype)
+        return logit_scale * (mean if bias is None else mean + bias.mean(dtype=dtype))
+    parts = [hidden.new_empty(0, dtype=dtype)]
+    for part in torch.split(hidden, max(1, 2**24 // len(weight))):
+        logits = functional.linear(part, weight, bias).to(dtype).mul_(logit_scale / softcap)
+        parts.append(logits.tanh_().mean(-1).mul_(softcap))
+    return torch.cat(parts)
 
 
 def _masked(index: Tensor, row_mask: Tensor | None) -> Tensor:

@@ -3,16 +3,19 @@
 Kept: names, order of arguments, and dtypes. `logprobs_from_logits` is as with flash-attn: float32, and a label of -100
 counts 0; verl without flash-attn returns the dtype of the logits. `inplace_backward=True`, the default, writes the
 gradient over `logits`, as flash-attn does. The `vocab_parallel` functions take the columns that this rank of Megatron's
-tensor-parallel group has; a label of -100 counts 0.
+tensor-parallel group has; a label of -100 counts 0. From hidden states log-probabilities are float32 and ignore no
+label; the entropy of `FusedLinearForPPO` has the dtype of the hidden states.
 
 Not kept: if something else needs the logits after an in-place gradient, autograd raises an error; flash-attn's kernel
 does not tell autograd that it wrote. VERL_DISABLE_FLASH_ATTN_CE is not read: `compiled_logprobs.autotune` chooses. The
 `vocab_parallel` functions never modify the logits, so that they need not be copied for the entropy, and a sum of
-squares has no gradient.
+squares has no gradient. `linear_cross_entropy` takes no group of several ranks and reduces nothing.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compiled_logprobs.compat import conventions, missing
 from compiled_logprobs.errors import InputError
@@ -168,3 +171,69 @@ def _require_response(response_length: int, length: int, what: str) -> None:
             f"got response_length={response_length} for {what}; 1 to {length - 1} are valid: nothing predicts the "
             "first token. Pass the prompt's last token with its logits as well."
         )
+
+
+class FusedLinearForPPOFunction:
+    """Stand for an autograd function of the same name; only `apply` is there."""
+
+    @staticmethod
+    def apply(
+        hidden_states: Tensor,
+        vocab_weights: Tensor,
+        input_ids: Tensor,
+        temperature: float = 1.0,
+        chunk_size: int = 512,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each of `input_ids`, float32, and entropy, in the dtype of the hidden states.
+
+        Args:
+            hidden_states: [T, H] or [B, S, H].
+            vocab_weights: [V, H].
+            input_ids: [T] or [B, S].
+            temperature: > 0.
+            chunk_size: changes nothing.
+        """
+        log_probs, entropy = conventions.log_probs_and_entropy_of_head(
+            hidden_states, vocab_weights, input_ids, temperature=temperature
+        )
+        return log_probs, entropy.to(hidden_states.dtype)
+
+
+class FusedLinearForPPO(nn.Module):
+    """Stand for the module of the same name, which has no parameters. `chunk_size` changes nothing."""
+
+    def __init__(self, chunk_size: int = 512) -> None:
+        super().__init__()
+        self.chunk_size = chunk_size
+
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """As `FusedLinearForPPOFunction.apply`."""
+        return FusedLinearForPPOFunction.apply(hidden_states, vocab_weights, input_ids, temperature)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label and entropy of each row, [T] float32 both.
+
+    Args:
+        hidden: [T, H], or more dimensions, which are merged.
+        weight: [V, H].
+        labels: [T], or as many in any shape.
+        temperature: > 0.
+        reduction: "none", else InputError.
+        dist_process_group: None or a group of one rank, else InputError.
+    """
+    if reduction.lower() != "none":
+        raise InputError(f"got reduction={reduction!r}; 'none' is valid. Reduce the results afterwards.")
+    conventions.require_whole_head(weight, 0, len(weight), dist_process_group=dist_process_group)
+    return conventions.log_probs_and_entropy_of_head(
+        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature
+    )

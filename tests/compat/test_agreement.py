@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from compiled_logprobs.compat import FRAMEWORKS, rlinf
+from compiled_logprobs import InputError
+from compiled_logprobs.compat import FRAMEWORKS, nemo_rl, prime_rl, rlinf, skyrl, verl
 from compiled_logprobs.compat.patching import _arguments
-from tests.helpers.compat_originals import ORIGINALS
+from tests.helpers.compat_originals import ORIGINALS, prime_rl_gemma_head, prime_rl_head, verl_head
 
 EPS = torch.finfo(torch.float32).eps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -287,11 +288,123 @@ def test_every_function_has_a_case_and_the_arguments_and_docstring_that_are_prom
     module = import_module(f"compiled_logprobs.compat.{framework}")
     public = [value for value in vars(module).values() if inspect.isfunction(value) and value.__name__[0] != "_"]
     public = [function for function in public if function.__module__ == module.__name__]
-    assert {f"{framework}.{function.__name__}" for function in public} <= {pair.name for pair in PAIRS}
+    cases = {pair.name for pair in PAIRS} | HEADS.keys()
+    assert {f"{framework}.{function.__name__}" for function in public} <= cases
     assert all(function.__doc__ for function in public)
     assert "\nKept: " in module.__doc__ and "\nNot kept: " in module.__doc__
     for _, name in FRAMEWORKS[framework].functions:
         assert _arguments(getattr(module, name)) == _arguments(ORIGINALS[f"{framework}.{name}"])
+
+
+HEADS: dict[str, Callable[[Callable[..., Any], Tensor, Tensor, Draw], Any]] = {
+    "verl.FusedLinearForPPOFunction": lambda f, h, w, d: f(h, w, d.labels(), d.draw_temperature(), 2),
+    "verl.linear_cross_entropy": lambda f, h, w, d: f(h, w, d.labels(), d.draw_temperature()),
+    "prime_rl._SequenceChunkedLogProbEntropyFn": lambda f, h, w, d: f(
+        h.flatten(0, 1), w, d.labels().flatten(), d.random(torch.rand, math.prod(d.rows)) + 0.5, 2
+    ),
+    "prime_rl._GemmaChunkedLogProbEntropyFn": lambda f, h, w, d: f(
+        h.flatten(0, 1), w, d.labels().flatten(), d.random(torch.rand, math.prod(d.rows)) + 0.5, 2, 3.0
+    ),
+    "nemo_rl.from_parallel_hidden_states_to_logprobs": lambda f, h, w, d: f(
+        h.transpose(0, 1), w, False, d.labels(), 0, len(w), None, d.flag(), chunk_size=2
+    ),
+    "skyrl.from_parallel_hidden_to_logprobs": lambda f, h, w, d: f(
+        h, w, d.fewer_labels(0, 1), 0, len(w), None, d.flag(), temperature=d.draw_temperature()
+    ),
+    "trl._ChunkedLogProbFunction": lambda f, h, w, d: f(
+        h.flatten(0, 1),
+        w,
+        d.pick(None, d.random(torch.randn, len(w)).to(w.dtype)),
+        d.labels().flatten(),
+        d.draw_temperature(),
+        4,
+        d.pick(None, 3.0),
+        d.pick(1.0, 0.25),
+        d.pick((), ("log_probs", "entropy"), ("log_sum_sq_probs", "mean_logits"), ("entropy", "is_top1")),
+    ),
+    "unsloth.chunked_hidden_states_selective_log_softmax": lambda f, h, w, d: f(
+        h, w, d.labels(), 2, d.pick(0.0, 0.5), d.pick(0.0, 2.0), d.pick(0.0, 3.0), d.draw_temperature()
+    ),
+}
+"""By name, a call with hidden states [B, S, H] and a weight [V, H]."""
+
+
+def run_head(name: str, function: Callable[..., Any], seed: int, dtype: torch.dtype, numbers: torch.dtype):
+    """Results, as far as there are some, and the gradients in hidden states and weight of their sum; of `numbers` of
+    the precision of `dtype`."""
+    draw = Draw(seed, dtype, 2)
+    hidden = (0.5 * draw.random(torch.randn, *draw.rows, 12)).to(dtype).to(numbers).requires_grad_()
+    weight = draw.random(torch.randn, draw.vocab, 12).to(dtype).to(numbers).requires_grad_()
+    results = HEADS[name](function, hidden, weight, draw)
+    results = [result for result in (results if isinstance(results, tuple) else (results,)) if result is not None]
+    through = [result for result in results if result.requires_grad]
+    grads = [torch.linspace(-1, 2, result.numel()).view(result.shape).to(result.dtype) for result in through]
+    gradients = torch.autograd.grad(through, [hidden, weight], grads) if through else ()
+    return results, gradients
+
+
+def mean_error(got: Tensor, true: Tensor) -> float:
+    return (got.double() - true).square().mean().sqrt().item() if got.numel() else 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_each_head_agrees_with_its_original(name, dtype):
+    """In float32 to rounding; in bfloat16 no further from float64 than the original, but for chance."""
+    ours = find_ours(name)
+    ours = getattr(ours, "apply", ours)
+    for seed in range(12):
+        got, want = (run_head(name, function, seed, dtype, dtype) for function in (ours, ORIGINALS[name]))
+        true = run_head(name, ORIGINALS[name], seed, dtype, torch.float64)
+        assert [(a.shape, a.dtype, a.requires_grad) for a in got[0]] == [
+            (b.shape, b.dtype, b.requires_grad) for b in want[0]
+        ]
+        for mine, theirs, exact in zip(
+            *((*results, *gradients) for results, gradients in (got, want, true)), strict=True
+        ):
+            size = max([1.0, *exact.detach().double().abs().flatten().tolist()])
+            if mine.dtype == torch.bool:
+                continue  # in bfloat16 two may be the most likely
+            rounding = 8 * EPS if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+            allowed = 2 * mean_error(theirs.detach(), exact.detach()) + rounding * size
+            assert mean_error(mine.detach(), exact.detach()) <= allowed
+
+
+def test_the_heads_as_modules_are_their_functions():
+    hidden, weight, labels = torch.randn(2, 3, 8), torch.randn(11, 8), torch.randint(11, (2, 3))
+    temperature = torch.rand(2, 3) + 0.5
+    flat = hidden.flatten(0, 1), weight, labels.flatten(), 1 / temperature.flatten(), 2
+    for head, expected in (
+        (prime_rl.FusedOutputLinear(8, 11, 2), prime_rl_head(*flat)),
+        (prime_rl.GemmaFusedOutputLinear(8, 11, 2, 3.0), prime_rl_gemma_head(*flat, 3.0)),
+    ):
+        head.weight.data = weight
+        out = head(hidden, labels, temperature)
+        got = out["logprobs"].flatten(), out["entropy"].flatten()
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        with pytest.raises(InputError, match="got no temperature"):
+            head(hidden, labels)
+    got = verl.FusedLinearForPPO()(hidden, weight, labels, 0.7)
+    torch.testing.assert_close(got, verl_head(hidden, weight, labels, 0.7), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda h, w, y, g: verl.linear_cross_entropy(h, w, y, 1.0, "none", g), "dist_process_group of 2 ranks; None"),
+        (lambda h, w, y, g: verl.linear_cross_entropy(h, w, y, 1.0, "mean"), "reduction='mean'; 'none' is valid"),
+        (lambda h, w, y, g: skyrl.from_parallel_hidden_to_logprobs(h, w, y, 0, 11, g), "tp_group of 2 ranks; None"),
+        (lambda h, w, y, g: skyrl.from_parallel_hidden_to_logprobs(h, w, y, 0, 9, None), "from 0 to 9 for a weight of"),
+        (
+            lambda h, w, y, g: nemo_rl.from_parallel_hidden_states_to_logprobs(h, w, False, y, 0, 11, None, False, g),
+            "cp_group of 2 ranks; None",
+        ),
+    ],
+)
+def test_heads_of_several_ranks_are_refused(call, words):
+    two_ranks = SimpleNamespace(size=lambda: 2)
+    with pytest.raises(InputError, match=words):
+        call(torch.randn(2, 3, 8), torch.randn(11, 8), torch.randint(11, (2, 3)), two_ranks)
 
 
 def find_seed(pair: Pair) -> int:

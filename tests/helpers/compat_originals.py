@@ -259,7 +259,112 @@ def sampled_from(x, top_k, top_p):
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
+def verl_head(hidden_states, vocab_weights, input_ids, temperature=1.0, chunk_size=512):
+    x = (hidden_states @ vocab_weights.T) / temperature
+    return log_softmax_at(up(x), input_ids), entropy_by_logsumexp(up(x)).to(x.dtype)
+
+
+def verl_kernel(hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None):
+    x = up(hidden.flatten(0, -2) @ weight.T) / temperature
+    return log_softmax_at(x, labels.flatten()), entropy_by_logsumexp(x)
+
+
+def prime_rl_head(hidden, weight, labels, inv_temperature, chunk_size):
+    x = up(hidden @ weight.T) * inv_temperature.unsqueeze(-1)
+    return log_softmax_at(x, labels), entropy_by_logsumexp(x.detach())
+
+
+def prime_rl_gemma_head(hidden, weight, labels, inv_temperature, chunk_size, softcap):
+    x = softcap * torch.tanh(up(hidden @ weight.T) / softcap) * inv_temperature.unsqueeze(-1)
+    return log_softmax_at(x, labels), entropy_by_logsumexp(x.detach())
+
+
+def nemo_rl_head(
+    tensor_parallel_hidden_states,
+    output_weight_layer,
+    runtime_gather_output,
+    target,
+    vocab_start_index,
+    vocab_end_index,
+    tp_group,
+    inference_only=False,
+    cp_group=None,
+    chunk_size=None,
+):
+    x = up(tensor_parallel_hidden_states @ output_weight_layer.T).transpose(0, 1)
+    log_probs = log_softmax_at(x, target.roll(-1, -1))[:, :-1]
+    return log_probs.detach() if inference_only else log_probs
+
+
+def skyrl_head(
+    hidden,
+    lm_head_weight,
+    target,
+    vocab_start_index,
+    vocab_end_index,
+    tp_group,
+    inference_only=False,
+    cp_group=None,
+    chunk_size=None,
+    temperature=1.0,
+    fused_backend="torch",
+):
+    x = up(hidden @ (lm_head_weight / temperature).T)[:, : target.shape[1] - 1]
+    log_probs = log_softmax_at(x, target[:, 1:])
+    return log_probs.detach() if inference_only else log_probs
+
+
+def trl_head(
+    hidden,
+    weight,
+    bias,
+    targets,
+    temperature,
+    chunk_size,
+    final_logit_softcapping=None,
+    logit_scale=1.0,
+    outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+):
+    z = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    x, cap = up(z) * logit_scale, final_logit_softcapping
+    x = (x if cap is None else cap * torch.tanh(x / cap)) / temperature
+    fixed = x.detach()
+    more = {
+        "entropy": lambda: entropy_by_logsumexp(x),
+        "log_sum_sq_probs": lambda: fixed.softmax(-1).square().sum(-1).log(),
+        "mean_logits": lambda: fixed.mean(-1),
+        "is_top1": lambda: fixed.argmax(-1) == targets,
+    }
+    return log_softmax_at(x, targets), *(compute() if name in outputs else None for name, compute in more.items())
+
+
+def unsloth_head(
+    hidden_states,
+    lm_head,
+    index,
+    chunks=4,
+    logit_scale_multiply=0.0,
+    logit_scale_divide=0.0,
+    logit_softcapping=0.0,
+    temperature=1.0,
+    max_rows_per_chunk=0,
+):
+    z = hidden_states.to(lm_head.dtype) @ lm_head.T
+    z = z * logit_scale_multiply if logit_scale_multiply else z
+    z = z / logit_scale_divide if logit_scale_divide else z
+    z = logit_softcapping * torch.tanh(z / logit_softcapping) if logit_softcapping else z
+    return log_softmax_at(up(z) / temperature, index)
+
+
 ORIGINALS = {
+    "verl.FusedLinearForPPOFunction": verl_head,
+    "verl.linear_cross_entropy": verl_kernel,
+    "prime_rl._SequenceChunkedLogProbEntropyFn": prime_rl_head,
+    "prime_rl._GemmaChunkedLogProbEntropyFn": prime_rl_gemma_head,
+    "nemo_rl.from_parallel_hidden_states_to_logprobs": nemo_rl_head,
+    "skyrl.from_parallel_hidden_to_logprobs": skyrl_head,
+    "trl._ChunkedLogProbFunction": trl_head,
+    "unsloth.chunked_hidden_states_selective_log_softmax": unsloth_head,
     "easyr1.log_probs_from_logits": lambda logits, labels: log_probs_or_zero(up(logits), labels),
     # As with flash-attn: float32, whatever the logits, which are not to be looked at afterwards.
     "verl.logprobs_from_logits": lambda logits, labels, inplace_backward=True: log_probs_or_zero(up(logits), labels),

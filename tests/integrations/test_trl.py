@@ -1,18 +1,21 @@
 """TRL's GRPO and DPO, with its own log-probability functions and, patched, with those of this library.
 
-Run with the last version whose trainers call them, and with one of the older arguments (`make test-integrations`).
+Run with the last version whose trainers compute them from logits, with one of the older arguments, and with the newest,
+whose trainers compute them from hidden states (`make test-integrations`).
 """
 
 import contextlib
 import functools
+import inspect
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import trl
 from torch import Tensor
-from trl.trainer import dpo_trainer, grpo_trainer
+from trl.trainer import dpo_trainer, grpo_trainer, utils
 
 from compiled_logprobs import compat
 from tests.integrations.tiny_trainers import STEPS, Steps, train_dpo, train_grpo
@@ -22,10 +25,24 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
+FROM_HIDDEN = "outputs" in inspect.signature(utils._ChunkedLogProbFunction.forward).parameters
+from_logits = pytest.mark.skipif(FROM_HIDDEN, reason="these trainers compute from hidden states")
 EPS = torch.finfo(torch.float32).eps
 TRAIN = {"grpo": train_grpo, "dpo": train_dpo}
 CALLS_A_STEP = {"grpo": 1, "dpo": 2}
 """How often the loss of a step needs log-probabilities at least: DPO's those of the reference model as well."""
+
+
+class Formula:
+    """TRL's function from hidden states, in plain torch."""
+
+    @staticmethod
+    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
+        assert bias is None and softcap is None
+        x = hidden @ weight.T * logit_scale / temperature
+        log_p = x.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return log_p.gather(-1, targets[:, None])[:, 0], entropy, None, x.mean(-1), x.argmax(-1) == targets
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +53,10 @@ def train(tmp_path_factory):
     def run(algorithm: str, dtype: torch.dtype, patched: bool) -> Steps:
         # Other dtypes are given the completions that were sampled in float32.
         replayed = None if dtype == torch.float32 else run(algorithm, torch.float32, False)
-        with compat.patch("trl") if patched else contextlib.nullcontext():
+        how = compat.patch("trl") if patched else contextlib.nullcontext()
+        if FROM_HIDDEN and dtype == torch.float64:  # in which TRL computes in float32
+            how = mock.patch.object(utils, "_ChunkedLogProbFunction", Formula)
+        with how:
             return TRAIN[algorithm](dtype, tmp_path_factory.mktemp(algorithm), replayed)
 
     return run
@@ -48,6 +68,16 @@ def distance(got: list[Tensor], true: list[Tensor]) -> float:
     return ((got_all - true_all).norm() / true_all.norm()).item()
 
 
+@pytest.mark.skipif(not FROM_HIDDEN, reason="these trainers compute from logits")
+def test_patching_reaches_what_the_fused_head_calls():
+    before = utils._ChunkedLogProbFunction
+    with compat.patch("trl") as patched:
+        assert utils._ChunkedLogProbFunction is not before
+    assert "trl.trainer.utils._ChunkedLogProbFunction" in patched.places
+    assert utils._ChunkedLogProbFunction is before
+
+
+@from_logits
 def test_patching_reaches_both_trainers():
     before = grpo_trainer.selective_log_softmax
     with compat.patch("trl") as patched:
@@ -58,6 +88,7 @@ def test_patching_reaches_both_trainers():
     assert grpo_trainer.selective_log_softmax is dpo_trainer.selective_log_softmax is before
 
 
+@from_logits
 def test_the_page_about_frameworks_runs():
     """The block that tests/test_docs.py cannot execute."""
     page = (Path(__file__).parents[2] / "docs/frameworks.md").read_text()

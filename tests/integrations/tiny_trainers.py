@@ -134,13 +134,16 @@ def _recording(base: type, steps: Steps) -> type:
 
     class Recording(base):
         def compute_loss(self, *arguments, **named):
-            def counting(*arguments, **options):
-                steps.calls[-1] += 1
-                return public(*arguments, **options)
+            def counting(public):
+                def function(*arguments, **options):
+                    steps.calls[-1] += 1
+                    return public(*arguments, **options)
+
+                return function
 
             steps.calls.append(0)
-            public = conventions.log_probs_from_logits
-            with patch.object(conventions, "log_probs_from_logits", counting):
+            public = {name: getattr(conventions, name) for name in ("log_probs_from_logits", "log_probs_from_hidden")}
+            with patch.multiple(conventions, **{name: counting(function) for name, function in public.items()}):
                 return super().compute_loss(*arguments, **named)
 
         def training_step(self, trained, *arguments, **named):
