@@ -16,6 +16,7 @@ from compiled_logprobs.check.causes_of_gradients import about_backward, about_gr
 from compiled_logprobs.check.causes_of_results import about_results
 from compiled_logprobs.check.causes_of_values import VALUES, about_nan, about_values
 from compiled_logprobs.check.function import Function
+from compiled_logprobs.check.hidden_function import HiddenFunction
 from compiled_logprobs.check.probe import ROWS, Got, Probe, Raised
 from compiled_logprobs.check.readings import CLOSE, COARSELY, log_probs_of, same
 from compiled_logprobs.problem import Problem, results_of, short_name
@@ -26,6 +27,7 @@ ALWAYS = {
     "for contiguous ones",
     "zero_upstream": "gives a gradient, or NaN, where the upstream gradient is 0, as of a token that a mask leaves out "
     "of the loss: a division by it, or a 0 taken for none",
+    "frozen_gradient": "writes a gradient into an output layer that requires none: go by needs_input_grad",
     "own_memory": "keeps for the backward what it also returns, where whoever writes into a result changes the "
     "gradient: keep a copy",
     "same_on_ranks": "gives other numbers on other ranks: what each has of its own has to be summed over all",
@@ -189,7 +191,7 @@ def _about_ignored(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
 
 
 def _about_inputs(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
-    if "inputs_changed" not in failed:
+    if "inputs_changed" not in failed or isinstance(probe.function, HiddenFunction):  # which has others
         return
     got = probe.run()
     before, after, first = got.model.detach().double(), got.logits.double(), got.first()

@@ -34,7 +34,8 @@ OPTIONS_FROM_HIDDEN = (
 """What a call may name beside f, hidden, weight and labels."""
 LEAST_HIDDEN, MULTIPLE = 64, 16
 """The hidden size that logits are embedded in is at least so large, and a multiple of it."""
-FAMILIAR_HIDDEN = 64
+FAMILIAR_HIDDEN, FAMILIAR_VOCAB = 64, 8209
+"""Of the default problems; V is odd and off block sizes."""
 BEYOND_A_CHUNK = 333, 1100, 4200
 """Rows of the default problems: the first that a backend does not have in one chunk."""
 MANY = 2**13
@@ -175,7 +176,8 @@ class NamedHiddenBackend(NamedBackend):
     options = frozenset(OPTIONS_FROM_HIDDEN)
 
     def __init__(self, name: str) -> None:
-        self.name, self.shared = name, ""
+        self._name, self.shared = name, ""
+        self.name = f"{name} (from hidden states)" if name in BUILT_IN else name
         self._from_hidden: HiddenBackend = get_backend(name, as_problem(Problem("cpu", 1, 1, torch.float32)))
         self.row_invariant = self._from_hidden.row_invariant
         self.frozen = False
@@ -186,11 +188,11 @@ class NamedHiddenBackend(NamedBackend):
     def within(self, problem: Problem) -> Problem:
         """`problem`. Raises BackendUnavailable where the backend cannot run it, nor with more rows."""
         more = problem._replace(rows=max(problem.rows, MANY))
-        if why_not(self.name, more) is not None:  # by its rows alone, a chunk may be refused that has them all
-            require_backend(self.name, problem)
+        if why_not(self._name, more) is not None:  # by its rows alone, a chunk may be refused that has them all
+            require_backend(self._name, problem)
         self._memory_limit = problem.memory_limit
         with_gradient = problem._replace(needs_grad=True, weight_grad=True)
-        self.frozen = problem.needs_grad and not problem.weight_grad and why_not(self.name, with_gradient) is not None
+        self.frozen = problem.needs_grad and not problem.weight_grad and why_not(self._name, with_gradient) is not None
         return problem
 
     def default_problems(self, plain: Problem) -> list[Problem]:
@@ -201,15 +203,15 @@ class NamedHiddenBackend(NamedBackend):
             tempered = bare._replace(temperature="number")
             richest_first = (with_all_from_hidden(bare), tempered._replace(bias=True), tempered, bare)
             sizes = [(problem, rows) for problem in richest_first for rows in BEYOND_A_CHUNK]
-            found = (problem for problem, n in sizes if why_not(self.name, problem._replace(rows=n)) is None)
+            found = (problem for problem, n in sizes if why_not(self._name, problem._replace(rows=n)) is None)
             problems += [problem for problem in [next(found, None)] if problem is not None]
         if not problems:
-            require_backend(self.name, as_problem(plain)._replace(rows=BEYOND_A_CHUNK[-1]))  # raises
+            require_backend(self._name, as_problem(plain)._replace(rows=BEYOND_A_CHUNK[-1]))  # raises
         return problems
 
     def takes(self, problem: Problem) -> bool:
         """Whether the backend has all options that `problem` has."""
-        return why_not(self.name, problem._replace(rows=MANY, memory_limit=None)) is None
+        return why_not(self._name, problem._replace(rows=MANY, memory_limit=None)) is None
 
     def least_memory(self, problem: Problem) -> int | None:
         """As the backend says it."""

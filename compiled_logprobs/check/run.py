@@ -20,9 +20,10 @@ from compiled_logprobs.backends import backends
 from compiled_logprobs.check.calls import call_once
 from compiled_logprobs.check.cases import IGNORE_INDEX, Case, cases, same_bits
 from compiled_logprobs.check.causes import likely_causes
+from compiled_logprobs.check.causes_from_hidden import causes_from_hidden
 from compiled_logprobs.check.function import Function, NamedBackend, Returns, Subject
 from compiled_logprobs.check.hidden_cases import cases_from_hidden
-from compiled_logprobs.check.hidden_function import HiddenFunction, NamedHiddenBackend
+from compiled_logprobs.check.hidden_function import FAMILIAR_VOCAB, HiddenFunction, NamedHiddenBackend
 from compiled_logprobs.check.hidden_run import HiddenSubject, can_embed, check_from_hidden, of_embedded_logits
 from compiled_logprobs.check.inputs import CaseInputs, Returned
 from compiled_logprobs.check.over_ranks import FunctionOverRanks
@@ -112,7 +113,7 @@ def check_backend(
     elsewhere = problem is None and vocab is None and ranks == 1
     place = checked_device(device or (default if problem is None else problem.device_type))
     # By default, V is odd and off every block size; flash-attn needs three blocks for it.
-    width = -(-32771 // ranks) | 1
+    width = -(-(FAMILIAR_VOCAB if is_from_hidden else 32771) // ranks) | 1
     plain = Problem(place.type, rows=48, vocab=vocab or width * ranks, dtype=torch.float32, needs_grad=True)
     problems = subject.default_problems(plain) if problem is None else [subject.within(problem)]
     said = tell or (lambda doing: None)
@@ -125,7 +126,8 @@ def check_backend(
             generator = torch.Generator(place).manual_seed(seed)
             if isinstance(subject, HiddenSubject):
                 embedded = of_embedded_logits(checked, frozen=subject.frozen)
-                chosen = [case for case in _cases(subject, embedded, short, ignore_index, elsewhere) if can_embed(case)]
+                chosen = _cases(subject, embedded, short, ignore_index, elsewhere)
+                chosen = [case for case in chosen if can_embed(case, embedded)]
                 _check(subject, embedded, chosen, notes, generator, short, said, yardsticks)
                 own = cases_from_hidden(
                     checked,
@@ -216,7 +218,10 @@ def _causes(
     if not failed:
         return []
     function = subject if isinstance(subject, Function) else subject.as_function(result.problem)
-    causes = likely_causes(function, result.problem, failed, device, seed, ignore_index)
+    causes: list[str] = []
+    if isinstance(function, HiddenFunction):
+        causes = causes_from_hidden(function, result.problem, failed, device, seed)
+    causes = causes or likely_causes(function, result.problem, failed, device, seed, ignore_index)
     wrong_in = [case.case for case in result.cases if not all(check.passed for check in case.checks)]
     mistakes = [case.mistake for case in notes.cases if case.name in wrong_in]
     named = {*mistakes} - {""}

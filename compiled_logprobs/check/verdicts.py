@@ -138,8 +138,14 @@ def plain_yardstick(problem: Problem, generator: torch.Generator) -> dict[str, f
     return yardstick
 
 
-def judge_errors(errors: Errors, plain: Tensor, scale: Tensor, inputs: Judged, notes: Notes) -> None:
-    """Whether they are within the budget; what the dtype of the result rounds comes on top."""
+def judge_errors(
+    errors: Errors, plain: Tensor, scale: Tensor, inputs: Judged, notes: Notes, slack: float = 0.0
+) -> None:
+    """Whether they are within the budget; what the dtype of the result rounds comes on top.
+
+    Args:
+        slack: what the largest error may be more, as of sums that round several times.
+    """
     rows, error, plain_error = len(errors.got), errors.error, errors.of(plain)
     info = torch.finfo(errors.got.dtype)  # below its smallest normal number, a dtype rounds to multiples of eps * tiny
     rounding = info.eps * errors.truth.abs().amax(-1, keepdim=True).clamp(min=info.tiny)
@@ -151,7 +157,7 @@ def judge_errors(errors: Errors, plain: Tensor, scale: Tensor, inputs: Judged, n
         return torch.maximum(torch.minimum(budget, ceiling), floor)
 
     name = f"{errors.what}_error"
-    largest = limits(name, float(plain_error.max()))
+    largest = limits(name, float(plain_error.max())) + slack
     worst = int((error / largest.clamp(min=1e-300)).amax(-1).argmax())
     notes.add_figure(name, float(error[worst].max()), float(largest[worst]))
     if rows >= FEWEST_ROWS_FOR_A_MEAN:  # which scatters where rows are few, and of one says what its largest says

@@ -9,10 +9,19 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from compiled_logprobs.backends import backends
+from compiled_logprobs.backends import backends, registered_names
 from compiled_logprobs.check.report import MEANING, CheckReport
 from compiled_logprobs.check.run import check_backend
-from compiled_logprobs.cli.options import COULD_NOT_RUN, PASSED, WRONG, AsJson, Where, busy, reported_errors, subject_of
+from compiled_logprobs.cli.options import (
+    COULD_NOT_RUN,
+    PASSED,
+    WRONG,
+    AsJson,
+    Where,
+    busy,
+    reported_errors,
+    subject_of,
+)
 from compiled_logprobs.cli.output import Column, print_json, print_line, print_table, printable
 from compiled_logprobs.cli.problems import completed_by
 from compiled_logprobs.decision import Check
@@ -31,7 +40,7 @@ def check(
         str | None,
         typer.Argument(
             show_default=False,
-            autocompletion=completed_by(backends),
+            autocompletion=completed_by(registered_names),
             help="A backend's name, or package.module:function for anyone's function of logits [N, V] and labels [N], "
             "which may lie in the current directory. Without it, every backend is checked.",
         ),
@@ -44,19 +53,28 @@ def check(
             "\"f(labels, logits, temp=temperature, reduction='none')\". It may name temperature, ignore_index, "
             "return_entropy, return_logsumexp, return_argmax, return_sum_p_squared, masked_logits, inplace_backward "
             "and out_dtype, which are then tried. With f(logits[None], labels[None]) the results lose the batch "
-            "dimension again.",
+            "dimension again. From hidden states it is f(hidden, weight, labels), and may also name bias, logit_scale, "
+            "softcap and memory_limit.",
         ),
     ] = None,
     returns: Annotated[
         Literal["log_prob", "loss"],
         typer.Option(help="What the function's numbers are: log-probabilities, or losses."),
     ] = "log_prob",
+    from_hidden: Annotated[
+        bool,
+        typer.Option(
+            "--from-hidden",
+            help="The function takes hidden [N, H], weight [V, H] and labels [N] instead of logits, and its gradients "
+            "in all of them are checked.",
+        ),
+    ] = False,
     vocab: Annotated[
         str | None,
         typer.Option(
             show_default=False,
-            help="Size of the vocabulary, or a model such as qwen3; by default 32771, and a few rows of those that "
-            "models have.",
+            help="Size of the vocabulary, or a model such as qwen3; by default 32771 (8209 from hidden states), and a "
+            "few rows of those that models have.",
         ),
     ] = None,
     device: Where = None,
@@ -81,8 +99,13 @@ def check(
     reports: list[CheckReport] = []
     unavailable: dict[str, str] = {}
     with reported_errors():
-        subjects: list[str | Callable[..., Any]] = [*backends()] if target is None else [subject_of(target)]
-        for subject in subjects:
+        subjects: list[tuple[str | Callable[..., Any], bool]]
+        if target is None:
+            subjects = [(name, hidden) for hidden in (False, True) for name in backends(from_hidden=hidden)]
+            subjects = [(name, hidden) for name, hidden in subjects if hidden or not from_hidden]
+        else:
+            subjects = [(subject_of(target), from_hidden)]
+        for subject, is_from_hidden in subjects:
             try:
                 with busy(f"checking {target or subject}") as tell, first_lines():
                     report = check_backend(
@@ -93,6 +116,7 @@ def check(
                         vocab=None if vocab is None else vocab_of(vocab),
                         call=call,
                         returns=returns,
+                        from_hidden=is_from_hidden,
                         tell=tell,
                     )
             except BackendUnavailable as error:

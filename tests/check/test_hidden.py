@@ -6,7 +6,10 @@ import torch
 import compiled_logprobs as clp
 from compiled_logprobs.check.hidden_cases import HiddenCaseInputs, cases_from_hidden
 from compiled_logprobs.check.hidden_function import Embedding, with_all_from_hidden
+from compiled_logprobs.check.report import MEANING
 from compiled_logprobs.problem import Problem
+from compiled_logprobs.testing import assert_log_probs
+from tests.helpers import hidden_functions_to_check as functions
 
 PROBLEM = Problem("cpu", 512, 301, torch.float32, needs_grad=True, hidden=64, weight_grad=True)
 
@@ -28,6 +31,44 @@ def test_every_backend_passes(name, dtype):
         pytest.skip(str(error))
     assert report.passed, (report, [check for check in report.checks if not check.passed])
     assert {"hidden_gradient_error", "weight_gradient_error"} <= {check.name for check in report.checks}
+
+
+@pytest.mark.parametrize("right", functions.RIGHT_FUNCTIONS, ids=lambda right: right.__name__)
+def test_no_right_function_is_stopped(right):
+    dtype = torch.float32 if right is functions.of_torch else torch.bfloat16
+    report = clp.check_backend(right, functions.PROBLEM._replace(dtype=dtype), from_hidden=True)
+    assert report.passed, (report, [check for check in report.checks if not check.passed])
+
+
+@pytest.mark.parametrize("wrong", functions.WRONG_FUNCTIONS, ids=lambda wrong: wrong.wrong)
+def test_a_wrong_function_is_stopped_for_the_right_reason_and_given_the_right_cause(wrong):
+    report = clp.check_backend(wrong.function, functions.PROBLEM._replace(dtype=wrong.dtype))
+    assert not report.passed and wrong.reason in report.reasons
+    assert report.causes[0].startswith(wrong.cause), report.causes
+
+
+def test_arguments_in_another_order_are_said_to_be():
+    def labels_second(hidden, labels, weight):
+        return functions.whole(hidden, weight, labels)
+
+    problem = PROBLEM._replace(vocab=37)
+    report = clp.check_backend(labels_second, problem, call="f(hidden, weight, labels)")
+    assert report.causes[0] == 'takes the labels before the weight: say --call "f(hidden, labels, weight)"'
+    assert_log_probs(labels_second, problem, call="f(hidden, labels, weight)", from_hidden=True, short=True)
+    with pytest.raises(AssertionError, match="likely cause: returns the loss"):
+        assert_log_probs(lambda hidden, weight, labels: -functions.whole(hidden, weight, labels), problem, short=True)
+
+
+def test_a_call_may_name_the_options_of_hidden_states_alone():
+    with pytest.raises(clp.InputError, match="with hidden, weight and labels, and may name bias, temperature"):
+        clp.check_backend(functions.whole, PROBLEM, call="f(hidden, weight, labels, logits)")
+
+
+def test_each_kind_of_check_of_hidden_states_stops_one():
+    own = {name for name in MEANING if name.startswith(("hidden_", "weight_", "bias_", "frozen_"))}
+    stopped = {wrong.reason for wrong in functions.WRONG_FUNCTIONS}
+    # Each error has a twin, the mean square, which the same mistakes trip.
+    assert {name.replace("rmse", "error") for name in own} <= {name.replace("rmse", "error") for name in stopped}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

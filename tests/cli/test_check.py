@@ -118,15 +118,23 @@ def test_a_mistake_of_our_own_does_not_look_like_a_wrong_backend(run, monkeypatc
     assert result.exit_code == 2 and "RuntimeError: a mistake" in result.stderr
 
 
+def test_a_function_from_hidden_states_is_checked_as_one(run, judged):
+    assert run("check", "whole").exit_code == 0 and judged["from_hidden"] is False  # its name says so
+    assert run("check", "eager", "--from-hidden").exit_code == 0 and judged["from_hidden"] is True
+
+
 def test_without_a_target_every_backend_is_checked_or_listed_with_its_reason(run, monkeypatch):
     monkeypatch.setattr(
         "compiled_logprobs.cli.check.check_backend",
         lambda subject, **options: (check_backend if subject == "flash_attn" else report_of)(subject, **options),
     )
-    monkeypatch.setattr("compiled_logprobs.cli.check.backends", lambda: ["flash_attn", "eager"])
+    names = {False: ["flash_attn", "eager"], True: ["whole"]}
+    monkeypatch.setattr("compiled_logprobs.cli.check.backends", lambda from_hidden=False: names[from_hidden])
     result = run("check", "--device", "cpu")
     unavailable, *passed, _ = result.stdout.splitlines()
-    assert result.exit_code == 0 and passed == ["eager: passed 6 of 6 checks"], result.output
+    assert result.exit_code == 0 and passed == ["eager: passed 6 of 6 checks", "whole: passed 6 of 6 checks"], (
+        result.output
+    )
     assert unavailable.startswith("backend 'flash_attn' cannot run")
     result = run("check", "--device", "cpu", "--json")
     assert json.loads(result.stdout)["unavailable"].keys() == {"flash_attn"}
