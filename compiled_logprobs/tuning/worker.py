@@ -289,6 +289,8 @@ class Job:
         logits = math.inf
         if self._order["strict"]:  # by the seconds of a call of each, where one is called
             logits = (self._ends - time.monotonic()) / seconds_a_logit
+            if self._problem.hidden is not None:  # where all of it, or nothing, is called: with room for twice the time
+                logits *= len(measurement.times()) / 2
         looked = self._sizes.of_look(measurement.problem, logits)
         while looked is not None and measurement.times():
             selection = self._selection(measurement, final=True)

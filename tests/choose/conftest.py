@@ -43,7 +43,8 @@ def nothing_measures(monkeypatch):
 def own_registry(monkeypatch):
     """A registry that forgets what a test registers."""
     module = sys.modules["compiled_logprobs.backends"]  # a function of that name stands before it in the package
-    monkeypatch.setattr(module, "_targets", dict(module._targets))
+    for table in ("_targets", "_from_hidden"):
+        monkeypatch.setattr(module, table, dict(getattr(module, table)))
     monkeypatch.setattr(module, "_loaded", dict(module._loaded))
 
 

@@ -18,7 +18,8 @@ def run(monkeypatch) -> Callable[..., Result]:
     """Calls the command line in this process, with the backends and the import path put back afterwards."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     registry = sys.modules["compiled_logprobs.backends"]  # a function of that name stands before it in the package
-    monkeypatch.setattr(registry, "_targets", dict(registry._targets))
+    for table in ("_targets", "_from_hidden"):
+        monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two that wait for each other on a busy machine take ten times as long
     yield lambda *arguments, **options: CliRunner().invoke(app, arguments, **options)

@@ -20,7 +20,8 @@ import psutil
 import torch
 
 from compiled_logprobs.backends import register_backend
-from compiled_logprobs.backends.base import Backend
+from compiled_logprobs.backends.base import AnyBackend
+from compiled_logprobs.backends.chunked import Chunked
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.operation import contract
 
@@ -33,12 +34,13 @@ FLOOD_BYTES = 20_000_000
 
 
 @contextmanager
-def registered(**targets: str | Backend) -> Iterator[None]:
+def registered(*, from_hidden: bool = False, **targets: str | AnyBackend) -> Iterator[None]:
     """These backends beside the built-in ones, for a while; the name alone of one in this module will do."""
-    with mock.patch.multiple(registry, _targets=dict(registry._targets), _loaded=dict(registry._loaded)):
+    tables = {name: dict(getattr(registry, name)) for name in ("_targets", "_from_hidden", "_loaded")}
+    with mock.patch.multiple(registry, **tables):
         for name, target in targets.items():
             is_here = isinstance(target, str) and ":" not in target
-            register_backend(name, f"{__name__}:{target}" if is_here else target)
+            register_backend(name, f"{__name__}:{target}" if is_here else target, from_hidden=from_hidden)
         yield
 
 
@@ -140,6 +142,28 @@ class TellsANumber(Right):
 
 class NotABackend:
     pass
+
+
+class AtOnce(Chunked):
+    """From hidden states: all logits at once, within whatever limit it is asked to keep."""
+
+    def __init__(self):
+        super().__init__("at_once", "all of them", None)
+
+    def why_not(self, problem):
+        return None
+
+    def least_memory(self, problem):
+        return None
+
+    def _chunks(self, inputs):
+        return iter([slice(0, len(inputs.labels))])
+
+
+class ForgetsTheWeight(AtOnce):
+    def backward(self, *arguments):
+        gradients = super().backward(*arguments)
+        return gradients._replace(weight=torch.zeros_like(gradients.weight))
 
 
 # --- those that do harm -----------------------------------------------------------------------------------------------

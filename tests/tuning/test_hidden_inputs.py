@@ -1,6 +1,7 @@
 """Timing candidates from hidden states: what they get, how much of the problem, and within which memory."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from compiled_logprobs.tuning import sizes as sizes_module
 from compiled_logprobs.tuning.hidden_inputs import InputsFromHidden, LogitsBackendCalled, limit_within
 from compiled_logprobs.tuning.rounds import Measurement
 from compiled_logprobs.tuning.sizes import MULTIPLE, sizes_of
+from compiled_logprobs.tuning.tuner import Tuner
 from compiled_logprobs.tuning.worker import Job
+from tests.helpers.backends_for_tuning import registered
 
 CPU = torch.device("cpu")
 FORWARD = Problem("cpu", rows=70, vocab=5000, dtype=torch.float32, hidden=48)
@@ -147,12 +150,12 @@ def test_the_vocabulary_shrinks_before_the_rows_do():
 
 
 @pytest.mark.parametrize("name", backends(from_hidden=True))
-def test_every_candidate_can_run_its_pilot(name):
+@pytest.mark.parametrize("rows", [512, 8192, 65536])
+def test_every_candidate_can_run_its_pilot(name, rows):
     """With fewer rows than a chunk has, chunks of rows would not be measured."""
-    for problem in (LARGE, LARGE._replace(rows=8192), LARGE._replace(rows=65536, dtype=torch.bfloat16)):
-        if why_not(name, problem) is None or problem.rows > 512:
-            pilot = sizes_of(problem, CPU).pilot(lambda part: why_not(name, part) is None)
-            assert why_not(name, pilot) is None or why_not(name, problem) is not None
+    problem = LARGE._replace(rows=rows, vocab=32768)
+    if why_not(name, problem) is None:
+        assert why_not(name, sizes_of(problem, CPU).pilot(lambda part: why_not(name, part) is None)) is None
 
 
 def test_sizes_shrink_to_the_memory_there_is(monkeypatch):
@@ -210,6 +213,30 @@ def test_a_part_is_timed_and_the_winner_is_called_with_the_whole_within_its_memo
     (proven,) = (event for event in told if event["event"] == "proven")
     assert proven == {"event": "proven", "rows": 70, "bytes": MIB}
     assert lost["chunked_256"][1].startswith("its chunks of 256 rows would hold all") and "chunked_64" not in lost
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(clock.why_no_peak("cpu") is not None, reason=str(clock.why_no_peak("cpu")))
+def test_within_a_limit_the_program_decides_for_the_fastest_that_keeps_it():
+    limit = 48 * MIB  # the logits take 64
+    problem = Problem(
+        "cpu", 1024, 16384, torch.float32, needs_grad=True, hidden=64, weight_grad=True, memory_limit=limit
+    )
+    names = ["at_once", "forgets", "whole", "chunked_256"]
+    with registered(from_hidden=True, at_once="AtOnce", forgets="ForgetsTheWeight"), Tuner(CPU, short=True) as tuner:
+        decision, evidence = tuner.decide(problem, 2.0, names=names)
+    found = {name: (candidate.outcome, candidate.reason) for name, candidate in decision.candidates.items()}
+    assert found["whole"] == ("unsupported", "it takes 80.0 MiB, and may take 48.0")
+    assert found["forgets"][0] == "wrong" and "weight_gradient_error" in found["forgets"][1]
+    outcome, reason = found["at_once"]
+    assert outcome != "chosen" and (
+        outcome != "oom" or re.fullmatch(r"it took 6\d\.\d MiB, and may take 48\.0", reason)
+    )
+    assert decision.chosen in ("eager", "chunked_256") and decision.problem == problem
+    assert re.search(r"; of 48\.0 MiB it takes \d\d\.\d$", decision.reason), decision.reason
+    assert decision.bandwidth == {} and decision.winner.percent_of_bandwidth is None
+    assert "chunked_256" in evidence.seconds
+    assert type(decision).from_json(decision.to_json()) == decision
 
 
 def test_the_logits_backend_of_a_call_is_asked_for_each_of_its_chunks():
