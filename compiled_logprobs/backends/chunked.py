@@ -27,6 +27,8 @@ from compiled_logprobs.problem import Problem, accumulation_dtype, of_logits
 
 WORKSPACE = 2**24
 """Bytes that a backend over logits may take beside them."""
+WORKSPACE_OF_EAGER = 2**25 + 2**23
+"""The same of eager, whose copies are of 2^20 logits in float32, as measured on a CPU."""
 MIB = 2**20
 
 
@@ -112,19 +114,19 @@ class Chunked(HiddenBackend):
         fixed, a_row = self._bytes(problem, 0), self._bytes(problem, 1) - self._bytes(problem, 0)
         return max(1, (limit - fixed) // a_row)
 
-    @staticmethod
-    def _bytes(problem: Problem, rows: int) -> int:
+    def _bytes(self, problem: Problem, rows: int) -> int:
         """Beside arguments, results and gradients, with so many rows a chunk."""
         size, wide = problem.dtype.itemsize, accumulation_dtype(problem.dtype).itemsize
         a_logit = size + problem.softcap * wide
         sums = 0
         if rows < problem.rows and problem.needs_grad and size < wide:
             block = min(problem.vocab, _BLOCK)
-            sums = problem.weight_grad * (problem.vocab * wide + block * size) * (problem.hidden or 1)
-        return WORKSPACE + rows * problem.vocab * a_logit + sums
+            sums = problem.weight_grad * (problem.vocab * wide + block * (size + wide)) * (problem.hidden or 1)
+        workspace = WORKSPACE if self._uses is None else WORKSPACE_OF_EAGER
+        return workspace + rows * problem.vocab * a_logit + sums
 
 
-_BLOCK = 2**13
+_BLOCK = 2**11
 """Columns of the vocabulary whose part of the weight's gradient is rounded at once."""
 
 

@@ -103,7 +103,7 @@ def test_eager_goes_by_fewer_rows_where_all_logits_are_too_many(monkeypatch):
     monkeypatch.setattr(type(eager), "forward", noted)
     hidden, weight, labels = arguments(PROBLEM)
     log_probs_from_hidden(hidden, weight, labels, backend="eager")
-    monkeypatch.setattr(chunked, "WORKSPACE", 0)
+    monkeypatch.setattr(chunked, "WORKSPACE_OF_EAGER", 0)
     for module in (base, chunked):
         monkeypatch.setattr(module, "total_memory", lambda device_type: 4 * 100 * 4100 * 4)
     log_probs_from_hidden(hidden, weight, labels, backend="eager")
