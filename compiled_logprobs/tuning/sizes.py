@@ -22,7 +22,10 @@ PILOT_LOGITS = {"cpu": 2**22, "cuda": 2**27}
 """Size of the first calls, which compile, and tell how long a round would take: by what the device takes for a row, and
 not by what the host takes for a call. From hidden states less by as much as H is more than `PILOT_HIDDEN`."""
 PILOT_HIDDEN = 1024
-LEAST_VOCAB = 4096
+LEAST_PILOTS = {"cpu": 1 / 4}
+"""From hidden states: of the size of the first calls, what rounds have at least. A CPU has nobody to wait for, and less
+lets a first call's budget have rounds enough for a choice."""
+LEAST_VOCAB = 2048
 """V to which the vocabulary shrinks at most."""
 MULTIPLE = 128
 """Columns that are left out are a multiple of it, so that the others lie in memory as all do."""
@@ -79,7 +82,8 @@ class SizesFromHidden(Sizes):
         return self._with(self._fewest_logits(), is_able)
 
     def that_fit(self, logits: float, is_able: Callable[[Problem], bool]) -> Problem:
-        return self._with(max(logits, self._fewest_logits()), is_able)
+        least = LEAST_PILOTS.get(self._device.type, 1) * self._fewest_logits()
+        return self._with(max(logits, least), is_able)
 
     def smaller(self, timed: Problem) -> Problem | None:
         if timed.vocab > MULTIPLE:

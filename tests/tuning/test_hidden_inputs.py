@@ -140,13 +140,13 @@ def test_the_vocabulary_shrinks_before_the_rows_do():
     assert sizes.pilot(anything) == LARGE._replace(vocab=8192)
     assert sizes.that_fit(2**23, anything) == LARGE._replace(vocab=16384)
     assert sizes.that_fit(1e12, anything) == LARGE
+    assert sizes.that_fit(1.0, anything) == LARGE._replace(vocab=2048)  # for the little time of a first call
     odd = LARGE._replace(vocab=50257)
     assert sizes_of(odd, CPU).pilot(anything).vocab % MULTIPLE == odd.vocab % MULTIPLE
-    assert sizes_of(LARGE._replace(hidden=8192), CPU).pilot(anything) == LARGE._replace(
-        hidden=8192, rows=128, vocab=4096
-    )
+    wide = LARGE._replace(hidden=8192)
+    assert sizes_of(wide, CPU).pilot(anything) == wide._replace(rows=256, vocab=2048)
     many = LARGE._replace(rows=65536)
-    assert sizes_of(many, CPU).pilot(anything) == many._replace(rows=1024, vocab=4096)
+    assert sizes_of(many, CPU).pilot(anything) == many._replace(rows=2048, vocab=2048)
 
 
 @pytest.mark.parametrize("name", backends(from_hidden=True))
