@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples import from_hidden
 from examples.reinforce import __main__ as program
 from examples.reinforce import text
 from examples.reinforce.train import Settings, pretrain, reinforce
@@ -89,3 +90,11 @@ def test_the_table_of_the_page_is_that_of_the_committed_results():
         for name, curve in zip(names, results["curves"], strict=True)
     ]
     assert re.findall(r"^\| (?:compiled|plain|mixed).*$", page, re.M) == table
+
+
+@pytest.mark.slow
+def test_a_step_from_hidden_states_has_the_gradients_of_one_from_logits(capsys):
+    from_hidden.main()
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("from_hidden: ") and second.startswith("from_logits: ")
+    assert float(re.search(r"apart by (\S+) of", last)[1]) < 1e-5
