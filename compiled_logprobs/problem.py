@@ -184,7 +184,8 @@ def mode_name(problem: Problem) -> str:
     """The mode and what else is asked for, in words, such as 'backward, entropy, temperature (number)'."""
     is_usual = problem == as_it_lies(problem._replace(aligned=True))
     others = problem._replace(needs_grad=False, inplace_backward=False, aligned=problem.aligned or is_usual)
-    return ", ".join(filter(None, (problem.mode, others.details())))
+    hidden = "" if problem.hidden is None else f"hidden {problem.hidden}"
+    return ", ".join(filter(None, (problem.mode, hidden, others.details())))
 
 
 def bucket(problem: Problem) -> Problem:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 import torch
 
-from compiled_logprobs.backends import BUILT_IN, backends, code_of, is_loaded
+from compiled_logprobs.backends import backends_for, code_of, is_built_in, is_loaded
 from compiled_logprobs.choose.memory import Choice, Memory
 from compiled_logprobs.choose.rule import Context, walk
 from compiled_logprobs.decision import PLAIN, Candidate, Decision, Evidence, Speedup, short
@@ -299,23 +299,24 @@ def _staleness(
     """Why each decision may no longer hold: other versions or other code than here; None where nothing says so."""
     versions = {environment: _other_versions(told, here) for environment, told in facts.items()}
     same_device = {name: any(_is_like(one, told) for one in here) for name, told in facts.items()}
-    ours = {name: code_of(name) if name in BUILT_IN or is_loaded(name) else None for name in backends()}
 
     @cache
-    def why(environment: str, chosen: str, there: str | None) -> str | None:
+    def why(environment: str, chosen: str, there: str | None, problem: Problem) -> str | None:
         if versions.get(environment) is not None:
             return versions[environment]
-        if chosen not in ours:
+        if chosen not in backends_for(problem):
             return f"backend {chosen}, which it chose, is not registered here"
-        code = ours[chosen]
+        code = code_of(chosen, problem) if is_built_in(chosen) or is_loaded(chosen) else None
         if code is not None and there is not None and not same_device.get(environment):
             # There, other packages are to be expected, which some backends add to the digest of their source.
             code, there = code.split(",")[0], there.split(",")[0]
         return None if code is None or code == there else f"backend {chosen} has changed since this was measured"
 
-    columns = decisions[["environment", "chosen", "fingerprint"]].itertuples(index=False)
+    # Of all problems from hidden states, and of all from logits, one will do.
+    kinds = [Problem("cpu", 1, 1, each.dtype, hidden=each.hidden and 1) for each in decisions["problem"]]
+    columns = zip(*(decisions[name] for name in ("environment", "chosen", "fingerprint")), kinds, strict=True)
     return [
-        why(environment, chosen, there if isinstance(there, str) else None) for environment, chosen, there in columns
+        why(where, chosen, there if isinstance(there, str) else None, kind) for where, chosen, there, kind in columns
     ]
 
 

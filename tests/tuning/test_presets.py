@@ -81,6 +81,7 @@ def test_problems_from_hidden_states_have_the_weights_gradient_unless_it_is_froz
     frozen, both = plain._replace(needs_grad=True), plain._replace(needs_grad=True, weight_grad=True)
     assert set(posed) == {plain, frozen, both, *(p._replace(entropy=True) for p in (plain, frozen, both))}
     assert grid("cpu", "quick", **options) == [plain, both]
+    assert mode_name(both) == "backward, hidden 64, of the weight too"
     limited = plain._replace(memory_limit=2**29)
     assert is_among(bucket(limited), memory_limits=[2**29 + 1], hidden=[64]) and not is_among(
         plain, memory_limits=[2**29]
