@@ -172,7 +172,9 @@ def _judge_gradients(found: dict[str, Any], inputs: HiddenCaseInputs, notes: Not
         notes.add("nan_pattern", errors.fits_pattern, f"the {what} is NaN or infinite elsewhere than in float64")
         notes.add_errors(errors)
         largest = float(inputs.scale.max()) if len(inputs.scale) else 1.0
-        scale = largest * true.abs().max() * torch.ones_like(true[:, :1])
+        # Of what is 0 throughout, a limit that is no more than that.
+        size = true.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        scale = largest * size * torch.ones_like(true[:, :1])
         # Chunks are products of their own, each of which rounds: the mean square tells how often.
         slack = torch.finfo(inputs.problem.dtype).eps * float(true.abs().max())
         judge_errors(errors, plain, scale, inputs, notes, slack)

@@ -30,7 +30,8 @@ def test_every_backend_passes(name, dtype):
     except clp.BackendUnavailable as error:
         pytest.skip(str(error))
     assert report.passed, (report, [check for check in report.checks if not check.passed])
-    assert {"hidden_gradient_error", "weight_gradient_error"} <= {check.name for check in report.checks}
+    limits = {check.name: check.limit for check in report.checks}
+    assert limits["hidden_gradient_error"] and limits["weight_gradient_error"]
 
 
 @pytest.mark.parametrize("right", functions.RIGHT_FUNCTIONS, ids=lambda right: right.__name__)

@@ -207,5 +207,5 @@ WRONG_FUNCTIONS = [
     WrongFromHidden("labels of the first chunk", "log_prob_error", "takes the labels of the first chunk, of 64 rows"),
     WrongFromHidden("writes over hidden", "inputs_changed", "writes over the hidden states"),
     WrongFromHidden("writes over weight", "inputs_changed", "writes over the weight"),
-    WrongFromHidden("the loss", "log_prob_sign", "returns the loss: positive where a log-probability must be negative"),
+    WrongFromHidden("the loss", "log_prob_sign", "returns the loss: positive"),
 ]
