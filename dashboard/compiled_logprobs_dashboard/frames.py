@@ -3,42 +3,46 @@
 They are made anew when a store changes; of its files, only those are opened that were not there before.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
-import torch
 
 from compiled_logprobs.backends import backends_for, code_of, is_built_in, is_loaded
-from compiled_logprobs.choose.memory import Choice, Memory
-from compiled_logprobs.choose.rule import Context, walk
 from compiled_logprobs.decision import PLAIN, Candidate, Decision, Evidence, Speedup, short
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import MATCHED, VERSIONS_MATCHED, Environment, as_matched, environments
-from compiled_logprobs.policy import Policy
-from compiled_logprobs.problem import MODES, Problem, as_it_lies, bucket, mode_name, short_name
+from compiled_logprobs.problem import Problem, mode_name, short_name
 from compiled_logprobs.store import stores
-from compiled_logprobs.store.files import FACTS, Store, decision_files, read_decision, read_facts
-from compiled_logprobs.tuning.presets import DTYPES
+from compiled_logprobs.store.files import (
+    FACTS,
+    HISTORY,
+    Store,
+    decision_files,
+    listing,
+    past_files,
+    read_decision,
+    read_facts,
+    read_past,
+)
 from compiled_logprobs_dashboard.looks import plain_line
 
 SOURCES = {"user store": "yours", "project profiles": "project", "bundled profiles": "bundled"}
 """What the dashboard calls a store, by the label of `stores`."""
 MOST_FILES = 100_000
 """Whose rows are remembered."""
-ASKED: dict[str, dict[str, Any]] = {**MODES, "forward, entropy": {"entropy": True}}
-"""What can be asked for where nothing like it is stored."""
 DECISIONS = {
     **dict.fromkeys(("key",), "int64"),
     **dict.fromkeys(("source", "environment", "file"), "str"),
     "problem": object,
     **dict.fromkeys(("name", "mode", "dtype"), "str"),
-    **dict.fromkeys(("rows", "vocab", "measured_rows"), "int64"),
-    **dict.fromkeys(("needs_grad", "inplace_backward", "is_decided"), "bool"),
-    **dict.fromkeys(("chosen", "baseline", "against", "code", "measured_at", "fingerprint"), "str"),
+    **dict.fromkeys(("rows", "vocab"), "int64"),
+    "timed_rows": "float64",  # in proportion, where fewer columns were timed, too
+    "is_decided": "bool",
+    **dict.fromkeys(("chosen", "baseline", "against", "measured_at", "fingerprint"), "str"),
     **dict.fromkeys(("tuning_seconds", "bandwidth_read", "bandwidth_copy", "bandwidth_in_place"), "float64"),
 }
 """Columns. `against` is whose time the speed-ups that are shown are over, `fingerprint` the chosen backend's then. What
@@ -49,8 +53,9 @@ CANDIDATES = {
     "chosen": "bool",
     **dict.fromkeys(("ratio", "ratio_low", "ratio_high"), "float64"),  # the baseline's time over its own
     **dict.fromkeys(("speedup", "speedup_low", "speedup_high"), "float64"),  # the time of `against` over its own
-    **dict.fromkeys(("seconds", "extra_bytes", "percent_of_bandwidth"), "float64"),
-    **dict.fromkeys(("checks_passed", "checks_total"), "int64"),
+    **dict.fromkeys(("seconds", "extra_multiple", "percent_of_bandwidth"), "float64"),
+    **dict.fromkeys(("passed", "failed"), object),  # names of checks
+    "is_wrong": "bool",
     "measured_at": "str",
 }
 
@@ -60,34 +65,6 @@ class Profile(NamedTuple):
 
     source: str
     environment: str
-
-
-class Shape(NamedTuple):
-    """What is asked for: a problem, but for the device."""
-
-    mode: str
-    """The mode, and what else is asked for, in words."""
-    dtype: str
-    """Of the logits."""
-    rows: int
-    """N."""
-    vocab: int
-    """V."""
-
-
-Kind = Literal["exact", "nearest", "undecided", "rule", "none"]
-KINDS: dict[str, Kind] = {"stored": "exact", "near": "nearest", "related": "nearest", "small": "rule"}
-"""By the step of the library's rule that chose. Any other: not measured. Undecided is what least regret chose."""
-
-
-class Answer(NamedTuple):
-    """What a profile says of a shape."""
-
-    kind: Kind
-    problem: Problem
-    """That is asked about, at the top of its bucket."""
-    key: int | None
-    """Of the decision, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +95,29 @@ class Frames:
 
     def of(self, profile: Profile) -> pd.DataFrame:
         """The decisions of one profile."""
-        table = self.decisions
-        return table[(table["environment"] == profile.environment) & (table["source"] == profile.source)]
+        return self._parts[0].get(profile, self.decisions.iloc[:0])
+
+    def candidates_of(self, profile: Profile) -> pd.DataFrame:
+        """The candidates of these decisions."""
+        return self._parts[1].get(profile, self.candidates.iloc[:0])
+
+    @cached_property
+    def _parts(self) -> tuple[dict[Profile, pd.DataFrame], dict[Profile, pd.DataFrame]]:
+        decisions = {Profile(*name): part for name, part in self.decisions.groupby(["source", "environment"])}
+        owners = self.candidates["key"].map(self.decisions["source"] + " " + self.decisions["environment"])
+        candidates = {Profile(*name.split(" ")): part for name, part in self.candidates.groupby(owners)}
+        return decisions, candidates
+
+    @cached_property
+    def past(self) -> "Frames":
+        """What newer decisions replaced, in the same form: only who compares needs it."""
+        found = _Rows()
+        for source, store in self.stores.items():
+            for folder in store.folders():
+                for problem in listing(folder / HISTORY):
+                    found.add(source, store, folder, past_files(problem), read_past)
+        tables = _table(found.decisions, DECISIONS), _table(found.candidates, CANDIDATES)
+        return Frames(*tables, self.environments, self.broken, self.stores)
 
     def facts(self, profile: Profile) -> dict[str, Any]:
         """The row of a profile in `environments`; None for a fact that is missing."""
@@ -141,17 +139,27 @@ class Frames:
         row = self.decisions.iloc[key]
         return self.stores[row["source"]].evidence(row["environment"], decision)
 
-    def labels(self) -> dict[str, Profile]:
-        """Each profile by what people call it: this machine's first, then that of the most decisions."""
+    def profiles(self) -> dict[str, Profile]:
+        """Each profile by its name in links: this machine's first, then that of the most decisions.
+
+        The name is the environment's fingerprint; behind it the source, where the same lies in two.
+        """
         order = {source: place for place, source in enumerate(self.stores)}
         table = self.environments.assign(order=self.environments["source"].map(order))
         table = table.sort_values(["here", "order", "decisions"], ascending=[False, True, False], kind="stable")
-        labels: dict[str, Profile] = {}
-        for device, source, environment in table[["device", "source", "environment"]].itertuples(index=False):
-            start = f"{plain_line(device, 60)} · {source} · "
-            label = start + environment[:8]
-            labels[start + environment if label in labels else label] = Profile(source, environment)
-        return labels
+        named: dict[str, Profile] = {}
+        for source, environment in table[["source", "environment"]].itertuples(index=False):
+            named[f"{environment}-{source}" if environment in named else environment] = Profile(source, environment)
+        return named
+
+    def label(self, profile: Profile) -> str:
+        """What people call a profile: its device, torch and source, and as much more as tells it from the others."""
+        table = self.environments
+        torch_there = table["torch"].fillna("not known").map(lambda text: plain_line(text, 20))
+        devices = table["device"].map(lambda text: plain_line(text, 60))
+        labels = devices + " · torch " + torch_there + " · " + table["source"]
+        mine = labels[(table["source"] == profile.source) & (table["environment"] == profile.environment)].iloc[0]
+        return f"{mine} · {profile.environment[:6]}" if (labels == mine).sum() > 1 else str(mine)
 
 
 def sources() -> dict[str, Store]:
@@ -159,42 +167,51 @@ def sources() -> dict[str, Store]:
     return {SOURCES[label]: store for label, store in stores().items() if store.root.is_dir()}
 
 
+class _Rows:
+    """Rows of decisions and of their candidates, and files that cannot be read."""
+
+    def __init__(self) -> None:
+        self.decisions: list[tuple[Any, ...]] = []
+        self.candidates: list[tuple[Any, ...]] = []
+        self.broken: list[tuple[str, str, str, str]] = []
+
+    def add(self, source: str, store: Store, folder: Path, paths: list[Path], read: Callable[[Path], Any]) -> None:
+        for path in paths:
+            if not path.name.isascii():  # a name that no store gives, and that may be no text
+                continue
+            try:
+                row, candidates = _rows(path, path.stat().st_mtime_ns, read)
+            except (ProfileError, OSError) as error:
+                self.broken.append((source, folder.name, path.relative_to(store.root).as_posix(), str(error)))
+                continue
+            key = len(self.decisions)
+            self.decisions.append((key, source, folder.name, path.name, *row))
+            self.candidates += [(key, *candidate) for candidate in candidates]
+
+
 def load(by_source: Mapping[str, Store]) -> Frames:
     """What `by_source` holds, by source."""
-    here = environments()
-    decisions: list[tuple[Any, ...]] = []
-    candidates: list[tuple[Any, ...]] = []
+    here, found = environments(), _Rows()
     facts: list[tuple[str, str, dict[str, Any]]] = []
-    broken: list[tuple[str, str, str, str]] = []
     for source, store in by_source.items():
         for folder in store.folders():
-            first = None
-            for path in decision_files(folder):
-                if not path.name.isascii():  # a name that no store gives, and that may be no text
-                    continue
-                try:
-                    rows = _rows(path, path.stat().st_mtime_ns)
-                except (ProfileError, OSError) as error:
-                    broken.append((source, folder.name, path.relative_to(store.root).as_posix(), str(error)))
-                    continue
-                key = len(decisions)
-                decisions.append((key, source, folder.name, path.name, *rows[0]))
-                candidates += [(key, *row) for row in rows[1]]
-                first = first or path
-            stated = None
+            before, stated = len(found.decisions), None
+            found.add(source, store, folder, decision_files(folder), read_decision)
             try:
                 stated = read_facts(folder / FACTS)
             except ProfileError as error:
-                broken.append((source, folder.name, (folder / FACTS).relative_to(store.root).as_posix(), str(error)))
-            if first is not None:  # each decision tells the facts, too
+                where = (folder / FACTS).relative_to(store.root).as_posix()
+                found.broken.append((source, folder.name, where, str(error)))
+            if len(found.decisions) > before:  # each decision tells the facts, too
+                first = folder / "decisions" / found.decisions[before][3]
                 facts.append((source, folder.name, _plain(stated or getattr(read_decision(first), "environment", {}))))
-    table = _table(decisions, DECISIONS)
+    table = _table(found.decisions, DECISIONS)
     profiles = _environments(facts, table, here)
     device = profiles.set_index(["source", "environment"])["device"]
     table["device"] = device.reindex(pd.MultiIndex.from_frame(table[["source", "environment"]])).to_numpy()
     table["stale"] = _staleness(table, {environment: stated for _, environment, stated in facts}, here)
-    lost = pd.DataFrame(broken, columns=["source", "environment", "path", "reason"])
-    return Frames(table, _table(candidates, CANDIDATES), profiles, lost, dict(by_source))
+    lost = pd.DataFrame(found.broken, columns=["source", "environment", "path", "reason"])
+    return Frames(table, _table(found.candidates, CANDIDATES), profiles, lost, dict(by_source))
 
 
 def _table(rows: list[tuple[Any, ...]], columns: dict[str, Any]) -> pd.DataFrame:
@@ -202,24 +219,19 @@ def _table(rows: list[tuple[Any, ...]], columns: dict[str, Any]) -> pd.DataFrame
 
 
 @lru_cache(maxsize=MOST_FILES)
-def _rows(path: Path, written: int) -> tuple[tuple[Any, ...], list[tuple[Any, ...]]]:
+def _rows(
+    path: Path, written: int, read: Callable[[Path], Decision | None]
+) -> tuple[tuple[Any, ...], list[tuple[Any, ...]]]:
     """The row of the decision in a file, and those of its candidates. Raises ProfileError if it cannot be read."""
-    decision = read_decision(path)
+    decision = read(path)
     if decision is None:
         raise ProfileError("it is no longer there")
-    problem, chosen = decision.problem, decision.winner
+    problem = decision.problem
     row = (
         *(problem, short(problem), mode_name(problem), short_name(problem.dtype)),
-        *(problem.rows, problem.vocab, decision.measured_rows, problem.needs_grad, problem.inplace_backward),
-        decision.is_decided,
-        *(
-            decision.chosen,
-            decision.baseline,
-            against(decision),
-            decision.code,
-            decision.measured_at,
-            chosen.fingerprint,
-        ),
+        *(problem.rows, problem.vocab, decision.timed.rows * decision.timed.vocab / problem.vocab),
+        *(decision.is_decided, decision.chosen, decision.baseline),
+        *(against(decision), decision.measured_at, decision.winner.fingerprint),
         *(decision.tuning_seconds, *(decision.bandwidth.get(kind) for kind in ("read", "copy", "in_place"))),
     )
     candidates = [
@@ -227,8 +239,9 @@ def _rows(path: Path, written: int) -> tuple[tuple[Any, ...], list[tuple[Any, ..
             *(name, candidate.outcome, candidate.reason, name == decision.chosen),
             *_ends(candidate.speedup),
             *_ends(published(decision, candidate)),
-            *(candidate.seconds, candidate.extra_bytes, candidate.percent_of_bandwidth),
-            *(candidate.checks_passed, len(candidate.checks)),
+            *(candidate.seconds, candidate.extra_multiple, candidate.percent_of_bandwidth),
+            *(tuple(one.name for one in candidate.checks if one.passed == passed) for passed in (True, False)),
+            candidate.outcome == "wrong" or candidate.checks_passed < len(candidate.checks),
             candidate.measured_at or decision.measured_at,
         )
         for name, candidate in decision.candidates.items()
@@ -345,53 +358,3 @@ def _is_like(one: Environment, facts: Mapping[str, Any]) -> bool:
     return all(
         as_matched(name, facts.get(name)) == as_matched(name, getattr(one, name)) for name in ("device_type", *names)
     )
-
-
-# What serves a shape
-
-
-def dtypes(frames: Frames) -> list[str]:
-    """The dtypes that a run measures, and those that are stored."""
-    return list(dict.fromkeys([*map(short_name, DTYPES), *sorted(frames.decisions["dtype"].unique())]))
-
-
-def problem_of(frames: Frames, profile: Profile, shape: Shape) -> Problem:
-    """The problem that `shape` is on the device of a profile."""
-    device = frames.facts(profile).get("device_type") or "cpu"
-    asked = {"device_type": device, "rows": shape.rows, "vocab": shape.vocab, "dtype": getattr(torch, shape.dtype)}
-    if shape.mode in ASKED:
-        return as_it_lies(Problem(**asked, **ASKED[shape.mode]))
-    like = frames.decisions[frames.decisions["mode"] == shape.mode]
-    same = like[like["environment"] == profile.environment]
-    problem: Problem = (like if same.empty else same)["problem"].iloc[0]
-    return problem._replace(**asked)
-
-
-def look_up(frames: Frames, profile: Profile, shape: Shape) -> Answer:
-    """What a profile says of `shape`: the library's own rule, walked over its store, with nothing measured."""
-    asked = problem_of(frames, profile, shape)
-    store = {profile.source: _Listed(frames.stores[profile.source].root, tuple(frames.of(profile)["problem"]))}
-    device = torch.device("cpu")  # which only measuring would ask for
-    context = Context(asked, Policy("lookup"), device, profile.environment, store, Memory(), is_here=False)
-    *_, (step, choice) = walk(context)
-    top, decision = bucket(asked), choice.decision if isinstance(choice, Choice) else None
-    key = None if decision is None else frames.keys.get((*profile, decision.problem))
-    if decision is None or key is None:
-        return Answer(KINDS.get(step, "none") if decision is None else "none", top, None)
-    return Answer(KINDS.get(step, "none") if decision.is_decided else "undecided", top, key)
-
-
-@dataclass(frozen=True)
-class _Listed(Store):
-    """A store whose files are listed already, those of one environment."""
-
-    listed: tuple[Problem, ...]
-
-    def alike(self, environment: str, problem: Problem) -> list[Problem]:
-        return list(self.listed)
-
-
-def same_but_rows(decisions: pd.DataFrame, problem: Problem) -> pd.DataFrame:
-    """Those of `decisions` that are for `problem` but for N."""
-    like = decisions[decisions["vocab"] == problem.vocab]
-    return like[like["problem"].map(lambda other: other._replace(rows=problem.rows) == problem).astype(bool)]

@@ -4,8 +4,10 @@ It listens on 127.0.0.1 alone, but any page that the user visits can make the br
 has another Origin; or, where its own name was made to lead to 127.0.0.1, another Host.
 """
 
-from urllib.parse import urlsplit
+import re
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HOSTS = ("127.0.0.1", "localhost")
@@ -26,6 +28,19 @@ CONTENT_POLICY = {
     "frame-ancestors": "'none'",
 }
 """What a page may load, and who may frame it: so that markup that got through could still tell nobody."""
+PAGES = ("shape", "correctness", "measure")
+MOVED = {
+    **dict.fromkeys(("decide", "throughput", "memory"), "/shape"),
+    "sign_check": "/correctness",
+    "compare": "/?tab=compare",
+    "overview": "/",
+    "run": "/measure?part=run",
+    "live_gpu": "/measure?part=machine",
+    "profiles": "/measure?part=profiles",
+}
+"""Where what was at an earlier address is now."""
+KEPT = ("rows", "vocab", "dtype", "mode")
+"""Parameters that mean the same there."""
 REFUSAL = b"This dashboard serves 127.0.0.1 and localhost, and pages of its own, only.\n"
 
 
@@ -49,7 +64,8 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", ()), *_headers(host)]}
             await send(message)
 
-        await self._app(scope, receive, send_guarded)
+        place = _moved(scope)
+        await (self._app if place is None else RedirectResponse(place))(scope, receive, send_guarded)
 
 
 def _allowed_host(scope: Scope) -> str | None:
@@ -69,6 +85,22 @@ def _allowed_host(scope: Scope) -> str | None:
     if origins and origins[0].decode("latin-1").lower() != f"http://{host}":
         return None
     return host
+
+
+def _moved(scope: Scope) -> str | None:
+    """Where a page is that is asked for by an earlier address, or by one that no page has; None for all else."""
+    name = scope["path"].strip("/")
+    if (
+        scope["type"] != "http"
+        or scope["method"] != "GET"
+        or name in PAGES
+        or not re.fullmatch("[A-Za-z][A-Za-z_-]*", name)
+    ):
+        return None
+    page, _, more = MOVED.get(name, f"/?page={name}").partition("?")
+    kept = [pair for pair in parse_qsl(scope["query_string"].decode("latin-1")) if pair[0] in KEPT]
+    query = urlencode([*parse_qsl(more), *kept])
+    return f"{page}?{query}" if query else page
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:

@@ -17,9 +17,7 @@ class Look(NamedTuple):
     colour: str
     letter: str
     symbol: str
-    """Of plotly's markers."""
     dash: str
-    """Of plotly's lines."""
 
 
 BACKENDS = {
@@ -37,7 +35,9 @@ _OTHERS = (
 )
 NEUTRAL = "#8A8F98"
 """Of what was not measured, and of lines that compare; readable on white and on near-black."""
-GOOD, BAD, DOUBTFUL = "#009E73", "#D55E00", "#B3A400"
+GOOD, BAD, DOUBTFUL = "#009E73", "#D4002A", "#B3A400"
+WRONG = "✗"
+"""The letter of what failed a check, beside a backend's own; its colour is `BAD`."""
 
 OUTCOMES = {
     "chosen": "★ chosen",
@@ -52,14 +52,6 @@ OUTCOMES = {
     "unsupported": "– unsupported",
 }
 """Glyph and word of `records.Outcome`."""
-VERDICTS = {
-    "pass": "✓ pass",
-    "fail": "✗ FAIL",
-    "not run": "· not run",
-    "unsupported": "– unsupported",
-    "error": "! error",
-}
-"""Glyph and word of what a check came to."""
 
 
 def looks(backends: Iterable[str], among: Iterable[str] = ()) -> dict[str, Look]:

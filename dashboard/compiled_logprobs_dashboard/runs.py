@@ -6,6 +6,7 @@ ends with the server; what it has finished by then is stored.
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -25,10 +26,10 @@ import torch
 from filelock import BaseFileLock, FileLock, Timeout
 from platformdirs import user_state_path
 
-from compiled_logprobs.backends import EAGER, backends
+from compiled_logprobs.backends import EAGER, backends, backends_for, is_built_in
 from compiled_logprobs.choose.tune import current, limit_again
 from compiled_logprobs.decision import short
-from compiled_logprobs.errors import LogProbsError
+from compiled_logprobs.errors import InputError, LogProbsError
 from compiled_logprobs.machine import clock
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.machine.nvml import telemetry
@@ -38,7 +39,8 @@ from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning import presets
 from compiled_logprobs.tuning.sizes import BUFFERS, SHARE_OF_FREE_MEMORY
 from compiled_logprobs.tuning.tuner import alone_on
-from compiled_logprobs_dashboard.tables.run import Seen
+from compiled_logprobs_dashboard.humanize import size
+from compiled_logprobs_dashboard.progress import Seen
 
 START_S = 15.0
 """About what it takes until the first problem begins, and to begin a worker program: torch is imported twice."""
@@ -110,6 +112,16 @@ class Request:
         )
         return list(dict.fromkeys(map(bucket, grid)))
 
+    def valid(self) -> "Request":
+        """Itself. Raises InputError for what is not valid, before a program finds that out."""
+        self.problems()
+        for text in self.backends:
+            is_named = is_built_in(text) or text in backends()
+            if not is_named and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text):
+                valid = f"{', '.join(backends())}, or package.module:Class of your own is valid"
+                raise InputError(f"got backend {text!r:.80}; {valid}.")
+        return self
+
     def arguments(self) -> list[str]:
         """Of the command line, without those that only say how to report."""
         several: dict[str, Sequence[object]] = {"vocab": self.vocabs, "rows": self.rows, "dtype": self.dtypes}
@@ -143,13 +155,10 @@ class Preflight:
     """By what problems took here before; None where none was measured."""
     largest: Problem | None
     """The problem with the most logits."""
-    logits_bytes: int
-    """Of that problem."""
     needed_bytes: int
     """That its inputs, its gradient and what is taken beside them need."""
     free_bytes: int | None
     warnings: tuple[str, ...]
-    """In sentences."""
     obstacles: tuple[str, ...]
     """Why it cannot be started."""
 
@@ -165,21 +174,21 @@ def preflight(request: Request, *, seconds_before: Sequence[float] = (), store: 
     """
     device = torch.device(request.device)
     store = user_store() if store is None else store
-    problems = request.problems()
-    asked = [EAGER, *request.backends] if request.backends else backends()
-    left = [what for what in problems if request.again or current(store, what, device, asked) is None]
+    problems = request.valid().problems()
+    named = [EAGER, *request.backends] if request.backends else []
+    known = {} if request.again else {p: current(store, p, device, named or backends_for(p)) for p in problems}
+    left = [what for what in problems if known.get(what) is None]
     before = [store.read(fingerprint_of(device), what) for what in left]
     limits = [request.seconds if decision is None else limit_again(decision, request.seconds) for decision in before]
     to_measure, stored = len(left), len(problems) - len(left)
     largest = max(problems, key=_logits_bytes, default=None)
-    logits = 0 if largest is None else _logits_bytes(largest)
-    needed = 0 if largest is None else (BUFFERS + largest.needs_grad + 1) * logits
+    needed = 0 if largest is None else (BUFFERS + largest.needs_grad + 1) * _logits_bytes(largest)
     free = _free_bytes(device)
     warnings = _busy(device)
     if largest is not None and free is not None and needed > SHARE_OF_FREE_MEMORY * free:
         warnings.append(
-            f"{short(largest)} needs {needed / 2**30:.1f} GiB, and the run takes at most {SHARE_OF_FREE_MEMORY:.0%} "
-            f"of the {free / 2**30:.1f} GiB that are free: fewer rows will be timed, and the result says so."
+            f"{short(largest)} needs {size(needed)}, and the run takes at most {SHARE_OF_FREE_MEMORY:.0%} of the "
+            f"{size(free)} that are free: fewer rows will be timed, and the result says so."
         )
     each = min(request.seconds + READY_S, statistics.median(seconds_before)) if seconds_before else None
     return Preflight(
@@ -188,7 +197,6 @@ def preflight(request: Request, *, seconds_before: Sequence[float] = (), store: 
         most_seconds=START_S + sum(limits) + READY_S * to_measure,
         likely_seconds=None if each is None else START_S + to_measure * each,
         largest=largest,
-        logits_bytes=logits,
         needed_bytes=needed,
         free_bytes=free,
         warnings=tuple(warnings),
@@ -238,7 +246,7 @@ def _obstacles(root: Path, problems: int) -> list[str]:
         return [f"Profiles cannot be written to {root}. Make it writable, or set COMPILED_LOGPROBS_PROFILES."]
     free = shutil.disk_usage(place).free
     if free < problems * DISK_A_PROBLEM:
-        return [f"The disk that holds {root} has {free / 2**20:.0f} MiB left. Free some space."]
+        return [f"The disk that holds {root} has {size(free)} left. Free some space."]
     return []
 
 
@@ -343,7 +351,7 @@ class Runs:
             InputError: what is asked for is not valid.
             RunRefused: another run is going on, or the files that this one needs cannot be written.
         """
-        request.problems()
+        request.valid()
         with self._lock:
             try:
                 lock = FileLock(user_state_path("compiled-logprobs", ensure_exists=True) / LOCK, thread_local=False)

@@ -8,18 +8,20 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 from compiled_logprobs_dashboard import frames as module
 from compiled_logprobs_dashboard import selection
-from compiled_logprobs_dashboard.frames import CANDIDATES, DECISIONS, Profile, Shape, device_name, look_up, sources
-from compiled_logprobs_dashboard.tables.decide import winners
+from compiled_logprobs_dashboard.answers import look_up
+from compiled_logprobs_dashboard.frames import CANDIDATES, DECISIONS, Profile, device_name, sources
+from compiled_logprobs_dashboard.tables.overview import decisions, maps, squares
 
 from compiled_logprobs.errors import ProfileError
-from compiled_logprobs.problem import MODES, bucket, mode_name
+from compiled_logprobs.problem import bucket
 from compiled_logprobs.store.files import Store
 from tests.helpers import dashboard_stores as stores
 from tests.helpers.stored_decisions import decided
 
-SHAPE = Shape("backward", "bfloat16", 512, stores.QWEN)
+SHAPE = stores.problem()
 OURS = Profile("yours", stores.here().fingerprint())
 
 
@@ -36,7 +38,8 @@ def read(monkeypatch):
 def test_a_row_holds_what_the_decision_holds(load):
     frames, _ = load("one")
     decision, row = stores.good(), frames.decisions.iloc[0]
-    for name in ("chosen", "baseline", "code", "measured_at", "measured_rows", "tuning_seconds", "problem"):
+    assert row["timed_rows"] == decision.measured_rows
+    for name in ("chosen", "baseline", "measured_at", "tuning_seconds", "problem"):
         assert row[name] == getattr(decision, name), name
     assert (row["rows"], row["vocab"], row["dtype"], row["mode"]) == (512, stores.QWEN, "bfloat16", "backward")
     assert row["name"] == f"512 x {stores.QWEN} bfloat16 on cpu, backward" and row["against"] == "plain log_softmax"
@@ -45,7 +48,7 @@ def test_a_row_holds_what_the_decision_holds(load):
     for backend, candidate in decision.candidates.items():
         (line,) = frames.candidates[frames.candidates["backend"] == backend].to_dict("records")
         assert line["key"] == row["key"] and line["chosen"] == (backend == "cpp")
-        assert line["outcome"] == candidate.outcome and line["checks_total"] == len(candidate.checks)
+        assert line["outcome"] == candidate.outcome and len(line["passed"]) == len(candidate.checks)
         speedup, over_plain = candidate.speedup, candidate.speedup_over_plain
         values = {"seconds": candidate.seconds, "ratio": speedup and speedup.median}
         values |= {"speedup": over_plain and over_plain.median, "speedup_low": over_plain and over_plain.low}
@@ -59,7 +62,7 @@ def test_columns_are_there_without_any_row_or_figure(load):
     assert frames.decisions.empty and frames.environments.empty and frames.broken.empty and frames.backends == ()
     assert frames.facts(profile) == {} and look_up(frames, profile, SHAPE).kind == "none"
     frames, _ = load("partial")  # what was not measured stays missing
-    assert frames.candidates["extra_bytes"].isna().all() and frames.decisions["bandwidth_read"].isna().all()
+    assert frames.candidates["extra_multiple"].isna().all() and frames.decisions["bandwidth_read"].isna().all()
     assert frames.environments["device_type"].tolist() == ["cpu"], "a decision tells facts, too"
 
 
@@ -68,7 +71,7 @@ def test_only_what_changed_is_read_again(load, read, scenario):
     first, _ = load()
     assert len(first.decisions) == 42 and len(set(read)) == 42
     changed, removed, new = (stores.problem(rows) for rows in (64, 512, 4096))
-    stores.publish(where, stores.good(changed, code="OTHER"))
+    stores.publish(where, stores.good(changed, measured_at=stores.EARLIER))
     stores.publish(where, stores.good(new))
     where.path(OURS.environment, removed).unlink()
     read.clear()
@@ -76,7 +79,7 @@ def test_only_what_changed_is_read_again(load, read, scenario):
     assert {path.name for path in read} >= {where.path(OURS.environment, what).name for what in (changed, new)}
     assert len(read) <= 2 + len(where.folders()), "and one of each folder, for its facts"
     same = frames.of(OURS).query(f"mode == 'backward' and dtype == 'bfloat16' and vocab == {stores.QWEN}")
-    assert same.set_index("rows")["code"].to_dict() == {64: "OTHER", 2048: "FASTER_CLEAR", 4096: "FASTER_CLEAR"}
+    assert same.set_index("rows")["measured_at"].to_dict() == {64: stores.EARLIER, 2048: stores.AT, 4096: stores.AT}
     chosen = frames.candidates[frames.candidates["chosen"]].set_index("key")["backend"]
     assert (frames.decisions.set_index("key")["chosen"] == chosen).all(), "each candidate belongs to its decision"
 
@@ -144,9 +147,9 @@ def test_devices_are_told_apart(load):
 
 def test_this_machine_comes_first(load):
     frames, first = load("many")
-    assert first == OURS and len(frames.labels()) == 3
-    assert all(environment[:8] in label for label, (_, environment) in frames.labels().items())
-    assert selection.first_shape(frames, first) == SHAPE._replace(rows=2048), "a training step"
+    assert first == OURS and next(iter(frames.profiles())) == OURS.environment and len(frames.profiles()) == 3
+    labels = [frames.label(profile) for profile in frames.profiles().values()]
+    assert len(set(labels)) == 3 and sum("torch 2.12.0" in label for label in labels) == 2, "also by torch"
 
 
 def test_the_decision_behind_a_row_is_read_when_it_is_asked_for(load, scenario):
@@ -168,7 +171,7 @@ def test_the_decision_behind_a_row_is_read_when_it_is_asked_for(load, scenario):
 )
 def test_what_serves_a_shape(load, rows, kind, found):
     frames, profile = load("many")
-    for other in ({"dtype": "float16"}, {"vocab": stores.QWEN + 8}):
+    for other in ({"dtype": torch.float16}, {"vocab": stores.QWEN + 8}):
         assert look_up(frames, profile, SHAPE._replace(**other)).kind == "none", "was never measured"
     answer = look_up(frames, profile, SHAPE._replace(rows=rows))
     assert answer.kind == kind and answer.problem == bucket(stores.problem(rows))
@@ -180,17 +183,17 @@ def test_what_serves_a_shape(load, rows, kind, found):
 )
 def test_the_nearest_kind_of_problem_serves_and_what_is_undecided_is_called_so(load, name, mode, kind):
     frames, profile = load(name)
-    answer = look_up(frames, profile, SHAPE._replace(mode=mode))
+    answer = look_up(frames, profile, stores.problem(mode=mode))
     assert answer.kind == kind and (frames.decision(answer.key).problem == answer.problem) == (kind == "undecided")
 
 
-def test_modes_without_a_name_can_be_asked_for(load, scenario):
-    special = stores.problem()._replace(labels_per_row=4, temperature="per_token", masked_logits=True)
-    stores.publish(scenario("one"), stores.good(special))
+def test_what_was_replaced_is_in_the_past(load, scenario):
+    where = scenario("dated")
     frames, profile = load()
-    assert mode_name(special) not in MODES
-    answer = look_up(frames, profile, SHAPE._replace(mode=mode_name(special), rows=500))
-    assert answer.kind == "exact" and frames.decision(answer.key).problem == special
+    assert set(frames.past.of(profile)["measured_at"]) == {stores.EARLIER} and len(frames.past.of(profile)) == 2
+    assert set(frames.past.candidates_of(profile)["key"]) == set(frames.past.of(profile)["key"])
+    next((where.root / "v1").rglob("history/*/*.json")).write_text("{")
+    assert len(load()[0].past.decisions) == 1, "what cannot be read is passed over"
 
 
 @pytest.mark.slow
@@ -199,6 +202,6 @@ def test_thousands_of_decisions_are_read_once(scenario, read):
     frames = selection.current_frames()
     assert len(frames.decisions) == len(set(read)) == 5_000
     read.clear()
-    winners(frames, OURS, "backward", "bfloat16")
+    maps(squares(frames, OURS, decisions(frames, OURS)))
     look_up(frames, OURS, SHAPE)
     assert read == [], "what is looked at is answered from the frames"

@@ -76,6 +76,28 @@ def test_a_header_that_comes_twice_is_none(server, lines):
         assert connection.recv(100).split()[1] in (b"400", b"403")
 
 
+@pytest.mark.parametrize(
+    ("path", "leads_to"),
+    [
+        ("/decide?rows=64&profile=x", "/shape?rows=64"),
+        ("/throughput", "/shape"),
+        ("/memory?vocab=1&along=V", "/shape?vocab=1"),
+        ("/sign_check?dtype=float32", "/correctness?dtype=float32"),
+        ("/compare", "/?tab=compare"),
+        ("/live_gpu", "/measure?part=machine"),
+        ("/run", "/measure?part=run"),
+        ("/profiles", "/measure?part=profiles"),
+        ("/nowhere?rows=64", "/?page=nowhere&rows=64"),
+        ("/shape?rows=64", None),
+        ("/_stcore/health", None),
+        ("/", None),
+    ],
+)
+def test_earlier_addresses_lead_to_the_new_pages_and_unknown_ones_to_the_first(server, path, leads_to):
+    status, headers, _ = ask(server, path)
+    assert (status, headers.get("location")) == ((200, None) if leads_to is None else (307, leads_to))
+
+
 @pytest.mark.parametrize("path", ["/", "/_stcore/health", "/media/none", "/static/none.js"])
 def test_no_page_can_frame_it_or_read_it_and_it_loads_from_nowhere_else(server, path):
     _, headers, _ = ask(server, path)

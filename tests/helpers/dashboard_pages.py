@@ -9,7 +9,7 @@ from streamlit.testing.v1 import AppTest
 APP = Path(compiled_logprobs_dashboard.__file__).with_name("app.py")
 
 
-def opened(name: str = "decide", **query: object) -> AppTest:
+def opened(name: str = "overview", **query: object) -> AppTest:
     """That page, as a link with `query` leads to it."""
     at = AppTest.from_file(str(APP), default_timeout=60)
     for key, value in query.items():
@@ -37,3 +37,8 @@ def charts_of(at: AppTest) -> list[Any]:
 def table_of(at: AppTest, *columns: str) -> Any:
     """The first table that has these columns; None if there is none."""
     return next((one.value for one in at.dataframe if set(columns) <= set(one.value.columns)), None)
+
+
+def links_of(at: AppTest) -> dict[str, str]:
+    """By label, where each link to a page leads: the page, and the parameters of its address."""
+    return {link.proto.label: f"{link.proto.page}?{link.proto.query_string}" for link in at.get("page_link")}

@@ -12,11 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from compiled_logprobs_dashboard.frames import ASKED
 
 from compiled_logprobs.decision import Candidate, Check, Decision, Speedup
 from compiled_logprobs.machine.environment import Environment, environment_at
-from compiled_logprobs.problem import Problem, as_it_lies
+from compiled_logprobs.problem import MODES, Problem, as_it_lies
 from compiled_logprobs.store.files import FACTS, Store
 from compiled_logprobs.tuning.presets import MODELS
 from tests.helpers.stored_decisions import CPU, all_measured, decided, evidence_of, measured
@@ -50,7 +49,7 @@ def problem(
     rows: int = 512, vocab: int = QWEN, dtype: torch.dtype = torch.bfloat16, mode: str = "backward", device: str = "cpu"
 ) -> Problem:
     """A problem as a profile run poses it."""
-    return as_it_lies(Problem(device, rows, vocab, dtype, **ASKED[mode]))
+    return as_it_lies(Problem(device, rows, vocab, dtype, **{**MODES, "forward, entropy": {"entropy": True}}[mode]))
 
 
 def about(speedup: float) -> Speedup:
@@ -227,6 +226,37 @@ def hostile(where: Store) -> None:
     facts.write_text(json.dumps({**environment.to_dict(), **odd}))
 
 
+def wrong_sign(what: Problem | None = None, name: str = "compiled") -> Decision:
+    """cpp serves; `name` returned the loss, and was stopped."""
+    checks = (
+        Check("log_prob_sign", False, 20.3, 0.0, "row 3 is +20.3"),
+        Check("log_prob_error", False, 40.6, 1e-5, "row 3 is off by 40.6"),
+    )
+    reason = "returns the loss: minus the log-probability (log_prob_sign, log_prob_error: row 3 is +20.3)"
+    decision = good(what)
+    return dataclasses.replace(
+        decision, candidates={**decision.candidates, name: Candidate("wrong", reason, "0" * 16, checks=checks)}
+    )
+
+
+def signs(where: Store) -> None:
+    """A grid of which one backend has the wrong sign at one V and mode, and a decision is undecided."""
+    vocabs, modes = (QWEN, MODELS["llama3"], MODELS["gpt2"]), ("forward", "backward")
+    for rows, vocab, dtype, mode in itertools.product((64, 512, 4096), vocabs, (torch.float32, torch.bfloat16), modes):
+        what = problem(rows, vocab, dtype, mode)
+        is_wrong = vocab == QWEN and mode == "backward" and rows == 512
+        publish(where, wrong_sign(what) if is_wrong else good(what, scale=rows * vocab / (512 * QWEN)))
+    publish(where, undecided(problem(64, MODELS["gemma3"])))
+
+
+def dated(where: Store) -> None:
+    """The same problems, measured a month before and again; one of them is slower now, and one has another winner."""
+    for rows in (64, 512):
+        publish(where, good(problem(rows), measured_at=EARLIER))
+    publish(where, good(problem(64), scale=1.5))
+    publish(where, baseline_wins(problem(512)))
+
+
 SCENARIOS: dict[str, Callable[[Store], None]] = {
     "no profile": lambda where: None,
     "one": lambda where: publish(where, good()),
@@ -237,16 +267,25 @@ SCENARIOS: dict[str, Callable[[Store], None]] = {
     "all failed": every_failed,
     "undecided": lambda where: publish(where, undecided()),
     "hostile": hostile,
+    "signs": signs,
+    "dated": dated,
 }
 
 
-def generate(where: Store, count: int) -> None:
-    """Write `count` decisions, each of a vocabulary of its own; without evidence, and without waiting for the disk."""
-    decision, name, facts = good(), here().fingerprint(), here().to_dict()
-    folder = where.path(name, decision.problem).parent
+def generate(where: Store, count: int, *, wrong: int = 0) -> None:
+    """Write `count` decisions over modes, dtypes, N and many V; in the last `wrong` of them a sign is wrong.
+
+    Without evidence, and without waiting for the disk.
+    """
+    name, facts = here().fingerprint(), here().to_dict()
+    folder = where.path(name, problem()).parent
     folder.mkdir(parents=True)
     folder.parent.joinpath(FACTS).write_text(json.dumps(facts))
-    for number in range(count):
-        what = problem(512, QWEN + 128 * number)
-        changed = dataclasses.replace(decision, problem=what, environment=facts, seed=number)
+    kinds = itertools.product(("forward", "backward"), (torch.float32, torch.bfloat16), (64, 512, 4096, 16384))
+    for number, (vocab, (mode, dtype, rows)) in enumerate(itertools.product(range(count), list(kinds))):
+        if number == count:
+            break
+        what = problem(rows, QWEN + 128 * vocab, dtype, mode)
+        decision = good(what) if number < count - wrong else wrong_sign(what)
+        changed = dataclasses.replace(decision, environment=facts, seed=number)
         where.path(name, what).write_bytes(changed.to_json())

@@ -1,4 +1,4 @@
-/* A stand-in for libnvidia-ml.so.1, NVML as the driver brings it: two GPUs, the second of which has a slice.
+/* A stand-in for libnvidia-ml.so.1, NVML as the driver brings it: up to eight GPUs, the second of which has a slice.
  *
  * FAKE_NVML_INIT     what nvmlInit returns (default 0, success)
  * FAKE_NVML_RETURN   what every other query returns
@@ -25,6 +25,12 @@ static device devices[] = {
     {"GPU-aaaaaaaa-0000-0000-0000-000000000000", "00000000:0A:00.0", 0, 1},
     {"GPU-bbbbbbbb-0000-0000-0000-000000000000", "00000000:8B:00.0", 0, 2},
     {"MIG-cccccccc-0000-0000-0000-000000000000", "", &devices[1], 3},
+    {"GPU-00000000-9999-0000-0000-000000000000", "00000000:E0:00.0", 0, 4},
+    {"GPU-11111111-9999-0000-0000-000000000000", "00000000:E1:00.0", 0, 5},
+    {"GPU-22222222-9999-0000-0000-000000000000", "00000000:E2:00.0", 0, 6},
+    {"GPU-33333333-9999-0000-0000-000000000000", "00000000:E3:00.0", 0, 7},
+    {"GPU-44444444-9999-0000-0000-000000000000", "00000000:E4:00.0", 0, 8},
+    {"GPU-55555555-9999-0000-0000-000000000000", "00000000:E5:00.0", 0, 9},
 };
 
 static unsigned setting(const char *name, unsigned otherwise) {
@@ -56,7 +62,7 @@ int nvmlDeviceGetCount_v2(unsigned *count) { return *count = setting("FAKE_NVML_
 
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, device **found) {
     if (index >= setting("FAKE_NVML_GPUS", 2)) return INVALID_ARGUMENT;
-    *found = &devices[index];
+    *found = &devices[index < 2 ? index : index + 1];
     if (index == setting("FAKE_NVML_LOST", -2) && getenv("FAKE_NVML_LOST_AT")) return GPU_IS_LOST;
     return SUCCESS;
 }

@@ -1,5 +1,7 @@
 """Turn tables into figures: pure functions, a file for each page. Here is the template that all charts share."""
 
+import math
+from collections.abc import Callable, Iterable
 from html import unescape
 from typing import Any
 
@@ -11,7 +13,7 @@ from compiled_logprobs_dashboard.looks import Look, plain_in_chart, plain_line
 
 TEMPLATE = "compiled_logprobs"
 MOST_TICKS = 12
-_AXIS = {"fixedrange": True, "automargin": True}
+_AXIS = {"automargin": True}
 
 # No background of its own, so that a chart fits light and dark; the page adds its fonts and lines.
 plotly.io.templates[TEMPLATE] = go.layout.Template(
@@ -41,8 +43,8 @@ def name_of(backend: object, look: Look) -> str:
 def line_of(x: Any, y: Any, name: str, look: Look, **options: Any) -> go.Scatter:
     """Points of one backend, and the line through them, as it is drawn everywhere; `marker` adds to how points look."""
     marker = {"symbol": look.symbol, "color": look.colour, **options.pop("marker", {})}
-    line = {"color": look.colour, "dash": look.dash}
-    return go.Scatter(x=x, y=y, mode="lines+markers", name=name, line=line, marker=marker, **options)
+    line = {"color": look.colour, "dash": look.dash, **options.pop("line", {})}
+    return go.Scatter(x=x, y=y, mode="lines+markers", name=name, line=line, marker=marker, connectgaps=False, **options)
 
 
 def interval(middle: Any, low: Any, high: Any, colour: str) -> dict[str, Any]:
@@ -57,11 +59,33 @@ def categories(values: list[str], title: str | None = None, **more: Any) -> dict
 
 
 def across(values: "pd.Series[int]", title: str) -> dict[str, Any]:
-    """A logarithmic axis with marks at the values themselves, or at some of them where they are many."""
-    marks = sorted({int(value) for value in values if value > 0})
+    """A logarithmic axis with marks at the values themselves, or at some of them where they are many or near."""
+    marks: list[int] = []
+    for value in sorted({int(value) for value in values if value > 0}):
+        if not marks or value > 1.06 * marks[-1]:  # such as 128256 and 129280, whose texts would lie on one another
+            marks.append(value)
     marks = marks[:: -(-len(marks) // MOST_TICKS)] if marks else marks
-    ticks = {"tickmode": "array", "tickvals": marks, "ticktext": [str(mark) for mark in marks]}
+    ticks = {"tickmode": "array", "tickvals": marks, "ticktext": [f"{mark:,}" for mark in marks]}
     return {"type": "log", "title": {"text": title}, **ticks}
+
+
+def upward(
+    values: Iterable[float | None], title: str, words: Callable[[float], str], *, log: bool, base: int = 10
+) -> dict[str, Any]:
+    """An axis that holds `values`, with marks at round numbers, in `words`; from 0 where it is not `log`."""
+    known = [float(value) for value in values if value is not None and 0 < value < math.inf] or [1.0]
+    if log:
+        low, high = (math.log(end(known), base) for end in (min, max))
+        powers = range(math.floor(low), math.ceil(high) + 1)
+        steps = (1, 2, 5) if base == 10 and len(powers) < 5 else (1,)
+        marks = [step * float(base) ** power for power in powers[:: 1 + len(powers) // 9] for step in steps]
+    else:
+        top = 1.12 * max(known)
+        step = 10.0 ** math.floor(math.log10(top / 2))
+        step *= next(factor for factor in (1, 2, 5, 10) if top / (step * factor) <= 7)
+        marks = [step * number for number in range(int(top / step) + 1)]
+    ticks = {"tickmode": "array", "tickvals": marks, "ticktext": ["0" if not mark else words(mark) for mark in marks]}
+    return {"title": {"text": title}, **ticks, **({"type": "log"} if log else {"range": [0, 1.12 * max(known)]})}
 
 
 def in_rgb(colour: str, opacity: float) -> str:

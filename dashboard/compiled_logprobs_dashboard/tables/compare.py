@@ -1,7 +1,7 @@
-"""Two profiles side by side, where both measured the same problem; and what one problem took over versions and time."""
+"""Any number of profiles, or dates of one, where they measured the same problem; and one problem over time."""
 
-from collections import Counter
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -9,100 +9,63 @@ import pandas as pd
 from compiled_logprobs.decision import MEASURED
 from compiled_logprobs.machine.environment import MATCHED, as_matched
 from compiled_logprobs.problem import Problem
-from compiled_logprobs_dashboard.frames import Frames, Profile, same_but_rows
+from compiled_logprobs_dashboard.frames import Frames, Profile
+from compiled_logprobs_dashboard.humanize import plural, significant
 from compiled_logprobs_dashboard.looks import plain_line
 
-WINNER = "the winner of each"
-HISTORY = ["measured_at", "torch", "triton", "source", "environment", "backend", "chosen", "ms", "low", "high", "label"]
+COLUMNS = ["problem", "verdict", "change", "low", "high", "ms", "base ms", "winner", "base winner", "side"]
+VERDICTS = ("slower", "faster", "noise not known", "within noise")
+HISTORY = ["measured_at", "label", "torch", "backend", "chosen", "seconds", "low", "high"]
 _NOT_FACTS = ("source", "environment", "device", "here", "decisions", "measured_at")
 
 
-def differences(frames: Frames, one: Profile, other: Profile) -> pd.DataFrame:
-    """What differs between two profiles: fact, this, that, and decides (does it make another environment)."""
-    here, there = frames.facts(one), frames.facts(other)
-    kinds = {str(facts.get("device_type")) for facts in (here, there)}
-    deciding = {"device_type", *(name for kind in kinds for name in MATCHED.get(kind, MATCHED["cpu"]))}
-    rows = [
-        {
-            "fact": name,
-            "this": _text(here.get(name)),
-            "that": _text(there.get(name)),
-            "decides": name in deciding and as_matched(name, here.get(name)) != as_matched(name, there.get(name)),
-        }
-        for name in here
-        if name not in _NOT_FACTS and here.get(name) != there.get(name)
-    ]
-    found = pd.DataFrame(rows, columns=["fact", "this", "that", "decides"])
-    return found.sort_values("decides", ascending=False, kind="stable", ignore_index=True)
+@dataclass(frozen=True)
+class Side:
+    """A profile, as it is now or as it was at the end of a day."""
+
+    profile: Profile
+    day: str = ""
+    """Such as 2026-11-24; empty for now."""
 
 
-def _text(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:g}" if abs(value) < 1e6 else f"{value:.0f}"
-    return "not known" if value is None else str(value)
+def sides(frames: Frames) -> dict[str, Side]:
+    """What can be compared, by its name in links: each profile, and each as of every day on which it was measured."""
+    found: dict[str, Side] = {}
+    for name, profile in frames.profiles().items():
+        found[name] = Side(profile)
+        for day in days(frames, profile)[:-1]:
+            found[f"{name}@{day}"] = Side(profile, day)
+    return found
 
 
-class Matched(NamedTuple):
-    """Two profiles, problem by problem."""
-
-    table: pd.DataFrame
-    """One row a problem that both decided: problem, mode, rows, vocab, dtype, winner_this, winner_that, backend_this
-    and backend_that (those whose times are held against each other), seconds_this and seconds_that (a call of N rows),
-    ratio (that profile's seconds over this one's: above 1, this is faster), low and high (the noise band), verdict."""
-    only_this: int
-    only_that: int
-    """Decisions of problems that the other profile has none for; they are in no figure."""
-    untimed: int
-    """Problems that both measured, but where one did not time the backend or has no winner."""
+def days(frames: Frames, profile: Profile) -> list[str]:
+    """On which days something of a profile was measured, the last of which is how it is now."""
+    moments = pd.concat([frames.of(profile)["measured_at"], frames.past.of(profile)["measured_at"]])
+    return sorted({moment[:10] for moment in moments if moment[:4].isdigit()})
 
 
-def matched(frames: Frames, one: Profile, other: Profile, backend: str = WINNER) -> Matched:
-    """The problems that both profiles decided, with the times of `backend` or of each one's winner."""
-    this, that = (_with_times(frames, profile, backend) for profile in (one, other))
-    both = this.merge(that, on="asked", suffixes=("_this", "_that"))
-    timed = both[both["per_row_this"].gt(0) & both["per_row_that"].gt(0)].copy()
-    for side in ("this", "that"):
-        timed[f"seconds_{side}"] = timed[f"per_row_{side}"] * timed["rows_this"]
-    timed["ratio"] = timed["per_row_that"] / timed["per_row_this"]
-    width = np.hypot(timed["noise_this"], timed["noise_that"])
-    timed["low"], timed["high"] = timed["ratio"] * np.exp(-width), timed["ratio"] * np.exp(width)
-    timed["verdict"] = np.select(
-        [width.isna(), timed["low"] > 1, timed["high"] < 1],
-        ["noise not known", "this is faster", "that is faster"],
-        "within noise",
-    )
-    names = {"name_this": "problem", **{f"{name}_this": name for name in ("mode", "rows", "vocab", "dtype")}}
-    names |= {f"{name}_{side}": f"{title}_{side}" for name, title in _OF_BOTH.items() for side in ("this", "that")}
-    table = timed.rename(columns=names)[[*names.values(), "ratio", "low", "high", "verdict"]]
-    table = table.sort_values(["mode", "dtype", "vocab", "rows"], ignore_index=True)
-    return Matched(table, len(this) - len(both), len(that) - len(both), len(both) - len(timed))
+def side_in_words(frames: Frames, side: Side) -> str:
+    return plain_line(frames.label(side.profile), 120) + (f", as of {side.day}" if side.day else "")
 
 
-_OF_BOTH = {"chosen": "winner", "backend": "backend", "seconds": "seconds"}
-
-
-def _with_times(frames: Frames, profile: Profile, backend: str) -> pd.DataFrame:
-    """The decisions of a profile with asked (the problem, on any device), backend, per_row (seconds) and noise."""
-    decided = frames.of(profile)
-    timed = frames.candidates[frames.candidates["key"].isin(decided["key"])]
-    timed = timed[timed["outcome"].isin(MEASURED)]
-    # The baseline has no interval of its own, and a candidate's holds the noise of both: the widest one speaks for all.
-    noise = _width(timed).where(timed["ratio_low"] != timed["ratio_high"]).groupby(timed["key"]).max()
-    won = timed["chosen"] & timed["key"].isin(decided.loc[decided["is_decided"], "key"])
-    taken = timed[won] if backend == WINNER else timed[timed["backend"] == backend]
-    taken = _measured_with(decided, taken).set_index("key")
-    columns = ["key", "name", "mode", "rows", "vocab", "dtype", "chosen"]
-    return (
-        decided[columns]
-        .assign(
-            chosen=decided["chosen"].where(decided["is_decided"], "undecided"),
+def _of(frames: Frames, side: Side) -> pd.DataFrame:
+    """The decisions of a side with asked (the problem, on any device), winner, per_row (seconds of a row) and noise."""
+    parts = []
+    for found in (frames.past, frames) if side.day else (frames,):
+        decided, timed = found.of(side.profile), found.candidates_of(side.profile)
+        timed = timed[timed["outcome"].isin(MEASURED)]
+        won = timed[timed["chosen"] & timed["key"].isin(decided.loc[decided["is_decided"], "key"])]
+        won = won[won["measured_at"] == won["key"].map(decided.set_index("key")["measured_at"])].set_index("key")
+        # The baseline has no interval of its own, and a candidate's holds the noise of both: the widest speaks for all.
+        noise = _width(timed).where(timed["ratio_low"] != timed["ratio_high"]).groupby(timed["key"]).max()
+        part = decided[["name", "measured_at", "rows"]].assign(
             asked=[problem._replace(device_type="") for problem in decided["problem"]],
-            backend=decided["key"].map(taken["backend"]),
-            per_row=decided["key"].map(taken["seconds"]) / decided["measured_rows"],
+            winner=decided["chosen"].where(decided["is_decided"], "undecided"),
+            per_row=decided["key"].map(won["seconds"]) / decided["timed_rows"],
             noise=decided["key"].map(noise),
         )
-        .drop_duplicates("asked")
-    )
+        parts.append(part[part["measured_at"].str[:10] <= side.day] if side.day else part)
+    return pd.concat(parts).sort_values("measured_at", kind="stable").drop_duplicates("asked", keep="last")
 
 
 def _width(timed: pd.DataFrame) -> "pd.Series[float]":
@@ -111,60 +74,91 @@ def _width(timed: pd.DataFrame) -> "pd.Series[float]":
     return np.log(timed["ratio_high"].where(low.notna()) / low) / 2
 
 
-def _measured_with(decisions: pd.DataFrame, candidates: pd.DataFrame) -> pd.DataFrame:
-    """Drop candidates that an earlier decision measured: how many rows it timed is not stored."""
-    moments = candidates["key"].map(decisions.set_index("key")["measured_at"])
-    return candidates[candidates["measured_at"] == moments]
+def matched(frames: Frames, base: Side, others: Sequence[Side]) -> tuple[pd.DataFrame, list[str]]:
+    """Each problem that the base and another side decided, regressions first; and what is in no figure, in words.
+
+    Returns:
+        problem, side, winner, base winner, ms and base ms (a call of all rows), change (in per cent of the base's time:
+        above 0 is slower) with low and high (the noise of both), verdict.
+    """
+    parts, left, first = [], [], _of(frames, base)
+    for side in others:
+        mine = _of(frames, side)
+        both = mine.merge(first, on="asked", suffixes=("", "_base"))
+        timed = both[both["per_row"].gt(0) & both["per_row_base"].gt(0)]
+        ratio, width = timed["per_row"] / timed["per_row_base"], np.hypot(timed["noise"], timed["noise_base"])
+        low, high = ratio * np.exp(-width), ratio * np.exp(width)
+        verdict = np.select([width.isna(), low > 1, high < 1], ["noise not known", "slower", "faster"], "within noise")
+        part = timed[["winner"]].assign(problem=timed["name"], verdict=verdict, side=side_in_words(frames, side))
+        part["base winner"], rows = timed["winner_base"], timed["rows"] * 1e3
+        part["ms"], part["base ms"] = significant(timed["per_row"] * rows), significant(timed["per_row_base"] * rows)
+        for name, value in (("change", ratio), ("low", low), ("high", high)):
+            part[name] = 100 * (value - 1)
+        parts.append(part)
+        alone = len(mine) + len(first) - 2 * len(both)
+        left += [f"{plural(alone, 'decision')} that one of both sides lacks"] if alone else []
+        open_ = len(both) - len(timed)
+        left += [f"{plural(open_, 'problem')} undecided or not timed on one side"] if open_ else []
+    table = pd.concat(parts) if parts else pd.DataFrame(columns=COLUMNS)
+    table = table.assign(order=table["verdict"].map(VERDICTS.index), far=-table["change"].abs())
+    return table.sort_values(["order", "far"], kind="stable", ignore_index=True)[COLUMNS], list(dict.fromkeys(left))
 
 
-def in_words(found: Matched) -> str:
+def in_words(table: pd.DataFrame, base: str) -> str:
     """The comparison in a sentence."""
-    table = found.table
     if table.empty:
-        return "No problem was timed in both."
+        return "No problem was decided on both sides."
     counts = table["verdict"].value_counts()
-    middle = float(np.exp(np.log(table["ratio"]).median()))
-    parts = ", ".join(f"{name} in {count}" for name, count in counts.items())
-    return f"Of {len(table)} problems that both timed: {parts}. Median ratio {middle:.2f}: above 1, this one is faster."
+    parts = ", ".join(f"{name} {counts[name]:,}" for name in VERDICTS if name in counts)
+    middle = 100 * (float(np.exp(np.log(1 + table["change"] / 100).median())) - 1)
+    changed = int((table["winner"] != table["base winner"]).sum())
+    problems = f"Against {base}, {plural(len(table), 'problem')}: {parts}"
+    return f"{problems}; median {middle:+.1f} % of its time; another winner in {changed:,}."
 
 
-def backends_of(frames: Frames, one: Profile, other: Profile) -> list[str]:
-    """What was timed in either."""
-    timed = frames.candidates[frames.candidates["outcome"].isin(MEASURED)]
-    keys = pd.concat([frames.of(one)["key"], frames.of(other)["key"]])
-    return sorted(timed.loc[timed["key"].isin(keys), "backend"].unique())
+def differences(frames: Frames, base: Side, others: Sequence[Side]) -> pd.DataFrame:
+    """What differs between the profiles: fact, a column a profile, and decides (does it make another environment)."""
+    profiles = list(dict.fromkeys(side.profile for side in (base, *others)))
+    facts = {profile: frames.facts(profile) for profile in profiles}
+    kinds = {str(one.get("device_type")) for one in facts.values()}
+    deciding = {"device_type", *(name for kind in kinds for name in MATCHED.get(kind, MATCHED["cpu"]))}
+    rows = []
+    for name in facts[base.profile]:
+        values = [facts[profile].get(name) for profile in profiles]
+        if name not in _NOT_FACTS and any(value != values[0] for value in values):
+            decides = name in deciding and len({as_matched(name, value) for value in values}) > 1
+            rows.append((name.replace("_", " "), decides, *map(_text, values)))
+    found = pd.DataFrame(rows, columns=["fact", "decides", *(plain_line(frames.label(one), 80) for one in profiles)])
+    return found.sort_values("decides", ascending=False, kind="stable", ignore_index=True)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}"
+    return "not known" if value is None else plain_line(value, 60)
 
 
 def history(frames: Frames, problem: Problem, device: str) -> pd.DataFrame:
-    """What each backend took for `problem` on `device`, whatever the versions and the source.
+    """What each backend took for `problem` on `device`, whatever the date, the versions and the source.
 
     Returns:
-        One row a decision and timed candidate, oldest first: measured_at, torch, triton, source, environment, backend,
-        chosen, ms (a call of N rows), low and high (its noise band), label (a place on an axis).
+        One row a decision and timed candidate, oldest first: measured_at, label (a place on an axis), torch, backend,
+        chosen, seconds (a call of N rows), low and high (its noise).
     """
-    decided = same_but_rows(frames.decisions[frames.decisions["device"] == device], problem)
-    decided = decided[decided["rows"] == problem.rows]
-    timed = frames.candidates[frames.candidates["key"].isin(decided["key"])]
-    timed = _measured_with(decided, timed[timed["outcome"].isin(MEASURED)])
-    table = timed.merge(decided[["key", "source", "environment", "measured_rows", "is_decided"]], on="key")
-    table["chosen"] &= table["is_decided"]
-    table = table.merge(frames.environments[["source", "environment", "torch", "triton"]], on=["source", "environment"])
-    table["ms"] = table["seconds"] * problem.rows / table["measured_rows"] * 1e3
-    width = _width(table).where(table["ratio_low"] < table["ratio_high"]).groupby(table["key"]).transform("max")
-    table["low"], table["high"] = table["ms"] * np.exp(-width), table["ms"] * np.exp(width)
-    # The same decision may lie in several sources: once is enough.
-    table = table.drop_duplicates(["environment", "backend", "measured_at", "ms"])
-    table["label"] = _labels(table)
-    return table.sort_values(["measured_at", "backend"], kind="stable", ignore_index=True)[HISTORY]
-
-
-def _labels(table: pd.DataFrame) -> list[str]:
-    """A place on an axis for each row: its day and torch, and as much more as tells its measurement from the others."""
-    kept = table[["measured_at", "torch", "environment", "source"]].itertuples(index=False, name=None)
-    rows = [(at, plain_line(torch, 20) if isinstance(torch, str) else "not known", *rest) for at, torch, *rest in kept]
-    labels: dict[tuple[str, ...], str] = {}
-    for form in ("{0:.10}, torch {1}", "{0:.10}, torch {1} ({2:.4})", "{0:.19}, torch {1} ({2}, {3})"):
-        texts = {one: form.format(*one) for one in rows if one not in labels}
-        counts = Counter(texts.values())
-        labels |= {one: text for one, text in texts.items() if counts[text] == 1}
-    return [labels.get(one) or texts[one] for one in rows]
+    parts, devices = [], frames.environments.set_index(["source", "environment"])[["device", "torch"]]
+    for found in (frames.past, frames):
+        decided = found.decisions[found.decisions["problem"].map(lambda other: other == problem).astype(bool)]
+        decided = decided.drop(columns=["device"], errors="ignore").join(devices, on=["source", "environment"])
+        decided = decided[decided["device"] == device]
+        timed = found.candidates[found.candidates["outcome"].isin(MEASURED)]
+        columns = ["key", "environment", "timed_rows", "is_decided", "torch", "measured_at"]
+        table = timed.merge(decided[columns], on="key", suffixes=("_then", ""))
+        table = table[table["measured_at_then"] == table["measured_at"]]
+        width = _width(table).where(table["ratio_low"] < table["ratio_high"]).groupby(table["key"]).transform("max")
+        seconds = table["seconds"] * problem.rows / table["timed_rows"]
+        more = {"chosen": table["chosen"] & table["is_decided"], "low": seconds * np.exp(-width)}
+        parts.append(table.assign(seconds=seconds, high=seconds * np.exp(width), **more))
+    both = pd.concat(parts).drop_duplicates(["environment", "backend", "measured_at"])  # once, also from two sources
+    there = both["torch"].fillna("not known").map(lambda text: plain_line(text, 20))
+    both["label"] = both["measured_at"].str[:16].str.replace("T", " ") + ", torch " + there
+    return both.sort_values(["measured_at", "backend"], kind="stable", ignore_index=True)[HISTORY]

@@ -1,22 +1,17 @@
-"""What a run has told so far, from the events that it writes: how far it is, its decisions, and what failed."""
+"""What a profile run has told so far, from the events that it writes: how far it is, its decisions, and what failed."""
 
 import contextlib
 import copy
 import json
 import statistics
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
-
-from compiled_logprobs.decision import Decision, short, speedup_in_words, winner_in_words
+from compiled_logprobs.decision import Decision, short, speedup_in_words
 from compiled_logprobs.errors import ProfileError
-from compiled_logprobs.problem import Problem, mode_name, problem_from_dict, short_name
-from compiled_logprobs_dashboard.frames import against, published
-from compiled_logprobs_dashboard.looks import plain_line
+from compiled_logprobs.problem import Problem, problem_from_dict
 
 LOG_LINES = 200
 NEARLY = 0.95
@@ -151,9 +146,7 @@ class Outlook(NamedTuple):
     """How far a run is."""
 
     share: float
-    """Of all problems, 0 to 1."""
     seconds_left: float | None
-    """None where there is nothing to go by."""
     measured: bool
     """Whether that rests on what this run took so far; else on the limit, which is about the most."""
 
@@ -169,77 +162,3 @@ def outlook(seen: Seen, limit_s: float, elapsed_s: float) -> Outlook:
     into = min(NEARLY * each, max(0.0, elapsed_s - sum(took))) if seen.current is not None else 0.0
     share = min(1.0, (seen.finished + into / each) / total) if each > 0 else seen.finished / total
     return Outlook(share, max(0.0, left * each - into), measured=bool(took))
-
-
-def standings(decisions: Sequence[Decision]) -> pd.DataFrame:
-    """A row for each backend, the one that won most often first.
-
-    The speed-up is the median of the problems in which it was timed, whose number stands beside it: these differ by
-    backend.
-    """
-    rows = []
-    for name in dict.fromkeys(name for decision in decisions for name in decision.candidates):
-        candidates = [(decision, decision.candidates[name]) for decision in decisions if name in decision.candidates]
-        speedups = [speedup.median for pair in candidates if (speedup := published(*pair)) is not None]
-        unable = sum(candidate.outcome in UNABLE for _, candidate in candidates)
-        timed = sum(candidate.measured for _, candidate in candidates)
-        rows.append(
-            {
-                "backend": plain_line(name),
-                "won": sum(decision.is_decided and decision.chosen == name for decision, _ in candidates),
-                "timed": timed,
-                "did not get through": len(candidates) - timed - unable,
-                "cannot run it": unable,
-                f"median speed-up over {over(decisions)}": statistics.median(speedups) if speedups else None,
-            }
-        )
-    table = pd.DataFrame(rows)
-    return table.sort_values(["won", "timed"], ascending=False, kind="stable", ignore_index=True) if rows else table
-
-
-def over(decisions: Sequence[Decision]) -> str:
-    """Whose time the speed-ups of these decisions are over."""
-    return " or ".join(plain_line(name, 40) for name in dict.fromkeys(map(against, decisions)))
-
-
-def decided(decisions: Sequence[Decision]) -> pd.DataFrame:
-    """A row for each problem, the latest first, as `compiled-logprobs profile` prints it."""
-    return pd.DataFrame(
-        {
-            "rows": decision.problem.rows,
-            "vocabulary": decision.problem.vocab,
-            "timed rows": decision.measured_rows,
-            "dtype": short_name(decision.problem.dtype),
-            "mode": mode_name(decision.problem),
-            "winner": plain_line(winner_in_words(decision)),
-            **_of_winner(decision, over(decisions)),
-        }
-        for decision in reversed(decisions)
-    )
-
-
-def _of_winner(decision: Decision, against: str) -> dict[str, Any]:
-    """Its figures; none where nothing has won."""
-    if not decision.is_decided:
-        return {}
-    winner = decision.winner
-    return {
-        f"speed-up over {against}": str(published(decision, winner) or ""),
-        "speed-up over the baseline": str(winner.speedup or ""),
-        "a call, ms": None if winner.seconds is None else 1e3 * winner.seconds,
-        "extra memory, MiB": None if winner.extra_bytes is None else winner.extra_bytes / 2**20,
-        "sign check": f"{winner.checks_passed} of {len(winner.checks)}" if winner.checks else "not stored",
-    }
-
-
-def losses(found: Sequence[Loss]) -> pd.DataFrame:
-    """A row for each problem without a decision, and for each backend that failed."""
-    return pd.DataFrame(
-        {
-            "problem": "" if loss.problem is None else short(loss.problem),
-            "backend": "all" if loss.backend is None else plain_line(loss.backend),
-            "outcome": plain_line(loss.outcome),
-            "reason": plain_line(loss.reason),
-        }
-        for loss in found
-    )
