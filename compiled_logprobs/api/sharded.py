@@ -1,5 +1,6 @@
 """Logits of which this rank has only some columns: which they are, by the arguments or by a DTensor."""
 
+import math
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -63,13 +64,14 @@ def part_of(
         vocab_size = ranks * held
     start = vocab_start_index if vocab_start_index is not None else 0 if ranks == 1 else group.rank() * held
     for name, number, least, most in (
-        ("vocab_size", vocab_size, 1, None if ranks > 1 else held),
-        ("vocab_start_index", start, 0, None),
+        ("vocab_size", vocab_size, 1, math.inf if ranks > 1 else held),
+        ("vocab_start_index", start, 0, math.inf if ranks > 1 else 0),
     ):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least or (most and number > most):
+        if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
+            valid = f"an integer from {least}" + ("" if most == math.inf else f" to {most}")
             raise InputError(
-                f"got {name}={number!r} for logits of {held} columns; an integer from {least}"
-                f"{f' to {most}' if most else ''} is valid. Padding comes after the columns of the vocabulary."
+                f"got {name}={number!r} for logits of {held} columns on one of {ranks} ranks; {valid} is valid. "
+                "Padding comes after the columns of the vocabulary."
             )
     columns = max(0, min(held, vocab_size - start))
     return _part(logits, group if ranks > 1 else None, start, columns, vocab_size)
@@ -117,7 +119,8 @@ def _part_of_dtensor(logits: Any) -> tuple[Tensor, Part | None]:
         remedy = (
             "Call logits.redistribute(...) first, which adds the partial sums up"
             if any(placement.is_partial() for placement in held)
-            else "Pass logits.to_local() and the labels of its rows"
+            else "Pass logits.to_local() and the labels of its rows, and where the vocabulary is split as well, "
+            "group=device_mesh.get_group(...) of that dimension, vocab_start_index and vocab_size"
         )
         raise InputError(
             f"got logits as a DTensor with {logits.placements} over a mesh of {tuple(mesh.shape)}; replicated ones and "

@@ -155,6 +155,8 @@ class HiddenShard:
         rows, local, is_here = self._local(inputs)
         of_part = wanted._replace(logsumexp=True)
         results, kept = self._backend.forward(local, of_part, logits_backend, keep=keep)
+        if self._span.columns == 0:  # a soft cap makes the -inf of its one column finite
+            results.stats[0] = -math.inf
         return exchange(rows, results, is_here, wanted, self._span, self._group), kept
 
     def backward(

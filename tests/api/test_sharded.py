@@ -63,7 +63,10 @@ def test_one_rank_takes_the_columns_of_a_padded_vocabulary():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"vocab_size": 101}, "got vocab_size=101 for logits of 100 columns; an integer from 1 to 100 is valid"),
+        (
+            {"vocab_size": 101},
+            "got vocab_size=101 for logits of 100 columns on one of 1 ranks; an integer from 1 to 100 is",
+        ),
         ({"vocab_start_index": 0, "vocab_size": 90}, "got vocab_start_index=0 without group"),
         ({"group": "tp"}, "got group='tp'; a process group of torch.distributed is valid"),
         (

@@ -19,7 +19,7 @@ from compiled_logprobs.operation.reference import reference
 from tests.helpers.ranks import report
 
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-VOCAB, ROWS, TEMPERATURE = 1042, 24, 0.7
+VOCAB, ROWS, TEMPERATURE, SOFTCAP = 1042, 24, 0.7, 1.0
 EPS = torch.finfo(torch.float32).eps
 BOUND = 32
 """Of an error, in eps(float32) * max(1, |value|): twice what holds for one rank."""
@@ -122,7 +122,7 @@ def from_hidden_states_it_is_that_of_the_whole_too() -> None:
     y[3:7] = -100
     g, h = torch.randn(ROWS, 2, generator=generator), torch.randn(ROWS, generator=generator)
     exact = [x.double().requires_grad_() for x in (hidden, weight, bias)]
-    logits = torch.nn.functional.linear(*exact)
+    logits = SOFTCAP * torch.tanh(torch.nn.functional.linear(*exact) / SOFTCAP)
     true = reference(logits.detach(), y, TEMPERATURE, grad_log_probs=g, grad_entropy=h)
     of_hidden, of_weight, of_bias = torch.autograd.grad(logits, exact, true.gradient)
     for backend, group, kind in (
@@ -138,6 +138,7 @@ def from_hidden_states_it_is_that_of_the_whole_too() -> None:
             y,
             bias=own[2],
             temperature=TEMPERATURE,
+            softcap=SOFTCAP,
             return_entropy=True,
             backend=backend,
             group=group,
@@ -182,6 +183,11 @@ def a_dtensor_says_itself_what_it_holds() -> None:
         assert_near(out, true.log_probs[:, 0], f"log_probs of {placement}")
         assert_near(entropy, true.entropy, f"entropy of {placement}")
         assert_near(logits.grad.full_tensor(), true.gradient, f"gradient of {placement}")
+    square = init_device_mesh("cpu", (2, 2))
+    out = clp.log_probs_from_logits(distribute_tensor(x, square, [Replicate(), Shard(1)]), y[:, 0])
+    assert_near(out, true.log_probs[:, 0], "log_probs of two dimensions of a mesh")
+    both = distribute_tensor(x, square, [Shard(0), Shard(1)])
+    raises("to_local.. and the labels.* group=device_mesh.get_group", lambda: clp.entropy_from_logits(both))
     raises(
         "a DTensor with .*Shard.dim=0.*to_local",
         lambda: clp.entropy_from_logits(distribute_tensor(x, mesh, [Shard(0)])),
@@ -225,6 +231,9 @@ def what_does_not_fit_is_an_error_on_all_ranks() -> None:
     overlapping = {**whole, "vocab_start_index": start - 5 * (RANK == 2)}
     raises("parts of the vocabulary that overlap", lambda: clp.log_probs_from_logits(part, y, **overlapping))
     raises("return_argmax=True for", lambda: clp.log_probs_from_logits(part, y, return_argmax=True, **whole))
+    alone = [distributed.new_group([rank]) for rank in range(RANKS)][RANK]
+    of_one = {"group": alone, "vocab_start_index": 2, "vocab_size": VOCAB}
+    raises("vocab_start_index=2 for .* on one of 1 ranks; an", lambda: clp.log_probs_from_logits(x, y, **of_one))
     raises("without vocab_size", lambda: clp.log_probs_from_logits(part, y, group=WORLD, vocab_start_index=start))
     empty = clp.log_probs_from_logits(part[:0].clone().requires_grad_(), y[:0], **whole)
     empty.sum().backward()
