@@ -48,20 +48,15 @@ def log_probs_and_entropy_of_head(
     return log_probs, entropy
 
 
-def require_whole_head(weight: Tensor, start: int, end: int, **groups: Any) -> None:
-    """Raise InputError unless each group has one rank, and [start, end) is all of the weight [V, H]."""
-    for name, group in groups.items():
-        if group is not None and group.size() > 1:
-            raise InputError(
-                f"got a {name} of {group.size()} ranks; None or a group of one rank is valid here. Call "
-                "compiled_logprobs.log_probs_from_hidden with group, on the hidden states of all tokens, or keep the "
-                "framework's own function."
-            )
-    if (start, end) != (0, len(weight)):
-        raise InputError(
-            f"got the vocabulary's part from {start} to {end} for a weight of {len(weight)} rows; 0 to {len(weight)} "
-            "is valid. Call compiled_logprobs.log_probs_from_hidden with group, vocab_start_index and vocab_size."
-        )
+def with_share_of_gradient(hidden: Tensor, group: Any) -> Tensor:
+    """Hidden states whose gradients on the ranks of `group` add up to the whole, which each rank is given.
+
+    So for originals that leave the sum to what made the hidden states, as Megatron's gather of a sequence does.
+    """
+    if group is None:
+        return hidden
+    shared: Tensor = _ShareOfGradient.apply(hidden, group)  # type: ignore[no-untyped-call]  # torch's gap
+    return shared
 
 
 def sum_p_squared(logits: Tensor, **options: Any) -> Tensor:
@@ -152,6 +147,17 @@ def tensor_parallel_ranks() -> Any:
             "or compiled_logprobs.log_probs_from_logits with group."
         )
     return None
+
+
+class _ShareOfGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: Any) -> Tensor:
+        ctx.ranks = group.size()
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] / ctx.ranks, None
 
 
 def _may_overwrite(logits: Tensor) -> bool:

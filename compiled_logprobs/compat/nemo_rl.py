@@ -7,7 +7,7 @@ entropy, in spite of its name. Sampling parameters filter the logits as in the o
 temperature; a label that was filtered out has -inf.
 
 Not kept: filtering needs all columns on one rank. With `inference_only=True` the result carries no gradient, where the
-originals' backward fails. Hidden states are taken on one rank alone.
+originals' backward fails.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.compat import conventions, missing
-from compiled_logprobs.compat.sequences import Sequences, in_rows
+from compiled_logprobs.compat.sequences import Sequences, gathered_sequence, in_rows, of_next_tokens
 from compiled_logprobs.errors import InputError
 
 missing.advise(globals())
@@ -50,14 +50,12 @@ def get_next_token_logprobs_from_logits(
             f"got vocab_parallel_rank={vocab_parallel_rank!r} on rank {group.rank()} of vocab_parallel_group; "
             "these are the same where the columns lie in the order of the ranks. Pass that rank."
         )
-    if (context := conventions.of_ranks(context_parallel_group)) is None:
-        labels = input_ids[:, 1:].to(logits.device)
-        return _log_probs(logits[:, : labels.shape[1]], labels, group, sampling_params)
-    tokens, width = input_ids.to(logits.device), input_ids.shape[1]
-    padded = logits.shape[1] * context.size()
-    sequences = Sequences(torch.tensor([0, padded], device=logits.device), logits.shape[1], context)
-    labels = sequences.next_tokens(torch.nn.functional.pad(tokens, (0, padded - width)))
-    return sequences.of_all_ranks(_log_probs(logits, labels, group, sampling_params))[:, : width - 1]
+    return of_next_tokens(
+        lambda logits, labels: _log_probs(logits, labels, group, sampling_params),
+        logits,
+        input_ids,
+        context_parallel_group,
+    )
 
 
 def from_parallel_logits_to_logprobs(
@@ -145,19 +143,28 @@ def from_parallel_hidden_states_to_logprobs(
     `runtime_gather_output` and `chunk_size` change nothing.
 
     Args:
-        tensor_parallel_hidden_states: [S, B, H], as Megatron has them.
-        output_weight_layer: [V, H].
+        tensor_parallel_hidden_states: [S / ranks, B, H], as Megatron has them where a sequence is split over the group.
+        output_weight_layer: [V / ranks, H].
         target: [B, S], not shifted.
-        vocab_start_index, vocab_end_index: 0 and V, else InputError.
-        tp_group, cp_group: None or a process group of one rank, else InputError.
+        vocab_start_index, vocab_end_index: the rows of the weight, of which all ranks have as many, else InputError.
+        tp_group: None or a process group.
+        cp_group: None or a process group of one rank, else InputError, as in the original.
         inference_only: the result carries no gradient.
     """
-    groups = {"tp_group": tp_group, "cp_group": cp_group}
-    conventions.require_whole_head(output_weight_layer, vocab_start_index, vocab_end_index, **groups)
-    hidden, weight = tensor_parallel_hidden_states.transpose(0, 1)[:, : target.shape[1] - 1], output_weight_layer
+    if (context := conventions.of_ranks(cp_group)) is not None:
+        raise InputError(
+            f"got a cp_group of {context.size()} ranks; None or a group of one rank is valid here, as in NeMo-RL. Call "
+            "from_parallel_logits_to_logprobs, or compiled_logprobs.log_probs_from_hidden with each rank's own labels."
+        )
+    hidden, weight = tensor_parallel_hidden_states, output_weight_layer
+    part = conventions.part_of_group(weight.T, vocab_start_index, vocab_end_index, tp_group=tp_group)
     if inference_only:
         hidden, weight = hidden.detach(), weight.detach()
-    return conventions.log_probs_of_head(hidden, weight, target[:, 1:].to(hidden.device))
+    return of_next_tokens(
+        lambda states, labels: conventions.log_probs_of_head(states, weight, labels, **part),
+        gathered_sequence(hidden, part["group"]).transpose(0, 1),
+        target,
+    )
 
 
 class DistributedLogprob:

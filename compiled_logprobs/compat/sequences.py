@@ -6,6 +6,7 @@ attention is as much work on all. Labels and log-probabilities are moved to wher
 Shapes: B sequences, T tokens in all, L = T / p on this rank.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,6 +63,33 @@ class Sequences:
         return whole
 
 
+def of_next_tokens(
+    compute: Callable[[Tensor, Tensor], Tensor], states: Tensor, tokens: Tensor, context_group: Any = None
+) -> Tensor:
+    """Of each of `tokens` [B, S] but the first what `compute` makes of states before them and labels: [B, S - 1].
+
+    `states` are [B, S / context ranks, ...], or more positions, of which the last are not used.
+    """
+    tokens, width = tokens.to(states.device), tokens.shape[1]
+    if (context := conventions.of_ranks(context_group)) is None:
+        return compute(states[:, : width - 1], tokens[:, 1:])
+    padded = states.shape[1] * context.size()
+    sequences = Sequences(torch.tensor([0, padded], device=states.device), states.shape[1], context)
+    labels = sequences.next_tokens(functional.pad(tokens, (0, padded - width)))
+    return sequences.of_all_ranks(compute(states, labels))[:, : width - 1]
+
+
+def gathered_sequence(states: Tensor, group: Any) -> Tensor:
+    """States [S / ranks, ...] of a sequence that is split over `group` to those of all, [S, ...].
+
+    Their gradient, which is the same on all ranks, goes back to this rank's own.
+    """
+    if group is None:
+        return states
+    whole: Tensor = _GatheredSequence.apply(states, group)  # type: ignore[no-untyped-call]  # torch's gap
+    return whole
+
+
 def in_rows(values: Tensor, starts: Tensor, columns: int, mask: Tensor | None = None) -> Tensor:
     """Values [T] of tokens that have another after them, a row for each sequence, [B, columns], and 0 elsewhere.
 
@@ -76,6 +104,20 @@ def in_rows(values: Tensor, starts: Tensor, columns: int, mask: Tensor | None = 
         counts = mask[:, :columns] & (number < length.unsqueeze(-1) - 1)
     index = (starts[:-1].unsqueeze(-1) + number).masked_fill(~counts, len(values))
     return functional.pad(values, (0, 1))[index]
+
+
+class _GatheredSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, group: Any) -> Tensor:
+        ctx.group, ctx.held = group, len(states)
+        states = states.contiguous()
+        received = [torch.empty_like(states) for _ in range(group.size())]
+        distributed.all_gather(received, states, group=group)
+        return torch.cat(received)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].narrow(0, ctx.group.rank() * ctx.held, ctx.held), None
 
 
 class _SumOverRanks(torch.autograd.Function):

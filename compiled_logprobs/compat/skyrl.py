@@ -3,10 +3,10 @@
 Kept: names, order of arguments, dtypes. `logprobs_from_logits` is as with flash-attn: float32, and a label of -100
 counts 0. `inplace_backward=True`, the default, writes the gradient over `logits`. Entropies have the dtype of the
 logits. The functions of `model_utils` from logits, and its classes, are as in `compat.nemo_rl`;
-`vocab_parallel_entropy` is as in `compat.verl`.
+`vocab_parallel_entropy` is as in `compat.verl`, and so is the gradient of hidden states over a group.
 
 Not kept: if something else needs the logits after an in-place gradient, autograd raises an error, as in `compat.verl`.
-Hidden states are taken on one rank alone, and the logits are divided by the temperature, not the weight.
+The logits are divided by the temperature, not the weight.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compiled_logprobs.compat import conventions, missing, nemo_rl
 from compiled_logprobs.compat.nemo_rl import ChunkedDistributedLogprob, DistributedLogprob
-from compiled_logprobs.compat.sequences import Sequences, in_rows
+from compiled_logprobs.compat.sequences import Sequences, in_rows, of_next_tokens
 from compiled_logprobs.errors import InputError
 
 __all__ = [
@@ -128,20 +128,22 @@ def from_parallel_hidden_to_logprobs(
     `chunk_size` and `fused_backend` change nothing.
 
     Args:
-        hidden: [B, S, H], or more positions, of which the last are not used.
-        lm_head_weight: [V, H].
+        hidden: [B, S / context ranks, H], or more positions, of which the last are not used.
+        lm_head_weight: [V / ranks, H].
         target: [B, S], not shifted.
-        vocab_start_index, vocab_end_index: 0 and V, else InputError.
-        tp_group, cp_group: None or a process group of one rank, else InputError.
+        vocab_start_index, vocab_end_index: the rows of the weight, of which all ranks have as many, else InputError.
+        tp_group, cp_group: None or a process group.
         inference_only: the result carries no gradient.
         temperature: > 0.
     """
-    groups = {"tp_group": tp_group, "cp_group": cp_group}
-    conventions.require_whole_head(lm_head_weight, vocab_start_index, vocab_end_index, **groups)
+    part = conventions.part_of_group(lm_head_weight.T, vocab_start_index, vocab_end_index, tp_group=tp_group)
     if inference_only:
         hidden, lm_head_weight = hidden.detach(), lm_head_weight.detach()
-    labels = target[:, 1:].to(hidden.device)
-    return conventions.log_probs_of_head(hidden[:, : labels.shape[1]], lm_head_weight, labels, temperature=temperature)
+
+    def compute(states: Tensor, labels: Tensor) -> Tensor:
+        return conventions.log_probs_of_head(states, lm_head_weight, labels, temperature=temperature, **part)
+
+    return of_next_tokens(compute, conventions.with_share_of_gradient(hidden, part["group"]), target, cp_group)
 
 
 def vocab_parallel_entropy(

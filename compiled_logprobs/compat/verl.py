@@ -4,12 +4,13 @@ Kept: names, order of arguments, and dtypes. `logprobs_from_logits` is as with f
 counts 0; verl without flash-attn returns the dtype of the logits. `inplace_backward=True`, the default, writes the
 gradient over `logits`, as flash-attn does. The `vocab_parallel` functions take the columns that this rank of Megatron's
 tensor-parallel group has; a label of -100 counts 0. From hidden states log-probabilities are float32 and ignore no
-label; the entropy of `FusedLinearForPPO` has the dtype of the hidden states.
+label; the entropy of `FusedLinearForPPO` has the dtype of the hidden states. Over a group their gradients on all ranks
+add up to the whole, as where Megatron gathers a sequence that is split over them.
 
 Not kept: if something else needs the logits after an in-place gradient, autograd raises an error; flash-attn's kernel
 does not tell autograd that it wrote. VERL_DISABLE_FLASH_ATTN_CE is not read: `compiled_logprobs.autotune` chooses. The
 `vocab_parallel` functions never modify the logits, so that they need not be copied for the entropy, and a sum of
-squares has no gradient. `linear_cross_entropy` takes no group of several ranks and reduces nothing.
+squares has no gradient. `linear_cross_entropy` reduces nothing.
 """
 
 from typing import Any
@@ -225,15 +226,16 @@ def linear_cross_entropy(
 
     Args:
         hidden: [T, H], or more dimensions, which are merged.
-        weight: [V, H].
+        weight: [V / ranks, H].
         labels: [T], or as many in any shape.
         temperature: > 0.
         reduction: "none", else InputError.
-        dist_process_group: None or a group of one rank, else InputError.
+        dist_process_group: None or the process group that the vocabulary is split over.
     """
     if reduction.lower() != "none":
         raise InputError(f"got reduction={reduction!r}; 'none' is valid. Reduce the results afterwards.")
-    conventions.require_whole_head(weight, 0, len(weight), dist_process_group=dist_process_group)
+    group = conventions.of_ranks(dist_process_group)
+    rows = conventions.with_share_of_gradient(hidden.reshape(-1, hidden.shape[-1]), group)
     return conventions.log_probs_and_entropy_of_head(
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature
+        rows, weight, labels.reshape(-1), temperature=temperature, group=group
     )

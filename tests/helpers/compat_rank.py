@@ -13,12 +13,14 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from compiled_logprobs.compat import liger, slime, torchtitan
+from compiled_logprobs.compat import liger, nemo_rl, slime, torchtitan
+from compiled_logprobs.errors import InputError
 from tests.helpers.compat_originals import ORIGINALS
 from tests.helpers.ranks import report
 
@@ -121,6 +123,45 @@ def compare(name: str, got: Any, true: Any, leaf: Tensor, whole: Tensor, part: A
         assert float(error.max()) < 256 * EPS, f"{name}: a gradient off by {float(error.max())}"
 
 
+def each_has_the_numbers_of_the_whole_weight() -> None:
+    """Hidden states' gradients add up to the whole, or are those of this rank's part of the sequence."""
+    group, width = distributed.group.WORLD, 16
+    h, w = torch.randn(B, S + 1, width, generator=_generator), torch.randn(width, VOCAB, generator=_generator)
+    labels = torch.randint(VOCAB, (B, S + 1), generator=_generator)
+    mine = slice(5 * RANK, 5 * RANK + 5)
+
+    def verl(f: Callable[..., Any], h: Tensor, w: Tensor, group: Any, bounds: tuple[int, int]) -> Any:
+        return f(h, w.T, labels, 0.7, "none", group)
+
+    def skyrl(f: Callable[..., Any], h: Tensor, w: Tensor, group: Any, bounds: tuple[int, int]) -> Any:
+        return f(h, w.T, labels, *bounds, group, temperature=0.7)
+
+    def nemo(f: Callable[..., Any], h: Tensor, w: Tensor, group: Any, bounds: tuple[int, int]) -> Any:
+        return f(h.transpose(0, 1), w.T, False, labels, *bounds, group)
+
+    for name, call in {
+        "verl.linear_cross_entropy": verl,
+        "skyrl.from_parallel_hidden_to_logprobs": skyrl,
+        "nemo_rl.from_parallel_hidden_states_to_logprobs": nemo,
+    }.items():
+        is_split = call is nemo
+        states = (h[:, mine] if is_split else h).clone().requires_grad_()
+        local, whole = w[:, slice(*BOUNDS)].clone().requires_grad_(), w.double().requires_grad_()
+        exact = h.double().requires_grad_()
+        got, true = (
+            call(ours(name), states, local, group, BOUNDS),
+            call(ORIGINALS[name], exact, whole, None, (0, VOCAB)),
+        )
+        compare(name, got, true, local, whole)
+        of_hidden = states.grad.clone()
+        if not is_split:
+            distributed.all_reduce(of_hidden)
+        expected = exact.grad[:, mine] if is_split else exact.grad
+        torch.testing.assert_close(of_hidden.double(), expected, rtol=1e-5, atol=1e-5, msg=name)
+    with pytest.raises(InputError, match="a cp_group of 2 ranks; None or"):
+        nemo_rl.from_parallel_hidden_states_to_logprobs(h, w.T, False, labels, 0, VOCAB, None, cp_group=group)
+
+
 def slimes_none_is_all_ranks() -> None:
     full = torch.tensor([[1, 2, 3, 4, 0.5, -1]])
     log_probs, entropy = slime.calculate_log_probs_and_entropy(
@@ -144,6 +185,15 @@ def context_parallel_ranks_have_two_pieces_of_each_sequence() -> None:
         "nemo_rl.from_parallel_logits_to_logprobs_packed_sequences": (TOKENS.view(1, T)[:, :16], [8, 0, 4, 4]),
         "skyrl.from_parallel_logits_to_logprobs_packed_sequences": (TOKENS.view(1, T)[:, :16], [8, 0, 4, 4]),
     }
+    states, head = X[:, :8], torch.eye(VOCAB)
+    of_rank, of_all = pick(states, 8).requires_grad_(), states.double().requires_grad_()
+    name = "skyrl.from_parallel_hidden_to_logprobs"
+    got = ours(name)(of_rank, head, tokens, 0, VOCAB, None, cp_group=world)
+    true = ORIGINALS[name](of_all, head.double(), tokens, 0, VOCAB, None)
+    assert float((got - true).abs().max()) < 64 * EPS * 20, name
+    got.sum().backward()
+    true.sum().backward()
+    assert float((of_rank.grad - 2 * pick(of_all.grad, 8)).abs().max()) < 256 * EPS, name
     for name, (labels, lengths) in cases.items():
         x = X[:, :8] if len(lengths) == 1 else X.view(1, T, VOCAB)[:, :16]
         local = torch.cat([pick(part, part.shape[1]) for part in x.split(lengths, 1) if part.shape[1]], 1)
@@ -197,6 +247,7 @@ if __name__ == "__main__":
     )
     report(
         each_has_the_numbers_of_the_whole_vocabulary,
+        each_has_the_numbers_of_the_whole_weight,
         slimes_none_is_all_ranks,
         context_parallel_ranks_have_two_pieces_of_each_sequence,
         torchtitan_has_unequal_columns,
