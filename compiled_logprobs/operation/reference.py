@@ -76,10 +76,10 @@ def reference(
         with torch.set_grad_enabled(want_gradient):
             part = _rows(x, y_NK[n], t[n], ignore_index)
         if want_gradient:
-            through = zip(part[:3], (g_NK[n], h_N[n], i_N[n]), given, strict=True)
-            results, grads = zip(
-                *((result, grad) for result, grad, (asked, _) in through if asked is not None), strict=True
-            )
+            # The log-probabilities always: through them a row that is NaN has NaN for its whole gradient.
+            first, *others = zip(part[:3], (g_NK[n], h_N[n], i_N[n]), strict=True)
+            asked = [pair for pair, (grad, _) in zip(others, given[1:], strict=True) if grad is not None]
+            results, grads = zip(first, *asked, strict=True)
             (gradient,) = torch.autograd.grad(results, [x], grads)
             part = part._replace(gradient=_with_special_rows(gradient, y_NK[n], t[n], ignore_index))
         parts.append(tuple(part))
