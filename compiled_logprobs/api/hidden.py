@@ -10,7 +10,7 @@ from torch import Tensor
 from compiled_logprobs.api.call import check_limit, named_backend, problem_from_hidden
 from compiled_logprobs.api.hidden_graph import log_probs_in_graph
 from compiled_logprobs.api.log_probs import LogProbs, log_probs_with
-from compiled_logprobs.api.sharded import part_of_weight
+from compiled_logprobs.api.sharded import Part, part_of_weight
 from compiled_logprobs.arguments import (
     check_labels,
     check_values,
@@ -93,21 +93,15 @@ def log_probs_from_hidden(
     wanted = Wanted(return_entropy, return_logsumexp, return_argmax)
     weight, bias, part = part_of_weight(weight, bias, group, vocab_start_index, vocab_size)
     options: dict[str, Any] = {"softcap": softcap, "ignore_index": int(ignore_index), "wanted": wanted}
+    arguments = hidden, weight, bias, labels, temperature, memory_limit, out_dtype, backend, part
     if not is_traced(hidden):
-        of_backend = wanted if part is None else part.wanted_of_backend(wanted)
-        problem = problem_from_hidden(
-            hidden, weight, bias, labels, temperature, of_backend, softcap, memory_limit, out_dtype
-        )
-        check_limit(problem)
-        serving: Any = Auto(problem, hidden) if backend == "auto" else named_backend(backend, problem)
-        serving = serving if part is None else HiddenShard(serving, *part)
-        options["logits_backend"] = logits_backend_on(hidden.device)
-        log_probs, *others = compute_from_hidden(serving, problem, hidden, weight, labels, bias, temperature, **options)
-        if hidden.is_cpu and is_nan(log_probs):
-            vocab = part.vocab if part else weight.shape[0]
-            check_values(hidden, labels, given if isinstance(given, Tensor) else 1.0, ignore_index, vocab)
+        log_probs, *others = _computed(options, given, *arguments)
     elif part is not None:
-        raise part.error_in_graph()
+        if not torch.compiler.is_dynamo_compiling():
+            raise part.error_in_graph()
+        from compiled_logprobs.api.apart import outside_of_the_graph
+
+        log_probs, *others = outside_of_the_graph(_computed, options, given, *arguments)
     else:
         if backend != "auto" and backend not in backends(from_hidden=True):
             get_backend(backend, Problem("cpu", 0, 1, hidden.dtype, hidden=1))  # raises
@@ -117,6 +111,38 @@ def log_probs_from_hidden(
     if not others:
         return log_probs
     return log_probs_with(wanted, log_probs, *(in_dtype(result, out_dtype) for result in others))
+
+
+def _computed(
+    options: dict[str, Any],
+    given: float | Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: float | Tensor,
+    memory_limit: int | None,
+    out_dtype: torch.dtype,
+    backend: str,
+    part: Part | None,
+) -> tuple[Tensor, ...]:
+    """What `compute_from_hidden` returns, by the backend of the call; of a part, together with the other ranks."""
+    wanted, softcap = options["wanted"], options["softcap"]
+    of_backend = wanted if part is None else part.wanted_of_backend(wanted)
+    problem = problem_from_hidden(
+        hidden, weight, bias, labels, temperature, of_backend, softcap, memory_limit, out_dtype
+    )
+    check_limit(problem)
+    serving: Any = Auto(problem, hidden) if backend == "auto" else named_backend(backend, problem)
+    serving = serving if part is None else HiddenShard(serving, *part)
+    logits_backend = logits_backend_on(hidden.device)
+    results = compute_from_hidden(
+        serving, problem, hidden, weight, labels, bias, temperature, **options, logits_backend=logits_backend
+    )
+    if hidden.is_cpu and is_nan(results[0]):
+        vocab = part.vocab if part else weight.shape[0]
+        check_values(hidden, labels, given if isinstance(given, Tensor) else 1.0, options["ignore_index"], vocab)
+    return results
 
 
 def cross_entropy_from_hidden(

@@ -43,6 +43,13 @@ def test_a_graph_is_broken_for_a_split_vocabulary():
 
         compiled = torch.compile(loss, backend="aot_eager")
         torch.testing.assert_close(values_and_gradient(compiled), values_and_gradient(loss), rtol=0, atol=0)
+        weight = torch.randn(5, 5, requires_grad=True)
+
+        def from_hidden(hidden):
+            return 2 * clp.log_probs_from_hidden(2 * hidden, weight, labels, softcap=3.0, temperature=0.7, **part)
+
+        compiled = torch.compile(from_hidden, backend="aot_eager")
+        torch.testing.assert_close(values_and_gradient(compiled), values_and_gradient(from_hidden), rtol=0, atol=0)
         torch._dynamo.reset()
         with pytest.raises(torch._dynamo.exc.Unsupported):
             torch.compile(loss, backend="aot_eager", fullgraph=True)(leaf)
