@@ -213,7 +213,7 @@ def test_eight_gpus_fit_one_screen(filled, visit):
     has(page, "every 2 s")
     look_at(page, "eight-gpus")
     rows = page.locator("[data-testid=stDataFrame] canvas table").first.locator("tbody tr")
-    assert rows.count() == 10, "eight, a slice of one of them, and the CPU"
+    sync_api.expect(rows).to_have_count(10)  # eight, a slice of one of them, and the CPU
 
 
 def test_which_backend_for_qwen3_4096_tokens_bf16_training_and_is_it_right(filled, visit, server):
