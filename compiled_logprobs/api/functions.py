@@ -1,6 +1,6 @@
 """The public functions: check the arguments, choose a backend, call it."""
 
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from compiled_logprobs.api.call import named_backend, problem_of
 from compiled_logprobs.api.graph import log_probs_in_graph
 from compiled_logprobs.api.log_probs import LogProbs, log_probs_with
+from compiled_logprobs.api.reduction import Reduction, check_reduction, cross_entropy_of
 from compiled_logprobs.api.sharded import Part, of_all_rows, part_of
 from compiled_logprobs.arguments import (
     check_labels,
@@ -22,7 +23,6 @@ from compiled_logprobs.arguments import (
 )
 from compiled_logprobs.backends import EAGER, backends, get_backend
 from compiled_logprobs.choose.auto import Auto
-from compiled_logprobs.errors import InputError
 from compiled_logprobs.operation.autograd import ForwardBackward, PlainFormula, compute
 from compiled_logprobs.operation.contract import Wanted, in_dtype
 from compiled_logprobs.operation.shards import Shard
@@ -198,7 +198,7 @@ def cross_entropy_from_logits(
     logits: Tensor,
     labels: Tensor,
     *,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Reduction = "mean",
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
     masked_logits: bool = False,
@@ -218,8 +218,7 @@ def cross_entropy_from_logits(
     Returns:
         Nats, never negative.
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise InputError(f"got reduction={reduction!r}; 'mean', 'sum' or 'none' is valid.")
+    check_reduction(reduction)
     log_probs = log_probs_from_logits(
         logits,
         labels,
@@ -233,13 +232,8 @@ def cross_entropy_from_logits(
         vocab_start_index=vocab_start_index,
         vocab_size=vocab_size,
     )
-    losses = 0.0 - cast(Tensor, log_probs)  # not a negation, which would turn the 0 of an ignored label into -0
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    if reduction == "mean":
-        total = total / (of_all_rows(labels) != ignore_index).sum()
-    return total.to(logits.dtype if out_dtype is None else out_dtype)
+    dtype = logits.dtype if out_dtype is None else out_dtype
+    return cross_entropy_of(cast(Tensor, log_probs), of_all_rows(labels), reduction, ignore_index, dtype)
 
 
 def entropy_from_logits(

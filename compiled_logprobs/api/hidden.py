@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from compiled_logprobs.api.call import check_limit, named_backend, problem_from_hidden
 from compiled_logprobs.api.hidden_graph import log_probs_in_graph
 from compiled_logprobs.api.log_probs import LogProbs, log_probs_with
+from compiled_logprobs.api.reduction import Reduction, check_reduction, cross_entropy_of
 from compiled_logprobs.api.sharded import Part, part_of_weight
 from compiled_logprobs.arguments import (
     check_labels,
@@ -150,7 +151,7 @@ def cross_entropy_from_hidden(
     weight: Tensor,
     labels: Tensor,
     *,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Reduction = "mean",
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
@@ -171,8 +172,7 @@ def cross_entropy_from_hidden(
     Returns:
         Nats, never negative.
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise InputError(f"got reduction={reduction!r}; 'mean', 'sum' or 'none' is valid.")
+    check_reduction(reduction)
     log_probs = log_probs_from_hidden(
         hidden,
         weight,
@@ -189,13 +189,8 @@ def cross_entropy_from_hidden(
         vocab_start_index=vocab_start_index,
         vocab_size=vocab_size,
     )
-    losses = 0.0 - cast(Tensor, log_probs)  # not a negation, which would turn the 0 of an ignored label into -0
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    if reduction == "mean":
-        total = total / (labels != ignore_index).sum()
-    return total.to(hidden.dtype if out_dtype is None else out_dtype)
+    dtype = hidden.dtype if out_dtype is None else out_dtype
+    return cross_entropy_of(cast(Tensor, log_probs), labels, reduction, ignore_index, dtype)
 
 
 def _checked(

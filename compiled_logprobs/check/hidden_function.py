@@ -74,12 +74,13 @@ class Embedding:
         size = max(LEAST_HIDDEN, -(-rows // MULTIPLE) * MULTIPLE)
         hidden = torch.eye(rows, size, dtype=logits.dtype, device=logits.device)
         weight = torch.cat([logits.T, self._columns(logits, vocab, size - rows)], 1)
-        self.watch({"hidden states were": hidden, "weight was": weight})
+        self.watch(hidden, weight)
         return hidden, weight
 
-    def watch(self, tensors: dict[str, Tensor]) -> None:
-        """Keep a copy of these, by what is said of them, to look at later."""
-        self._watched = [(what, tensor.detach(), tensor.detach().clone()) for what, tensor in tensors.items()]
+    def watch(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Keep a copy of these, with what is said of them, to look at later."""
+        named = (("hidden states were", hidden), ("weight was", weight), ("bias was", bias))
+        self._watched = [(what, x.detach(), x.detach().clone()) for what, x in named if x is not None]
 
     def overwritten(self) -> list[str]:
         """What has other bits than it had."""
@@ -148,8 +149,7 @@ class HiddenFunction(Function):
 
     def from_hidden(self, given: HiddenArguments, problem: Problem) -> Any:
         """What it returns, log-probabilities in a column."""
-        named = {"hidden states were": given.hidden, "weight was": given.weight, "bias was": given.bias}
-        self._embedding.watch({what: x for what, x in named.items() if x is not None})
+        self._embedding.watch(given.hidden, given.weight, given.bias)
         return self.in_columns(self._returned(given, problem))
 
     def _returned(self, given: HiddenArguments, problem: Problem) -> Any:
@@ -231,8 +231,7 @@ class NamedHiddenBackend(NamedBackend):
 
     def from_hidden(self, given: HiddenArguments, problem: Problem) -> Any:
         """What it returns."""
-        named = {"hidden states were": given.hidden, "weight was": given.weight, "bias was": given.bias}
-        self._embedding.watch({what: x for what, x in named.items() if x is not None})
+        self._embedding.watch(given.hidden, given.weight, given.bias)
         return self._computed(given, problem)
 
     def _computed(self, given: HiddenArguments, problem: Problem) -> Any:
