@@ -26,6 +26,7 @@ BUILT_IN_FROM_HIDDEN = {
     "chunked_256": "compiled_logprobs.backends.chunked:CHUNKED_256",
     "chunked_64": "compiled_logprobs.backends.chunked:CHUNKED_64",
     "linear_cross_entropy": "compiled_logprobs.backends.linear_cross_entropy:LinearCrossEntropy",
+    "liger": "compiled_logprobs.backends.liger:Liger",
     "eager": "compiled_logprobs.backends.chunked:EAGER",
 }
 """Over hidden states. What both lists have is called the same, and is the baseline."""
