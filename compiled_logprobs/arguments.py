@@ -87,7 +87,7 @@ def check_logits(logits: Tensor) -> None:
             "got logits that are a DTensor; a plain tensor is valid. "
             "Pass logits.full_tensor(), or logits.to_local() where the vocabulary is not sharded."
         )
-    _check_not_transformed("logits", logits)
+    check_not_transformed("logits", logits)
     if logits.layout is not torch.strided:
         raise InputError(f"got logits of layout {logits.layout}; torch.strided is valid. Use logits.to_dense().")
     if logits.dtype not in DTYPES:
@@ -102,7 +102,7 @@ def check_logits(logits: Tensor) -> None:
         )
 
 
-def _check_not_transformed(name: str, tensor: Tensor) -> None:
+def check_not_transformed(name: str, tensor: Tensor) -> None:
     if not torch.compiler.is_compiling() and _is_transformed(tensor):
         raise InputError(
             f"got {name} inside torch.func.grad, vmap or another of its transforms; plain tensors are valid. "
@@ -124,7 +124,7 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int, what: str = 
         raise InputError(f"got labels of type {type(labels).__name__}; a torch.Tensor of integers is valid.")
     if is_dtensor(labels):
         raise InputError("got labels that are a DTensor; a plain tensor is valid. Pass labels.full_tensor().")
-    _check_not_transformed("labels", labels)
+    check_not_transformed("labels", labels)
     if labels.dtype not in (torch.int64, torch.int32):
         raise InputError(
             f"got labels of dtype {short_name(labels.dtype)}; int64 and int32 are valid. Use labels.long()."
@@ -189,9 +189,9 @@ def _first(name: str, values: Tensor, bad: Tensor) -> str:
     return f"{name}{index or ''} = {f'{value:.6g}' if isinstance(value, float) else value}"
 
 
-def checked_temperature(logits: Tensor, temperature: float | Tensor) -> float | Tensor:
+def checked_temperature(logits: Tensor, temperature: float | Tensor, what: str = "logits") -> float | Tensor:
     if isinstance(temperature, Tensor):
-        return _checked_temperature_tensor(logits, temperature)
+        return _checked_temperature_tensor(logits, temperature, what)
     if torch.compiler.is_compiling() and isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
         if not logits.is_cpu and temperature == 1.0:
             return 1.0  # worth a compilation: as a tensor, an accelerator takes it for one that differs by row
@@ -203,8 +203,8 @@ def checked_temperature(logits: Tensor, temperature: float | Tensor) -> float | 
     number = type(temperature) is float or (isinstance(temperature, numbers.Real) and not isinstance(temperature, bool))
     if not number or not is_temperature(temperature):
         raise InputError(
-            f"got temperature={temperature!r}; a number from {_LEAST:.3g} to {_MOST:.3g}, or a tensor of "
-            "them broadcastable to the leading dimensions of the logits, is valid. For greedy decoding take the argmax."
+            f"got temperature={temperature!r}; a number from {_LEAST:.3g} to {_MOST:.3g}, or a tensor of them "
+            f"broadcastable to the leading dimensions of {what}, is valid. For greedy decoding take the argmax."
         )
     return float(temperature)
 
@@ -214,8 +214,8 @@ def is_temperature(number: Any) -> bool:
     return bool(_LEAST <= number <= _MOST)
 
 
-def _checked_temperature_tensor(logits: Tensor, temperature: Tensor) -> Tensor:
-    _check_not_transformed("a temperature tensor", temperature)
+def _checked_temperature_tensor(logits: Tensor, temperature: Tensor, what: str) -> Tensor:
+    check_not_transformed("a temperature tensor", temperature)
     rows = logits.shape[:-1]
     if not temperature.dtype.is_floating_point:
         raise InputError(
@@ -223,12 +223,12 @@ def _checked_temperature_tensor(logits: Tensor, temperature: Tensor) -> Tensor:
         )
     if temperature.requires_grad:
         raise InputError(
-            "got a temperature tensor that requires a gradient; only logits get one. Pass temperature.detach(), or "
-            "divide the logits by it yourself."
+            "got a temperature tensor that requires a gradient; it gets none. Pass temperature.detach(), or divide the "
+            f"{what} by it yourself."
         )
     if temperature.device != logits.device:
         raise InputError(
-            f"got a temperature tensor on {temperature.device} and logits on {logits.device}; one device is valid. "
+            f"got a temperature tensor on {temperature.device} and {what} on {logits.device}; one device is valid. "
             f"Use temperature.to({str(logits.device)!r}), or a number."
         )
     fits = temperature.ndim <= len(rows) and all(
@@ -236,7 +236,7 @@ def _checked_temperature_tensor(logits: Tensor, temperature: Tensor) -> Tensor:
     )
     if not fits:
         raise InputError(
-            f"got a temperature tensor of shape {list(temperature.shape)} for logits of shape {list(logits.shape)}; "
+            f"got a temperature tensor of shape {list(temperature.shape)} for {what} of shape {list(logits.shape)}; "
             f"a shape broadcastable to {list(rows)} is valid (one temperature a token). "
             "For one a sequence use temperature.unsqueeze(-1)."
         )

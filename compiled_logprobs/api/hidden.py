@@ -1,6 +1,5 @@
 """The public functions over hidden states: check the arguments, choose a backend, call it."""
 
-import math
 import numbers
 from typing import Any, cast
 
@@ -14,10 +13,12 @@ from compiled_logprobs.api.reduction import Reduction, check_reduction, cross_en
 from compiled_logprobs.api.sharded import Part, part_of_weight
 from compiled_logprobs.arguments import (
     check_labels,
+    check_not_transformed,
     check_values,
     checked_out_dtype,
     checked_temperature,
     is_nan,
+    is_temperature,
     is_traced,
 )
 from compiled_logprobs.backends import backends, get_backend
@@ -86,9 +87,9 @@ def log_probs_from_hidden(
     check_labels(hidden, labels, ignore_index, "hidden")
     given = temperature
     logit_scale, softcap = _checked_number("logit_scale", logit_scale), _checked_cap(softcap)
-    temperature = checked_temperature(hidden, temperature)
+    temperature = checked_temperature(hidden, temperature, "hidden")
     if logit_scale != 1.0:
-        temperature = checked_temperature(hidden, temperature / logit_scale)
+        temperature = checked_temperature(hidden, temperature / logit_scale, "hidden")
         softcap = None if softcap is None else softcap / logit_scale
     out_dtype = checked_out_dtype(hidden, out_dtype)
     wanted = Wanted(return_entropy, return_logsumexp, return_argmax)
@@ -212,6 +213,7 @@ def _checked(
                 f"where its parameters are gathered. Of a vocabulary that is split over ranks, {name}.to_local() and "
                 "group=."
             )
+        check_not_transformed(name, tensor)
         if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
             raise InputError(
                 f"got {name} of dtype {short_name(tensor.dtype)} and layout {tensor.layout}; "
@@ -233,7 +235,11 @@ def _checked(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"{sizes}, and bias of shape {list(bias.shape)}; [{weight.shape[0]}] is valid.")
     device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+    if (
+        torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
+        and hidden.dtype != torch.float64
+    ):
         dtype = torch.get_autocast_dtype(device_type)
         return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if len(dtypes := {name: tensor.dtype for name, tensor in given.items()}) and len(set(dtypes.values())) > 1:
@@ -244,8 +250,8 @@ def _checked(
 
 def _checked_number(name: str, number: Any) -> float:
     is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
-    if not is_number or not 0.0 < number < math.inf:
-        raise InputError(f"got {name}={number!r}; a positive, finite number is valid.")
+    if not is_number or not is_temperature(number):  # which it divides
+        raise InputError(f"got {name}={number!r}; a positive number is valid, which is so in float32, and finite.")
     return float(number)
 
 

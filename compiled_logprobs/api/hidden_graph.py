@@ -117,9 +117,10 @@ def _named(name: str, problem: Problem) -> Any:
     """The backend of this name. Raises BackendUnavailable where it cannot run `problem` in a graph."""
     backend = named_backend(name, problem)
     if problem.needs_grad and backend.needs_autograd:
+        others = (other for other in backends_for(problem) if not get_backend(other, problem).needs_autograd)
         raise BackendUnavailable(
             f"backend {name!r} differentiates by autograd, which an operator in a graph cannot. Name another one of "
-            f"{', '.join(backends_for(problem))}, or use backend='auto'."
+            f"{', '.join(others)}, or use backend='auto'."
         )
     return backend
 
@@ -203,7 +204,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
-    refuse_double_backward()
+    refuse_double_backward("log_probs_from_hidden")
     _, _, *grad_others = grads
     _, _, wanted, *_ = ctx.options
     given = dict.fromkeys(DIFFERENTIABLE) | {

@@ -81,7 +81,7 @@ def compute(
             run_forward(backend, logits, labels, temperature, ignore_index, wanted)[1], wanted, logits, labels
         )
     if not torch.compiler.is_compiling() and forward_ad_level() >= 0:
-        _refuse_forward_mode(logits)
+        refuse_forward_mode(logits)
     results: Any = _LogProbs.apply(  # type: ignore[no-untyped-call]  # torch's gap
         logits, labels, temperature, backend, ignore_index, wanted, inplace_backward
     )
@@ -100,13 +100,13 @@ def forward_ad_level() -> int:
     return getattr(torch.autograd.forward_ad, "_current_level", 0)
 
 
-def _refuse_forward_mode(logits: Tensor) -> None:
-    """Raise LogProbsError for logits that have a tangent: a `jvp` of the autograd.Function would be in words, too, but
+def refuse_forward_mode(tensor: Tensor, function: str = "log_probs_from_logits") -> None:
+    """Raise LogProbsError for what has a tangent: a `jvp` of the autograd.Function would be in words, too, but
     torch.compile takes none that has one."""
-    dual = torch.autograd.forward_ad.unpack_dual(logits)  # type: ignore[no-untyped-call]  # torch's gap
+    dual = torch.autograd.forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]  # torch's gap
     if dual.tangent is not None:
         raise LogProbsError(
-            "forward-mode differentiation (jvp, forward_ad) got to log_probs_from_logits, which has a backward alone. "
+            f"forward-mode differentiation (jvp, forward_ad) got to {function}, which has a backward alone. "
             "Use torch.autograd.grad, or torch.log_softmax and gather where you need it."
         )
 
@@ -150,12 +150,12 @@ def run_backward(
     return backend.backward(inputs, stats, Upstream(_reshaped(of_labels, shape), *upstream), inplace=inplace)
 
 
-def refuse_double_backward() -> None:
+def refuse_double_backward(function: str = "log_probs_from_logits") -> None:
     """Raise LogProbsError in a backward that is to be differentiated itself."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise LogProbsError(
-            "double backward (create_graph=True) got to log_probs_from_logits, whose gradient is not differentiable "
-            "itself. Call backward without create_graph, or use torch.log_softmax and gather where you need it."
+            f"double backward (create_graph=True) got to {function}, whose gradient is not differentiable itself. "
+            "Call backward without create_graph, or use torch.log_softmax and gather where you need it."
         )
 
 

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.arguments import has_saved_tensor_hooks
-from compiled_logprobs.operation.autograd import DIFFERENTIABLE, PLAIN, ForwardBackward, names, refuse_double_backward
+from compiled_logprobs.operation.autograd import (
+    DIFFERENTIABLE,
+    PLAIN,
+    ForwardBackward,
+    forward_ad_level,
+    names,
+    refuse_double_backward,
+    refuse_forward_mode,
+)
 from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
 from compiled_logprobs.problem import Problem, accumulation_dtype
 
@@ -207,6 +215,10 @@ def compute_from_hidden(
     """
     if isinstance(temperature, Tensor):
         temperature = temperature.to(accumulation_dtype(hidden.dtype)).expand(hidden.shape[:-1])
+    if not torch.compiler.is_compiling() and forward_ad_level() >= 0:
+        for tensor in (hidden, weight, bias):
+            if tensor is not None:
+                refuse_forward_mode(tensor, "log_probs_from_hidden")
     results: Any = _FromHidden.apply(  # type: ignore[no-untyped-call]  # torch's gap
         hidden, weight, bias, labels, temperature, backend, problem, softcap, ignore_index, wanted, logits_backend
     )
@@ -347,7 +359,7 @@ class _FromHidden(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor | None, *grad_others: Tensor | None) -> Any:
-        refuse_double_backward()
+        refuse_double_backward("log_probs_from_hidden")
         hidden, weight, bias, labels, temperature, counting, stats, kept = ctx.saved_tensors
         problem = ctx.problem
         t = ctx.number if temperature is None else temperature

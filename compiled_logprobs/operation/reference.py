@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 CHUNK_ELEMENTS = 2**22
 
@@ -136,12 +135,14 @@ def reference_from_hidden(
     """
     upstream = [grad_log_probs, grad_entropy, grad_logsumexp]
     want_gradients = any(grad is not None for grad in upstream)
-    given = [None if x is None else x.detach().to(product_dtype) for x in (hidden, weight, bias)]
-    given[0] = hidden.detach().to(product_dtype).masked_fill((labels == ignore_index).all(-1, keepdim=True), 0.0)
-    leaves = [None if x is None else x.clone().requires_grad_(want_gradients) for x in given]
+    counting = hidden.masked_fill((labels == ignore_index).all(-1, keepdim=True), 0.0)
+    given = (None if x is None else x.detach().to(product_dtype) for x in (counting, weight, bias))
+    leaves: Any = [None if x is None else x.clone().requires_grad_(want_gradients) for x in given]
     t_N = torch.as_tensor(temperature, device=hidden.device).to(dtype).expand(len(hidden))
     with torch.set_grad_enabled(want_gradients):
-        x_NV = functional.linear(*leaves).to(dtype) * logit_scale  # type: ignore[arg-type]  # the bias may be None
+        x_NV = leaves[0] @ leaves[1].T
+        x_NV = x_NV if bias is None else x_NV + leaves[2]  # which rounds, too: so it is commonly written
+        x_NV = x_NV.to(dtype) * logit_scale
         if softcap is not None:
             x_NV = softcap * torch.tanh(x_NV / softcap)
         results = _rows(x_NV, labels.long(), t_N, ignore_index)

@@ -196,7 +196,7 @@ def wrong_calls():
         "temperatures of integers": (x, y, {"temperature": y}, "got a temperature tensor of dtype int64; a floating"),
         "temperatures with a gradient": (
             *(x, y, {"temperature": leaf[..., 0]}),
-            "requires a gradient; only logits get one. Pass temperature.detach()",
+            "requires a gradient; it gets none. Pass temperature.detach()",
         ),
         "temperatures of another shape": (
             *(x, y, {"temperature": torch.ones(2)}),

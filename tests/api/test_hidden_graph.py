@@ -143,7 +143,9 @@ def test_what_differentiates_by_autograd_does_not_serve_in_a_graph(monkeypatch):
     hidden, weight, _, labels = inputs(100)
     inside = compiled(loss)
     if hasattr(torch.nn.functional, "linear_cross_entropy"):
-        with pytest.raises(clp.BackendUnavailable, match="differentiates by autograd.* Name another one of whole"):
+        with pytest.raises(
+            clp.BackendUnavailable, match="by autograd.* Name another one of whole, [a-z0-9_, ]+64, eager"
+        ):
             inside(hidden, weight, labels, "linear_cross_entropy")
         monkeypatch.setattr(hidden_graph.Auto, "chosen", "linear_cross_entropy")
     assert torch.equal(inside(hidden, weight, labels), loss(hidden, weight, labels, "whole"))

@@ -25,8 +25,8 @@ PROBLEM = with_all_from_hidden(
 def logits_of(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Any, logit_scale: float, softcap: float | None
 ) -> Tensor:
-    """As a model's output layer computes them, and in float32 afterwards."""
-    z = functional.linear(hidden, weight, bias).float() * logit_scale
+    """As they are commonly written, a bias added apart, and in float32 afterwards."""
+    z = (hidden @ weight.mT if bias is None else hidden @ weight.mT + bias).float() * logit_scale
     x = z if softcap is None else softcap * torch.tanh(z / softcap)
     return x / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
 
@@ -116,6 +116,8 @@ class _Chunked(torch.autograd.Function):
             log_p = _Chunked.log_probs(hidden[n], weight, bias, n, ctx.options, wrong)
             p = log_p.exp()
             g, h = (x[n, None].masked_fill(ignored[n, None], 0.0) for x in gradients)
+            if wrong == "mean from above":
+                g = gradients[0].mean() * (~ignored[n, None]).float()
             dx = -g * p - h * p * (log_p - (p * log_p).sum(-1, keepdim=True))
             y = labels[: n.stop - n.start] if wrong == "labels of the first chunk" else labels[n]
             dx.scatter_add_(-1, y.clamp(min=0)[:, None], g)
@@ -134,6 +136,8 @@ class _Chunked(torch.autograd.Function):
                 to_hidden = (dx * scale).to(hidden.dtype)
             if wrong == "no scale in hidden":
                 to_hidden = (dx * slope).to(hidden.dtype)
+            if wrong == "hidden thrice":
+                to_hidden = 3.0 * dz
             of_hidden[n] = to_hidden @ weight
             to_weight = dz.masked_fill(beside[n, None], 0.0) if wrong == "neighbours of ignored rows" else dz
             of_weight += (to_weight.T @ hidden[n]).to(of_weight.dtype)
@@ -203,6 +207,8 @@ WRONG_FUNCTIONS = [
     WrongFromHidden("filters", "gradient_error", "the values are right, and the gradient is 0 where it is small"),
     WrongFromHidden("no slope in hidden", "hidden_gradient_error", IN_HIDDEN + "lacks the slope of the soft cap"),
     WrongFromHidden("no scale in hidden", "hidden_gradient_error", IN_HIDDEN + "lacks the scale of the logits"),
+    WrongFromHidden("hidden thrice", "hidden_gradient_error", IN_HIDDEN + "is 3 times what it should be"),
+    WrongFromHidden("mean from above", "weight_gradient_error", "the values are right, and"),
     WrongFromHidden("frozen weight", "frozen_gradient", "writes a gradient into an output layer that requires none"),
     WrongFromHidden("labels of the first chunk", "log_prob_error", "takes the labels of the first chunk, of 64 rows"),
     WrongFromHidden("writes over hidden", "inputs_changed", "writes over the hidden states"),

@@ -159,8 +159,24 @@ def test_a_second_backward_gives_the_same_gradient(softcap):
 def test_a_double_backward_is_refused():
     given = arguments()
     result = log_probs_from_hidden(**given).sum()
-    with pytest.raises(LogProbsError, match="double backward"):
+    with pytest.raises(LogProbsError, match="double backward .* got to log_probs_from_hidden"):
         torch.autograd.grad(result, given["hidden"], create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_transforms_and_forward_mode_are_refused(name):
+    given = {key: x.detach() for key, x in arguments(bias=False).items()}
+    with pytest.raises(InputError, match=f"got {name} inside torch.func.grad, vmap"):
+        torch.func.grad(lambda x: log_probs_from_hidden(**{**given, name: x}).sum())(given[name])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+        with pytest.raises(LogProbsError, match="forward-mode .* got to log_probs_from_hidden"):
+            log_probs_from_hidden(**{**given, name: dual})
+
+
+def test_meta_tensors_have_a_result_without_values():
+    given = {key: x.detach().to("meta") for key, x in arguments(bias=False).items()}
+    assert log_probs_from_hidden(**given).shape == given["labels"].shape
 
 
 @pytest.mark.parametrize("name", ["whole", "chunked_vocab", "chunked_64"])
@@ -222,7 +238,9 @@ def test_the_cross_entropy_is_that_of_torch():
         ({"labels": torch.full((ROWS,), VOCAB)}, r"labels\[0\] = 700; 0 to 699"),
         ({"softcap": 0.0}, "softcap=0; .* pass None"),
         ({"logit_scale": -1.0}, "logit_scale=-1.0; a positive"),
+        ({"logit_scale": 1e-320}, "logit_scale=1e-320; a positive"),
         ({"temperature": 0.0}, "temperature=0.0"),
+        ({"temperature": torch.ones(3)}, r"temperature tensor of shape \[3\] for hidden of shape \[150, 48\]"),
         ({"memory_limit": 1000}, r"memory_limit=1000 for 150 x 48 x 700 float32 on cpu; .* at least \d+ bytes"),
     ],
 )
