@@ -1,8 +1,9 @@
 """What a vocabulary costs that is split over ranks: `python -m benchmarks.ranks`, from a checkout.
 
 Each rank is a process of one thread on this CPU. In a round all ranks do their own columns at the same time, without a
-group and then with it, or the other way round. Without it their time is that of the slowest; the ratios are those of
-one round. What is sent is counted.
+group and then with it, or the other way round. All begin at one moment, from which each counts: after a barrier, the
+rank that leaves it first would count its waiting for the others, but only with a group. Without a group they take as
+long as the slowest; the ratios are those of one round. What is sent is counted.
 """
 
 import json
@@ -26,6 +27,8 @@ from compiled_logprobs.cli.output import Column, print_table
 LIMIT = 1.2
 """How many times as long as without a group a rank may take with it."""
 ALONE, TOGETHER = "alone", "group"
+LEAD_NS = 2_000_000
+"""How far ahead the moment lies at which all ranks begin, for all to hear of it."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -85,8 +88,9 @@ def _figures(
     }
 
     def run(name: str) -> float:
-        distributed.barrier()
-        began = perf_counter_ns()
+        began = _moment_to_begin()
+        while perf_counter_ns() < began:  # a sleep would end later on one rank than on another
+            pass
         result = calls[name]()
         if upstream is not None:
             results = list(result) if entropy else [result]
@@ -111,6 +115,13 @@ def _figures(
         "collectives": len(sent),
         "bytes": sum(sent),
     }
+
+
+def _moment_to_begin() -> int:
+    """The same on all ranks, by the clock of this machine."""
+    moment = torch.tensor(perf_counter_ns() + LEAD_NS)
+    distributed.broadcast(moment, 0)
+    return int(moment)
 
 
 def _largest(taken: float) -> float:
