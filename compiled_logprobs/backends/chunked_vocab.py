@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.backends.base import HiddenBackend
-from compiled_logprobs.operation.contract import Clean, Results, Upstream, Wanted
+from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted, clean
 from compiled_logprobs.operation.hidden import Gradients, HiddenInputs, LogitsBackend, Needs, Scratch, gradient_in_place
 from compiled_logprobs.operation.shards import Columns, highest, of_whole_rows, sums_of
 from compiled_logprobs.problem import Problem, accumulation_dtype, of_logits
@@ -52,21 +52,22 @@ class ChunkedVocab(HiddenBackend):
         hidden_NH = inputs.hidden_of(all_rows)
         parts: list[Results] = []
         here: list[Tensor] = []
-        rows: Clean | None = None
         argmax: Tensor | None = None
         chunks = list(self._chunks(inputs))
         scratch = Scratch(inputs, chunks[0].stop * len(hidden_NH))
         for columns in chunks:
             chunk = scratch.multiply(hidden_NH, all_rows, columns)
-            rows, part, is_here = self._of(columns, inputs, logits_backend).forward(chunk.inputs, wanted)
+            part, is_here = self._of(columns, inputs, logits_backend).forward(chunk.inputs, wanted)
             if part.argmax is not None:
                 first = part.argmax + columns.start
                 argmax = first if argmax is None else torch.where(part.stats[0] > _highest(parts), first, argmax)
             parts.append(part)
             here.append(is_here)
-        assert rows is not None  # V is at least 1
+        rows = clean(Inputs(hidden_NH, inputs.labels, inputs.temperature, inputs.ignore_index), len(inputs.weight))
         top = _highest(parts)
-        of_parts = (sums_of(rows, part, is_here, wanted, top) for part, is_here in zip(parts, here, strict=True))
+        of_parts = (
+            torch.cat(sums_of(rows, part, is_here, wanted)(top)) for part, is_here in zip(parts, here, strict=True)
+        )
         return of_whole_rows(rows, wanted, top, torch.stack(list(of_parts)).sum(0), argmax), None
 
     def backward(

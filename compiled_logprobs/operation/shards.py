@@ -14,6 +14,7 @@ Shapes: ... leading dimensions (rows), V columns of this rank, K labels a row.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,6 @@ from torch import Tensor, distributed
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.operation.autograd import ForwardBackward
 from compiled_logprobs.operation.contract import Clean, Inputs, Results, Upstream, Wanted, clean, finish
-from compiled_logprobs.operation.formula import finite
 from compiled_logprobs.operation.hidden import FromHidden, Gradients, HiddenInputs, LogitsBackend, Needs
 from compiled_logprobs.problem import accumulation_dtype
 
@@ -40,19 +40,18 @@ class Columns:
         """Take columns [start, start + columns) of `vocab`. Where `columns` is 0, the logits are one column of -inf."""
         self._backend, self._span = backend, Span(start, columns, vocab)
 
-    def forward(self, inputs: Inputs, wanted: Wanted) -> tuple[Clean, Results, Tensor]:
-        """The rows; what the backend makes of these columns; and which labels are among them, [..., K]."""
-        rows = clean(inputs, self._span.vocab)
-        labels, is_here = self._span.labels(rows)
+    def forward(self, inputs: Inputs, wanted: Wanted) -> tuple[Results, Tensor]:
+        """What the backend makes of these columns, and which labels are among them, [..., K]."""
+        labels, is_here = self._span.labels(inputs)
         local = inputs._replace(labels=labels, ignore_index=IGNORED)
-        return rows, self._backend.forward(local, wanted._replace(logsumexp=True)), is_here
+        return self._backend.forward(local, wanted._replace(logsumexp=True)), is_here
 
     def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor:
         """The gradient in these columns."""
-        rows = clean(inputs, self._span.vocab)
-        labels, is_here = self._span.labels(rows)
+        labels, is_here = self._span.labels(inputs)
         local = inputs._replace(labels=labels, ignore_index=IGNORED)
-        return self._backend.backward(local, stats, upstream_of(upstream, rows, is_here), inplace=inplace)
+        of_part = upstream_of(upstream, labels == IGNORED, is_here)
+        return self._backend.backward(local, stats, of_part, inplace=inplace)
 
 
 class Span(NamedTuple):
@@ -62,55 +61,65 @@ class Span(NamedTuple):
     columns: int
     vocab: int
 
-    def labels(self, rows: Clean) -> tuple[Tensor, Tensor]:
-        """What a backend is given, any label that is elsewhere being the first column; and which are here."""
-        columns = rows.labels - self.start
-        is_here = (columns >= 0) & (columns < self.columns) & ~rows.ignored
-        return columns.masked_fill(~is_here, 0).masked_fill(rows.ignored, IGNORED), is_here
+    def labels(self, inputs: Inputs | HiddenInputs) -> tuple[Tensor, Tensor]:
+        """What a backend is given, any label that is elsewhere being the nearest column; and which are here."""
+        labels = inputs.labels.to(torch.int64)
+        ignored = labels == inputs.ignore_index
+        columns = (labels - self.start).masked_fill(ignored, -1)
+        nearest = columns.clamp(0, max(1, self.columns) - 1)
+        is_here = nearest == columns if self.columns else torch.zeros_like(ignored)
+        return nearest.masked_fill(ignored, IGNORED), is_here
 
 
-def upstream_of(upstream: Upstream, rows: Clean, is_here: Tensor) -> Upstream:
+def upstream_of(upstream: Upstream, ignored: Tensor, is_here: Tensor) -> Upstream:
     """The gradients that come to a part from above."""
     # What weights the probabilities of a row, but has no column here, goes the way of the logsumexp.
-    elsewhere = upstream.log_probs.masked_fill(is_here | rows.ignored, 0.0).sum(-1)
+    elsewhere = upstream.log_probs.masked_fill(is_here | ignored, 0.0).sum(-1)
     of_logsumexp = -elsewhere if upstream.logsumexp is None else upstream.logsumexp - elsewhere
     return Upstream(upstream.log_probs.masked_fill(~is_here, 0.0), upstream.entropy, of_logsumexp)
 
 
 def highest(m: Tensor) -> Tensor:
     """Maxima of parts for a maximum over these, which may lose a NaN: infinity makes the row one, too."""
-    return m.masked_fill(m.isnan(), math.inf)
+    return m.nan_to_num(math.inf, math.inf, -math.inf)
 
 
-def sums_of(rows: Clean, part: Results, is_here: Tensor, wanted: Wanted, top: Tensor) -> Tensor:
-    """[S, ...]: what is added up over the parts. u; (x_y - M) / T of each label; then, as far as they are wanted,
-    u (log s - entropy + (m - M) / T) and u^2 times the sum of the squares.
+def sums_of(rows: Clean, part: Results, is_here: Tensor, wanted: Wanted) -> Callable[[Tensor], list[Tensor]]:
+    """What is added up over the parts, [how many, ...] each, once M is known: u; (x_y - M) / T of each label; then, as
+    far as they are wanted, u (log s - entropy + (m - M) / T) and u^2 times the sum of the squares.
 
-    In float64, since a few roundings more would show; these are few numbers.
+    In float64, since a few roundings more would show; these are few numbers. What needs no M is computed at once.
     """
-    m, log_s = part.stats[0], part.stats[1].double()
-    is_empty = m == -math.inf
-    t = rows.temperature.double() if isinstance(rows.temperature, Tensor) else rows.temperature
-    below = ((m.double() - top) / t).masked_fill(is_empty, -math.inf)
-    of_labels = (part.log_probs + (log_s + below).unsqueeze(-1)).masked_fill(is_empty.unsqueeze(-1), -math.inf)
-    log_s = log_s.masked_fill(is_empty, 0.0)
-    u = (log_s + below).exp()
-    sums = [u, *of_labels.masked_fill(~is_here, 0.0).unbind(-1)]
-    if wanted.entropy:
-        assert part.entropy is not None
-        sums.append((u * (log_s - part.entropy + finite(below))).masked_fill(is_empty, 0.0))
-    if wanted.sum_p_squared:
-        assert part.sum_p_squared is not None
-        sums.append((u.square() * part.sum_p_squared).masked_fill(is_empty, 0.0))
-    return torch.stack(sums)
+    m, log_s = part.stats[:2].double()
+    is_empty, is_elsewhere = m == -math.inf, ~is_here.movedim(-1, 0)
+    # The logarithms of u and of its share of each label, but for (m - M) / T. Where all parts are empty, M makes them
+    # NaN, and so the row.
+    logs = torch.cat([log_s.unsqueeze(0), part.log_probs.movedim(-1, 0) + log_s]).masked_fill(is_empty, -math.inf)
+    m = m.masked_fill(is_empty, 0.0)
+
+    def sums(top: Tensor) -> list[Tensor]:
+        below = m - top
+        if isinstance(rows.temperature, Tensor) or rows.temperature != 1:
+            below = below / rows.temperature
+        log_u, of_labels = (logs + below).tensor_split([1])
+        u = log_u.exp()
+        result = [u, of_labels.masked_fill_(is_elsewhere, 0.0)]
+        if wanted.entropy:
+            assert part.entropy is not None
+            result.append((u * (log_u - part.entropy)).masked_fill(is_empty, 0.0))
+        if wanted.sum_p_squared:
+            assert part.sum_p_squared is not None
+            result.append((u.square() * part.sum_p_squared).masked_fill(is_empty, 0.0))
+        return result
+
+    return sums
 
 
 def of_whole_rows(rows: Clean, wanted: Wanted, top: Tensor, sums: Tensor, argmax: Tensor | None = None) -> Results:
     """Results from `sums_of` all parts together, with `top` M in the accumulation dtype."""
     labels = rows.labels.shape[-1]
     s, of_labels, others = sums[0], sums[1 : 1 + labels].movedim(0, -1), sums[1 + labels :]
-    s = s.masked_fill(~(s > 0) | rows.invalid, math.nan)
-    log_s = s.log()
+    log_s = s.masked_fill(rows.invalid, math.nan).log()
     return finish(
         rows,
         wanted,
@@ -137,7 +146,7 @@ class Shard(Columns):
         self._group = group
 
     def forward(self, inputs: Inputs, wanted: Wanted) -> Results:  # type: ignore[override]  # of whole rows
-        return exchange(*super().forward(inputs, wanted), wanted, self._span, self._group)
+        return exchange(inputs, *super().forward(inputs, wanted), wanted, self._span, self._group)
 
 
 class HiddenShard:
@@ -152,12 +161,14 @@ class HiddenShard:
     def forward(
         self, inputs: HiddenInputs, wanted: Wanted, logits_backend: LogitsBackend, *, keep: bool
     ) -> tuple[Results, Any]:
-        rows, local, is_here = self._local(inputs)
+        labels, is_here = self._span.labels(inputs)
+        local = inputs._replace(labels=labels, ignore_index=IGNORED)
         of_part = wanted._replace(logsumexp=True)
         results, kept = self._backend.forward(local, of_part, logits_backend, keep=keep)
         if self._span.columns == 0:  # a soft cap makes the -inf of its one column finite
             results.stats[0] = -math.inf
-        return exchange(rows, results, is_here, wanted, self._span, self._group), kept
+        given = Inputs(inputs.hidden, inputs.labels, inputs.temperature, inputs.ignore_index)
+        return exchange(given, results, is_here, wanted, self._span, self._group), kept
 
     def backward(
         self,
@@ -168,8 +179,9 @@ class HiddenShard:
         logits_backend: LogitsBackend,
         needs: Needs,
     ) -> Gradients:
-        rows, local, is_here = self._local(inputs)
-        upstream = upstream_of(upstream, rows, is_here)
+        labels, is_here = self._span.labels(inputs)
+        local = inputs._replace(labels=labels, ignore_index=IGNORED)
+        upstream = upstream_of(upstream, labels == IGNORED, is_here)
         gradients = self._backend.backward(local, stats, kept, upstream, logits_backend, needs)
         if gradients.hidden is None:
             return gradients
@@ -177,37 +189,42 @@ class HiddenShard:
         distributed.all_reduce(total, distributed.ReduceOp.SUM, group=self._group)
         return gradients._replace(hidden=total.to(gradients.hidden.dtype))
 
-    def _local(self, inputs: HiddenInputs) -> tuple[Clean, HiddenInputs, Tensor]:
-        rows = clean(Inputs(inputs.hidden, inputs.labels, inputs.temperature, inputs.ignore_index), self._span.vocab)
-        labels, is_here = self._span.labels(rows)
-        return rows, inputs._replace(labels=labels, ignore_index=IGNORED), is_here
 
-
-def exchange(rows: Clean, part: Results, is_here: Tensor, wanted: Wanted, own: Span, group: Any) -> Results:
-    """Results of whole rows, from what each rank of `group` made of its part."""
+def exchange(inputs: Inputs, part: Results, is_here: Tensor, wanted: Wanted, own: Span, group: Any) -> Results:
+    """Results of whole rows, from what each rank of `group` made of its part. Of `inputs` only the labels and
+    temperatures count, which are the same on all ranks."""
     top = highest(part.stats[0])
-    distributed.all_reduce(top, distributed.ReduceOp.MAX, group=group)
-    sums = sums_of(rows, part, is_here, wanted, top)
-    layout = top.new_tensor([own.columns, mark(own.start + own.columns) - mark(own.start)])
-    packed = torch.cat([sums.flatten().to(top.dtype), layout])
+    maximum: Any = distributed.all_reduce(top, distributed.ReduceOp.MAX, group=group, async_op=True)
+    # What needs no maximum is done while it is under way: the operations are small, but each shows.
+    rows = clean(inputs, own.vocab)
+    sums = sums_of(rows, part, is_here, wanted)
+    layout = torch.tensor(
+        [own.columns, mark(own.start + own.columns) - mark(own.start)], dtype=torch.float64, device=top.device
+    )
+    maximum.wait()
+    packed = torch.cat([*(added.flatten() for added in sums(top)), layout]).to(top.dtype)
     distributed.all_reduce(packed, distributed.ReduceOp.SUM, group=group)
-    whole = packed[:-2].view(sums.shape).double()
-    is_torn = torch.as_tensor(_is_torn(own, *packed[-2:]), device=top.device)
-    return of_whole_rows(rows, wanted, top, whole.masked_fill(is_torn, math.nan))
+    whole = packed.double()
+    is_torn = _is_torn(own, whole[-2:])
+    whole = whole[:-2].view(-1, *top.shape)
+    return of_whole_rows(rows, wanted, top, whole if is_torn is None else whole.masked_fill(is_torn, math.nan))
 
 
-def _is_torn(own: Span, columns: Tensor, marks: Tensor) -> bool | Tensor:
+def _is_torn(own: Span, layout: Tensor) -> Tensor | None:
     """Whether the parts of the ranks are not each column of the vocabulary once. On a CPU that is an error;
     elsewhere, where no value is looked at, it makes all rows NaN."""
-    is_torn = (columns != own.vocab) | (marks != mark(own.vocab) - mark(0))
-    if columns.device.type == "cpu" and bool(is_torn):
-        wrong = f"of {int(columns)} columns in all" if int(columns) != own.vocab else "that overlap"
+    whole = [own.vocab, mark(own.vocab) - mark(0)]
+    if not layout.is_cpu:
+        return (layout != layout.new_tensor(whole)).any()
+    columns, marks = layout.tolist()
+    if [columns, marks] != whole:
+        wrong = f"of {int(columns)} columns in all" if columns != own.vocab else "that overlap"
         raise InputError(
             f"got parts of the vocabulary {wrong}, of which {own.columns} columns on this rank from column "
             f"{own.start}; each of {own.vocab} on one rank is valid. Pass vocab_size, and vocab_start_index "
             "where the parts are not equal."
         )
-    return is_torn
+    return None
 
 
 def mark(column: int) -> int:
