@@ -110,6 +110,8 @@ class Tally:
             checks = from_plain(event["checks"], tuple[Check, ...])
             self._note(name, checks=checks, repeatable=event["repeatable"], row_invariant=event["row_invariant"])
         elif kind == "measuring":
+            self._seconds.clear()  # of what there was no time for
+            self._host_seconds.clear()
             self._measured_rows = self._proven_rows = event["rows"]
             self._measured_vocab = event["vocab"]
         elif kind == "proven":

@@ -16,6 +16,7 @@ from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.check.run import check_backend
 from compiled_logprobs.decision import MEASURED, PLAIN
 from compiled_logprobs.machine import clock
+from compiled_logprobs.machine.bandwidth import Bandwidth
 from compiled_logprobs.machine.clock import MIB, extra_peak_bytes, why_no_peak
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.problem import Problem, bucket, problem_to_dict
@@ -23,6 +24,7 @@ from compiled_logprobs.tuning import sizes as sizes_module
 from compiled_logprobs.tuning import tuner as tuner_module
 from compiled_logprobs.tuning import worker as worker_module
 from compiled_logprobs.tuning.sizes import sizes_of
+from compiled_logprobs.tuning.statistics import fewest_rounds
 from compiled_logprobs.tuning.tuner import Tuner
 from compiled_logprobs.tuning.worker import Job, bytes_of_check
 from tests.helpers.backends_for_tuning import (
@@ -227,6 +229,28 @@ def test_n_does_not_shrink_because_compiling_and_checking_took_long(monkeypatch,
     told = run_here(problem, checked=[], seconds=20.0, strict=strict)
     (measuring,) = of("measuring", told)
     assert now[0] == 1000.0 and measuring["rows"] == problem.rows
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_n_shrinks_where_rounds_take_longer_than_the_first_calls_told(monkeypatch, strict):
+    """As where other programs have begun to work: a budget that may not be exceeded has rounds enough all the same."""
+    now, forward = [0.0], Eager.forward
+
+    def slowly(self, inputs, wanted):
+        now[0] += inputs.logits.shape[:-1].numel() / 256
+        return forward(self, inputs, wanted)
+
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(worker_module, "measured_bandwidth", lambda device: Bandwidth(1e10, 1e10, 1e10, 1))
+    monkeypatch.setattr(Eager, "forward", slowly)
+    monkeypatch.setitem(sizes_module.PILOT_LOGITS, "cpu", 2**14)
+    told = run_here(Problem("cpu", 256, 1024, torch.float32), seconds=12.0, strict=strict)
+    *_, measuring = of("measuring", told)
+    rounds = of("round", told[told.index(measuring) :])
+    assert (measuring["rows"] < 256) == strict and len(rounds) >= fewest_rounds(1)
+    without, with_bandwidth = told[-3], told[-1]
+    assert without["event"] == with_bandwidth["event"] == "circumstances", "what nobody chooses by comes last"
+    assert not without["bandwidth"] and with_bandwidth["bandwidth"]["read"] == 1e10
 
 
 def test_the_first_calls_keep_an_accelerator_busy(monkeypatch):
