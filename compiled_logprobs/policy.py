@@ -60,7 +60,8 @@ def autotune(
         mode: "tune" measures a new problem at its first call, where that is possible; "lookup" uses what is stored and
             never measures; "off" uses neither, but the default rule alone.
         budget_s: seconds that timing a problem may take, once its backends are compiled and checked, which may take a
-            minute; a process that has spent three times as much in all measures nothing more. Default 20.
+            minute; all of it in the first process that comes to such a problem on a machine; a process that has spent
+            three times as much in all measures nothing more. Default 20.
         row_invariant: admit only backends that declare the same bits for a row whatever N it came with, and let one
             serve all calls of a kind (device, vocabulary, dtype, labels a row, masked or not), with the gradient or
             entropy and without: then old and new log-probabilities of the same weights are equal, and their ratios

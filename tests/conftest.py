@@ -5,6 +5,7 @@ import pytest
 from compiled_logprobs import policy
 from compiled_logprobs.choose import memory
 from compiled_logprobs.store import ROOT_VARIABLE
+from compiled_logprobs.tuning import headway
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -20,6 +21,7 @@ def nothing_known(monkeypatch, tmp_path_factory):
     policy._of_process.cache_clear()
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path_factory.mktemp("profiles")))
     monkeypatch.setattr(memory, "MEMORY", memory.Memory())
+    monkeypatch.setattr(headway, "cache_folder", lambda: None)  # so that no process is the first
     yield
     policy._of_process.cache_clear()
 

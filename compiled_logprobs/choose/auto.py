@@ -16,7 +16,7 @@ from compiled_logprobs.choose import memory, rule
 from compiled_logprobs.choose.explain import refusal
 from compiled_logprobs.choose.memory import Choice
 from compiled_logprobs.choose.rule import Context
-from compiled_logprobs.choose.tune import tune_in_call
+from compiled_logprobs.choose.tune import meanwhile, tune_in_call
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.errors import BackendUnavailable, nothing_can_serve_after, warn
 from compiled_logprobs.operation.autograd import ForwardBackward
@@ -125,6 +125,7 @@ def choose(
                 raise refusal(context)
             choice = outcome
             if step != "remembered":  # by another thread meanwhile
+                choice = meanwhile(context, choice) if tune is tune_in_call else choice
                 process.remember(problem, under, choice)
     pair = _pair_of(choice, problem, under)
     process.keep(problem, under if choice.until is None else None, pair)

@@ -11,6 +11,7 @@ from compiled_logprobs.choose import rule
 from compiled_logprobs.choose.distance import distance
 from compiled_logprobs.choose.memory import Choice, family_of
 from compiled_logprobs.choose.rule import Context, Pending
+from compiled_logprobs.choose.tune import meanwhile
 from compiled_logprobs.decision import PLAIN, Decision
 from compiled_logprobs.errors import BackendUnavailable, LogProbsError, ProfileError
 from compiled_logprobs.machine.environment import MATCHED, as_matched, environment_at
@@ -27,6 +28,7 @@ _SOURCES = {
     "near": "stored for the same problem with another number of rows; tune(...) measures this one",
     "related": "stored for the nearest kind of problem that was measured",
     "default rule": "by the default rule: the first that can run it and passes a short check",
+    "meanwhile": "what its decision chose is compiled in the background, for later calls; this needs no compiling",
     "row invariant": "the first that declares invariant rows and passes the check of them, for all calls of a kind",
     "set aside": "the backend that served it failed, and is set aside in this process",
 }
@@ -118,7 +120,9 @@ def explain_problem(problem: Problem, device: torch.device, under: Policy) -> Ex
     """What the next call of `problem` on `device` takes; nothing is measured or checked to find out."""
     context = rule.context_of(problem, device, under)
     trace = dict(rule.walk(context))
-    outcome = list(trace.values())[-1]
+    *_, (step, outcome) = trace.items()
+    if isinstance(outcome, Choice) and step != "remembered":
+        outcome = trace[step] = meanwhile(context, outcome)
     choice = outcome if isinstance(outcome, Choice) else None
     decision, stale = (None, None) if isinstance(outcome, str) else (outcome.decision, outcome.stale)
     differs = {} if decision is None else _differing(decision.problem, bucket(problem))

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -10,9 +11,12 @@ from compiled_logprobs.backends.base import AnyBackend
 from compiled_logprobs.decision import Decision
 from compiled_logprobs.policy import Policy
 from compiled_logprobs.problem import FROM_HIDDEN, RESULTS, Problem, as_it_lies, bucket
+from compiled_logprobs.tuning.headway import Headway
 
-GUESSES = ("near", "related", "default rule")
+GUESSES = ("near", "related", "default rule", "meanwhile")
 """The sources of choices without a decision for exactly this bucket of N."""
+READY_S = 10.0
+"""How long what is ready serves a call that is not to wait for the compiler, before the others are asked again."""
 _MOST_HOT = 4096
 
 
@@ -22,7 +26,7 @@ class Choice(NamedTuple):
     backend: str
     source: str
     """Where the choice comes from: "tuned here", "ranks", a store such as "user store", "small", "near", "related",
-    "default rule", "row invariant" or "set aside"."""
+    "default rule", "meanwhile", "row invariant" or "set aside"."""
     decision: Decision | None = None
     stale: str | None = None
     """What has changed since the decision was measured, though its choice can still be used."""
@@ -38,6 +42,26 @@ class Served(NamedTuple):
     backend: tuple[str, Any]
     policy: Policy | None
     """Under which it was chosen; None where the next call chooses anew."""
+
+
+class Undecided(NamedTuple):
+    """Measuring at a call that came to no decision."""
+
+    reason: str
+    headway: Headway
+    getting_ready: threading.Thread | None
+    """What goes on in the background, to compile and check."""
+    until: float
+    """Before then, in seconds of `time.monotonic`, no call waits for what is not ready."""
+
+    @property
+    def why(self) -> str:
+        """The reason, and what goes on meanwhile."""
+        goes_on = self.getting_ready is not None and self.getting_ready.is_alive()
+        return f"{self.reason}; the rest is compiled in the background" if goes_on else self.reason
+
+    def is_getting_ready(self) -> bool:
+        return time.monotonic() < self.until or (self.getting_ready is not None and self.getting_ready.is_alive())
 
 
 @dataclass
@@ -57,6 +81,10 @@ class Memory:
     """Whether a backend passed the short check, for problems of any N."""
     warmed: set[tuple[str, Problem]] = field(default_factory=set)
     """What `warm` ran, by the backend's name, wherever the logits may start: nothing is left to compile."""
+    undecided: dict[Problem, Undecided] = field(default_factory=dict)
+    """What measuring at a call came to without a decision, by bucket."""
+    compiling: dict[tuple[str, Problem], threading.Thread] = field(default_factory=dict)
+    """What compiles a backend in the background, by its name, for problems of any N."""
     warned: set[str] = field(default_factory=set)
     """Backends that profiles chose and that are not registered, as far as the user was told."""
     spent_s: float = 0.0

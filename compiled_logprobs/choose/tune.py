@@ -7,21 +7,22 @@ from typing import Any
 
 import torch
 
-from compiled_logprobs.backends import EAGER, backends_for
+from compiled_logprobs.backends import EAGER, backends_for, get_backend, is_built_in
 from compiled_logprobs.choose import memory
-from compiled_logprobs.choose.memory import Choice
+from compiled_logprobs.choose.memory import Choice, Undecided
 from compiled_logprobs.choose.rule import Context, context_of, describe, is_settled, stored, walk
 from compiled_logprobs.choose.staleness import changed, holds
 from compiled_logprobs.decision import Decision, Evidence
 from compiled_logprobs.errors import ProfileError, nothing_can_serve_after, say, warn
 from compiled_logprobs.machine.environment import environment_at, fingerprint_of
-from compiled_logprobs.policy import BUDGET_VARIABLE, checked_budget, policy
+from compiled_logprobs.policy import BUDGET_VARIABLE, checked_budget, is_rank, policy
 from compiled_logprobs.problem import Problem, bucket, of_logits
 from compiled_logprobs.store import user_store
 from compiled_logprobs.store.files import Store
-from compiled_logprobs.tuning.process import Event
+from compiled_logprobs.tuning.headway import Headway, headway_of
+from compiled_logprobs.tuning.process import Event, WorkerLost
 from compiled_logprobs.tuning.tally import GET_READY_S
-from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on
+from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on, compile_apart
 
 WAIT_S = 600.0
 """How long measuring on demand waits for another process that measures on the same device."""
@@ -141,7 +142,10 @@ def _decide_and_store(
     if standing is not None:  # it is not to end up with fewer candidates than it had
         asked = {*asked, *standing.candidates}
     try:
-        decision, evidence = decide(tuner, problem, seconds, standing=standing, names=asked, again=again)
+        headway = headway_of(fingerprint_of(device), problem)
+        decision, evidence = decide(
+            tuner, problem, seconds, standing=standing, names=asked, again=again, headway=headway
+        )
     except TuningFailed as error:
         return error
     memory.MEMORY.hold(problem, Choice(decision.chosen, "tuned here", decision))
@@ -166,12 +170,21 @@ def publish(store: Store, decision: Decision, evidence: Evidence, device: torch.
 
 
 def tune_in_call(context: Context, standing: Decision | None) -> Choice | str:
-    """Decide the problem of a call, for which the process has budget left; `standing` is stale. Where it fails, why."""
+    """Decide the problem of a call, for which the process has budget left; `standing` is stale. Where it fails, why.
+
+    The first process that comes to such a problem would wait for the compiler most of all. There the budget is for all
+    of it. What is not decided in that time is left to the next process, which goes on where this one ends.
+    """
     began, seconds = time.monotonic(), context.policy.budget_s
-    problem, device = context.problem, context.device
+    problem, device, known = context.problem, context.device, context.memory
+    headway, thread = headway_of(context.environment, problem), None
+    in_all = headway.is_first
+    limit = f"at most {GET_READY_S:.0f} s to compile and check them, then {seconds:g} s to time them"
+    if in_all:
+        limit = f"{seconds:g} s to compile, check and time them, the first time on this machine"
     say(
-        f"measuring which backend is fastest for {describe(bucket(problem))}: at most {GET_READY_S:.0f} s to compile "
-        f"and check them, then {seconds:.0f} s to time them (COMPILED_LOGPROBS_MODE=lookup prevents it)"
+        f"measuring which backend is fastest for {describe(bucket(problem))}: {limit} "
+        "(COMPILED_LOGPROBS_MODE=lookup prevents it)"
     )
     try:
         with alone_on(device, seconds) as is_alone:
@@ -180,22 +193,70 @@ def tune_in_call(context: Context, standing: Decision | None) -> Choice | str:
             if not is_alone:
                 raise TuningFailed("another process was measuring on this device all the time")
             with Tuner(device, short=True) as tuner:
-                decision, evidence = decide(tuner, problem, seconds, standing=standing, strict=True)
-            context.memory.hold(decision.problem, Choice(decision.chosen, "tuned here", decision))
-            publish(user_store(), decision, evidence, device)  # before the next one that waits looks there
+                left = max(0.0, began + seconds - time.monotonic()) if in_all else seconds
+                try:
+                    decision, evidence = decide(
+                        tuner, problem, left, standing=standing, strict=True, in_all=in_all, headway=headway
+                    )
+                finally:
+                    thread = tuner.getting_ready
+            known.hold(decision.problem, Choice(decision.chosen, "tuned here", decision))
+            if decision.settled or not in_all:  # else the next process measures, for longer
+                publish(user_store(), decision, evidence, device)  # before the next one that waits looks there
     except (TuningFailed, OSError, RuntimeError) as error:  # the last two: no room for another process or thread
         if nothing_can_serve_after(error):
             raise
+        until = time.monotonic() + in_all * memory.READY_S
+        tried = Undecided(f"measuring came to no decision: {error}", headway, thread, until)
+        known.undecided[bucket(problem)] = tried
+        first = ", at first by what is ready, while the rest is compiled in the background" if thread else ""
+        again = "" if headway.path is None else "The next process goes on with it; "
         say(
-            f"not decided: {error}. The default rule serves it in this process; `compiled-logprobs profile` or a "
-            f"larger {BUDGET_VARIABLE} gives it more time"
+            f"not decided: {error}. The default rule serves it in this process{first}. {again}"
+            f"`compiled-logprobs profile` or a larger {BUDGET_VARIABLE} gives it more time"
         )
-        return f"measuring came to no decision: {error}"
+        return tried.why
     finally:
-        context.memory.spent_s += time.monotonic() - began
+        known.spent_s += time.monotonic() - began
     more = "" if decision.is_decided else "; `compiled-logprobs profile` gives it more time"
     say(f"{decision.chosen} serves it: {decision.reason}{more}")
     return _as_stored(context)
+
+
+def meanwhile(context: Context, choice: Choice) -> Choice:
+    """`choice`; for a while another one, where a decision chose what no process has compiled for such a problem yet.
+
+    No call is to wait for that, on a CPU: it is compiled in the background. An accelerator's memory is the caller's. A
+    walk that only looks starts nothing.
+    """
+    problem, device, name = context.problem, context.device, choice.backend
+    may_start = context.policy.mode == "tune" and not (context.policy.require_hit or context.memory.is_forked)
+    if choice.decision is None or not is_built_in(name) or not may_start or is_rank():
+        return choice
+    backend, key = get_backend(name, problem), (name, problem._replace(rows=0))
+    if backend.is_warm(problem):
+        return choice
+    thread = context.memory.compiling.get(key)
+    if thread is None:
+        if context.tune is None or (headway := headway_of(context.environment, problem)).has_compiled(name):
+            return choice
+        if device.type != "cpu":
+            say(f"{name}, which serves {describe(problem)}, is compiled in this call, the first time on this machine")
+            headway.note_compiled(name, backend.fingerprint())
+            return choice
+        try:
+            thread = context.memory.compiling[key] = compile_apart(problem, name, device, headway)
+        except (WorkerLost, OSError, RuntimeError):  # no room for another process or thread
+            return choice
+        say(
+            f"{name}, which serves {describe(problem)}, is compiled in the background, and another one serves meanwhile"
+        )
+    if not thread.is_alive():
+        return choice
+    times = {other: each.seconds for other, each in choice.decision.candidates.items() if each.seconds is not None}
+    passed = (other for other in sorted(times, key=times.__getitem__) if holds(choice.decision, other))
+    ready = (other for other in passed if get_backend(other, problem).is_warm(problem))
+    return Choice(next(ready, EAGER), "meanwhile", choice.decision, until=time.monotonic() + memory.READY_S)
 
 
 def _as_stored(context: Context) -> Choice | str:
@@ -214,6 +275,8 @@ def decide(
     names: Collection[str] | None = None,
     again: bool = False,
     strict: bool = False,
+    in_all: bool = False,
+    headway: Headway | None = None,
 ) -> tuple[Decision, Evidence]:
     """What `tuner` decides, given the decision that stands: only what has changed is measured, beside incumbent and
     baseline.
@@ -222,9 +285,9 @@ def decide(
     Otherwise all candidates are measured.
 
     Args:
-        tuner, problem, seconds, names, strict: as in `Tuner.decide`.
+        tuner, problem, seconds, names, strict, in_all, headway: as in `Tuner.decide`.
         standing: the earlier decision for the same bucket, if there is one.
-        again: measure all of them, changed or not.
+        again: measure all of them, changed or not; so does `in_all`, since there is no time to do it afterwards.
 
     Raises:
         TuningFailed: no decision came about.
@@ -232,9 +295,11 @@ def decide(
     asked = list(backends_for(problem) if names is None else names)
     has_served = standing is not None and standing.is_decided and holds(standing, standing.chosen)
     incumbent = standing.chosen if standing is not None and has_served else None
-    due = [] if standing is None or again else _due(standing, asked, tuner.short)
+    due = [] if standing is None or again or in_all else _due(standing, asked, tuner.short)
     options: dict[str, Any] = {
         "strict": strict,
+        "in_all": in_all,
+        "headway": headway,
         "incumbent": incumbent,
         "logits_backend": logits_backend_for(problem, tuner.device),
     }

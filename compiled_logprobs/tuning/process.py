@@ -97,6 +97,13 @@ class Worker:
             raise WorkerLost("crashed", self._how_it_ended())
         return _parsed(line)
 
+    def give_way(self) -> None:
+        """Have it and what it started run only where others leave a processor idle."""
+        with contextlib.suppress(psutil.Error, OSError):
+            process = psutil.Process(self._process.pid)
+            for each in (process, *process.children(recursive=True)):
+                each.nice(19 if os.name == "posix" else psutil.IDLE_PRIORITY_CLASS)
+
     def end(self) -> None:
         """Kill the process and all that it started."""
         strays: list[psutil.Process] = []

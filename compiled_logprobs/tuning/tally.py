@@ -26,6 +26,7 @@ from compiled_logprobs.decision import (
 from compiled_logprobs.machine.clock import MIB
 from compiled_logprobs.machine.environment import environment_at
 from compiled_logprobs.problem import Problem
+from compiled_logprobs.tuning.headway import MOST_CUTS, Headway
 from compiled_logprobs.tuning.process import Event
 from compiled_logprobs.tuning.statistics import fewest_rounds, select, speedup_over
 
@@ -46,15 +47,26 @@ class Tally:
         incumbent: the candidate that has served so far.
         budget_s: for the rounds, after `GET_READY_S` for what comes before; None where each step only has the limit
             after which it is taken for hanging.
+        in_all: whether the budget is for all of it, what comes before the rounds included.
+        headway: of earlier processes. What has passed the check there has passed it; a candidate that took all their
+            time is out, and a decision without it serves until it is tried again.
     """
 
     def __init__(
-        self, problem: Problem, names: Sequence[str], incumbent: str | None, budget_s: float | None = None
+        self,
+        problem: Problem,
+        names: Sequence[str],
+        incumbent: str | None,
+        budget_s: float | None = None,
+        *,
+        in_all: bool = False,
+        headway: Headway | None = None,
     ) -> None:
-        self.problem, self.incumbent, self.budget_s = problem, incumbent, budget_s
+        self.problem, self.incumbent, self.budget_s, self.in_all = problem, incumbent, budget_s, in_all
         self._left = [math.inf] * 2 if budget_s is None else [GET_READY_S, budget_s]
         """Seconds before the rounds, and in them, when the present part began."""
-        self._in_rounds, self._part_began = False, time.monotonic()
+        self.in_rounds, self._part_began = False, time.monotonic()
+        """Whether all candidates are compiled and checked; and since when."""
         self.seed = random.SystemRandom().randrange(2**31)
         self.candidates = {name: Candidate("failed", "it was not measured") for name in names}
         self.alive = list(names)
@@ -69,7 +81,17 @@ class Tally:
         self._full_bytes: int | None = None
         reason = "the time was over before it was asked for"
         self._circumstances: dict[str, Any] = {"bandwidth": {}, "telemetry": None, "telemetry_reason": reason}
+        if headway is not None and budget_s is not None:
+            self._recall(headway)
         self.begin()
+
+    def _recall(self, headway: Headway) -> None:
+        for event in (event for said in headway.said.values() if "checked" in said for event in said.values()):
+            if event["candidate"] in self.alive:
+                self.hear(event)
+        for name, count in headway.cut.items():
+            if name in self.alive and count >= MOST_CUTS:
+                self.lose(name, "timeout", f"it was not ready in time in {count} processes")
 
     def begin(self) -> None:
         """Forget the rounds: a new worker program starts, and its rounds are compared with no other's."""
@@ -82,12 +104,17 @@ class Tally:
     @property
     def ends(self) -> float:
         """When the present part has to end, by `time.monotonic`."""
-        return self._part_began + self._left[self._in_rounds]
+        return self._part_began + self._left[self.in_rounds or self.in_all]
+
+    @property
+    def passed(self) -> list[str]:
+        """The candidates that have passed the check."""
+        return [name for name in self.alive if self.candidates[name].checks]
 
     @property
     def rounds_s(self) -> float:
         """Seconds that the budget leaves for rounds."""
-        return max(0.0, self._left[True] - RESERVE_S)
+        return max(0.0, (self.ends - time.monotonic() if self.in_all else self._left[True]) - RESERVE_S)
 
     def hear(self, event: Event) -> None:
         kind, name = event["event"], event.get("candidate", "")
@@ -168,7 +195,7 @@ class Tally:
 
     def what_ended(self) -> str:
         """Where `ends` is over, in words."""
-        if self._in_rounds:
+        if self.in_rounds or self.in_all:
             return f"the budget of {self.budget_s:.3g} s"
         return f"the {GET_READY_S:g} s for importing, compiling and checking"
 
@@ -233,8 +260,8 @@ class Tally:
 
     def _enter(self, *, in_rounds: bool) -> None:
         now = time.monotonic()
-        self._left[self._in_rounds] -= now - self._part_began
-        self._in_rounds, self._part_began = in_rounds, now
+        self._left[self.in_rounds or self.in_all] -= now - self._part_began
+        self.in_rounds, self._part_began = in_rounds, now
 
     def _note(self, name: str, **fields: Any) -> None:
         self.candidates[name] = replace(self.candidates[name], **fields)

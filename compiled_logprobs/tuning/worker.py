@@ -45,6 +45,8 @@ SHARE_WITH_PLAIN = 0.9
 """Of the same, what the fewest rounds that a choice needs may take with plain torch in them; else it is left out."""
 SHARE_FOR_PROOF = 0.25
 """Of all seconds, where none may be added to them, what the rounds leave for calling the winner once with all rows."""
+HALVED = 2
+"""How often the size of what is timed, and looked at, is halved for each process that had not the time for it."""
 CHECKED_LOGITS = {"cpu": 2**27}
 """Size of the largest input of the check; an accelerator takes the whole problem."""
 BYTES_OF_A_LOGIT, OF_A_COPIED_LOGIT, OF_A_COMPARED_LOGIT = 28, 64, 200
@@ -90,10 +92,14 @@ class Job:
         seconds: for the rounds and their inputs, after which no further round begins once there are enough of them for
             a choice. What comes before, to import, compile and check, takes none of them.
         strict: whether all has to end by then, also the look at the winner with more rows than were timed.
+        in_all: whether what comes before takes of those seconds.
+        too_slow: in how many processes the seconds were over before the rounds, and the look at the winner, were done;
+            with each there is less of both.
         seed: of all inputs.
     """
 
     def __init__(self, order: dict[str, Any], emit: Callable[..., None]) -> None:
+        self._began = time.monotonic()
         torch.set_num_threads(order["threads"])
         self._order, self._emit = order, emit
         self._problem = problem_from_dict(order["problem"])
@@ -122,10 +128,12 @@ class Job:
         if not alive:
             return
         self._step(None, "inputs")
-        self._ends = time.monotonic() + self._order["seconds"]
+        self._ends = (self._began if self._order["in_all"] else time.monotonic()) + self._order["seconds"]
         calls = LOOKS[0] + BUFFERS + 1  # the rounds up to the first look, and the calls before them
         logits = SHARE_OF_TIME * (self._ends - time.monotonic()) / (calls * seconds_a_logit)
         timed = self._sizes.that_fit(logits, lambda part: all(_is_able(backend, part) for backend in alive.values()))
+        for _ in range(HALVED * self._order["too_slow"]):
+            timed = self._sizes.smaller(timed) or timed
         while not self._measure(alive, timed, seconds_a_logit):
             timed = self._sizes.smaller(timed) or timed
 
@@ -296,7 +304,7 @@ class Job:
         keeps to a limit of memory."""
         logits = math.inf
         if self._order["strict"]:  # by the seconds of a call of each, where one is called
-            logits = (self._ends - time.monotonic()) / seconds_a_logit
+            logits = (self._ends - time.monotonic()) / seconds_a_logit / 2 ** (HALVED * self._order["too_slow"])
             if self._problem.hidden is not None:  # where all of it, or nothing, is called: with room for twice the time
                 logits *= len(measurement.times()) / 2
         looked = self._sizes.of_look(measurement.problem, logits)

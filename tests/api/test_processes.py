@@ -20,7 +20,9 @@ PROGRAM = """
 import json, os, sys
 import torch
 import compiled_logprobs as clp
+from compiled_logprobs.tuning import headway
 
+headway.cache_folder = lambda: None  # whether or not others have measured on this machine
 del sys.modules["compiled_logprobs.backends"]._targets["compiled"]  # it takes ten seconds to compile and to check
 logits, labels = torch.randn(1024, 1031), torch.randint(1031, (1024,))
 

@@ -12,10 +12,15 @@ import torch
 from filelock import FileLock
 
 import compiled_logprobs as clp
-from compiled_logprobs.choose import memory, tune
-from compiled_logprobs.choose.memory import Memory
+from compiled_logprobs.backends.compiled import Compiled
+from compiled_logprobs.backends.cpp import Cpp
+from compiled_logprobs.choose import memory, rule, tune
+from compiled_logprobs.choose.memory import Choice, Memory
 from compiled_logprobs.machine.environment import fingerprint_of
+from compiled_logprobs.policy import Policy
 from compiled_logprobs.store import ROOT_VARIABLE, user_store
+from compiled_logprobs.tuning import headway
+from compiled_logprobs.tuning.headway import headway_of
 from compiled_logprobs.tuning.tuner import TuningFailed
 from tests.helpers.disks import a_file
 from tests.helpers.stored_decisions import (
@@ -65,6 +70,104 @@ def test_threads_that_come_at_once_measure_once(fake):
     with ThreadPoolExecutor(8) as threads:
         choices = [threads.submit(chosen) for _ in range(8)]
     assert {choice.result()[0] for choice in choices} == {"eager"} and len(fake.asked) == 1
+
+
+@pytest.fixture
+def left_behind(monkeypatch, tmp_path):
+    """The folder of a compiler's cache, in which nothing was compiled yet."""
+    monkeypatch.setattr(headway, "cache_folder", lambda: tmp_path / "cache")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_what_is_ready_serves_until_the_rest_is_compiled(fake, left_behind, clock, monkeypatch, capsys):
+    """What passes the check in the background is not checked again."""
+    monkeypatch.setattr("compiled_logprobs.choose.rule.check_backend", lambda *_, **__: pytest.fail("it checked"))
+    going_on = Mock()
+    fake.answer = raising(TuningFailed("the budget ended"))
+    fake.getting_ready = going_on
+    assert [chosen(), chosen()] == [("eager", "default rule")] * 2
+    assert ", at first by what is ready, while the rest is compiled in the background. " in capsys.readouterr().err
+    why = "because measuring came to no decision: the budget ended"
+    assert f"{why}; the rest is compiled in the background" in str(clp.explain(LOGITS, LABELS))
+    memory.MEMORY.undecided[LARGE].headway.note_compiled("cpp", "its code")
+    memory.MEMORY.undecided[LARGE].headway.said["cpp"]["checked"] = {}
+    clock[0] += memory.READY_S - 1
+    assert chosen() == ("eager", "default rule")
+    clock[0] += 2
+    assert chosen() == ("cpp", "default rule") and len(fake.asked) == 1
+    going_on.is_alive.side_effect = AssertionError
+    clock[0] += 1000
+    assert chosen() == ("cpp", "default rule")
+
+
+def test_the_first_process_has_its_budget_for_all_of_it(fake, left_behind, monkeypatch, capsys):
+    """What it leaves undecided is stored by the next one, which has time to compile."""
+    fake.answer = undecided
+    assert chosen()[1] == "tuned here" and not list(user_store().decisions())
+    assert ": 20 s to compile, check and time them, the first time on this machine" in capsys.readouterr().err
+    monkeypatch.setattr(memory, "MEMORY", Memory())
+    assert chosen()[1] == "tuned here" and len(list(user_store().decisions())) == 1
+    assert "at most 60 s to compile" in capsys.readouterr().err
+    assert [options["in_all"] for options in fake.options] == [True, False]
+    assert chosen(LARGE._replace(vocab=1033)) and fake.options[-1]["in_all"], "each kind compiles code of its own"
+
+
+def test_what_a_decision_chose_is_compiled_in_the_background(
+    nothing_measures, left_behind, clock, mode, monkeypatch, capsys
+):
+    """What was measured beside it and needs no compiling serves meanwhile; and later processes do not wait."""
+    mode("tune")
+    candidates = all_measured() | {"cpp": measured("cpp", seconds=1e-3)}
+    publish(decided(LARGE._replace(rows=512), "compiled", candidates=candidates))
+    going_on, started = Mock(), []
+    monkeypatch.setattr(tune, "compile_apart", lambda problem, name, *_: started.append((problem, name)) or going_on)
+    warm = {"cpp"}
+    for backend in (Cpp, Compiled):
+        monkeypatch.setattr(backend, "is_warm", lambda self, problem: self.name in warm)
+    assert [chosen(), chosen()] == [("cpp", "meanwhile")] * 2 and started == [(LARGE, "compiled")]
+    assert "compiled, which serves 1024 x 1031 float32 on cpu" in capsys.readouterr().err
+    explanation = clp.explain(LOGITS, LABELS)
+    assert explanation.decision.chosen == "compiled" and explanation.why.startswith("what its decision chose is comp")
+    warm.clear()
+    clock[0] += memory.READY_S + 1
+    assert clp.explain(LOGITS, LABELS).source == "meanwhile"
+    assert chosen() == ("eager", "meanwhile")
+    going_on.is_alive.return_value = False
+    clock[0] += memory.READY_S + 1
+    assert chosen() == ("compiled", "near") and len(started) == 1
+    headway_of(fingerprint_of(CPU), LARGE).note_compiled("compiled", Compiled().fingerprint())
+    monkeypatch.setattr(memory, "MEMORY", Memory())
+    assert chosen() == ("compiled", "near") and len(started) == 1
+
+
+def test_nothing_is_compiled_in_the_background_where_nothing_may_be_started(left_behind, mode, monkeypatch):
+    publish(decided(chosen="compiled"))
+    monkeypatch.setattr(Compiled, "is_warm", lambda *_: False)
+    monkeypatch.setattr(tune, "compile_apart", lambda *_: pytest.fail("it started a program"))
+    for name, options in (("lookup", {}), ("tune", {"require_hit": True})):
+        mode(name)
+        with clp.autotune(**options):
+            assert chosen() == ("compiled", "user store")
+        memory.MEMORY.choices.clear()
+    monkeypatch.setattr(memory.MEMORY, "is_forked", True)
+    assert chosen() == ("compiled", "user store")
+
+
+def test_an_accelerators_memory_is_the_callers_and_a_call_that_compiles_there_says_so_once(left_behind, capsys):
+    choice = Choice("compiled", "near", decided(GPU, "compiled"))
+    context = rule.Context(GPU, Policy(), torch.device("cuda"), "here", {}, memory.MEMORY, tune.tune_in_call)
+    for said in (
+        "compiled, which serves 1024 x 1031 float32 on cuda (not 16-byte aligned), is compiled in this call",
+        "",
+    ):
+        assert tune.meanwhile(context, choice) == choice
+        assert said in (told := capsys.readouterr().err) and bool(said) == bool(told)
 
 
 @pytest.mark.parametrize("error", [TuningFailed("the budget ended"), OSError("busy"), RuntimeError("no thread")])

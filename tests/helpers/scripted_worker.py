@@ -1,6 +1,7 @@
 """In the place of the worker program: says what a script tells it to, and nothing takes any time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -49,10 +50,20 @@ def checked(*names: str) -> list[Event]:
     return events
 
 
-class ScriptedWorkers:
-    """Each program that is started plays the next script, which answers one job; the last goes on with 'done'."""
+class Takes(float):
+    """In a script: so many seconds, in which a budget may end."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *scripts: list[object]) -> None:
+
+Script = Iterable[object] | Callable[[dict], Iterable[object]]
+
+
+class ScriptedWorkers:
+    """Each program that is started plays the next script, which answers one job; the last goes on with 'done'.
+
+    A script may depend on the job.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *scripts: Script) -> None:
         self.now = 0.0
         self.jobs: list[dict] = []
         self.ended = 0
@@ -63,13 +74,13 @@ class ScriptedWorkers:
         monkeypatch.setattr(tuner, "Worker", self._start)
 
     def _start(self) -> "ScriptedWorkers":
-        self._said = self._say(next(self._scripts))
+        self._said: Iterator[object] = self._say(next(self._scripts))
         return self
 
-    def _say(self, script: list[object]) -> Iterator[object]:
+    def _say(self, script: Script) -> Iterator[object]:
         yield {"event": "ready"}
         yield {"event": "started", "environment": fingerprint_of(torch.device("cpu"))}
-        yield from script
+        yield from script(self.jobs[-1]) if callable(script) else script
         yield {"event": "done"}
 
     def send(self, job: dict) -> None:
@@ -82,11 +93,23 @@ class ScriptedWorkers:
             raise WorkerLost("timeout", f"no end after {within:.0f} s")
         if isinstance(said, WorkerLost):
             raise said
+        if isinstance(said, Takes) and said > within:
+            self.now += max(0.0, within)
+            self._said = chain([Takes(said - within)], self._said)
+            raise WorkerLost("timeout", f"no end after {within:.0f} s")
         if isinstance(said, float):  # so many seconds pass
             self.now += said
             return self.next_event(within=within - said)
         assert isinstance(said, dict)
         return said
+
+    def give_way(self) -> None: ...
+
+    def __enter__(self) -> "ScriptedWorkers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     def end(self) -> None:
         self.ended += 1

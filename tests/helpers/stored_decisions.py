@@ -121,6 +121,7 @@ class FakeTuner:
 
     short = True
     device = CPU
+    getting_ready = None
 
     def __init__(self, answer: Any = decided) -> None:
         """`answer`: from a problem to a decision; may raise."""

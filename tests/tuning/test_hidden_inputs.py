@@ -201,6 +201,8 @@ def test_a_part_is_timed_and_the_winner_is_called_with_the_whole_within_its_memo
         "plain": True,
         "seconds": 0.01,
         "strict": False,
+        "in_all": False,
+        "too_slow": 0,
         "seed": 1,
     }
     Job(order, lambda event, **fields: told.append({"event": event, **fields})).run()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,15 +13,18 @@ import time
 import pytest
 import torch
 
+from compiled_logprobs.backends import code_of
 from compiled_logprobs.decision import PLAIN, Decision, Evidence
 from compiled_logprobs.machine import clock
 from compiled_logprobs.problem import Problem
+from compiled_logprobs.tuning import headway as headway_module
 from compiled_logprobs.tuning import tuner as tuner_module
+from compiled_logprobs.tuning.headway import MOST_CUTS, headway_of
 from compiled_logprobs.tuning.statistics import fewest_rounds
 from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on
-from tests.helpers.backends_for_tuning import has_ended, registered
+from tests.helpers.backends_for_tuning import FOLDER_VARIABLE, has_ended, pids, registered
 from tests.helpers.fake_cuda import FakeCuda
-from tests.helpers.scripted_worker import CHECK, CRASH, HANG, ScriptedWorkers, checked, ready, rounds, step
+from tests.helpers.scripted_worker import CHECK, CRASH, HANG, ScriptedWorkers, Takes, checked, ready, rounds, step
 
 CPU = torch.device("cpu")
 PROBLEM = Problem("cpu", rows=250, vocab=4096, dtype=torch.float32, needs_grad=True)
@@ -243,11 +247,31 @@ def test_a_third_partys_backend_that_hangs_costs_a_share_of_what_is_left(scripte
     assert decision.code == "ONLY_ONE" and decision.tuning_seconds == 15.0
 
 
-def test_one_of_our_own_that_is_not_ready_in_time_decides_nothing(scripted):
-    """It may just be compiling for the first time on this machine, and a decision without it would be stored."""
-    scripted([*checked("eager"), step("compiled", "compile"), HANG])
-    with pytest.raises(TuningFailed, match=rf"^{READY} ended at the step 'compile' of 'compiled'$"):
-        decide(["compiled"], strict=True)
+@pytest.mark.parametrize(("in_all", "what"), [(True, "the budget of 20 s"), (False, READY)])
+def test_one_of_our_own_that_is_not_ready_in_time_decides_nothing_and_goes_on_in_the_background(
+    scripted, left_behind, in_all, what
+):
+    """A decision without it would be stored. The next process finds its code compiled."""
+    later = [*checked("compiled")[3:], *checked("triton"), step(None, "inputs")]
+    workers = scripted([*checked("eager"), step("compiled", "compile"), HANG, *later, HANG])
+    headway = headway_of("here", PROBLEM)
+    failed = pytest.raises(TuningFailed, match=rf"^{what} ended at the step 'compile' of 'compiled'$")
+    with Tuner(CPU, short=True) as tuner, failed:
+        tuner.decide(PROBLEM, 20.0, names=["compiled", "triton"], strict=True, in_all=in_all, headway=headway)
+    tuner.getting_ready.join(10)
+    assert not tuner.getting_ready.is_alive() and workers.ended == 1 and workers.now == (20.0 if in_all else 60.0)
+    assert headway.passed == ["eager", "compiled", "triton"] and all(map(headway.has_compiled, headway.passed))
+
+
+@pytest.mark.parametrize("before", [5.0, 12.0])
+def test_a_budget_for_all_of_it_leaves_the_rounds_the_rest(scripted, before):
+    """And where it ends in the rounds, nothing goes on with them."""
+    workers = scripted([before, *ready("eager", "a"), *rounds(ENOUGH - 1, eager=2.0, a=1.0), step("a", "time"), HANG])
+    failed = pytest.raises(TuningFailed, match=r"^the budget of 20 s ended at the step 'time' of 'a'$")
+    with Tuner(CPU, short=True) as tuner, failed:
+        tuner.decide(PROBLEM, 20.0, names=["a"], strict=True, in_all=True)
+    assert workers.now == 20.0 and workers.ended == 1 and tuner.getting_ready is None
+    assert workers.jobs[0]["in_all"]
 
 
 @pytest.mark.parametrize("done", [ENOUGH - 1, ENOUGH])
@@ -281,6 +305,121 @@ def test_without_a_strict_budget_each_step_has_its_own_limit(scripted):
     assert decision.candidates["a"].reason == "import: no end after 120 s"
     assert [job["seconds"] for job in workers.jobs] == [1.0, 1.0]  # what hung is not taken from the others
     assert not workers.jobs[0]["strict"] and math.isfinite(decision.tuning_seconds)
+
+
+COMPILE_ON = """
+import os, pathlib, time, torch
+from compiled_logprobs.problem import Problem
+from compiled_logprobs.tuning.headway import Headway
+from compiled_logprobs.tuning.tuner import compile_apart
+from tests.helpers.backends_for_tuning import FOLDER_VARIABLE, registered
+
+with registered(loops="Loops"):
+    problem = Problem("cpu", 64, 512, torch.float32)
+    thread = compile_apart(problem, "loops", torch.device("cpu"), Headway(None, problem))
+while not list(pathlib.Path(os.environ[FOLDER_VARIABLE]).glob("looping-*")):
+    time.sleep(0.05)
+assert thread.is_alive()
+"""
+
+
+@pytest.mark.slow
+def test_what_goes_on_in_the_background_ends_with_the_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    subprocess.run([sys.executable, "-c", COMPILE_ON], check=True, timeout=120)
+    (worker,) = pids(tmp_path, "looping")
+    assert has_ended(worker, within=0.0)
+
+
+# --- from process to process ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def left_behind(monkeypatch, tmp_path):
+    """The folder of a compiler's cache, of this test alone."""
+    monkeypatch.setattr(headway_module, "cache_folder", lambda: tmp_path)
+    return tmp_path
+
+
+class SlowMachine:
+    """What the worker program says where each step takes so many seconds, and what is compiled need not be again."""
+
+    def __init__(self, *, check: float = 0.0, one_round: float = 0.0, look: float = 0.0, **compiling: float) -> None:
+        self.check, self.one_round, self.look = check, one_round, look
+        self.compiling = {"cpp": 10.0, "compiled": 10.0, **compiling}
+
+    def __call__(self, job):
+        names = [name for name, _ in job["candidates"]]
+        for name in names:
+            told = {event.get("step", event["event"]): event for event in checked(name)}
+            yield from (Takes(2.0), told["import"], {**told["loaded"], "fingerprint": code_of(name)}, told["compile"])
+            yield Takes(self.compiling.get(name, 0.0))
+            self.compiling[name] = 0.0
+            yield told["first_call"]
+            if name not in job["checked"]:
+                yield from (told["check"], Takes(self.check), told["checked"])
+        yield from (step(None, "inputs"), {"event": "measuring", "rows": 256, "vocab": 4096})
+        for event in rounds(20, **{name: 1.0 + place for place, name in enumerate(names)}):
+            yield from (event, Takes(self.one_round / 4 ** job["too_slow"]))
+        yield from (step("eager", "full size"), Takes(self.look / 4 ** job["too_slow"]))
+
+
+@pytest.mark.parametrize(
+    ("machine", "processes", "out"),
+    [
+        (SlowMachine(), 2, None),
+        (SlowMachine(check=25.0), 4, None),
+        (SlowMachine(cpp=40.0, compiled=50.0), 4, None),
+        (SlowMachine(one_round=10.0), 5, None),
+        (SlowMachine(look=200.0), 4, None),
+        (SlowMachine(compiled=1e6), 2 + MOST_CUTS, "compiled"),
+        (SlowMachine(check=50.0, one_round=10.0, compiled=1e6), 9, "compiled"),
+    ],
+    ids=["quick", "slow checks", "slow compilers", "slow rounds", "slow look", "one never ends", "all of it"],
+)
+def test_each_process_goes_on_where_the_last_one_ended(monkeypatch, left_behind, machine, processes, out):
+    """None of them lives on to compile in the background, and none waits longer than the one before."""
+    monkeypatch.setattr(tuner_module, "get_ready_apart", lambda worker, headway: worker.end())
+    workers, tried, decision = ScriptedWorkers(monkeypatch, *[machine] * 20), 0, None
+    while decision is None:
+        headway, began, tried = headway_of("here", PROBLEM), workers.now, tried + 1
+        assert headway.is_first == (tried == 1)
+        options = {"names": ["cpp", "compiled"], "strict": True, "in_all": headway.is_first, "headway": headway}
+        with contextlib.suppress(TuningFailed), Tuner(CPU, short=True) as tuner:
+            decision, _ = tuner.decide(PROBLEM, 20.0, **options)
+        assert workers.now - began <= (20.0 if headway.is_first else 80.0)
+    assert tried <= processes and decision.chosen == "eager"
+    assert [name for name, outcome in outcomes(decision).items() if outcome == "timeout"] == [out] * bool(out)
+    assert all(candidate.checks for name, candidate in decision.candidates.items() if name != out)
+    left = headway_of("here", PROBLEM._replace(rows=64))  # whatever N
+    assert not (left.passed or left.cut or left.too_slow or left.is_first) and left.has_compiled("cpp")
+
+
+def test_what_was_left_behind_counts_for_the_same_code_alone(left_behind, monkeypatch):
+    headway = headway_of("here", PROBLEM)
+    for event in checked("eager", "cpp", "a"):
+        headway.hear({**event, "fingerprint": code_of(event["candidate"])} if event["event"] == "loaded" else event)
+    assert headway.passed == ["eager", "cpp"], "of a third party nothing is known without importing it"
+    assert headway_of("here", PROBLEM).said == headway.said and headway_of("elsewhere", PROBLEM).is_first
+    headway.hear({**checked("cpp")[1], "fingerprint": "of new code"})
+    headway.keep()
+    assert headway_of("here", PROBLEM).passed == ["eager"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"said": {"cpp": 3}, "cut": {}, "too_slow": 0}'])
+def test_what_cannot_be_read_was_never_left_behind(left_behind, content):
+    headway = headway_of("here", PROBLEM)
+    headway.path.write_bytes(content)
+    again = headway_of("here", PROBLEM)
+    assert not (again.said or again.is_first or again.has_compiled("cpp"))
+
+
+def test_where_nothing_can_be_left_behind_nobody_is_the_first(left_behind):
+    (left_behind / "compiled-logprobs").touch()
+    headway = headway_of("here", PROBLEM)
+    headway.note_cut("cpp", in_rounds=False)
+    assert not headway.is_first and headway.has_compiled("cpp")
 
 
 # --- alone on the device ----------------------------------------------------------------------------------------------

@@ -173,6 +173,8 @@ def run_here(problem, **changes):
         "plain": False,
         "seconds": 1.0,
         "strict": False,
+        "in_all": False,
+        "too_slow": 0,
         "seed": 1,
     }
     told = []
