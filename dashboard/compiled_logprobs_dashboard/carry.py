@@ -67,9 +67,7 @@ def _out(frames: Frames, profile: Profile | None) -> None:
 
 
 def _in(frames: Frames, profile: Profile | None) -> None:
-    words = (
-        f"An archive from `compiled-logprobs export`, at most {UPLOAD_LIMIT_MB} MB. What it would do is shown first."
-    )
+    words = f"An archive from `compiled-logprobs export`, at most {UPLOAD_LIMIT_MB} MB. You see first what it would do."
     st.caption(f"{words} A profile names backends, it never brings code.")
     label, kinds = "Archive", ["tar.gz", "gz"]
     file = st.file_uploader(label, kinds, key="upload", max_upload_size=UPLOAD_LIMIT_MB, label_visibility="collapsed")

@@ -3,11 +3,12 @@
 They are made anew when a store changes; of its files, only those are opened that were not there before.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import date
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 
@@ -32,8 +33,9 @@ from compiled_logprobs_dashboard.looks import plain_line
 
 SOURCES = {"user store": "yours", "project profiles": "project", "bundled profiles": "bundled"}
 """What the dashboard calls a store, by the label of `stores`."""
-MOST_FILES = 100_000
-"""Whose rows are remembered."""
+MOST_FILES, MOST_MADE = 100_000, 30
+"""Whose rows are remembered; and how many things that were made of them."""
+Made = TypeVar("Made")
 DECISIONS = {
     **dict.fromkeys(("key",), "int64"),
     **dict.fromkeys(("source", "environment", "file"), "str"),
@@ -81,6 +83,16 @@ class Frames:
     """One row a file that could not be read: source, environment, path (below the store's root), reason."""
     stores: dict[str, Store]
     """By source, in the order in which the library asks them."""
+    _made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, what: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` returns, which is made once for all tabs: until a store changes, or another day's ages hold."""
+        made: Made | None = self._made.get((what, date.today()))
+        if made is None:
+            if len(self._made) >= MOST_MADE:
+                self._made.clear()
+            made = self._made[what, date.today()] = make()
+        return made
 
     @cached_property
     def backends(self) -> tuple[str, ...]:
@@ -139,6 +151,7 @@ class Frames:
         row = self.decisions.iloc[key]
         return self.stores[row["source"]].evidence(row["environment"], decision)
 
+    @cached_property
     def profiles(self) -> dict[str, Profile]:
         """Each profile by its name in links: this machine's first, then that of the most decisions.
 
@@ -154,12 +167,16 @@ class Frames:
 
     def label(self, profile: Profile) -> str:
         """What people call a profile: its device, torch and source, and as much more as tells it from the others."""
+        return self._labels[profile]
+
+    @cached_property
+    def _labels(self) -> dict[Profile, str]:
         table = self.environments
         torch_there = table["torch"].fillna("not known").map(lambda text: plain_line(text, 20))
         devices = table["device"].map(lambda text: plain_line(text, 60))
         labels = devices + " · torch " + torch_there + " · " + table["source"]
-        mine = labels[(table["source"] == profile.source) & (table["environment"] == profile.environment)].iloc[0]
-        return f"{mine} · {profile.environment[:6]}" if (labels == mine).sum() > 1 else str(mine)
+        labels = labels.mask(labels.duplicated(keep=False), labels + " · " + table["environment"].str[:6])
+        return {Profile(*name): text for *name, text in zip(table["source"], table["environment"], labels, strict=True)}
 
 
 def sources() -> dict[str, Store]:

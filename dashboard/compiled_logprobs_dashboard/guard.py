@@ -90,12 +90,8 @@ def _allowed_host(scope: Scope) -> str | None:
 def _moved(scope: Scope) -> str | None:
     """Where a page is that is asked for by an earlier address, or by one that no page has; None for all else."""
     name = scope["path"].strip("/")
-    if (
-        scope["type"] != "http"
-        or scope["method"] != "GET"
-        or name in PAGES
-        or not re.fullmatch("[A-Za-z][A-Za-z_-]*", name)
-    ):
+    is_asked = scope["type"] == "http" and scope["method"] == "GET"
+    if not is_asked or name in PAGES or not re.fullmatch("[A-Za-z][A-Za-z_-]*", name):
         return None
     page, _, more = MOVED.get(name, f"/?page={name}").partition("?")
     kept = [pair for pair in parse_qsl(scope["query_string"].decode("latin-1")) if pair[0] in KEPT]

@@ -65,9 +65,8 @@ def of_limit(figure: float | None, limit: float | None) -> str:
     if share <= 1:
         return f"{100 * share:.0f} % of the limit"
     factor, word = next(((f, w) for f, w in ((1e9, " billion"), (1e6, " million")) if share >= f), (1.0, ""))
-    return (
-        f"{short_number(share / factor)}{word} times the limit" if share < 1e12 else "over a trillion times the limit"
-    )
+    often = f"{short_number(share / factor)}{word}" if share < 1e12 else "over a trillion"
+    return f"{often} times the limit"
 
 
 def days_since(measured_at: "pd.Series[str]", now: datetime) -> "pd.Series[float]":

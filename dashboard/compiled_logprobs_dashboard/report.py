@@ -38,9 +38,8 @@ def report(frames: Frames, profile: Profile, made_at: str) -> str:
     squares, wrong = tables.squares(frames, profile, decisions), tables.wrong(frames, profile)
     maps, left_out = tables.maps(squares)
     figure = winner_maps(maps, among=frames.backends).update_layout(template=f"plotly_white+{TEMPLATE}")
-    told = [
-        (name.replace("_", " "), value) for name, value in facts.items() if value is not None and name not in HIDDEN
-    ]
+    shown = {name: value for name, value in facts.items() if value is not None and name not in HIDDEN}
+    told = [(name.replace("_", " "), value) for name, value in shown.items()]
     lost = frames.candidates_of(profile)
     lost = lost[lost["seconds"].isna()].groupby(["backend", "outcome", "reason"]).size().head(MOST_ROWS)
     lost = lost.reset_index(name="decisions").assign(outcome=lambda table: table["outcome"].map(outcome))

@@ -232,9 +232,7 @@ def _busy(device: torch.device) -> list[str]:
             )
     elif (seen := telemetry(device).snapshot()) is not None:
         if seen.processes:
-            notes.append(
-                f"Processes that compute on {device} now: {len(seen.processes)}. They would share it with the run."
-            )
+            notes.append(f"Processes that compute on {device} now: {len(seen.processes)}. They would share it.")
         if seen.busy_percent is not None and seen.busy_percent > 100 * BUSY_SHARE:
             notes.append(f"A kernel was running on {device} for {seen.busy_percent} % of the last moments.")
     return notes
@@ -357,9 +355,7 @@ class Runs:
                 lock = FileLock(user_state_path("compiled-logprobs", ensure_exists=True) / LOCK, thread_local=False)
                 lock.acquire(timeout=0)
             except Timeout:
-                raise RunRefused(
-                    "A run is going on already; one at a time can measure. Wait for its end, or cancel it."
-                ) from None
+                raise RunRefused("A run is going on already; one at a time. Wait for its end, or cancel it.") from None
             except OSError as error:
                 raise _unwritable(error) from error
             try:

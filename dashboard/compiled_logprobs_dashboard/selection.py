@@ -19,6 +19,7 @@ from compiled_logprobs.tuning.presets import MODELS
 from compiled_logprobs_dashboard import frames as of_stores
 from compiled_logprobs_dashboard.charts import drawn
 from compiled_logprobs_dashboard.frames import Frames, Profile
+from compiled_logprobs_dashboard.humanize import size
 from compiled_logprobs_dashboard.looks import plain, plain_line
 
 PAGES = {
@@ -58,11 +59,7 @@ WORDS = {
     "masked": "masked logits",
     "unaligned": "not 16-byte aligned",
 }
-MODE_WORDS = {
-    "forward": "forward only",
-    "backward": "training: with gradient",
-    "inplace": "training: gradient in place",
-}
+MODE_WORDS = {"forward": "forward only", "backward": "training: with gradient", "inplace": "training: in place"}
 METRICS = ("time", "tokens/s", "GB/s", "% of roof", "memory")
 
 
@@ -110,15 +107,18 @@ SELECTED: dict[str, Callable[[str], Any]] = {
     "options": _option,
 }
 """On every page: the key of the widget, which is the parameter in the address, and from its text to its value."""
+THIS = ("shape", "undecided")
+"""What a link to Measure can ask for; only that link, so that none of those that keep the selection does."""
 OF_PAGE: dict[str, dict[str, Callable[[str], Any]]] = {
     "overview": {"tab": _one_of("shapes", "compare"), "filter": str, "sides": str},
     "shape": {"metric": _one_of(*METRICS), "along": _one_of("N", "V"), "free": float},
     "correctness": {"backend": str, "check": str},
-    "measure": {"part": _one_of("run", "machine", "profiles"), "this": _one_of("0", "1")},
+    "measure": {"part": _one_of("run", "machine", "profiles"), "this": _one_of(*THIS)},
 }
 FIRST = {"tab": "shapes", "filter": [], "metric": METRICS[0], "along": "N", "part": "run"}
 SEVERAL = ("options", "filter", "sides")
-WRITTEN, SEEN, NOTES = "_written", "_seen", "_notes"
+WRITTEN, SEEN, NOTES, FOLLOWED = "_written", "_seen", "_notes", "_followed"
+"""In the state: the address as written, the widgets then, what is wrong with a link; whether one was followed."""
 
 
 def take_address() -> None:
@@ -130,8 +130,10 @@ def take_address() -> None:
     for name in known:
         if name in state:  # Streamlit forgets what no widget of this page shows
             state[name] = state[name]
-    if is_touched or asked == state.get(WRITTEN):
+    state[FOLLOWED] = not is_touched and asked != state.get(WRITTEN)
+    if not state[FOLLOWED]:
         return
+    state.pop("this", None)
     for name in asked.keys() & known.keys():
         try:
             values = [known[name](text[:200]) for text in asked[name] if text]
@@ -162,7 +164,8 @@ def keep_address(page: str) -> None:
 def _parameters(page: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Of a link that keeps what is selected, there, too, but for `changes`: so that one step back leads from there."""
     state = st.session_state
-    kept = {name: state[name] for name in (*SELECTED, *OF_PAGE[page]) if state.get(name) is not None}
+    names = [name for name in (*SELECTED, *OF_PAGE[page]) if name != "this" and state.get(name) is not None]
+    kept = {name: state[name] for name in names}
     return {name: value or [""] if name in SEVERAL else str(value) for name, value in (kept | dict(changes)).items()}
 
 
@@ -198,12 +201,12 @@ def _load(state: tuple[tuple[str, Store, int], ...]) -> Frames:
 
 def profile_of(frames: Frames) -> Profile | None:
     """The profile that is selected; None where nothing was measured on this machine, and no other was chosen."""
-    return frames.profiles().get(st.session_state.get("profile", HERE))
+    return frames.profiles.get(st.session_state.get("profile", HERE))
 
 
 def settle(frames: Frames) -> None:
     """Select what nobody has selected, or what is not there: this machine's profile, and a shape that it decided."""
-    state, named, is_here = st.session_state, frames.profiles(), bool(frames.environments["here"].any())
+    state, named, is_here = st.session_state, frames.profiles, bool(frames.environments["here"].any())
     asked = state.get("profile")
     if asked not in named and (asked != HERE or is_here):
         if asked not in (None, HERE):
@@ -239,30 +242,20 @@ def choose_shape(frames: Frames, profile: Profile | None) -> Problem:
     models = {str(vocab): name for name, vocab in MODELS.items()}
     vocabs = dict.fromkeys([*models, *map(str, sorted(stored["vocab"].unique())[:200]), state["vocab"]])
     dtypes = dict.fromkeys([*map(short_name, presets.DTYPES), state["dtype"]])
+    named = {text: f"{models[text]} ({int(text):,})" if text in models else text for text in vocabs}
+    typed: Any = {"accept_new_options": True, "on_change": _take_vocab, "args": (state["vocab"],)}
+    typed |= {"format_func": lambda text: named.get(text, text), "width": 210}
+    typed |= {"help": "The vocabulary: a model, its id on Hugging Face, or a number."}
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
-        st.selectbox(
-            "Model, or V",
-            list(vocabs),
-            key="vocab",
-            accept_new_options=True,
-            on_change=_take_vocab,
-            args=(state["vocab"],),
-            format_func=lambda text: f"{models[text]} ({int(text):,})" if text in models else text,
-            help="The vocabulary: a model, its id on Hugging Face, or a number.",
-            width=210,
-        )
+        st.selectbox("Model, or V", list(vocabs), key="vocab", **typed)
         st.number_input("N, tokens", 1, MOST, key="rows", help="Positions: batch times length.", width=150)
         st.selectbox("dtype", list(dtypes), key="dtype", width=140)
         st.selectbox("Mode", list(MODES), key="mode", format_func=MODE_WORDS.__getitem__, width=240)
-        st.multiselect(
-            "Options",
-            list(dict.fromkeys([*OPTIONS, *state["options"]])),
-            key="options",
-            placeholder="none",
-            format_func=lambda option: WORDS.get(option, option.replace("-", " ")),
-            help="What else the call asks for, or how its logits lie.",
-            width=360,
-        )
+        known, say = dict.fromkeys([*OPTIONS, *state["options"]]), "What else the call asks for, or how its logits lie."
+        more: Any = {"placeholder": "none", "help": say, "width": 360}
+        words = WORDS | {one: f"within {size(int(one[7:]))}" for one in known if one.startswith("within-")}
+        more |= {"format_func": lambda option: words.get(option, option.replace("-", " "))}
+        st.multiselect("Options", list(known), key="options", **more)
     return shape_of(frames, profile)
 
 
@@ -343,9 +336,8 @@ def nothing_here(frames: Frames) -> None:
     """Say that nothing was measured on this machine, and what can be done: measured, or looked at elsewhere."""
     words = "The first call of a new shape measures it, unless that is forbidden; a run measures many at once."
     st.info(f"{words} No profile of another machine stands in for that.", title="Nothing was measured on this machine")
-    link(
-        "measure", "**Measure this machine**: the preset quick takes minutes", icon=":material/play_arrow:", part="run"
-    )
-    for name, profile in list(frames.profiles().items())[:20]:
+    words = "**Measure this machine**: the preset quick takes minutes"
+    link("measure", words, icon=":material/play_arrow:", part="run")
+    for name, profile in list(frames.profiles.items())[:20]:
         label = plain(plain_line(frames.label(profile), 120))
         link("overview", f"Look at another machine's profile: {label}", icon=":material/devices_other:", profile=name)

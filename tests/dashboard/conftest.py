@@ -76,7 +76,7 @@ def load(scenario):
         if name is not None:
             scenario(name)
         found = frames.load(frames.sources())
-        return found, next(iter(found.profiles().values()), frames.Profile("yours", "0" * 16))
+        return found, next(iter(found.profiles.values()), frames.Profile("yours", "0" * 16))
 
     return of
 

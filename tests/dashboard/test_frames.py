@@ -147,8 +147,8 @@ def test_devices_are_told_apart(load):
 
 def test_this_machine_comes_first(load):
     frames, first = load("many")
-    assert first == OURS and next(iter(frames.profiles())) == OURS.environment and len(frames.profiles()) == 3
-    labels = [frames.label(profile) for profile in frames.profiles().values()]
+    assert first == OURS and next(iter(frames.profiles)) == OURS.environment and len(frames.profiles) == 3
+    labels = [frames.label(profile) for profile in frames.profiles.values()]
     assert len(set(labels)) == 3 and sum("torch 2.12.0" in label for label in labels) == 2, "also by torch"
 
 

@@ -109,13 +109,24 @@ def test_what_is_not_valid_is_said_and_so_is_a_run_that_died(page, program):
 def test_a_link_from_a_shape_fills_in_the_form_with_every_option(scenario, quiet):
     scenario("one")
     shape = {"rows": 96, "vocab": 50257, "dtype": "float16", "mode": "backward"}
-    at = opened("measure", this=1, options="temperature-a-token", **shape)
+    at = opened("measure", this="shape", options="temperature-a-token", **shape)
     words = "--vocab=50257 --rows=96 --dtype=float16 --mode=backward --temperature=per-token --again"
-    assert not at.exception and at.code[0].value.endswith(words) and at.query_params["this"] == "0"
+    assert not at.exception and at.code[0].value.endswith(words) and at.query_params["this"] == "shape"
     at.multiselect(key="run_backends").set_value(["eager"]).run()
     at.multiselect(key="run_others").set_value(["without logsumexp", "masked", "entropy", "without entropy"]).run()
     words = "--backend=eager --temperature=per-token --entropy --no-entropy --no-logsumexp --masked --again"
     assert at.code[0].value.endswith(words)
+
+
+@pytest.mark.slow
+def test_a_link_from_the_overview_asks_for_all_that_is_undecided(scenario, quiet):
+    where = scenario("signs")
+    stores.publish(where, stores.undecided(stores.problem(2048, dtype=stores.torch.float32)))
+    (link,) = (url for label, url in links_of(opened()).items() if "2 undecided decisions" in label)
+    assert "part=run" in link and "this=undecided" in link
+    at = opened("measure", this="undecided")
+    words = "--vocab=151936,262144 --rows=2048,64 --dtype=float32,bfloat16 --mode=backward"
+    assert not at.exception and at.code[0].value.endswith(words)
 
 
 # The machine

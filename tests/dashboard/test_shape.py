@@ -115,6 +115,22 @@ def test_the_snippet_runs(mode):
     assert (leaf.grad is not None) == problem.needs_grad
 
 
+def test_from_hidden_states_it_is_another_call(scenario):
+    posed = stores.problem()._replace(hidden=4096, bias=True, memory_limit=2**30)
+    words = "log_probs = log_probs_from_hidden(hidden, weight, labels, bias=bias, memory_limit=1073741824)"
+    assert words in tables.snippet(posed, "cpp") and "weight: [151936, 4096] bfloat16" in tables.snippet(posed, "cpp")
+
+
+def test_time_against_memory_has_the_limit_and_nothing_that_was_wrong():
+    posed = stores.problem()._replace(hidden=4096, memory_limit=2**30)
+    decision = stores.wrong_sign(posed)
+    points, left_out = tables.trade_off(decision)
+    assert set(points["backend"]) == {"cpp", "eager"} and left_out[0].startswith("compiled, ✗ WRONG: returns the loss")
+    figure = charts.trade_off(points, posed.memory_limit)
+    assert figure.layout.shapes[0].x0 == 2**30 and figure.layout.shapes[0].label.text == "limit: 1 GiB"
+    assert {trace.name for trace in figure.data} == {"P cpp", "E eager"} and figure.layout.yaxis.ticktext[0] == "0"
+
+
 # How it scales
 
 
@@ -227,7 +243,7 @@ def test_the_page(scenario):
         f"compiled-logprobs profile --device=cpu --preset=quick --vocab={QWEN} --rows=2048 --dtype=bfloat16 "
         "--mode=backward --again"
     )
-    assert "part=run" in links_of(at)["**Measure again**"] and "this=1" in links_of(at)["**Measure again**"]
+    assert "part=run" in links_of(at)["**Measure again**"] and "this=shape" in links_of(at)["**Measure again**"]
     assert table_of(at, "outcome")["outcome"].iloc[0] == "★ chosen" and "use cpp" in at.success[0].value
     at.number_input(key="free").set_value(0.001).run()
     assert "use fewer rows" in at.warning[0].value
@@ -236,7 +252,7 @@ def test_the_page(scenario):
     at.selectbox(key="mode").select("inplace").run()
     at.number_input(key="rows").set_value(512).run()
     assert "Not measured" in text_of(at) and "Nothing was timed in this profile" in text_of(at)
-    assert "this=1" in links_of(at)["**Measure this shape**"]
+    assert "this=shape" in links_of(at)["**Measure this shape**"]
 
 
 @pytest.mark.slow

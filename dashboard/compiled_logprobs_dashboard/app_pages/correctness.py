@@ -17,18 +17,15 @@ from compiled_logprobs.errors import ProfileError
 number, text = st.column_config.NumberColumn, st.column_config.TextColumn
 LOST = {
     "backend": text("backend", pinned=True),
-    "lost": number(
-        "lost", help="Decisions in which it failed, crashed, or ran out of memory or time before the check."
-    ),
+    "lost": number("lost", help="Decisions in which it failed, crashed, or ran out of memory or time before."),
     "cannot run": number("cannot run", help="Decisions that it cannot run, or whose package is not there."),
 }
 SHAPES = {"N": number(format="localized"), "V": number(format="localized")}
-FIGURES = {"worst": number("worst", format="%.3g"), "limit": number("limit", format="%.3g")}
 TOKENS = {
     "row": number("row", help="Of N."),
     "token": number("token", help="The label whose log-probability it is, or the logit whose gradient."),
     "float64": text("in float64"),
-    "error": number("error", format="%.3g", help="Infinite where only one of both is a number."),
+    "error": text("error", help="Infinite where only one of both is a number."),
 }
 
 
@@ -40,7 +37,7 @@ def show() -> None:
     if profile is None:
         selection.nothing_here(frames)
         return
-    found = tables.counts(frames, profile)
+    found = frames.once(("counts", profile), lambda: tables.counts(frames, profile))
     if found.empty:
         st.info("The decisions are stored without results of their checks, so that it is not known what they came to.")
         return
@@ -58,9 +55,8 @@ def _all(frames: Frames, profile: Profile, found: pd.DataFrame) -> None:
     shown = matrix.reset_index()
     shown["backend"] = shown["backend"].map(lambda name: plain_line(name, 40))
     checks = {name: text(plain_line(name, 40), help=plain(MEANING.get(name, name))) for name in matrix.columns[2:]}
-    said = [
-        f"{plain_line(row.backend, 40)} failed {row.check} in {row.failed:,}" for row in failed.head(6).itertuples()
-    ]
+    worst = failed.head(6).itertuples()
+    said = [f"{plain_line(row.backend, 40)} failed {row.check} in {row.failed:,}" for row in worst]
     st.dataframe(
         shown.style.map(_tint),
         hide_index=True,
@@ -89,18 +85,14 @@ def _tint(value: object) -> str:
 
 
 def _one(frames: Frames, profile: Profile, found: pd.DataFrame) -> None:
-    state, worst = st.session_state, found.iloc[0]
     backends = list(dict.fromkeys(found["backend"]))
-    if state.get("backend") not in backends:
-        state["backend"] = worst["backend"]
-    checks = list(found.loc[found["backend"] == state["backend"], "check"])
-    if state.get("check") not in checks:
-        state["check"] = "log_prob_sign" if not worst["failed"] and "log_prob_sign" in checks else checks[0]
+    checks = list(found.loc[found["backend"] == st.session_state["backend"], "check"])
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
         short = partial(plain_line, longest=60)
         backend = st.selectbox("Backend", backends, key="backend", format_func=short, width=220)
         check = st.selectbox("Check", checks, key="check", format_func=short, width=260)
-        st.write(f"{plain(MEANING.get(check, check))}.")
+        said = MEANING.get(check, check)
+        st.write(f"{plain(said[:1].upper() + said[1:])}.")
     places = tables.where(frames, profile, backend, check)
     left, right = st.columns([2, 3])
     with left:
@@ -124,7 +116,7 @@ def _one(frames: Frames, profile: Profile, found: pd.DataFrame) -> None:
         else:
             st.success(f"{name} passed {plain(check)}: {at}", icon=":material/check:")
         inputs = tables.by_input(candidate, evidence, backend, check)
-        selection.table(inputs, alt="By kind of input, failures first", key="inputs", columns=FIGURES, height=250)
+        selection.table(inputs, alt="By kind of input, failures first", key="inputs", height=250)
         if evidence is None or backend not in evidence.cases:
             why = "it is older, or was carried here without its evidence. Measured again, it has them."
             st.caption(f"No details by input are stored: {why}")

@@ -9,7 +9,7 @@ from typing import Any
 import streamlit as st
 import torch
 from compiled_logprobs_dashboard import carry, runs, selection
-from compiled_logprobs_dashboard.frames import Frames
+from compiled_logprobs_dashboard.frames import Frames, Profile
 from compiled_logprobs_dashboard.humanize import duration, plural, size
 from compiled_logprobs_dashboard.looks import plain, plain_line
 from compiled_logprobs_dashboard.machine import look_at, look_at_host
@@ -35,24 +35,16 @@ PRESETS = {
     "full": "Every vocabulary, dtype and mode, many N: hours.",
 }
 MODELS = {name: f"{name} ({vocab:,})" for name, vocab in presets.MODELS.items()}
+TEMPERATURES = {"none": "none", "number": "number", "per_token": "one a token"}
+LAYOUTS = {name: name for name in presets.FEWEST_ROWS}
 # Label, known values with their words, how a value is read, and what it means; a string here would be shown.
 FORM: dict[str, tuple[str, Any, Any, str]] = {
     "vocabs": ("Vocabulary", MODELS, presets.vocab_of, "V: a model, its id on Hugging Face, or a number."),
     "rows": ("N, tokens", {}, presets.rows_of, "How many positions; type a number."),
     "dtypes": ("dtype", {name: name for name in map(short_name, presets.DTYPES)}, str, "Of the logits."),
     "modes": ("Mode", selection.MODE_WORDS, str, "In place: the gradient is written over the logits."),
-    "temperatures": (
-        "Temperature",
-        {"none": "none", "number": "number", "per_token": "one a token"},
-        str,
-        "In the call.",
-    ),
-    "layouts": (
-        "Layout",
-        {name: name for name in presets.FEWEST_ROWS},
-        str,
-        "slice: as logits[:, :-1]; rows: with gaps.",
-    ),
+    "temperatures": ("Temperature", TEMPERATURES, str, "In the call."),
+    "layouts": ("Layout", LAYOUTS, str, "slice: as logits[:, :-1]; rows: with gaps."),
     "labels": ("Labels a position", {}, presets.labels_of, "K; type a number."),
     "hidden": ("Hidden size", {}, presets.hidden_of, "From hidden states instead of logits; type a number."),
     "memory_limits": ("Memory limit", {}, presets.memory_of, "From hidden states; type such as 512MiB."),
@@ -102,8 +94,8 @@ def show() -> None:
 
 def _form(frames: Frames, running: bool) -> None:
     """What to measure, what that would mean, and the button."""
-    if st.session_state.get("this") == "1":
-        _fill_in(frames)
+    if st.session_state[selection.FOLLOWED] and "this" in st.session_state:
+        _fill_in(frames, selection.profile_of(frames))
     request = _asked()
     if request is None:
         return
@@ -139,16 +131,21 @@ def _start(request: Request) -> None:
         st.rerun()
 
 
-def _fill_in(frames: Frames) -> None:
-    """Ask for the shape that is selected."""
-    state = st.session_state
-    state["this"] = "0"
-    request = request_of(selection.shape_of(frames, selection.profile_of(frames)))
-    if request is not None:
-        for name in FORM:
-            state[f"run_{name}"] = [str(value) for value in getattr(request, name)]
-        state["run_others"] = [words for words, (name, on) in SWITCHES.items() if on in getattr(request, name)]
-        state["run_again"] = True
+def _fill_in(frames: Frames, profile: Profile | None) -> None:
+    """Ask for the shape that is selected, or for all that is undecided and has the same options as the first."""
+    state, problems = st.session_state, [selection.shape_of(frames, profile)]
+    is_open = state["this"] == "undecided" and profile is not None
+    if is_open and profile is not None:
+        problems = [problem for problem, done in frames.of(profile)[["problem", "is_decided"]].values if not done]
+    requests = [request for problem in problems if (request := request_of(problem)) is not None]
+    if not requests:
+        return
+    grid: dict[str, Any] = dict.fromkeys(("vocabs", "rows", "dtypes", "modes"), ())
+    requests = [one for one in requests if replace(one, **grid) == replace(requests[0], **grid)]
+    for name in FORM:  # of what is decided between them nothing is measured again
+        state[f"run_{name}"] = list(dict.fromkeys(str(value) for one in requests for value in getattr(one, name)))
+    state["run_others"] = [words for words, (name, on) in SWITCHES.items() if on in getattr(requests[0], name)]
+    state["run_again"] = not is_open
 
 
 def _asked() -> Request | None:
@@ -157,23 +154,19 @@ def _asked() -> Request | None:
     columns = st.columns(3)
     with columns[0]:
         words = " ".join(f"{name}: {says}" for name, says in PRESETS.items())
-        preset = st.segmented_control("Preset", PRESETS, default="quick", required=True, key="run_preset", help=words)
-        preset, last = preset or "quick", len(devices) - 1
+        preset, last = st.selectbox("Preset", list(PRESETS), key="run_preset", help=words), len(devices) - 1
         device = st.selectbox("Device", devices, index=min(1, last), key="run_device")
         words = "eager is always measured beside them. Your own: type package.module:Class."
-        names = st.multiselect(
-            "Backends", backends(), key="run_backends", placeholder="all", accept_new_options=True, help=words
-        )
+        own: Any = {"placeholder": "all", "accept_new_options": True, "help": words}
+        names = st.multiselect("Backends", backends(), key="run_backends", **own)
         words = "For timing, once all is compiled and checked. What was left undecided gets more when measured again."
-        usual = f"{presets.PRESETS[preset].budget_s:.0f}, as in the preset"
-        budget = st.number_input(
-            "Seconds for each problem", 1, 3600, None, placeholder=usual, key="run_budget", help=words
-        )
+        usual: Any = {"placeholder": f"{presets.PRESETS[preset].budget_s:.0f}, as in the preset", "help": words}
+        budget = st.number_input("Seconds for each problem", 1, 3600, None, key="run_budget", **usual)
     chosen: dict[str, list[str]] = {}
     known_rows = map(str, presets.PRESETS[preset].rows(device.partition(":")[0]))
     for place, (name, (label, known, _, meaning)) in enumerate(FORM.items()):
         known = dict.fromkeys(known_rows) if name == "rows" else known
-        chosen[name] = columns[1 if place < 4 else 2].multiselect(
+        chosen[name] = columns[1 if place < 5 else 2].multiselect(
             label,
             list(known),
             key=f"run_{name}",
@@ -184,7 +177,7 @@ def _asked() -> Request | None:
         )
     preset_or: Any = {"placeholder": "as in the preset", "help": "Or not; masked: regions of the vocabulary are -inf."}
     others = columns[2].multiselect("Also asked for", list(SWITCHES), key="run_others", **preset_or)
-    again = st.checkbox("Again: also what is stored already", key="run_again")
+    again = columns[0].checkbox("Again what is stored", key="run_again")
     pairs = [SWITCHES[words] for words in others]
     switches = {name: tuple(on for of, on in pairs if of == name) for name in SWITCHED}
     try:
@@ -227,10 +220,8 @@ def _run(run: ProfileRun, was_running: bool) -> None:
         else:
             _outcome(run, seen, died=status == "died")
         if seen.decisions:
-            columns = {"ms": number("a call, ms")}
-            selection.table(
-                tables.decided(seen.decisions), alt="Decided", key="run_winners", columns=columns, height=320
-            )
+            columns, found = {"ms": number("a call, ms")}, tables.decided(seen.decisions)
+            selection.table(found, alt="Decided", key="run_winners", columns=columns, height=320)
         if seen.losses:
             selection.table(tables.losses(seen.losses), alt="What failed", key="run_losses", height=200)
         with st.expander("Log"):

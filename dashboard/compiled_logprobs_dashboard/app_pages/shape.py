@@ -8,8 +8,8 @@ from compiled_logprobs_dashboard import selection
 from compiled_logprobs_dashboard.answers import Answer, look_up
 from compiled_logprobs_dashboard.charts import shape as charts
 from compiled_logprobs_dashboard.frames import Frames, Profile, against
-from compiled_logprobs_dashboard.humanize import age, size
-from compiled_logprobs_dashboard.looks import plain
+from compiled_logprobs_dashboard.humanize import age, duration, size
+from compiled_logprobs_dashboard.looks import plain, plain_line
 from compiled_logprobs_dashboard.tables import scaling
 from compiled_logprobs_dashboard.tables import shape as tables
 
@@ -23,8 +23,8 @@ BY_RULE = "It has fewer than 2^20 logits, and no profile decides it: the first t
 number, text, bar = st.column_config.NumberColumn, st.column_config.TextColumn, st.column_config.ProgressColumn
 COLUMNS = {
     "backend": text("backend", pinned=True),
-    "outcome": text("outcome", width="small"),
-    "checks": text("checks", help="Passed, of those that were run; or which failed.", width="small"),
+    "outcome": text("outcome"),
+    "checks": text("checks", help="Passed, of those that were run; or which failed."),
     "ms": number("a call, ms"),
     "speed-up": number("speed-up", format="%.2fx", help="Over plain log_softmax and gather, as far as that was timed."),
     "low": number("from", format="%.2f", help="The ends of the confidence interval."),
@@ -73,10 +73,8 @@ def _headline(frames: Frames, profile: Profile, problem: Problem, answer: Answer
         st.write(f"{on}. {BY_RULE if is_small else 'Neither this shape nor another N of it was measured here.'}")
         return
     st.subheader(plain(tables.sentence(decision), 600))
-    stale, there = (
-        frames.decisions["stale"].iloc[answer.key],
-        plain(what_was_measured(decision.problem, answer.problem)),
-    )
+    stale = frames.decisions["stale"].iloc[answer.key]
+    there = plain(what_was_measured(decision.problem, answer.problem))
     badge, meaning = {
         "exact": (":green-badge[measured]", f"for N up to {decision.problem.rows:,}"),
         "nearest": (f":orange-badge[nearest: {there}]", "no decision for exactly this is stored"),
@@ -89,6 +87,8 @@ def _headline(frames: Frames, profile: Profile, problem: Problem, answer: Answer
 
 
 def _scaling(frames: Frames, profile: Profile, problem: Problem, decision: Decision | None) -> None:
+    if decision is not None and decision.problem.hidden is not None:
+        _trade_off(frames, decision)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
         metric = selection.switch("Scaling", selection.METRICS, "metric")
         along: scaling.Axis = "vocab" if selection.switch("Against", ("N", "V"), "along") == "V" else "rows"
@@ -103,15 +103,27 @@ def _scaling(frames: Frames, profile: Profile, problem: Problem, decision: Decis
     values, words = charts.values_of(points, metric)[0], charts.METRICS[metric].words
     selection.chart(figure, alt=scaling.in_words(points, along, values, words), key="scaling")
     if free is not None and along == "rows":
-        fits = ", ".join(
-            f"{plain(row.backend, 40)} {row.rows:,.0f}" for row in scaling.largest(points, free).itertuples()
-        )
+        largest = scaling.largest(points, free).itertuples()
+        fits = ", ".join(f"{plain(row.backend, 40)} {row.rows:,.0f}" for row in largest)
         st.caption(f"The largest N that fits into {size(free)}, as memory grows with N: {fits}.")
         if decision is not None and decision.is_decided:
             name, why = tables.under_cap(decision, free - scaling.logits_bytes(problem), problem.rows)
             tell = st.success if name == decision.chosen else st.warning
             tell(f"For N {problem.rows:,}: use {plain(name or 'fewer rows', 40)}: {plain(why, 400)}.")
     selection.say_left_out(found.left_out)
+
+
+def _trade_off(frames: Frames, decision: Decision) -> None:
+    points, left_out = tables.trade_off(decision)
+    if len(points):
+        is_whole = decision.timed == decision.problem
+        figure = charts.trade_off(points, decision.problem.memory_limit if is_whole else None, among=frames.backends)
+        fastest, least = (points.loc[points[name].idxmin()] for name in ("seconds", "bytes"))
+        words = f"Time against memory. The fastest: {duration(fastest['seconds'])} and {size(fastest['bytes'])}, "
+        words += f"{fastest['backend']}; the least memory: {size(least['bytes'])}, {least['backend']}."
+        selection.chart(figure, alt=plain_line(words), key="trade_off")
+        st.caption(plain(words) + ("" if is_whole else f" Timed with {decision.timed_in_words}, so without the limit."))
+    selection.say_left_out(left_out)
 
 
 def _free(frames: Frames, profile: Profile) -> float | None:
@@ -131,7 +143,7 @@ def _use(problem: Problem, answer: Answer, decision: Decision | None) -> None:
         st.caption("No command poses these options; a call of the function itself, with `autotune`, measures them.")
     else:
         again = {"undecided": "again, with more time", "exact": "again"}.get(answer.kind, "this shape")
-        selection.link("measure", f"**Measure {again}**", icon=":material/speed:", part="run", this="1")
+        selection.link("measure", f"**Measure {again}**", icon=":material/speed:", part="run", this="shape")
         command = tables.command(decision) if decision is not None and is_its else None
         st.code(command or request.command_line(), language="bash", wrap_lines=True)
     if decision is not None:

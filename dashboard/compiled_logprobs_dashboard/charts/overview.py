@@ -1,6 +1,7 @@
 """The overview's charts: winner maps side by side, ratios of profiles, and a shape's times over dates."""
 
 from collections.abc import Iterable, Sequence
+from textwrap import wrap
 from typing import Any
 
 import pandas as pd
@@ -13,8 +14,8 @@ from compiled_logprobs_dashboard.looks import BAD, DOUBTFUL, GOOD, NEUTRAL, WRON
 
 ACROSS = 4
 """Maps side by side."""
-SIDE, BETWEEN = 24, 74
-"""Pixels of a square; and between two maps, one below the other, for the marks of an axis and the next title."""
+SIDE, MARKS, LINE, WIDE = 24, 44, 15, 26
+"""Pixels of a square, of an axis' marks, and of a line of a title; and letters of that, which four fit beside."""
 STRONG = 0.65
 """Opacity from which a letter has to stand out against the square's colour rather than the page's."""
 MOST = 40
@@ -31,20 +32,22 @@ def winner_maps(maps: Sequence[tuple[str, str, pd.DataFrame]], *, among: Iterabl
     """`tables.overview.maps` as squares over N and V: colour and letter the backend, opacity its margin, ties hollow.
 
     Where a backend was wrong, the square is framed in red and has a cross. Squares are points, since only points can
-    be clicked; each carries the key of its decision.
+    be clicked; each carries the key of its decision. Maps in a row share the axis of V.
     """
     wide = min(ACROSS, len(maps))
-    starts = range(0, len(maps), wide)
-    heights = [(SIDE + 4) * max(part["vocab"].nunique() for _, _, part in maps[at : at + wide]) for at in starts]
-    inside = sum(heights) + BETWEEN * (len(heights) - 1)
-    legend = {"itemclick": False, "itemdoubleclick": False, "y": 1 + 36 / inside}
-    still = {"dragmode": False, "clickmode": "event+select", "margin": {"t": 72, "b": 70}}
-    figure = new_figure(inside + 142, legend=legend, **still).set_subplots(
+    vocabs = [pd.concat([part["vocab"] for _, _, part in maps[at : at + wide]]) for at in range(0, len(maps), wide)]
+    ups = [[str(vocab) for vocab in sorted(set(column))] for column in vocabs]
+    titles = [wrap(f"{mode}, {dtype}", WIDE, max_lines=3, placeholder="…") for mode, dtype, _ in maps]
+    heights, over = [(SIDE + 4) * len(up) for up in ups], LINE * max(map(len, titles))
+    inside = sum(heights) + (MARKS + over) * (len(heights) - 1)
+    legend = {"itemclick": False, "itemdoubleclick": False, "y": 1 + (over + 8) / inside}
+    still = {"dragmode": False, "clickmode": "event+select", "margin": {"t": over + 48, "b": 58, "r": 36}}
+    figure = new_figure(inside + over + 106, legend=legend, **still).set_subplots(
         rows=len(heights),
         cols=wide,
-        subplot_titles=[f"{_folded(plain_in_chart(mode, 60))}, {plain_in_chart(dtype, 20)}" for mode, dtype, _ in maps],
-        horizontal_spacing=0.09 if wide > 1 else 0,
-        vertical_spacing=BETWEEN / inside if len(heights) > 1 else 0,
+        subplot_titles=["<br>".join(map(plain_in_chart, lines)) for lines in titles],
+        horizontal_spacing=0.03 if wide > 1 else 0,
+        vertical_spacing=(MARKS + over) / inside if len(heights) > 1 else 0,
         row_heights=heights,
     )
     figure.update_annotations(font_size=12)
@@ -53,22 +56,19 @@ def winner_maps(maps: Sequence[tuple[str, str, pd.DataFrame]], *, among: Iterabl
     labels = {str(vocab): f"{name} {vocab // 1000}k" for name, vocab in MODELS.items()}
     for place, (_, _, part) in enumerate(maps):
         at = {"row": place // wide + 1, "col": place % wide + 1}
-        across, up = ([str(value) for value in sorted(part[name].unique())] for name in ("rows", "vocab"))
+        across, up = [str(value) for value in sorted(part["rows"].unique())], ups[place // wide]
         title, words = "N, tokens" if at["row"] == len(heights) else None, [labels.get(v, f"{int(v):,}") for v in up]
-        figure.update_xaxes(categories(across, title, showgrid=False, automargin=False), **at)
+        marks: dict[str, Any] = {"tickvals": across, "automargin": False}
+        marks["ticktext"] = [f"{int(value):,}" for value in across]
+        figure.update_xaxes(categories(across, title, showgrid=False, **marks), **at)
+        marks = {"ticktext": words, "tickvals": up, "showticklabels": at["col"] == 1}
         ends = [-0.5, len(up) - 0.5]  # without room beside them, so that no two squares touch
-        figure.update_yaxes(categories(up, showgrid=False, tickvals=up, ticktext=words, range=ends), **at)
+        figure.update_yaxes(categories(up, showgrid=False, range=ends, **marks), **at)
         for trace in _traces(part, named):
             trace.showlegend = trace.legendgroup not in shown
             shown.add(trace.legendgroup)
             figure.add_trace(trace, **at)
     return figure
-
-
-def _folded(mode: str) -> str:
-    """On two lines where it is long."""
-    first, *rest = mode.split(", ")
-    return mode if len(mode) < 34 or not rest else f"{', '.join([first, *rest[:-1]])},<br>{rest[-1]}"
 
 
 def _traces(part: pd.DataFrame, named: dict[str, Look]) -> Iterable[go.Scatter]:
@@ -79,16 +79,14 @@ def _traces(part: pd.DataFrame, named: dict[str, Look]) -> Iterable[go.Scatter]:
     if len(undecided := part[part["state"] == "undecided"]):
         yield _squares(undecided, Look(DOUBTFUL, "?", "square", "solid"), "undecided", hollow=True, strong=False)
     if len(bad := part[part["wrong"] != ""]):
-        name, cross = f"{WRONG} WRONG: a backend failed a check there", {"color": BAD, "size": 15, "weight": 900}
-        marker = {"symbol": "square-open", "size": SIDE, "color": BAD, "line": {"width": 3, "color": BAD}}
-        more = {"marker": marker, "text": [WRONG] * len(bad), "textfont": cross, "textposition": "top right"}
-        yield _points(bad, name, more)
+        marker = {"symbol": "square-open", "size": SIDE + 2, "color": BAD, "line": {"width": 4, "color": BAD}}
+        yield _points(bad, f"{WRONG} WRONG: a backend failed a check there", {"marker": marker, "mode": "markers"})
 
 
 def _squares(part: pd.DataFrame, look: Look, name: str, *, hollow: bool, strong: bool) -> go.Scatter:
     """Squares of one backend, all strong or all faint: on faint ones the page's own text colour is readable."""
     red, green, blue = (int(look.colour[start : start + 2], 16) for start in (1, 3, 5))
-    font: dict[str, Any] = {"size": SIDE // 2}
+    font: dict[str, Any] = {"size": SIDE // 2 - 1, "weight": 700}
     if hollow:
         font |= {"color": look.colour}
     elif strong:
@@ -97,15 +95,15 @@ def _squares(part: pd.DataFrame, look: Look, name: str, *, hollow: bool, strong:
     colours = [in_rgb(look.colour, 1.0 if hollow else opacity) for opacity in part["opacity"]]
     line = {"width": 2 if hollow else 1, "color": look.colour}
     marker = {"symbol": "square-open" if hollow else "square", "size": SIDE, "color": colours, "line": line}
-    more = {"marker": marker, "text": [look.letter] * len(part), "textfont": font}
-    return _points(part, f"{look.letter} {name}", more)
+    letters = [look.letter + WRONG * bool(wrong) for wrong in part["wrong"]]
+    return _points(part, f"{look.letter} {name}", {"marker": marker, "text": letters, "textfont": font})
 
 
 def _points(part: pd.DataFrame, name: str, more: dict[str, Any]) -> go.Scatter:
     where = {"x": part["rows"].astype(str), "y": part["vocab"].astype(str), "customdata": part["key"].tolist()}
     told = {"hovertext": [plain_in_chart(text, 400) for text in part["hover"]], "hoverinfo": "text"}
     still = {"unselected": {"marker": {"opacity": 1.0}}, "mode": "markers+text", "cliponaxis": False}
-    return go.Scatter(name=name, legendgroup=name, **where, **told, **still, **more)
+    return go.Scatter(name=name, legendgroup=name, **where, **told, **{**still, **more})
 
 
 def changes(table: pd.DataFrame, base: str) -> go.Figure:

@@ -101,6 +101,24 @@ def scaling(
     return figure
 
 
+def trade_off(points: pd.DataFrame, limit: int | None, *, among: Iterable[str] = ()) -> go.Figure:
+    """`tables.shape.trade_off`: what each backend takes of time and memory, beside what the call may take."""
+    ends, title = [*points["bytes"], limit], "memory beside arguments, results and gradients (logarithmic)"
+    x, y = upward(ends, title, size, log=True, base=2), upward(points["seconds"], "time", duration, log=False)
+    figure = new_figure(300, xaxis=x, yaxis=y, showlegend=True)
+    for name, look in looks(points["backend"], among).items():
+        part = points[points["backend"] == name]
+        told = [f"{plain_in_chart(name, 40)}: {duration(row.seconds)}, {size(row.bytes)}" for row in part.itertuples()]
+        style = {"mode": "markers", "marker": {"symbol": look.symbol, "color": look.colour, "size": 13}}
+        figure.add_scatter(
+            x=part["bytes"], y=part["seconds"], name=name_of(name, look), hovertext=told, hoverinfo="text", **style
+        )
+    if limit is not None:
+        label = {"text": f"limit: {size(limit)}", "textposition": "end", "textangle": 0, "xanchor": "right"}
+        figure.add_vline(x=limit, line=GREY | {"color": BAD}, label=label)
+    return figure
+
+
 def _to_the_limit(figure: go.Figure, mine: pd.DataFrame, capacity: float, colour: str) -> None:
     """Go on, as the last point has it, to where the memory is full."""
     last = mine[mine["memory"].notna()].sort_values("rows").iloc[-1]

@@ -31,7 +31,7 @@ class Side:
 def sides(frames: Frames) -> dict[str, Side]:
     """What can be compared, by its name in links: each profile, and each as of every day on which it was measured."""
     found: dict[str, Side] = {}
-    for name, profile in frames.profiles().items():
+    for name, profile in frames.profiles.items():
         found[name] = Side(profile)
         for day in days(frames, profile)[:-1]:
             found[f"{name}@{day}"] = Side(profile, day)

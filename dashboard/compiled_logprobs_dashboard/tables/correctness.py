@@ -10,7 +10,7 @@ import pandas as pd
 from compiled_logprobs.check.report import MEANING
 from compiled_logprobs.decision import Candidate, Evidence
 from compiled_logprobs_dashboard.frames import Frames, Profile
-from compiled_logprobs_dashboard.humanize import of_limit
+from compiled_logprobs_dashboard.humanize import of_limit, short_number
 from compiled_logprobs_dashboard.looks import WRONG, plain_line
 from compiled_logprobs_dashboard.tables.overview import SIGNS
 
@@ -44,22 +44,14 @@ def matrix(frames: Frames, profile: Profile, found: pd.DataFrame) -> pd.DataFram
     pairs = zip(found["passed"], found["failed"], strict=True)
     cells = found.assign(cell=[f"{WRONG} {bad:,} of {good + bad:,}" if bad else f"✓ {good:,}" for good, bad in pairs])
     failing, places = found.groupby("check")["failed"].sum(), list(dict.fromkeys([*SIGNS, *MEANING]))
-    order = {
-        name: (name not in SIGNS, -bad, places.index(name) if name in places else 99) for name, bad in failing.items()
-    }
+    place = {name: places.index(name) if name in places else 99 for name in failing.index}
+    order = {name: (name not in SIGNS, -bad, place[name]) for name, bad in failing.items()}
     outcomes = frames.candidates_of(profile).groupby(["backend", "outcome"]).size().unstack(fill_value=0)
-    lost = {
-        title: outcomes.reindex(columns=names, fill_value=0).sum(axis=1).astype(int) for title, names in LOST.items()
-    }
+    lost = {of: outcomes.reindex(columns=names, fill_value=0).sum(axis=1).astype(int) for of, names in LOST.items()}
     wide = cells.pivot(index="backend", columns="check", values="cell")[sorted(order, key=order.__getitem__)]
-    worst = (
-        found.groupby("backend")["failed"]
-        .sum()
-        .reindex(outcomes.index)
-        .fillna(0)
-        .sort_values(ascending=False, kind="stable")
-    )
-    return pd.DataFrame(lost).join(wide).fillna("").loc[worst.index]
+    failed = found.groupby("backend")["failed"].sum().reindex(outcomes.index).fillna(0)
+    worst = failed.sort_values(ascending=False, kind="stable").index
+    return pd.DataFrame(lost).join(wide).fillna("").loc[worst]
 
 
 def where(frames: Frames, profile: Profile, backend: str, check: str) -> pd.DataFrame:
@@ -82,8 +74,9 @@ def by_input(candidate: Candidate, evidence: Evidence | None, backend: str, chec
     rows = []
     for case, one in sorted((pair for pair in found if pair[1].name == check), key=lambda pair: pair[1].passed):
         verdict, share = PASSED if one.passed else FAILED, of_limit(one.figure, one.limit)
-        rows.append((plain_line(case, 60), verdict, one.figure, one.limit, share, plain_line(one.detail, 400)))
-    return pd.DataFrame(rows, columns=INPUTS).astype({"worst": float, "limit": float})
+        worst, limit = (None if value is None else short_number(value) for value in (one.figure, one.limit))
+        rows.append((plain_line(case, 60), verdict, worst, limit, share, plain_line(one.detail, 400)))
+    return pd.DataFrame(rows, columns=INPUTS)
 
 
 def tokens(evidence: Evidence | None, backend: str) -> pd.DataFrame:
@@ -99,4 +92,5 @@ def tokens(evidence: Evidence | None, backend: str) -> pd.DataFrame:
                 what = (plain_line(case.case, 60), kind, token.row, token.token, str(token.got), str(token.true))
                 rows.append((*what, error, share))
     table = pd.DataFrame(rows, columns=TOKENS).astype({"row": "Int64", "token": "Int64", "error": float})
-    return table.sort_values("error", ascending=False, kind="stable", ignore_index=True)
+    table = table.sort_values("error", ascending=False, kind="stable", ignore_index=True)
+    return table.assign(error=table["error"].map(short_number))

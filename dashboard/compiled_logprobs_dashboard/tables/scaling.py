@@ -125,12 +125,8 @@ def _peers(
     frames: Frames, profile: Profile, problem: Problem, along: Axis, n: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """What idioms that people use took, where a results file of this environment lies in a store."""
-    wanted: dict[str, Any] = {
-        "mode": KINDS.get(mode_name(as_it_lies(problem))),
-        "dtype": short_name(problem.dtype),
-        "kind": "peer",
-    }
-    wanted |= {"outcome": "measured"} | ({"vocab": problem.vocab} if along == "rows" else {})
+    wanted: dict[str, Any] = {"mode": KINDS.get(mode_name(as_it_lies(problem))), "dtype": short_name(problem.dtype)}
+    wanted |= {"kind": "peer", "outcome": "measured"} | ({"vocab": problem.vocab} if along == "rows" else {})
     for path in (path for store in frames.stores.values() for path in sorted(store.root.glob(PEERS))):
         try:
             told = json.loads(read_bytes(path, 16 * LIMIT) or b"{}")

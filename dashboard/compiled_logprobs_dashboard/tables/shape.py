@@ -46,9 +46,8 @@ def rightness(decision: Decision) -> str:
         return "and whether it is right is not stored"
     passed = f"passed {winner.checks_passed} of {len(winner.checks)} checks"
     if winner.checks_passed < len(winner.checks):
-        return (
-            f"and it is {WRONG} WRONG: {', '.join(by_gravity({one.name for one in winner.checks if not one.passed}))}"
-        )
+        failed = by_gravity({one.name for one in winner.checks if not one.passed})
+        return f"and it is {WRONG} WRONG: {', '.join(failed)}"
     return f"and it is right: {passed}" + (" (the short ones)" if decision.short_check else "")
 
 
@@ -87,6 +86,18 @@ def ranking(decision: Decision, among: Iterable[str] = ()) -> pd.DataFrame:
     for column in ("ms", "tokens", "MiB"):
         table[column] = significant(table[column])
     return table
+
+
+def trade_off(decision: Decision) -> tuple[pd.DataFrame, list[str]]:
+    """What each backend took of time and memory: backend, seconds, bytes; and why others are not among them."""
+    rows, left_out = [], []
+    for name, one in decision.candidates.items():
+        is_right = one.measured and one.checks_passed == len(one.checks)
+        if is_right and one.seconds and one.extra_bytes is not None:
+            rows.append((name, one.seconds, max(1024, one.extra_bytes)))
+        elif one.outcome not in ("unavailable", "unsupported"):
+            left_out.append(f"{plain_line(name, 40)}, {outcome(one.outcome)}: {plain_line(one.reason, 200)}")
+    return pd.DataFrame(rows, columns=["backend", "seconds", "bytes"]), left_out
 
 
 def _rank(decision: Decision, name: str, candidate: Candidate) -> tuple[bool, float, str]:
@@ -166,16 +177,19 @@ def where_from(name: str) -> str:
 
 def snippet(problem: Problem, name: str | None) -> str:
     """How a program calls the library for `problem`."""
-    options = [
-        "temperature=temperature" if problem.temperature != "none" else "",
-        *(f"return_{name}=True" for name in results_of(problem)),
-        "masked_logits=True" if problem.masked_logits else "",
-        "inplace_backward=True" if problem.inplace_backward else "",
-        "" if problem.out_dtype.itemsize == 4 else "out_dtype=None",
-    ]
-    arguments = ", ".join(["logits", "labels", *(option for option in options if option)])
-    takes = "" if name is None else f"  # takes {plain_line(name, 40)}"
-    shape = f"# logits: [{problem.rows}, {problem.vocab}] {short_name(problem.dtype)}"
-    lines = ["from compiled_logprobs import log_probs_from_logits", "", f"{shape} on {plain_line(problem.device_type)}"]
-    lines.append(f"{', '.join(('log_probs', *results_of(problem)))} = log_probs_from_logits({arguments}){takes}")
+    of_hidden, kind = problem.hidden is not None, short_name(problem.dtype)
+    call = "log_probs_from_hidden" if of_hidden else "log_probs_from_logits"
+    given = ["hidden", "weight", "labels"] if of_hidden else ["logits", "labels"]
+    what = f"logits: [{problem.rows}, {problem.vocab}] {kind}"
+    if of_hidden:
+        what = f"hidden: [{problem.rows}, {problem.hidden}], weight: [{problem.vocab}, {problem.hidden}] {kind}"
+    given += ["temperature=temperature"] if problem.temperature != "none" else []
+    given += [f"return_{name}=True" for name in results_of(problem)]
+    given += [f"{name}=True" for name in ("masked_logits", "inplace_backward") if getattr(problem, name)]
+    given += [f"{name}={name}" for name in ("bias", "softcap") if getattr(problem, name)]
+    given += [] if problem.memory_limit is None else [f"memory_limit={problem.memory_limit}"]
+    given += [] if problem.out_dtype.itemsize == 4 else ["out_dtype=None"]
+    serves = "" if name is None else f": {plain_line(name, 40)} serves"
+    lines = [f"from compiled_logprobs import {call}", "", f"# {what} on {plain_line(problem.device_type)}{serves}"]
+    lines.append(f"{', '.join(('log_probs', *results_of(problem)))} = {call}({', '.join(given)})")
     return "\n".join([*lines, *(["(-log_probs.mean()).backward()"] if problem.needs_grad else [])])
