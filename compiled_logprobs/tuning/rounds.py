@@ -121,10 +121,16 @@ class Measurement:
         self._candidates, self._plain, self._plain_s = dict(candidates), Run(PLAIN), plain_s
         self._on_step, self._look_at_results = on_step, look_at_results
         self._whole, self._logits_backend = whole or problem, logits_backend
+        self._left: set[str] = set()
 
     def times(self) -> dict[str, list[float]]:
         """Seconds by candidate and round, of those that have run in every round."""
-        return {run.name: run.seconds for run in self.runs.values() if run.alive and run.seconds}
+        timed = (run for run in self.runs.values() if run.alive and run.name not in self._left)
+        return {run.name: run.seconds for run in timed if run.seconds}
+
+    def leave(self, name: str) -> None:
+        """Time it in no further round."""
+        self._left.add(name)
 
     def host_times(self) -> dict[str, list[float]]:
         """Seconds until the same calls returned; none on a CPU, where they would be the same ones."""
@@ -151,7 +157,7 @@ class Measurement:
         self._begin_plain(inputs)
         order = random.Random(self.seed)
         for done in range(1, most + 1):
-            names = [name for name, run in self.runs.items() if run.alive]
+            names = [name for name, run in self.runs.items() if run.alive and name not in self._left]
             if not names:
                 return
             if self._plain.alive:

@@ -24,6 +24,10 @@ MOST = 0.7
 """Share of the rounds in which a candidate that is not clearly faster has to be faster by the margin, to replace the
 baseline or the incumbent: under heavy-tailed noise, one median of equal candidates lies beyond the margin too often."""
 
+BEHIND, BEHIND_ROUNDS, BEHIND_SURE = 1.25, 8, 0.99
+"""How many times as long as another a candidate has to take, after at least so many rounds, with an interval that is so
+sure of itself, to be timed no further."""
+
 
 class Interval(NamedTuple):
     """A median and the ends of its confidence interval, infinite where the rounds are too few to give any."""
@@ -71,6 +75,22 @@ def fewest_rounds(candidates: int) -> int:
     """How many rounds it takes before any of `candidates`, the baseline included, can be chosen over the baseline."""
     miss = 1.0 - _confidence(candidates)
     return next(rounds for rounds in range(1, 1024) if _rank(rounds, miss) > 0)
+
+
+def far_behind(times: Mapping[str, Sequence[float]], keep: str | None = None) -> dict[str, str]:
+    """Candidates that no round can save, each with one that is far ahead of it: their time is better spent on telling
+    the others apart. Never the first, which is the baseline, nor `keep`, nor one of only two."""
+    baseline, *others = times
+    if len(times[baseline]) < BEHIND_ROUNDS or len(others) < 2:
+        return {}
+    logs = {name: [math.log(seconds) for seconds in series] for name, series in times.items()}
+    fastest = min(logs, key=lambda name: median(logs[name]))
+
+    def is_behind(name: str) -> bool:
+        differences = [a - b for a, b in zip(logs[name], logs[fastest], strict=True)]
+        return interval(differences, BEHIND_SURE).low > math.log(BEHIND)
+
+    return {name: fastest for name in others if name != keep and is_behind(name)}
 
 
 def select(

@@ -28,7 +28,7 @@ from compiled_logprobs.machine.environment import environment_at
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning.headway import MOST_CUTS, Headway
 from compiled_logprobs.tuning.process import Event
-from compiled_logprobs.tuning.statistics import fewest_rounds, select, speedup_over
+from compiled_logprobs.tuning.statistics import BEHIND, fewest_rounds, select, speedup_over
 
 GET_READY_S = 60.0
 """How long all candidates together may take to be imported, compiled and checked where no budget may be exceeded."""
@@ -74,6 +74,8 @@ class Tally:
         self._seconds: dict[str, list[float]] = {}
         self._host_seconds: dict[str, list[float]] = {}
         self._cases: dict[str, tuple[CaseEvidence, ...]] = {}
+        self._behind: dict[str, str] = {}
+        """Candidates that are timed no further, as these others are far ahead of them."""
         self._checked_rows: dict[str, int] = {}
         self._short_of_memory: set[str] = set()
         self._measured_rows = self._proven_rows = 0
@@ -99,6 +101,8 @@ class Tally:
         self.step, self._step_began = "start", time.monotonic()
         self._seconds.clear()
         self._host_seconds.clear()
+        self.alive += self._behind
+        self._behind.clear()
         self._enter(in_rounds=False)
 
     @property
@@ -154,6 +158,9 @@ class Tally:
                 self._seconds.pop(PLAIN, None)
             else:
                 self._seconds.setdefault(PLAIN, []).append(event["plain"])
+        elif kind == "behind":
+            self.alive.remove(name)
+            self._behind[name] = event["other"]
         elif kind == "circumstances":
             self._circumstances = {key: event[key] for key in self._circumstances}
             for name, percent in event["percent"].items():
@@ -210,13 +217,15 @@ class Tally:
         )
         assert selection is not None
         plain = self._seconds.get(PLAIN)
-        for name, verdict in selection.verdicts.items():
+        verdicts = selection.verdicts | self._verdicts_of_behind(times)
+        times = {name: self._seconds[name] for name in verdicts}
+        for name, verdict in verdicts.items():
             self._note(
                 name,
                 outcome=verdict.outcome,
                 reason=verdict.reason,
                 speedup=verdict.speedup,
-                speedup_over_plain=speedup_over(plain, times[name], len(times)) if plain else None,
+                speedup_over_plain=speedup_over(plain[: len(times[name])], times[name], len(times)) if plain else None,
                 seconds=median(times[name]),
                 host_seconds=median(self._host_seconds[name]) if name in self._host_seconds else None,
             )
@@ -257,6 +266,17 @@ class Tally:
         seconds = times if plain is None else {**times, PLAIN: plain}
         host_seconds = {name: series for name, series in self._host_seconds.items() if name in times}
         return decision, Evidence(self.seed, measured_at, seconds, self._cases, host_seconds)
+
+    def _verdicts_of_behind(self, times: dict[str, list[float]]) -> dict[str, Candidate]:
+        """Of those that were timed in the first rounds alone, beside the baseline in the same."""
+        baseline, verdicts = next(iter(times.values())), {}
+        for name, other in self._behind.items():
+            series = self._seconds[name]
+            speedup = speedup_over(baseline[: len(series)], series, len(times))
+            reason = f"slower than {other} by more than {BEHIND - 1:.0%}"
+            reason += f" in the first {len(series)} rounds, and timed no further"
+            verdicts[name] = Candidate("slower", reason, speedup=speedup)
+        return verdicts
 
     def _enter(self, *, in_rounds: bool) -> None:
         now = time.monotonic()

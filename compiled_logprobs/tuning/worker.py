@@ -37,7 +37,7 @@ from compiled_logprobs.machine.nvml import Watch, telemetry
 from compiled_logprobs.problem import Problem, problem_from_dict
 from compiled_logprobs.tuning.rounds import LONGEST_REASON, Measurement
 from compiled_logprobs.tuning.sizes import BUFFERS, SHARE_OF_FREE_MEMORY, sizes_of, top_within
-from compiled_logprobs.tuning.statistics import LOOKS, Selection, fewest_rounds, select
+from compiled_logprobs.tuning.statistics import LOOKS, Selection, far_behind, fewest_rounds, select
 
 SHARE_OF_TIME = 0.6
 """Of the seconds that are left, what the rounds up to the first look may take; inputs have to be made, too."""
@@ -268,6 +268,11 @@ class Job:
                 seconds = {name: series[-1] for name, series in times.items()}
                 host_seconds = {name: series[-1] for name, series in measurement.host_times().items()}
                 self._emit("round", seconds=seconds, host_seconds=host_seconds, plain=plain[-1] if plain else None)
+                if times and self._problem.memory_limit is None:  # with one, the fastest may prove to take too much
+                    for name, other in far_behind(times, keep=self._order["incumbent"]).items():
+                        measurement.leave(name)
+                        self._emit("behind", candidate=name, other=other)
+                    times = measurement.times()
                 fewest = fewest_rounds(len(times))  # fewer cannot speak for any candidate
                 enough = done >= fewest
                 before, began = began, time.monotonic()
@@ -306,7 +311,7 @@ class Job:
         if self._order["strict"]:  # by the seconds of a call of each, where one is called
             logits = (self._ends - time.monotonic()) / seconds_a_logit / 2 ** (HALVED * self._order["too_slow"])
             if self._problem.hidden is not None:  # where all of it, or nothing, is called: with room for twice the time
-                logits *= len(measurement.times()) / 2
+                logits *= len(measurement.runs) / 2
         looked = self._sizes.of_look(measurement.problem, logits)
         while looked is not None and measurement.times():
             selection = self._selection(measurement, final=True)

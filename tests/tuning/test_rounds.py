@@ -86,6 +86,15 @@ def test_the_order_is_shuffled_with_plain_torch_in_every_round(problem):
     assert set(measurement.extra_bytes()) == set(measurement.runs) == set(candidates)
 
 
+def test_what_is_left_is_timed_in_no_further_round():
+    measurement = Measurement(PLAIN, {"eager": Eager(), "other": Watched()}, seed=1)
+    for done in measurement.rounds(5):
+        if done == 2:
+            measurement.leave("other")
+    assert {name: len(run.seconds) for name, run in measurement.runs.items()} == {"eager": 5, "other": 2}
+    assert set(measurement.times()) == {"eager"}
+
+
 @pytest.mark.parametrize("problem", [PLAIN, WITH_GRADIENT, IN_PLACE], ids=["forward", "with gradient", "in place"])
 def test_inputs_take_turns_and_all_of_a_round_get_the_same(problem):
     """In-place candidates get fresh logits, and write over them."""

@@ -7,7 +7,15 @@ from statistics import mean
 import pytest
 
 from compiled_logprobs.decision import Speedup
-from compiled_logprobs.tuning.statistics import LOOKS, fewest_rounds, interval, select, speedup_over
+from compiled_logprobs.tuning.statistics import (
+    BEHIND_ROUNDS,
+    LOOKS,
+    far_behind,
+    fewest_rounds,
+    interval,
+    select,
+    speedup_over,
+)
 
 SEEDS = 300
 
@@ -49,6 +57,22 @@ def tuned(speedups, spikes=0.0, seeds=SEEDS, **options):
 
 def share(selections, name):
     return mean(selection.chosen == name for selection in selections)
+
+
+def test_what_is_far_behind_needs_no_further_round_and_what_is_near_does():
+    times = steady(BEHIND_ROUNDS, far=2.0, near=0.6, fastest=0.5)
+    assert far_behind(times) == {"far": "fastest"}
+    assert far_behind(times, keep="far") == far_behind(steady(BEHIND_ROUNDS - 1, far=2.0, fastest=0.5)) == {}
+    times["far"][3] = 0.1  # one lucky round is enough to go on
+    assert far_behind(times) == {}
+    assert far_behind(steady(far=2.0)) == {}  # of two, both are looked at to the end
+    wrongly = 0
+    for seed in range(SEEDS):
+        machine = Machine({"eager": 1.0, "a": 1.0, "b": 1.1}, seed, spikes=0.2)
+        for _ in range(20):
+            machine.round()
+            wrongly += bool(far_behind(machine.times))
+    assert wrongly == 0
 
 
 def steady(rounds=20, **seconds):

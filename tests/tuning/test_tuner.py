@@ -81,6 +81,27 @@ def test_events_become_a_decision_that_is_written_and_read_as_it_is(scripted):
     assert Decision.from_json(decision.to_json()) == decision and Evidence.from_json(evidence.to_json()) == evidence
 
 
+def test_one_that_is_far_behind_is_slower_by_the_rounds_that_it_had(scripted):
+    behind = {"event": "behind", "candidate": "b", "other": "a"}
+    first, rest = rounds(8, eager=2.0, a=1.0, b=4.0, plain=3.0), rounds(12, eager=2.0, a=1.0, plain=3.0)
+    scripted([*ready("eager", "a", "b"), *first, behind, *rest])
+    decision, evidence = decide()
+    assert outcomes(decision) == {"eager": "slower", "a": "chosen", "b": "slower"} and decision.rounds == 20
+    slow = decision.candidates["b"]
+    assert slow.reason == "slower than a by more than 25% in the first 8 rounds, and timed no further"
+    assert (slow.seconds, slow.speedup.median, round(slow.speedup_over_plain.median, 9)) == (4.0, 0.5, 0.75)
+    assert {name: len(series) for name, series in evidence.seconds.items()} == {"eager": 20, "a": 20, "b": 8, PLAIN: 20}
+    assert Decision.from_json(decision.to_json()) == decision
+
+
+def test_one_that_is_far_behind_runs_again_where_the_program_is_lost(scripted):
+    behind = {"event": "behind", "candidate": "b", "other": "a"}
+    lost = [*ready("eager", "a", "b"), *rounds(8, eager=2.0, a=1.0, b=4.0), behind, step("a", "time"), CRASH]
+    workers = scripted(lost, [*ready("eager", "b"), *rounds(20, eager=2.0, b=1.0)])
+    assert outcomes(decide()[0]) == {"eager": "slower", "a": "crashed", "b": "chosen"}
+    assert [name for name, _ in workers.jobs[1]["candidates"]] == ["eager", "b"]
+
+
 def test_where_plain_torch_fails_in_a_round_it_has_no_line(scripted):
     scripted([*ready("eager", "a"), *rounds(19, eager=2.0, a=1.0, plain=3.0), *rounds(1, eager=2.0, a=1.0)])
     decision, evidence = decide("a")
