@@ -230,6 +230,13 @@ def test_which_backend_for_qwen3_4096_tokens_bf16_training_and_is_it_right(fille
     sync_api.expect(page).to_have_url(re.compile(rf"/shape\?profile=[0-9a-f]{{16}}&{shape}&options=&"))
     page.reload()
     has(page, "Use cpp: 8.00x")
+    page.get_by_test_id("stPageLink").get_by_text("Correctness", exact=True).click()
+    has(page, "signs first")
+    settle(page)
+    page.go_back()  # one step: the link had the whole address
+    page.wait_for_url(re.compile(rf"/shape\?.*{shape}"))
+    has(page, "Use cpp: 8.00x")
+    settle(page)
     page.get_by_role("link", name="See what is wrong").click()
     has(page, "returns the loss")
     settle(page)

@@ -1,12 +1,13 @@
 """Every page with every kind of store: what it says and draws, and that no name becomes markup."""
 
 import json
+import re
 
 import pytest
 from compiled_logprobs_dashboard.looks import looks
 
 from tests.helpers import dashboard_stores as stores
-from tests.helpers.dashboard_pages import charts_of, opened, text_of
+from tests.helpers.dashboard_pages import charts_of, metrics_of, opened, text_of
 
 pytestmark = pytest.mark.slow
 NOTHING = dict.fromkeys(("overview", "shape", "correctness"), "The first call of a new shape measures it")
@@ -74,3 +75,45 @@ def test_a_third_partys_letter_is_the_same_on_all_pages(scenario):
     at = opened("shape", rows=512)
     assert f'"{letter} mat"' in charts_of(at)[0].spec
     assert f"{letter}  mat" in set(at.dataframe[0].value["backend"])
+
+
+NOT_FOR_PEOPLE = re.compile(r"\de\+\d|\.0{5,}(?!\d)|\.0*[1-9]\d{4,}|\d{5,}[.\d]* ?%")
+"""Exponents of what is large, zeros in place of digits, more digits than were measured, thousands of per cents."""
+
+
+def numbers_of(at):
+    """All texts of a page that can hold a figure, as the browser shows them."""
+    yield from (text_of(at), *metrics_of(at).values())
+    for chart in charts_of(at):
+        figure = json.loads(chart.spec)
+        yield chart.alt
+        for axis in (value for name, value in figure["layout"].items() if name[1:5] == "axis"):
+            yield from axis.get("ticktext", ())
+        for trace in figure["data"]:
+            yield from trace.get("hovertext", ())
+    for one in at.dataframe:
+        settings = json.loads(one.proto.columns or "{}")
+        for name, column in one.value.items():
+            form = (settings.get(name) or {}).get("type_config", {}).get("format") or ""
+            for value in column.dropna():
+                is_formed = isinstance(value, float) and "%" in form
+                yield f"{name}: " + (form % value if is_formed else str(value))
+
+
+@pytest.mark.slow
+def test_numbers_are_for_people_on_all_pages(scenario):
+    """Of a GPU's figures, a sign that is wrong by far, and another error that is."""
+    where, gpu = scenario("signs"), stores.H100.fingerprint()
+    scenario("other device")
+    check = stores.Check("log_prob_error", False, 2.8628591e6, 1e-5, "row 3 is off by 2.86 million")
+    candidates = stores.good_candidates()
+    candidates["compiled"] = stores.Candidate("wrong", "log_prob_error", "0" * 16, checks=(check,))
+    stores.publish(where, stores.good(stores.problem(4096), candidates=candidates))
+    shape = {"profile": gpu, "rows": 2048}
+    looks = [("overview", {}), ("overview", {"tab": "compare"}), ("measure", {"part": "profiles"})]
+    looks += [("shape", {**shape, "metric": metric}) for metric in ("time", "tokens/s", "GB/s", "% of roof", "memory")]
+    looks += [("correctness", {"backend": "compiled", "check": "log_prob_error"})]
+    for page, query in looks:
+        at = opened(page, **query)
+        found = [text for text in numbers_of(at) if NOT_FOR_PEOPLE.search(text)]
+        assert not at.exception and found == [], (page, query)
