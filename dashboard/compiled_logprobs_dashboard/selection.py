@@ -252,7 +252,7 @@ def choose_shape(frames: Frames, profile: Profile | None) -> Problem:
         st.selectbox("dtype", list(dtypes), key="dtype", width=140)
         st.selectbox("Mode", list(MODES), key="mode", format_func=MODE_WORDS.__getitem__, width=240)
         known, say = dict.fromkeys([*OPTIONS, *state["options"]]), "What else the call asks for, or how its logits lie."
-        more: Any = {"placeholder": "none", "help": say, "width": 360}
+        more: Any = {"placeholder": "none", "help": say, "width": 460}
         words = WORDS | {one: f"within {size(int(one[7:]))}" for one in known if one.startswith("within-")}
         more |= {"format_func": lambda option: words.get(option, option.replace("-", " "))}
         st.multiselect("Options", list(known), key="options", **more)

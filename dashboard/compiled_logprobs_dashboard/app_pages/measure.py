@@ -177,7 +177,7 @@ def _asked() -> Request | None:
         )
     preset_or: Any = {"placeholder": "as in the preset", "help": "Or not; masked: regions of the vocabulary are -inf."}
     others = columns[2].multiselect("Also asked for", list(SWITCHES), key="run_others", **preset_or)
-    again = columns[0].checkbox("Again what is stored", key="run_again")
+    again = columns[0].checkbox("Measure again what is stored", key="run_again")
     pairs = [SWITCHES[words] for words in others]
     switches = {name: tuple(on for of, on in pairs if of == name) for name in SWITCHED}
     try:
