@@ -144,6 +144,8 @@ def typed(subject: Subject, result: Any, inputs: Judged, notes: Notes) -> Return
         own = -1 if isinstance(subject, Function) and of_labels else None  # which has no K labels a row
         sizes = f"got {list(part.shape[:own])}, expected {list(shape[:own])}"
         notes.require("shape", part.shape == shape, sizes)
+        is_here = part.device == inputs.labels.device
+        notes.require("result_type", is_here, f"got one on {part.device}, expected {inputs.labels.device}")
         dtype = torch.int64 if name == "argmax" else problem.out_dtype
         notes.add("dtype", part.dtype == dtype, f"got {short_name(part.dtype)}, expected {short_name(dtype)}")
     return Returned(**dict(zip(names, parts, strict=True)))

@@ -67,10 +67,16 @@ def likely_causes(
             for about in (about_gradient, about_results, about_nan):
                 causes += about(probe, failed)
         causes += _about_ignored(probe, failed)
-        failed -= {"stale_result", "grad_mode_bits"} if overwrites else set()  # which are consequences
+        # Some are consequences.
+        failed -= {"stale_result", "grad_mode_bits"} if overwrites else set()
+        failed -= {"zero_upstream"} if failed & VALUES else set()
     except Raised as raised:
         if not causes and "outside_write" not in failed:  # where a write that goes nowhere here has been seen
-            causes.append(f"raises for an ordinary input: {raised}")
+            causes.append(f"{'fails' if 'result_type' in failed else 'raises'} for an ordinary input: {raised}")
+            if device.type == "cpu" and any(word in str(raised).lower() for word in ("cuda", "triton", "gpu")):
+                causes[-1] += (
+                    ". The inputs are on a CPU: check it on a machine with its device, or name that by --device"
+                )
     causes += [words for name, words in ALWAYS.items() if name in failed]
     return list(dict.fromkeys(causes))
 
@@ -108,6 +114,8 @@ def _about_calling(probe: Probe, failed: frozenset[str], ignore_index: bool) -> 
 def _about_kind(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
     got = probe.run()
     first = got.first()
+    if first is not None and first.device != probe.logits.device:
+        raise Raised(f"its result is on {first.device}, and the logits on {probe.logits.device}: return it there")
     if first is None:
         kind = "None" if got.result is None else f"a {type(got.result).__name__}"
         yield f"returns {kind}, and no tensor: return the log-probability of each label, [N] in float32"
@@ -143,14 +151,14 @@ def _about_kind(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
 
 
 def _about_state(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
-    if not failed & VALUES:
+    if not failed & (VALUES | {"ignored_rows"}):
         return
     memory = probe.logits.clone()
 
-    def numbers() -> Tensor:
+    def numbers(logits: Tensor = memory, labels: Tensor = probe.labels) -> Tensor:
         with torch.no_grad():
-            result = probe.call(memory, probe.labels.clone())
-        rows = Got(result, memory, memory).rows()
+            result = probe.call(logits, labels.clone())
+        rows = Got(result, logits, logits).rows()
         return torch.empty(0) if rows is None else rows.clone()
 
     calls = [numbers() for _ in range(4)]
@@ -158,11 +166,25 @@ def _about_state(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
     other = numbers()
     if not len(calls[0]) or not len(other):
         return
-    if not all(torch.equal(rows.nan_to_num(), calls[0].nan_to_num()) or same(rows, calls[0], CLOSE) for rows in calls):
+    if "random_state" in failed and not all(torch.equal(rows, calls[0]) for rows in calls):
+        yield "gives other numbers when it is called again, and draws random ones: a dropout that is left on, or noise"
+    elif not all(
+        torch.equal(rows.nan_to_num(), calls[0].nan_to_num()) or same(rows, calls[0], CLOSE) for rows in calls
+    ):
         yield "gives other numbers when it is called again with the same input: it remembers something"
     elif torch.equal(other, calls[0]) and bool((other != other[0]).any()):
         # Probabilities may all be near 0, and so near one another.
         yield "gives the old result for new values in the same memory: it remembers results by address or shape"
+    else:
+        # A size that it has not seen: right for the first labels, and wrong for others.
+        logits = torch.cat([memory, memory[:1]])
+        first, second = (torch.cat([labels, labels[:1]]) for labels in (probe.some_ignored, probe.labels))
+        with suppress(Raised):
+            due = [log_probs_of(logits, labels.clamp(min=0), probe.temperature) for labels in (first, second)]
+            due[0] = due[0].masked_fill(first == IGNORE_INDEX, 0.0)
+            got = [probe.sign * numbers(logits, labels) for labels in (first, second)]
+            if same(got[0], due[0], 4 * COARSELY) and not same(got[1], due[1], 4 * COARSELY):
+                yield "goes by earlier labels for others of the same shape: it remembers something by shape"
 
 
 def _about_ignored(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
@@ -205,7 +227,13 @@ def _about_inputs(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
         "writes the log-probabilities over the logits": (before / probe.temperature).log_softmax(-1),
     }
     words = "writes over its arguments: take a copy of what is changed"
-    if same(after, before, 0.0):
+    changed = probe.function.overwritten()
+    if not changed:
+        probe.call(probe.logits.clone(), probe.labels.clone())  # which require no gradient
+        changed = probe.function.overwritten()
+    if changed:
+        words = f"changes the {changed[0].removesuffix(' was')}: whoever has it uses it afterwards"
+    elif same(after, before, 0.0):
         words = _about_inputs_later(probe, got, before, first) or words
     else:
         words = next((what for what, values in over.items() if same(after, values, COARSELY)), words)

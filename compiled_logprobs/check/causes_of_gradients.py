@@ -11,7 +11,8 @@ from torch import Tensor
 from compiled_logprobs.check.cases import IGNORE_INDEX
 from compiled_logprobs.check.causes_of_values import VALUES
 from compiled_logprobs.check.probe import ROWS, Probe, Raised
-from compiled_logprobs.check.readings import CLOSE, COARSELY, TOLERANCES, same
+from compiled_logprobs.check.readings import CLOSE, COARSELY, HALVES, TOLERANCES, same
+from compiled_logprobs.problem import short_name
 
 GRADIENT = frozenset({"gradient_flows", "gradient_error", "gradient_rmse", "gradient_sign", "gradient_row_sum"})
 BEGINNING = "the values are right, and the gradient"
@@ -66,7 +67,9 @@ def _reading(gradient: Tensor, upstream: Tensor, probe: Probe) -> str | None:
     is_rounded = probe.problem.dtype == torch.float32 and torch.equal(gradient, gradient.bfloat16().double())
     if is_right and is_rounded:
         return "is rounded to bfloat16, whatever the logits are"
-    if words := "" if is_right else _about_upstream(gradient, true, upstream.double()):
+    exact = is_right and probe.problem.dtype == torch.float32
+    words = "" if is_right and not exact else _about_upstream(gradient, true, upstream.double(), exact=exact)
+    if words:
         return words
     if words := _about_zeros(gradient, true * g, probe):
         return words
@@ -93,11 +96,15 @@ def _first_that_fits(gradient: Tensor, readings: dict[str, Tensor]) -> str | Non
     return next(fitting, None)
 
 
-def _about_upstream(gradient: Tensor, true: Tensor, upstream: Tensor) -> str:
+def _about_upstream(gradient: Tensor, true: Tensor, upstream: Tensor, *, exact: bool) -> str:
     """What it takes for the upstream gradient, where each row is right but for a number of its own."""
     taken = (gradient * true).sum(-1) / true.square().sum(-1)
     largest = float(taken.abs().max())
-    if not same(gradient, true * taken[:, None], COARSELY):
+    for half in HALVES if exact else ():
+        rounded, off = upstream.to(half).double(), (taken - upstream).abs().max()
+        if float((taken - rounded).abs().max()) < min(CLOSE, float(off) / 8):
+            return f"rounds the upstream gradient to {short_name(half)}: keep it in float32"
+    if exact or not same(gradient, true * taken[:, None], COARSELY):
         return ""
     readings = {
         "takes the upstream gradient without its sign": upstream.abs(),
@@ -106,7 +113,11 @@ def _about_upstream(gradient: Tensor, true: Tensor, upstream: Tensor) -> str:
         "leaves out a positive upstream gradient: it is clamped at 0": upstream.clamp(max=0.0),
         f"clamps the upstream gradient to {largest:.3g}": upstream.clamp(-largest, largest),
     }
-    return next((words for words, values in readings.items() if same(taken, values, COARSELY)), "")
+    factors = taken / upstream
+    least, most = float(factors.min()), float(factors.max())
+    words = f"has a factor in each row, {least:.3g} to {most:.3g}, as where it is clipped"
+    words = words if most - least > COARSELY * abs(most) else ""
+    return next((words for words, values in readings.items() if same(taken, values, COARSELY)), words)
 
 
 def _about_zeros(gradient: Tensor, true: Tensor, probe: Probe) -> str:

@@ -12,13 +12,13 @@ from torch import Tensor
 from compiled_logprobs.check.causes_of_gradients import GRADIENT
 from compiled_logprobs.check.probe import Got, Probe
 from compiled_logprobs.check.readings import CLOSE, COARSELY, SHARDS, log_probs_of, same
-from compiled_logprobs.problem import results_of
+from compiled_logprobs.problem import results_of, short_name
 
 
 def about_results(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
     """What is returned beside the log-probabilities."""
     for name in results_of(probe.problem):
-        about_it = {name, f"{name}_sign", f"{name}_error", f"{name}_rmse", "nan_pattern"}
+        about_it = {name, f"{name}_sign", f"{name}_error", f"{name}_rmse", "nan_pattern", "dtype"}
         if not failed & (about_it | GRADIENT):
             continue
         got = probe.run(asked=name)
@@ -26,6 +26,9 @@ def about_results(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
         if result is None:
             continue
         what = name.replace("_", " ")
+        due = torch.int64 if name == "argmax" else torch.float32
+        if "dtype" in failed and result.dtype != due:
+            yield f"returns the {what} as {short_name(result.dtype)}: give {short_name(due)}"
         if name == "argmax":
             yield from _about_argmax(probe)
             continue

@@ -45,18 +45,44 @@ def about_values(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
     yield from coarse
     if failed & (VALUES | {"nan_pattern", "log_prob_sign"}) and not coarse:
         error = float((rows - _truth(probe, got.model)).abs().max())
-        unlike_others = [*_about_no_gradient(probe), *_about_odd_labels(probe, error), *_about_levels(probe)]
+        unlike_others = [
+            *_about_no_gradient(probe),
+            *_about_few_rows(probe),
+            *_about_odd_labels(probe, error),
+            *_about_levels(probe),
+        ]
         yield from unlike_others
-        if "log_prob_sign" in failed and not unlike_others:
+        if not unlike_others:
             yield from _about_certain_tokens(probe)
 
 
+def _about_few_rows(probe: Probe) -> Iterator[str]:
+    truth = _truth(probe, probe.logits)
+    for count in range(1, 9):
+        rows = probe.run(probe.logits[:count], probe.labels[:count]).rows()
+        if rows is not None and not same(probe.sign * rows, truth[:count], COARSELY / 3):
+            size = "one row" if count == 1 else f"{count} rows"
+            yield f"gives other numbers in a batch of {size}, for which it takes another path"
+            return
+
+
 def _about_certain_tokens(probe: Probe) -> Iterator[str]:
-    logits = probe.logits.clone()
-    logits.scatter_(-1, probe.labels[:, None], float(logits.max()) + 30.0)
-    rows = probe.run(logits).rows()
-    if rows is not None and 0 < float((probe.sign * rows).max()) < CLOSE:
+    """Labels that are likelier than all others, by far and by little."""
+    top = probe.logits.amax(-1, keepdim=True).float()
+    by_far, by_little = (
+        probe.logits.scatter(-1, probe.labels[:, None], (top + ahead).to(probe.problem.dtype)) for ahead in (30.0, 1.0)
+    )
+    rows = probe.run(by_far).rows()
+    if rows is None:
+        return
+    largest, smallest = float((probe.sign * rows).max()), float((probe.sign * rows).min())
+    if 0 < largest < CLOSE:
         yield "lets rounding carry a log-probability above 0, where a token is certain: clamp it"
+    elif largest < -OF_FLOAT32 and largest - smallest < OF_FLOAT32:
+        yield f"cuts log-probabilities off above {largest:.4g}: likelier tokens have no gradient"
+    rows = probe.run(by_little).rows()
+    if rows is not None and not bool(rows.any()):
+        yield "gives 0 for the most likely token, however likely it is: takes it for certain"
 
 
 def _about_no_gradient(probe: Probe) -> Iterator[str]:
@@ -128,11 +154,23 @@ def _about_levels(probe: Probe) -> Iterator[str]:
     elif up_is_right and not gives(alternating)[1]:
         yield "subtracts the largest logit of the batch, not of each row: rows far below it have a sum of 0"
     if up_is_right and down_is_right:
-        ahead = torch.zeros_like(probe.logits, dtype=torch.float32)
-        ahead.scatter_(-1, ((probe.labels + 1) % probe.problem.vocab)[:, None], AHEAD)
-        rows, right = gives(ahead)
-        if rows is not None and not right and not bool(rows.isfinite().all()):
+        vocab = probe.problem.vocab
+
+        def gives_ahead(columns: Tensor) -> tuple[Tensor | None, bool]:
+            ahead = torch.zeros_like(probe.logits, dtype=torch.float32)
+            return gives(ahead.scatter_(-1, columns[:, None], AHEAD))
+
+        rows, right = gives_ahead((probe.labels + 1 + vocab // 2) % vocab)
+        if rows is None or right:
+            return
+        rows = probe.sign * rows
+        ends = (torch.full_like(probe.labels, column) for column in (0, vocab - 1))
+        if any(gives_ahead(columns)[1] for columns in ends):
+            yield "subtracts the largest logit of a part of the columns, not of the whole row: exponentials overflow"
+        elif not bool(rows.isfinite().all()):
             yield "takes the logarithm of a probability that has rounded to 0: use log_softmax"
+        elif float(rows.max() - rows.min()) < CLOSE * float(rows.abs().max()):
+            yield f"cuts log-probabilities off below {float(rows.max()):.5g}: less likely tokens have no gradient"
 
 
 def _about_filters(probe: Probe) -> Iterator[str]:

@@ -49,6 +49,9 @@ class Function:
             raise InputError(f"got returns={returns!r}; 'log_prob' or 'loss' is valid.")
         if isinstance(function, type):
             raise InputError(f"got the class {function.__qualname__}; a function is valid, or an instance that is one.")
+        if not callable(function):
+            what = f"got {str(function)[:60]!r} of type {type(function).__name__}, which cannot be called"
+            raise InputError(f"{what}; a function of ({', '.join(self.given)}) is valid, or the name of a backend.")
         self.name = getattr(function, "__qualname__", type(function).__name__)
         self.returns = returns
         self._function = function
@@ -61,6 +64,7 @@ class Function:
         if signature is not None:
             self._check_fits(signature, tree)
         self._code = compile(tree, CALL, "eval")
+        self._changed: list[str] = []
         self._options = frozenset(_names(tree) & set(self.known))
 
     def within(self, problem: Problem) -> Problem:
@@ -141,7 +145,12 @@ class Function:
         values = {**values, "f": self._function, "labels": labels.squeeze(-1), "temperature": temperature}
         values |= {"ignore_index": ignore_index, "out_dtype": problem.out_dtype}
         values |= {option: getattr(problem, name) for option, name in RETURNS.items()}
+        given = {name: x for name, x in values.items() if isinstance(x, Tensor)}
+        before = {name: _kind(x) for name, x in given.items()}
         result = eval(self._code, values)
+        self._changed = [
+            f"shape or requires_grad of the {name}" for name, x in given.items() if _kind(x) != before[name]
+        ]
         if not self._may_batch:
             return result
         return tuple(map(_without_batch, result)) if isinstance(result, tuple) else _without_batch(result)
@@ -163,8 +172,8 @@ class Function:
         ]
 
     def overwritten(self) -> list[str]:
-        """What else than the logits the last call and its backward changed."""
-        return []
+        """What else than the values of logits the last call and its backward changed."""
+        return [f"{what} was" for what in self._changed]
 
     def _parsed(self, call: str) -> ast.Expression:
         """The expression. Raises InputError for any that is not a call of the function with what it is given."""
@@ -231,6 +240,11 @@ class _Minus(torch.autograd.Function):
 def with_all_results(problem: Problem) -> Problem:
     """`problem` with everything asked for that a call can return."""
     return problem._replace(**dict.fromkeys(RESULTS, True))  # type: ignore[arg-type]  # all of them are switches
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    """What a function may change of a tensor beside its values."""
+    return x.shape, x.stride(), x.dtype, x.requires_grad
 
 
 def _without_batch(part: Any) -> Any:

@@ -167,7 +167,7 @@ class HiddenFunction(Function):
         ]
 
     def overwritten(self) -> list[str]:
-        return self._embedding.overwritten()
+        return [*super().overwritten(), *self._embedding.overwritten()]
 
 
 class NamedHiddenBackend(NamedBackend):

@@ -3,9 +3,15 @@
 import random
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+
+RECOMPILES = 1024
+"""More than there are kinds of inputs."""
+LIMITS = "recompile_limit", "accumulated_recompile_limit"
+"""Of compilations of one function, and of all; the default of the first is 8."""
 
 
 def modes(device: torch.device) -> dict[str, Any]:
@@ -16,7 +22,16 @@ def modes(device: torch.device) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "autocast_enabled": torch.is_autocast_enabled(device.type),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "float32_matmul_precision": _matmul_precision(),
     }
+
+
+def _matmul_precision() -> str:
+    """torch raises where the program has set it in more than one of the ways that torch has for it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return ""
 
 
 def restore_modes(kept: dict[str, Any], device: torch.device) -> list[str]:
@@ -27,12 +42,36 @@ def restore_modes(kept: dict[str, Any], device: torch.device) -> list[str]:
         "num_threads": torch.set_num_threads,
         "autocast_enabled": lambda enabled: torch.set_autocast_enabled(device.type, enabled),
         "deterministic_algorithms": torch.use_deterministic_algorithms,
+        "float32_matmul_precision": lambda precision: torch.set_float32_matmul_precision(precision or "highest"),
     }
     now = modes(device)
     changed = [name for name, value in kept.items() if now[name] != value]
     for name in changed:
         put_back[name](kept[name])
     return changed
+
+
+class Recompiles:
+    """Room for a compiled function: at its limit, torch runs it uncompiled, and what is checked is not what serves."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._allowed = False
+
+    def __enter__(self) -> "Recompiles":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._stack.close()
+
+    def allow(self) -> None:
+        """Raise the limit, once there is one: its module is slow to import, and a call may be what does that."""
+        config = sys.modules.get("torch._dynamo.config")
+        if config is None or self._allowed:
+            return
+        self._allowed = True
+        limits = {name: RECOMPILES for name in LIMITS if hasattr(config, name)}
+        self._stack.enter_context(config.patch(**limits))
 
 
 def draws_random_numbers(call: Callable[[], Any], device: torch.device) -> bool:

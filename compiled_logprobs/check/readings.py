@@ -17,6 +17,8 @@ COARSELY = 0.015
 """The same, where something was rounded to half precision on the way."""
 TOLERANCES = (1e-6, 1e-5, CLOSE, COARSELY, 4 * COARSELY)
 """Tried in this order, so that a reading that fits better comes before a simpler one."""
+WITH_CARE = 5e-7
+"""Relative to the largest: what float32 leaves of a log-probability as torch computes it, at most."""
 OF_FLOAT32 = 3e-6
 """More than float32 leaves of a log-probability that is computed with care."""
 HALVES = torch.bfloat16, torch.float16
@@ -26,6 +28,10 @@ SHARDS = (2, 4, 8)
 ROWS_OF_A_FIT = 6
 """As many as it takes to find one number."""
 
+LESS_EXACT = (
+    "loses digits that float32 has, as where a large number is added and taken away again, or a long sum is added up "
+    "one by one, which torch does along a dimension that is not the last"
+)
 LOSS = (
     "returns the loss: positive where a log-probability must be negative, as abs() leaves it. Negate it, or, if a loss "
     "is what it is for, say --returns loss"
@@ -65,16 +71,61 @@ def imprecision(rows: Tensor, logits: Tensor, labels: Tensor, temperature: float
     """What the errors of a formula that is nearly right look like."""
     truth = log_probs_of(logits, labels, temperature)
     off, size = rows - truth, float(truth.abs().max())
-    if float(off.abs().max()) <= OF_FLOAT32 * size:
+    if float(off.abs().max()) <= WITH_CARE * size:
         return
-    if half := next((half for half in HALVES if _is_rounded(rows, half, logits, labels, temperature)), None):
+    words = _about_the_temperature(rows, logits, labels, temperature)
+    if words := words or _about_columns(off, logits.detach().double() / temperature):
+        yield words
+    elif half := next((half for half in HALVES if _is_rounded(rows, half, logits, labels, temperature)), None):
         yield f"rounds its results to {_name(half)}: keep them in float32"
     elif half := _half_of_the_quotient(rows, logits, labels, temperature):
         yield f"rounds the logits divided by the temperature to {_name(half)}: convert them to float32 before"
     elif float(off.abs().max()) > CLOSE / 2 * size:
         yield "computes in half precision, or as coarsely: convert to float32 first"
     else:
-        yield "loses digits that float32 has, as where a large number is added and taken away again"
+        yield LESS_EXACT
+
+
+def _about_the_temperature(rows: Tensor, logits: Tensor, labels: Tensor, temperature: float) -> str:
+    """Whether another one, next to the one that is asked for, explains all."""
+    x_NV, few = logits.detach().double(), slice(ROWS_OF_A_FIT)
+
+    def distance(number: float) -> float:
+        return float((log_probs_of(x_NV[few], labels[few], number) - rows[few]).square().sum())
+
+    best = _minimum(distance, 0.99 * temperature, 1.01 * temperature)
+    explained, truth = (log_probs_of(x_NV, labels, number) for number in (best, temperature))
+    fits = same(rows, explained, OF_FLOAT32) and not same(rows, truth, 4 * OF_FLOAT32)
+    return f"divides the logits by {best:.5g}, where the temperature is {temperature:g}" if fits else ""
+
+
+def _about_columns(off: Tensor, x_NV: Tensor) -> str:
+    """Which few columns the sum lacks, or has twice, where that explains by how much each row [N] is off."""
+    lacking = 1.0 - (-off).exp()  # of the sum
+    rounding = 2 * torch.finfo(torch.float32).eps * float(x_NV.abs().max())
+    if float(lacking.abs().max()) < 8 * rounding:
+        return ""
+    p = torch.softmax(x_NV, -1)
+    first = p.cumsum(-1)
+    readings = {
+        "leaves out column {0}": p - lacking[:, None],
+        "counts column {0} twice": p + lacking[:, None],
+        "leaves out the first columns, up to {0}": first - lacking[:, None],
+        "leaves out the last columns, from {1} on": 1.0 - first - lacking[:, None],
+    }
+    for words, unexplained in readings.items():
+        nearest = unexplained.abs().amax(0).min(0)
+        if float(nearest.values) <= rounding:
+            return words.format(int(nearest.indices), int(nearest.indices) + 1)
+    low, high = float(lacking.min()), float(lacking.max())
+    if high < -40 * rounding:
+        return f"adds {-high:.2g} to {-low:.2g} of the sum to it: some columns are counted twice"
+    if low > 40 * rounding:
+        return (
+            f"loses a part of the sum, {low:.2g} to {high:.2g} of it: columns or small exponentials are left out, or "
+            "it is added up in half precision"
+        )
+    return ""
 
 
 def log_probs_of(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -158,6 +209,11 @@ def _of_other_sums(x_NV: Tensor, labels: Tensor) -> Iterator[Reading]:
     yield Reading(("normalises over the rows, not over the vocabulary: the softmax has the wrong dim",), over_rows)
     words = "takes the softmax twice: what it takes for logits are probabilities by then"
     yield Reading((words,), log_probs_of(x_NV.softmax(-1), labels, 1.0))
+    for half in HALVES:
+        rounded = labels.to(half).double().clamp(max=x_NV.shape[1] - 1).long()
+        if not torch.equal(rounded, labels):
+            words = f"rounds the labels to {_name(half)}, which does not hold large integers"
+            yield Reading((words,), log_probs_of(x_NV, rounded, 1.0))
     yield Reading(("takes the logarithm of the sum twice",), picked - maximum - (total - maximum).log())
     for shards in SHARDS:
         width = -(-x_NV.shape[1] // shards)

@@ -50,7 +50,8 @@ MEANING = {
     "own_memory": "no result of a backend shares memory with what it keeps for the backward",
     "same_on_ranks": "all ranks of a group return the same bits",
     "random_state": "the random generators of torch, Python and NumPy are left as they were",
-    "modes": "torch's modes are left as they were: gradients, default dtype, threads, autocast, determinism",
+    "modes": "torch's modes are left as they were: gradients, default dtype, threads, autocast, determinism, "
+    "precision of products",
     "version_counter": "a gradient written over the logits is announced to autograd",
     "stale_result": "a later call leaves the results of an earlier one alone",
     "grad_mode_bits": "a row has the same bits with and without a gradient",

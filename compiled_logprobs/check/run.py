@@ -4,7 +4,9 @@ The truth is `compiled_logprobs.operation.reference`; the budget for an error is
 same input.
 """
 
+import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
@@ -18,16 +20,18 @@ from torch import Tensor
 from compiled_logprobs.arguments import check_problem, checked_device, find_private
 from compiled_logprobs.backends import backends
 from compiled_logprobs.check.calls import call_once
-from compiled_logprobs.check.cases import IGNORE_INDEX, Case, cases, same_bits
+from compiled_logprobs.check.cases import IGNORE_INDEX, Case, alike, cases, same_bits
 from compiled_logprobs.check.causes import likely_causes
 from compiled_logprobs.check.causes_from_hidden import causes_from_hidden
+from compiled_logprobs.check.causes_of_values import VALUES
 from compiled_logprobs.check.function import Function, NamedBackend, Returns, Subject
 from compiled_logprobs.check.hidden_cases import cases_from_hidden
 from compiled_logprobs.check.hidden_function import FAMILIAR_VOCAB, HiddenFunction, NamedHiddenBackend
 from compiled_logprobs.check.hidden_run import HiddenSubject, can_embed, check_from_hidden, of_embedded_logits
 from compiled_logprobs.check.inputs import CaseInputs, Returned
 from compiled_logprobs.check.over_ranks import FunctionOverRanks
-from compiled_logprobs.check.process_state import draws_random_numbers, modes, restore_modes
+from compiled_logprobs.check.process_state import Recompiles, draws_random_numbers, modes, restore_modes
+from compiled_logprobs.check.readings import LESS_EXACT
 from compiled_logprobs.check.report import CheckReport, Notes, ProblemReport, Refused, Stop
 from compiled_logprobs.check.verdicts import judge, plain_yardstick, wide_yardstick
 from compiled_logprobs.check.ways import check_ways
@@ -40,6 +44,9 @@ INVARIANCE_ELEMENTS = 2**24
 BYTES_OF_MANY = 65
 """What it takes for each of these logits, the comparison with float64 included (measured with eager on a CPU)."""
 
+
+LITTLE = 2.0
+"""How many times its limit an error is that tells of rounding alone."""
 
 NOTHING_ELSE: dict[str, Any] = dict.fromkeys(RESULTS, False)
 """Fields of a problem that asks for log-probabilities alone."""
@@ -116,7 +123,12 @@ def check_backend(
     width = -(-(FAMILIAR_VOCAB if is_from_hidden else 32771) // ranks) | 1
     plain = Problem(place.type, rows=48, vocab=vocab or width * ranks, dtype=torch.float32, needs_grad=True)
     problems = subject.default_problems(plain) if problem is None else [subject.within(problem)]
-    said = tell or (lambda doing: None)
+    recompiles = Recompiles()
+
+    def said(doing: str) -> None:
+        recompiles.allow()
+        if tell is not None:
+            tell(doing)
 
     yardsticks: dict[Problem, dict[str, float]] = {}  # by what makes another one
 
@@ -149,7 +161,8 @@ def check_backend(
     def examine_all() -> None:
         kept = modes(place)
         try:
-            results = [examine(checked) for checked in problems]
+            with recompiles:
+                results = [examine(checked) for checked in problems]
         except BaseException as error:  # noqa: BLE001 - raised again where they are waited for
             restore_modes(kept, place)
             outcomes.set_exception(error)
@@ -222,15 +235,24 @@ def _causes(
     if isinstance(function, HiddenFunction):
         causes = causes_from_hidden(function, result.problem, failed, device, seed)
     causes = causes or likely_causes(function, result.problem, failed, device, seed, ignore_index)
+    over = [check.figure / check.limit if check.figure and check.limit else math.inf for check in result.checks]
+    over = [times for times, check in zip(over, result.checks, strict=True) if not check.passed]
+    if not causes and failed & VALUES and max(over) < LITTLE:
+        return [f"{LESS_EXACT}. Here it is {max(over):.2g} times the limit"]
     wrong_in = [case.case for case in result.cases if not all(check.passed for check in case.checks)]
     mistakes = [case.mistake for case in notes.cases if case.name in wrong_in]
-    named = {*mistakes} - {""}
+    named = Counter(mistake for mistake in mistakes if mistake).most_common(2)
+    is_one = bool(named) and (len(named) == 1 or named[0][1] > named[1][1])
     # An input of another kind may show the same mistake by chance, as a dominant logit does a label that is certain.
-    if not causes and len(named) == 1 and mistakes.count("") <= len(mistakes) / 2:
-        return [*named]
+    if not causes and is_one and mistakes.count("") <= len(mistakes) / 2:
+        return [named[0][0]]
     if not causes and len(wrong_in) < len(result.cases):
         more = f" and {len(wrong_in) - 4} more" if len(wrong_in) > 4 else ""
-        causes = [f"right for ordinary inputs, and wrong for these: {', '.join(wrong_in[:4])}{more}"]
+        if "normal" in wrong_in:
+            what = "wrong for ordinary inputs, in a way that is not recognised. In all, wrong for these"
+        else:
+            what = "right for ordinary inputs, and wrong for these"
+        causes = [f"{what}: {', '.join(wrong_in[:4])}{more}"]
     return causes
 
 
@@ -269,7 +291,7 @@ def _check(
     what = f"{problem}{f' ({details})' if (details := problem.details()) else ''}"
     for case in chosen:
         tell(f"{what}: {case.name}")
-        inputs = CaseInputs(case, problem, wide_yardstick() if case.vocab else yardstick, generator)
+        inputs = CaseInputs(case, problem, wide_yardstick() if case.is_gross else yardstick, generator)
         notes.begin(case)
         try:
             _check_case(subject, inputs, notes, generator, short)
@@ -359,7 +381,10 @@ def _check_rows_alone(
     whole = whole.each(Tensor.clone)
     for count in sorted({count for count in counts if 0 < count < len(logits)}):
         try:
-            part = subject(logits[:count], labels[:count], t[:count] if isinstance(t, Tensor) else t, inputs.problem)
+            with torch.no_grad():
+                part = subject(
+                    logits[:count], labels[:count], t[:count] if isinstance(t, Tensor) else t, inputs.problem
+                )
         except (Exception, SystemExit) as error:  # whatever a backend raises is its verdict
             if nothing_can_serve_after(error):
                 raise
@@ -367,6 +392,9 @@ def _check_rows_alone(
         parts: tuple[Tensor, ...] = (part,) if isinstance(part, Tensor) else tuple(part)
         same = all(map(same_bits, parts, [result[:count] for result in whole.results]))
         notes.rows_alone.append(same)
+        if not same:
+            gross = not alike(parts[0], whole.log_probs[:count])
+            notes.add("log_prob_error", not gross, f"the first {count} of {len(logits)} rows alone give other numbers")
         # A single row of strided ones lies as if it were contiguous: another problem, and perhaps another kernel.
         if subject.row_invariant and layout_of(logits[:count]) == layout_of(logits):
             notes.add("row_invariance", same, f"the first {count} of {len(logits)} rows have other bits alone")

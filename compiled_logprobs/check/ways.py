@@ -92,7 +92,10 @@ def _autocast(subject: Subject, inputs: CaseInputs, notes: Notes, generator: tor
 
 def _frozen(subject: Subject, inputs: CaseInputs, notes: Notes, generator: torch.Generator) -> Outcome:
     with torch.enable_grad():
-        return [(inputs, call_without_gradient(subject, inputs, notes))]
+        results = call_without_gradient(subject, inputs, notes)
+    for what in subject.overwritten():
+        notes.add("inputs_changed", False, f"the {what} overwritten")
+    return [(inputs, results)]
 
 
 def _inference(subject: Subject, inputs: CaseInputs, notes: Notes, generator: torch.Generator) -> Outcome:

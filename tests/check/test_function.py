@@ -113,6 +113,7 @@ def test_a_signature_that_raises_is_said_to(error):
     [
         (with_a_required_length, {}, "missing a required argument: 'length'. Say how it is called, e.g. --call"),
         (torch.rsub, {}, "whose signature cannot be read"),
+        (None, {}, "got 'None' of type NoneType, which cannot be called; a function of .* or the name of a backend"),
         (torch.nn.CrossEntropyLoss, {}, "got the class CrossEntropyLoss; a function is valid, or an instance"),
         ("eager", {"returns": "loss"}, "which is known of a backend. Leave them out."),
         (good, {"returns": "probability"}, "'log_prob' or 'loss' is valid"),

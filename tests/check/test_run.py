@@ -18,6 +18,7 @@ from tests.helpers.functions_to_check import (
     RIGHT_FUNCTIONS,
     float64_throughout,
     good,
+    label_logit_minus_logsumexp,
     log_softmax_and_gather,
 )
 
@@ -54,6 +55,23 @@ def test_the_compiled_idiom_of_a_user_passes():
     compiled = torch.compile(log_softmax_and_gather, dynamic=True)
     for seed in range(3):
         assert failures(lambda logits, labels: compiled(logits, labels), PROBLEM, seed) == []
+
+
+def test_a_compiled_function_is_checked_compiled():
+    """It is compiled more often than torch's limit allows, beyond which torch runs it as it is, without a word."""
+    graphs, uncompiled = [], []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def function(logits, labels):
+        if not torch.compiler.is_compiling():
+            uncompiled.append(len(labels))
+        return label_logit_minus_logsumexp(logits, labels)
+
+    assert clp.check_backend(torch.compile(function, backend=backend), PROBLEM).passed
+    assert len(graphs) > 8 and uncompiled == []
 
 
 def test_an_interrupt_does_not_wait_for_a_function_that_hangs():

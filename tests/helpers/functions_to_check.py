@@ -179,6 +179,23 @@ def saves_the_softmax(logits: Tensor, labels: Tensor) -> Tensor:
     return _SavesTheSoftmax.apply(logits, labels)
 
 
+def of_a_distribution(logits: Tensor, labels: Tensor) -> Tensor:
+    categorical = torch.distributions.Categorical(logits=logits.float(), validate_args=False)
+    return zero_ignored(categorical.log_prob(labels.clamp(min=0)), labels)
+
+
+def a_row_at_a_time(logits: Tensor, labels: Tensor) -> Tensor:
+    """By torch.func, whose tensors have no memory of their own."""
+    return torch.vmap(lambda x, y: zero_ignored(label_values(x.float().log_softmax(-1), y), y))(logits, labels)
+
+
+def sorted_first(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum from the smallest logit on; what is kept for the backward lies elsewhere."""
+    with torch.autograd.graph.save_on_cpu():
+        x = logits.float()
+        return zero_ignored(label_values(x, labels) - x.sort(-1).values.logsumexp(-1), labels).clamp(max=0.0)
+
+
 def original(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A framework's own (see `compat_originals`), and ignored labels masked before and after, as its callers do."""
 
@@ -199,6 +216,9 @@ RIGHT_FUNCTIONS = [
     sums_of_blocks,
     computed_anew_in_backward,
     saves_the_softmax,
+    of_a_distribution,
+    a_row_at_a_time,
+    sorted_first,
     ORIGINALS["easyr1.log_probs_from_logits"],
     original("verl.logprobs_from_logits", lambda f, x, y, t: f(x.float() / t, y)),
     original("verl.logprobs_from_logits_v2", lambda f, x, y, t: f(x.float() / t, y).clamp(max=0.0)),
@@ -620,6 +640,65 @@ def doubles_what_came_from_above(ctx: Any, upstream: Tensor) -> Tensor:
     return right
 
 
+def maximum_of_the_first_columns(logits: Tensor, labels: Tensor) -> Tensor:
+    """The maximum of one chunk of columns, subtracted from all."""
+    x, first = logits.float(), logits[:, :1024].float().amax(-1, keepdim=True)
+    total = (x - first.masked_fill(first == -math.inf, 0.0)).exp().sum(-1).log() + first.squeeze(-1)
+    return zero_ignored(label_values(x, labels) - total, labels)
+
+
+def one_column_forgotten(logits: Tensor, labels: Tensor) -> Tensor:
+    """Chunks of columns that do not meet."""
+    x = logits.float()
+    total = torch.cat([x[:, :1024], x[:, 1025:]], -1).logsumexp(-1)
+    return zero_ignored(label_values(x, labels) - total, labels)
+
+
+def labels_in_bfloat16(logits: Tensor, labels: Tensor) -> Tensor:
+    """Labels in one tensor with numbers of the model's dtype."""
+    rounded = labels.bfloat16().long().clamp(max=logits.shape[-1] - 1)
+    return good(logits, labels.where(labels < 0, rounded))
+
+
+def two_rows_taken_for_columns(logits: Tensor, labels: Tensor) -> Tensor:
+    """Another path for a pair, as of a chosen and a rejected answer, which sums over the wrong dimension."""
+    out = good(logits, labels)
+    return out.sum().repeat(2) if len(labels) == 2 else out
+
+
+def rows_of_one_label_done_once(logits: Tensor, labels: Tensor) -> Tensor:
+    """Work saved by `unique`, of which only the labels are looked at."""
+    is_one = len(labels) > 1 and bool((labels == labels[0]).all())
+    return good(logits[:1], labels[:1]).repeat(len(labels)) if is_one else good(logits, labels)
+
+
+_first_labels: dict[torch.Size, Tensor] = {}
+
+
+def labels_remembered_by_shape(logits: Tensor, labels: Tensor) -> Tensor:
+    """Something is made of the labels once, and kept for all batches of that shape."""
+    return good(logits, _first_labels.setdefault(logits.shape, labels.clone()))
+
+
+def asks_for_a_gradient(logits: Tensor, labels: Tensor) -> Tensor:
+    """The caller's logits keep a graph from then on."""
+    return good(logits if logits.requires_grad else logits.requires_grad_(), labels)
+
+
+def labels_with_a_dimension_more(logits: Tensor, labels: Tensor) -> Tensor:
+    return good(logits, labels.unsqueeze_(-1).squeeze(-1))
+
+
+def lowers_the_precision_of_products(logits: Tensor, labels: Tensor) -> Tensor:
+    torch.set_float32_matmul_precision("medium")
+    return good(logits, labels)
+
+
+def clips_the_norm_of_each_row(ctx: Any, upstream: Tensor) -> Tensor:
+    gradient = right_gradient(*ctx.saved_tensors, upstream)
+    return gradient / gradient.norm(dim=-1, keepdim=True).clamp(min=0.1)
+
+
 ORDINARY = "right for ordinary inputs, and wrong for these: "
 GRADIENT = "the values are right, and the gradient "
 AGAIN = "hands out memory that a later call writes again"
@@ -649,10 +728,24 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
         # Labels read as int16: those from 32768 on wrap around.
         ("reads label 327", lambda x, y: good(x, y.masked_fill(y > 32767, 0)), PROBLEM._replace(vocab=32771)),
         ("gives 0 for the last rows, from row 11 of 12 on", last_row_forgotten),
-        (ORDINARY + "one row", lambda x, y: good(x, y) * (0.9 if len(y) == 1 else 1.0)),
+        ("gives other numbers in a batch of one row", lambda x, y: good(x, y) * (0.9 if len(y) == 1 else 1.0)),
         ("returns logarithms to base 2", lambda x, y: good(x, y) / math.log(2)),
         ("smooths the labels, by 0.001", smooths_the_labels),
-        ("gives other numbers when it is called again", wrong_on_every_second_call),
+        ("gives other numbers when it is called again with the same input", wrong_on_every_second_call),
+        (
+            "gives other numbers when it is called again, and draws random ones",
+            lambda x, y: good(functional.dropout(x.float(), 1e-3), y),
+        ),
+        ("leaves out column 1024", one_column_forgotten),
+        ("cuts log-probabilities off below -100", lambda x, y: good(x, y).clamp(min=-100.0)),
+        ("cuts log-probabilities off above -0.001", lambda x, y: zero_ignored(good(x, y).clamp(max=-1e-3), y)),
+        ("gives 0 for the most likely token", lambda x, y: good(x, y).masked_fill(y == x.argmax(-1), 0.0)),
+        ("rounds the labels to bfloat16", labels_in_bfloat16),
+        ("gives other numbers in a batch of 2 rows", two_rows_taken_for_columns),
+        (ORDINARY + "wide", rows_of_one_label_done_once),
+        ("goes by earlier labels for others of the same shape", labels_remembered_by_shape),
+        # An epsilon that is to keep a division from failing.
+        ("divides the logits by 1.7001", lambda x, y, temperature=1.0: good(x.float() / (temperature + 1e-4), y)),
         ("gives the old result for new values in the same memory", remembered_by_address),
         ("takes one temperature for all rows", first_temperature_for_all),
         ("reads the labels as if they were contiguous", lambda x, y: good(x, as_contiguous(y))),
@@ -717,12 +810,14 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
                 ("clamps the upstream gradient to 0.5", lambda g: g.clamp(-0.5, 0.5)),
                 ("leaves out a negative upstream gradient", lambda g: g.clamp(min=0.0)),
                 ("takes the sign alone of the upstream gradient", torch.sign),
+                ("rounds the upstream gradient to bfloat16", lambda g: g.bfloat16().float()),
             )
         ),
         *(
             ("loses labels that are nearly certain", with_gradient(rounds_probabilities), PROBLEM._replace(dtype=dtype))
             for dtype in (torch.bfloat16, torch.float16)
         ),
+        (GRADIENT + "has a factor in each row", with_gradient(clips_the_norm_of_each_row)),
         ("the second backward", with_gradient(overwrites_probabilities, keeps_probabilities)),
         ("reads the upstream gradient of .sum().backward()", with_gradient(of_the_saved(as_contiguous))),
         ("the gradient is wrong where it comes through the entropy", entropy_without_a_gradient_of_its_own),
@@ -754,6 +849,7 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
     "modes": [
         ("changes a mode of torch for all that comes after", makes_float64_the_default),
         ("changes a mode of torch for all that comes after", turns_gradients_off),
+        ("changes a mode of torch for all that comes after", lowers_the_precision_of_products),
     ],
     "gradient_row_sum": [(GRADIENT + "leaves out the softmax", gradient_at_the_label_alone)],
     "ignored_rows": [
@@ -763,6 +859,7 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
         ("does not give an argmax of -1 for labels of -100", beside("argmax", OTHERS["argmax"], lambda y, *_: y)),
     ],
     "nan_pattern": [
+        ("subtracts the largest logit of a part of the columns", maximum_of_the_first_columns),
         ("gives NaN as the entropy where a logit is -inf", with_entropy(entropy_that_multiplies_0_and_infinity)),
         (
             "does not subtract the largest logit",
@@ -781,6 +878,8 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
     "inputs_changed": [
         ("divides the logits by the temperature in place", divides_the_logits_in_place),
         ("writes over its arguments", ignored_labels_overwritten),
+        ("changes the shape or requires_grad of the logits", asks_for_a_gradient),
+        ("changes the shape or requires_grad of the labels", labels_with_a_dimension_more),
         ("writes over its arguments", with_gradient(doubles_what_came_from_above)),
         ("writes the gradient over the logits, unasked", lambda x, y: gradient_over_the_logits(x, y)),
     ],
@@ -795,6 +894,7 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
     "stale_result": [(AGAIN, one_buffer_for_all_results), (AGAIN, one_buffer_for_all_gradients)],
     # verl's and TRL's bfloat16 path: log-probabilities in steps of 1/16.
     "dtype": [
+        ("returns the argmax as int32", beside("argmax", OTHERS["argmax"], lambda *of: of_rows(*of).int())),
         (
             "returns bfloat16, which has steps of 0.062 nats at -10",
             lambda x, y: good(x, y).to(x.dtype),
