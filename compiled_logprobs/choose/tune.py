@@ -178,7 +178,7 @@ def tune_in_call(context: Context, standing: Decision | None) -> Choice | str:
     began, seconds = time.monotonic(), context.policy.budget_s
     problem, device, known = context.problem, context.device, context.memory
     headway, thread = headway_of(context.environment, problem), None
-    in_all = headway.is_first
+    in_all, seconds = headway.is_first, headway.budget(seconds)
     limit = f"at most {GET_READY_S:.0f} s to compile and check them, then {seconds:g} s to time them"
     if in_all:
         limit = f"{seconds:g} s to compile, check and time them, the first time on this machine"

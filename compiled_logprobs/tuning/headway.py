@@ -13,6 +13,7 @@ from pathlib import Path
 
 from compiled_logprobs.backends import code_of, is_built_in
 from compiled_logprobs.errors import ProfileError
+from compiled_logprobs.policy import BUDGET_S
 from compiled_logprobs.problem import Problem, problem_name
 from compiled_logprobs.store.files import LIMIT, read_bytes, write_bytes
 from compiled_logprobs.tuning.process import Event
@@ -20,6 +21,8 @@ from compiled_logprobs.tuning.process import Event
 MOST_CUTS = 2
 """In so many processes that bring it no further a candidate may be at work when the time to get ready ends; the next
 one decides without it."""
+SHRINKS = 2
+"""After so many processes that had less and less to time, and no time for it, the next ones have more time."""
 
 
 @dataclass
@@ -71,6 +74,13 @@ class Headway:
         for said in self.said.values():
             said.pop("checked", None)
         self.keep()
+
+    def budget(self, seconds: float) -> float:
+        """For the rounds: `seconds`, or more, up to what is usual, where ever less to time did not fit into them.
+
+        However little is timed, each call takes its time to begin: a cache is emptied before it.
+        """
+        return max(seconds, min(BUDGET_S, seconds * 2.0 ** max(0, self.too_slow - SHRINKS)))
 
     def has_compiled(self, name: str) -> bool:
         """Whether the backend called `name` has run here, so that it finds what it compiles in its cache."""

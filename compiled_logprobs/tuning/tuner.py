@@ -183,6 +183,7 @@ class Tuner:
     ) -> dict[str, Any]:
         """What the worker program is sent."""
         targets = ((name, target_of(name)) for name in tally.alive)
+        too_slow = headway.too_slow if headway is not None and tally.budget_s is not None else 0
         return {
             "problem": problem_to_dict(tally.problem),
             "device": str(self.device),
@@ -192,11 +193,11 @@ class Tuner:
             "incumbent": tally.incumbent,
             "logits_backend": logits_backend,
             "short": self.short,
-            "plain": tally.with_plain,
+            "plain": tally.with_plain and not too_slow,
             "seconds": min(seconds, tally.rounds_s),
             "strict": tally.budget_s is not None,
             "in_all": tally.in_all,
-            "too_slow": headway.too_slow if headway is not None and tally.budget_s is not None else 0,
+            "too_slow": too_slow,
             "seed": tally.seed,
         }
 

@@ -308,10 +308,10 @@ class Job:
         """Call the winner with more than was timed, as far as memory and time go, to see that it is right, and that it
         keeps to a limit of memory."""
         logits = math.inf
-        if self._order["strict"]:  # by the seconds of a call of each, where one is called
-            logits = (self._ends - time.monotonic()) / seconds_a_logit / 2 ** (HALVED * self._order["too_slow"])
-            if self._problem.hidden is not None:  # where all of it, or nothing, is called: with room for twice the time
-                logits *= len(measurement.runs) / 2
+        if self._order["strict"]:  # by the seconds of a call of each, where one is called; with room for twice the time
+            logits = (self._ends - time.monotonic()) / seconds_a_logit / 2 ** (HALVED * self._order["too_slow"] + 1)
+            if self._problem.hidden is not None:  # where all of it, or nothing, is called
+                logits *= len(measurement.runs)
         looked = self._sizes.of_look(measurement.problem, logits)
         while looked is not None and measurement.times():
             selection = self._selection(measurement, final=True)

@@ -366,8 +366,14 @@ def left_behind(monkeypatch, tmp_path):
 class SlowMachine:
     """What the worker program says where each step takes so many seconds, and what is compiled need not be again."""
 
-    def __init__(self, *, check: float = 0.0, one_round: float = 0.0, look: float = 0.0, **compiling: float) -> None:
-        self.check, self.one_round, self.look = check, one_round, look
+    budget = 20.0
+
+    def __init__(
+        self, *, check: float = 0.0, one_round: float = 0.0, begin: float = 0.0, look: float = 0.0, **compiling: float
+    ) -> None:
+        self.check, self.one_round, self.begin, self.look = check, one_round, begin, look
+        if begin:
+            self.budget = 5.0
         self.compiling = {"cpp": 10.0, "compiled": 10.0, **compiling}
 
     def __call__(self, job):
@@ -382,7 +388,7 @@ class SlowMachine:
                 yield from (told["check"], Takes(self.check), told["checked"])
         yield from (step(None, "inputs"), {"event": "measuring", "rows": 256, "vocab": 4096})
         for event in rounds(20, **{name: 1.0 + place for place, name in enumerate(names)}):
-            yield from (event, Takes(self.one_round / 4 ** job["too_slow"]))
+            yield from (event, Takes(self.begin + self.one_round / 4 ** job["too_slow"]))
         yield from (step("eager", "full size"), Takes(self.look / 4 ** job["too_slow"]))
 
 
@@ -394,10 +400,20 @@ class SlowMachine:
         (SlowMachine(cpp=40.0, compiled=50.0), 4, None),
         (SlowMachine(one_round=10.0), 5, None),
         (SlowMachine(look=200.0), 4, None),
+        (SlowMachine(begin=0.5), 6, None),
         (SlowMachine(compiled=1e6), 2 + MOST_CUTS, "compiled"),
         (SlowMachine(check=50.0, one_round=10.0, compiled=1e6), 9, "compiled"),
     ],
-    ids=["quick", "slow checks", "slow compilers", "slow rounds", "slow look", "one never ends", "all of it"],
+    ids=[
+        "quick",
+        "slow checks",
+        "slow compilers",
+        "slow rounds",
+        "slow look",
+        "slow to begin",
+        "one never ends",
+        "all of it",
+    ],
 )
 def test_each_process_goes_on_where_the_last_one_ended(monkeypatch, left_behind, machine, processes, out):
     """None of them lives on to compile in the background, and none waits longer than the one before."""
@@ -408,7 +424,7 @@ def test_each_process_goes_on_where_the_last_one_ended(monkeypatch, left_behind,
         assert headway.is_first == (tried == 1)
         options = {"names": ["cpp", "compiled"], "strict": True, "in_all": headway.is_first, "headway": headway}
         with contextlib.suppress(TuningFailed), Tuner(CPU, short=True) as tuner:
-            decision, _ = tuner.decide(PROBLEM, 20.0, **options)
+            decision, _ = tuner.decide(PROBLEM, headway.budget(machine.budget), **options)
         assert workers.now - began <= (20.0 if headway.is_first else 80.0)
     assert tried <= processes and decision.chosen == "eager"
     assert [name for name, outcome in outcomes(decision).items() if outcome == "timeout"] == [out] * bool(out)
