@@ -274,25 +274,22 @@ class Job:
                         self._emit("behind", candidate=name, other=other)
                     times = measurement.times()
                 fewest = fewest_rounds(len(times))  # fewer cannot speak for any candidate
-                enough = done >= fewest
                 before, began = began, time.monotonic()
                 # By the second, when none of its code is new: others may be at work since the first calls were timed.
                 is_late = done == 2 and began + (fewest - done) * (began - before) > ends
-                if is_late and self._order["strict"] and self._sizes.smaller(problem) is not None:
+                helps = 2 * sum(seconds.values()) > began - before  # else it is what comes before each call
+                if is_late and helps and self._order["strict"] and self._sizes.smaller(problem) is not None:
                     rounds.close()
                     return False
-                if not times or (time.monotonic() > ends and enough) or self._selection(measurement, final=False):
+                if not times or (began > ends and done >= fewest) or self._selection(measurement, final=False):
                     break
         self._lose_failed(measurement)
         rounds.close()  # and with it the inputs
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what plain torch took is in nobody's way
         self._look_at_winner(measurement, seconds_a_logit)
-        summary = watch.summary()
-        found: dict[str, Any] = {
-            "telemetry": None if summary is None else asdict(summary),
-            "telemetry_reason": provider.reason,
-        }
+        seen = None if (summary := watch.summary()) is None else asdict(summary)
+        found: dict[str, Any] = {"telemetry": seen, "telemetry_reason": provider.reason}
         self._emit("circumstances", bandwidth={}, percent={}, **found)
         is_over = self._order["strict"] and time.monotonic() > self._ends
         # Last, since it may take seconds of a small budget; from hidden states it is products that take the time.
