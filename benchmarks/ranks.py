@@ -3,7 +3,8 @@
 Each rank is a process of one thread on this CPU. In a round all ranks do their own columns at the same time, without a
 group and then with it, or the other way round. All begin at one moment, from which each counts: after a barrier, the
 rank that leaves it first would count its waiting for the others, but only with a group. Without a group they take as
-long as the slowest; the ratios are those of one round. What is sent is counted.
+long as the slowest; the ratios are those of one round. What is sent is counted, and sent once more in the same rounds
+without a group, by itself: what the sending alone costs here is the least that a group can.
 """
 
 import json
@@ -26,7 +27,7 @@ from compiled_logprobs.cli.output import Column, print_table
 
 LIMIT = 1.2
 """How many times as long as without a group a rank may take with it."""
-ALONE, TOGETHER = "alone", "group"
+ALONE, TOGETHER, SENDING = "alone", "group", "sending"
 LEAD_NS = 2_000_000
 """How far ahead the moment lies at which all ranks begin, for all to hear of it."""
 
@@ -85,6 +86,7 @@ def _figures(
     calls: dict[str, Callable[[], Any]] = {
         ALONE: lambda: log_probs_from_logits(logits, own, **options),
         TOGETHER: lambda: log_probs_from_logits(logits, labels, group=distributed.group.WORLD, **options),
+        SENDING: lambda: _send(calls[ALONE](), sent),
     }
 
     def run(name: str) -> float:
@@ -108,10 +110,14 @@ def _figures(
                     taken = _largest(taken)
                 if count:  # the first round compiles
                     millis[name].append(taken)
-    ratios = [with_group / without for with_group, without in zip(millis[TOGETHER], millis[ALONE], strict=True)]
+    ratios = {
+        name: median(taken / alone for taken, alone in zip(millis[name], millis[ALONE], strict=True))
+        for name in (TOGETHER, SENDING)
+    }
     return {
         **{f"{name}_ms": median(times) for name, times in millis.items()},
-        "times_as_long": median(ratios),
+        "times_as_long": ratios[TOGETHER],
+        "sending_times_as_long": ratios[SENDING],
         "collectives": len(sent),
         "bytes": sum(sent),
     }
@@ -148,6 +154,13 @@ def _sent(call: Callable[[], Any]) -> list[int]:
     return sent
 
 
+def _send(results: Any, sizes: list[int]) -> Any:
+    """`results`, after a maximum and a sum of so many bytes over the ranks."""
+    for size, operation in zip(sizes, (distributed.ReduceOp.MAX, distributed.ReduceOp.SUM), strict=True):
+        distributed.all_reduce(torch.zeros(size // 4), operation)
+    return results
+
+
 def _print(rows: list[dict[str, Any]]) -> None:
     table: list[tuple[str | Text, ...]] = []
     for row in rows:
@@ -155,8 +168,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
         direction = ("forward + backward" if row["gradient"] else "forward") + (", entropy" if row["entropy"] else "")
         times = (f"{row[f'{name}_ms']:.2f}" for name in (ALONE, TOGETHER))
         shown = Text(f"{ratio:.2f}", "green" if ratio <= LIMIT else "red")
-        table.append((str(row["rank"]), direction, *times, shown, str(row["collectives"]), f"{row['bytes']:,}"))
-    numbers = ("alone, ms", "group, ms", "x alone", "collectives", "bytes")
+        least = f"{row['sending_times_as_long']:.2f}"
+        table.append((str(row["rank"]), direction, *times, shown, least, str(row["collectives"]), f"{row['bytes']:,}"))
+    numbers = ("alone, ms", "group, ms", "x alone", "sending, x alone", "collectives", "bytes")
     columns: list[Column | str] = ["rank", "direction", *(Column(name, right=True) for name in numbers)]
     print_table(f"Ranks of one thread each; at most {LIMIT} x alone is the target", columns, table)
 
