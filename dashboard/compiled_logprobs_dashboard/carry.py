@@ -23,9 +23,9 @@ SOURCES = "yours: this user's; project: the folder `profiles` where the dashboar
 number = st.column_config.NumberColumn
 COLUMNS = {
     "here": st.column_config.CheckboxColumn("this machine", help="Whether the library uses it here."),
-    "memory_bytes": number("memory", format="bytes"),
-    "l2_bytes": number("L2", format="bytes"),
-    "cpu_threads": number("threads", format="%d"),
+    "memory bytes": number("memory", format="bytes"),
+    "l2 bytes": number("L2", format="bytes"),
+    "CPU threads": number("threads", format="%d"),
     "multiprocessors": number("SMs", format="%d"),
 }
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import pandas as pd
 
 from compiled_logprobs.backends import backends_for, code_of, is_built_in, is_loaded
-from compiled_logprobs.decision import PLAIN, Candidate, Decision, Evidence, Speedup, short
+from compiled_logprobs.decision import PLAIN, Candidate, Decision, Evidence, Speedup
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.machine.environment import MATCHED, VERSIONS_MATCHED, Environment, as_matched, environments
 from compiled_logprobs.problem import Problem, mode_name, short_name
@@ -29,6 +29,7 @@ from compiled_logprobs.store.files import (
     read_facts,
     read_past,
 )
+from compiled_logprobs_dashboard.humanize import in_one_line
 from compiled_logprobs_dashboard.looks import plain_line
 
 SOURCES = {"user store": "yours", "project profiles": "project", "bundled profiles": "bundled"}
@@ -245,7 +246,7 @@ def _rows(
         raise ProfileError("it is no longer there")
     problem = decision.problem
     row = (
-        *(problem, short(problem), mode_name(problem), short_name(problem.dtype)),
+        *(problem, in_one_line(problem), mode_name(problem), short_name(problem.dtype)),
         *(problem.rows, problem.vocab, decision.timed.rows * decision.timed.vocab / problem.vocab),
         *(decision.is_decided, decision.chosen, decision.baseline),
         *(against(decision), decision.measured_at, decision.winner.fingerprint),
@@ -254,8 +255,8 @@ def _rows(
     candidates = [
         (
             *(name, candidate.outcome, candidate.reason, name == decision.chosen),
-            *_ends(candidate.speedup),
-            *_ends(published(decision, candidate)),
+            *ends(candidate.speedup),
+            *ends(published(decision, candidate)),
             *(candidate.seconds, candidate.extra_multiple, candidate.percent_of_bandwidth),
             *(tuple(one.name for one in candidate.checks if one.passed == passed) for passed in (True, False)),
             candidate.outcome == "wrong" or candidate.checks_passed < len(candidate.checks),
@@ -266,7 +267,7 @@ def _rows(
     return row, candidates
 
 
-def _ends(speedup: Speedup | None) -> tuple[float | None, ...]:
+def ends(speedup: Speedup | None) -> tuple[float | None, ...]:
     return (None, None, None) if speedup is None else (speedup.median, speedup.low, speedup.high)
 
 
@@ -288,13 +289,11 @@ def published(decision: Decision, candidate: Candidate) -> Speedup | None:
 
 def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of `Environment` in `facts`; None for what is missing or no such value: a file may be foreign."""
-    plain = {fact.name: facts.get(fact.name) for fact in fields(Environment)}
+    plain = {}
     for fact in fields(Environment):
-        value = plain[fact.name]
-        if isinstance(value, str):
-            plain[fact.name] = value[:200]
-        if not isinstance(value, fact.type):  # type: ignore[arg-type]
-            plain[fact.name] = None
+        value = facts.get(fact.name)
+        value = value[:200] if isinstance(value, str) else value
+        plain[fact.name] = value if isinstance(value, fact.type) else None  # type: ignore[arg-type]
     return plain
 
 

@@ -1,9 +1,13 @@
 """Numbers for people: one form for each kind of figure, on every page. What is not known is said so, and never 0."""
 
 import math
+import re
 from datetime import datetime
 
 import pandas as pd
+
+from compiled_logprobs.decision import short
+from compiled_logprobs.problem import Problem
 
 NOT_KNOWN = "not measured"
 _DECIMAL = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -84,6 +88,11 @@ def age(measured_at: str, now: datetime) -> str:
 def significant(values: "pd.Series[float]", digits: int = 3) -> "pd.Series[float]":
     """Rounded to so many digits, for a column that is to be sorted."""
     return values.map(lambda value: float(f"{value:.{digits}g}") if math.isfinite(value) else math.nan)
+
+
+def in_one_line(problem: Problem) -> str:
+    """Such as '512 x 151,936 bfloat16 on cpu, backward'."""
+    return re.sub(r"\d{4,}", lambda found: f"{int(found[0]):,}", short(problem))
 
 
 def plural(count: int, word: str) -> str:

@@ -39,19 +39,10 @@ GOOD, BAD, DOUBTFUL = "#009E73", "#D4002A", "#B3A400"
 WRONG = "✗"
 """The letter of what failed a check, beside a backend's own; its colour is `BAD`."""
 
-OUTCOMES = {
-    "chosen": "★ chosen",
-    "slower": "▽ slower",
-    "tie": "≈ tie",
-    "wrong": "✗ WRONG",
-    "failed": "✗ failed",
-    "oom": "✗ out of memory",
-    "timeout": "✗ timeout",
-    "crashed": "✗ crashed",
-    "unavailable": "– unavailable",
-    "unsupported": "– unsupported",
-}
-"""Glyph and word of `records.Outcome`."""
+OUTCOMES = {"chosen": "★ chosen", "slower": "▽ slower", "tie": "≈ tie", "wrong": "✗ WRONG", "oom": "✗ out of memory"}
+OUTCOMES |= {name: f"✗ {name}" for name in ("failed", "timeout", "crashed")}
+OUTCOMES |= {name: f"– {name}" for name in ("unavailable", "unsupported")}
+"""Glyph and word of a candidate's outcome."""
 
 
 def looks(backends: Iterable[str], among: Iterable[str] = ()) -> dict[str, Look]:

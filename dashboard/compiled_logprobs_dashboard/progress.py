@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compiled_logprobs.decision import Decision, short, speedup_in_words
+from compiled_logprobs.decision import Decision, speedup_in_words
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.problem import Problem, problem_from_dict
+from compiled_logprobs_dashboard.humanize import in_one_line
 
 LOG_LINES = 200
 NEARLY = 0.95
@@ -102,7 +103,7 @@ class Seen:
         self.current, self.rounds = problem_from_dict(event["problem"]), 0
         self.is_stored = bool(event["known"])
         self.doing = "is stored already" if self.is_stored else "waiting for the device"
-        self.log.append(f"{event['index']} of {event['total']}: {short(self.current)}")
+        self.log.append(f"{event['index']} of {event['total']}: {in_one_line(self.current)}")
 
     def _hear_step(self, event: dict[str, Any]) -> None:
         if event["step"] != "time":  # there are many a second
@@ -147,18 +148,17 @@ class Outlook(NamedTuple):
 
     share: float
     seconds_left: float | None
-    measured: bool
-    """Whether that rests on what this run took so far; else on the limit, which is about the most."""
+    """By what this run took so far, else by the limit."""
 
 
 def outlook(seen: Seen, limit_s: float, elapsed_s: float) -> Outlook:
-    """How far the run is `elapsed_s` after its start, and how long the rest may take, at most `limit_s` a problem."""
+    """How far the run is `elapsed_s` after its start, and how long the rest may take: `limit_s` a problem at first."""
     total = len(seen.problems)
     if not total:
-        return Outlook(0.0, None, measured=False)
+        return Outlook(0.0, None)
     took = [decision.tuning_seconds for decision in seen.decisions[-seen.measured :]] if seen.measured else []
     each = statistics.fmean(took) if took else limit_s
     left = total - seen.finished
     into = min(NEARLY * each, max(0.0, elapsed_s - sum(took))) if seen.current is not None else 0.0
     share = min(1.0, (seen.finished + into / each) / total) if each > 0 else seen.finished / total
-    return Outlook(share, max(0.0, left * each - into), measured=bool(took))
+    return Outlook(share, max(0.0, left * each - into))

@@ -16,10 +16,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -28,7 +28,6 @@ from platformdirs import user_state_path
 
 from compiled_logprobs.backends import EAGER, backends, backends_for, is_built_in
 from compiled_logprobs.choose.tune import current, limit_again
-from compiled_logprobs.decision import short
 from compiled_logprobs.errors import InputError, LogProbsError
 from compiled_logprobs.machine import clock
 from compiled_logprobs.machine.environment import fingerprint_of
@@ -39,7 +38,7 @@ from compiled_logprobs.store.files import Store
 from compiled_logprobs.tuning import presets
 from compiled_logprobs.tuning.sizes import BUFFERS, SHARE_OF_FREE_MEMORY
 from compiled_logprobs.tuning.tuner import alone_on
-from compiled_logprobs_dashboard.humanize import size
+from compiled_logprobs_dashboard.humanize import in_one_line, size
 from compiled_logprobs_dashboard.progress import Seen
 
 START_S = 15.0
@@ -55,6 +54,9 @@ GRACE_S = (15.0, 5.0)
 EVENTS, ERRORS, LOCK = "events.jsonl", "errors.txt", "run.lock"
 
 FROM_HIDDEN_SWITCHES = ("weight_grad", "bias", "softcap")
+NAMED: dict[str, Callable[[str], Any]] = {"dtypes": presets.dtype_of, "modes": presets.mode_of}
+NAMED |= {"temperatures": presets.temperature_of, "layouts": presets.layout_of}
+"""How what a request names is read."""
 
 Status = Literal["running", "stopping", "finished", "cancelled", "died"]
 
@@ -94,23 +96,9 @@ class Request:
 
     def problems(self) -> list[Problem]:
         """The problems of the run, each bucket of N once, in its order. Raises InputError for what is not valid."""
-        grid = presets.grid(
-            self.device.partition(":")[0],
-            self.preset,
-            vocabs=self.vocabs,
-            rows=self.rows,
-            dtypes=[presets.dtype_of(name) for name in self.dtypes],
-            modes=[presets.mode_of(name) for name in self.modes],
-            temperatures=[presets.temperature_of(name) for name in self.temperatures],
-            layouts=[presets.layout_of(name) for name in self.layouts],
-            labels=self.labels,
-            masked=self.masked,
-            hidden=self.hidden,
-            memory_limits=self.memory_limits,
-            **{name: getattr(self, name) for name in FROM_HIDDEN_SWITCHES},
-            **{name: getattr(self, name) for name in RESULTS},
-        )
-        return list(dict.fromkeys(map(bucket, grid)))
+        named = {name: getattr(self, name) for name in presets.FIELDS}
+        named |= {name: [parse(text) for text in named[name]] for name, parse in NAMED.items()}
+        return list(dict.fromkeys(map(bucket, presets.grid(self.device.partition(":")[0], self.preset, **named))))
 
     def valid(self) -> "Request":
         """Itself. Raises InputError for what is not valid, before a program finds that out."""
@@ -187,7 +175,7 @@ def preflight(request: Request, *, seconds_before: Sequence[float] = (), store: 
     warnings = _busy(device)
     if largest is not None and free is not None and needed > SHARE_OF_FREE_MEMORY * free:
         warnings.append(
-            f"{short(largest)} needs {size(needed)}, and the run takes at most {SHARE_OF_FREE_MEMORY:.0%} of the "
+            f"{in_one_line(largest)} needs {size(needed)}, and the run takes at most {SHARE_OF_FREE_MEMORY:.0%} of the "
             f"{size(free)} that are free: fewer rows will be timed, and the result says so."
         )
     each = min(request.seconds + READY_S, statistics.median(seconds_before)) if seconds_before else None

@@ -42,7 +42,7 @@ def test_a_row_holds_what_the_decision_holds(load):
     for name in ("chosen", "baseline", "measured_at", "tuning_seconds", "problem"):
         assert row[name] == getattr(decision, name), name
     assert (row["rows"], row["vocab"], row["dtype"], row["mode"]) == (512, stores.QWEN, "bfloat16", "backward")
-    assert row["name"] == f"512 x {stores.QWEN} bfloat16 on cpu, backward" and row["against"] == "plain log_softmax"
+    assert row["name"] == "512 x 151,936 bfloat16 on cpu, backward" and row["against"] == "plain log_softmax"
     assert (row["bandwidth_read"], row["bandwidth_copy"], row["bandwidth_in_place"]) == (3.5e10, 3.1e10, 4.5e10)
     assert (row["source"], row["environment"]) == OURS and pd.isna(row["stale"])
     for backend, candidate in decision.candidates.items():

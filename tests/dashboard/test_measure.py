@@ -122,11 +122,13 @@ def test_a_link_from_a_shape_fills_in_the_form_with_every_option(scenario, quiet
 def test_a_link_from_the_overview_asks_for_all_that_is_undecided(scenario, quiet):
     where = scenario("signs")
     stores.publish(where, stores.undecided(stores.problem(2048, dtype=stores.torch.float32)))
-    (link,) = (url for label, url in links_of(opened()).items() if "2 undecided decisions" in label)
+    stores.publish(where, stores.undecided(stores.problem(64)._replace(temperature="number")))
+    (link,) = (url for label, url in links_of(opened()).items() if "3 undecided decisions" in label)
     assert "part=run" in link and "this=undecided" in link
     at = opened("measure", this="undecided")
     words = "--vocab=151936,262144 --rows=2048,64 --dtype=float32,bfloat16 --mode=backward"
     assert not at.exception and at.code[0].value.endswith(words)
+    assert "2 of 3 undecided problems; the others have other options." in text_of(at)
 
 
 # The machine
@@ -210,7 +212,7 @@ def files(where: Store) -> dict[str, bytes]:
 def test_it_lists_every_kind_of_store(scenario, name, counts):
     scenario(name)
     at = opened("measure", part="profiles")
-    table = table_of(at, "decisions", "stale")
+    table = table_of(at, "decisions", "stale", "measured", "CPU model")
     assert not at.exception and sorted(table["decisions"]) == counts and set(table["source"]) == {"yours"}
     assert table["undecided"].sum() == (name in ("undecided", "signs")) and table["wrong"].sum() == 2 * (
         name == "signs"

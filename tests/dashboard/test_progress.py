@@ -65,16 +65,16 @@ def test_a_line_that_is_no_event_harms_nothing(told, wrong):
 
 def test_the_outlook():
     (what,) = TINY.problems()
-    assert outlook(Seen(), 60, 5) == (0, None, False)
+    assert outlook(Seen(), 60, 5) == (0, None)
     begun = Seen(problems=[what] * 4, current=what)
-    assert outlook(begun, 60, 0).seconds_left == 240, "the limit of each: at most, about"
+    assert outlook(begun, 60, 0).seconds_left == 240, "the limit of each, about"
     assert outlook(begun, 60, 30).share == pytest.approx(0.125)
     late = outlook(begun, 60, 1000)
-    assert late.share == pytest.approx(NEARLY / 4) and 180 < late.seconds_left < 184 and not late.measured
+    assert late.share == pytest.approx(NEARLY / 4) and 180 < late.seconds_left < 184
     failed = Seen(problems=[what] * 2, losses=[Loss(what, None, "not decided", "")])
-    assert outlook(failed, 60, 70) == (0.5, 60, False)
+    assert outlook(failed, 60, 70) == (0.5, 60)
     stored = stores.good(tuning_seconds=1e6)  # already, not measured by this run
-    assert outlook(Seen([what] * 4, decisions=[stored, stores.good()], measured=1), 60, 5.0) == (0.5, 10.0, True)
+    assert outlook(Seen([what] * 4, decisions=[stored, stores.good()], measured=1), 60, 5.0) == (0.5, 10.0)
 
 
 def test_what_was_decided_is_told_as_it_is():

@@ -10,7 +10,7 @@ import streamlit as st
 import torch
 from compiled_logprobs_dashboard import carry, runs, selection
 from compiled_logprobs_dashboard.frames import Frames, Profile
-from compiled_logprobs_dashboard.humanize import duration, plural, size
+from compiled_logprobs_dashboard.humanize import duration, in_one_line, plural, size
 from compiled_logprobs_dashboard.looks import plain, plain_line
 from compiled_logprobs_dashboard.machine import look_at, look_at_host
 from compiled_logprobs_dashboard.progress import Seen, outlook
@@ -19,7 +19,6 @@ from compiled_logprobs_dashboard.tables import measure as tables
 from compiled_logprobs_dashboard.tables.shape import request_of
 
 from compiled_logprobs.backends import backends
-from compiled_logprobs.decision import short
 from compiled_logprobs.errors import LogProbsError
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.machine.nvml import Gpu, NoTelemetry, gpus
@@ -36,7 +35,6 @@ PRESETS = {
 }
 MODELS = {name: f"{name} ({vocab:,})" for name, vocab in presets.MODELS.items()}
 TEMPERATURES = {"none": "none", "number": "number", "per_token": "one a token"}
-LAYOUTS = {name: name for name in presets.FEWEST_ROWS}
 # Label, known values with their words, how a value is read, and what it means; a string here would be shown.
 FORM: dict[str, tuple[str, Any, Any, str]] = {
     "vocabs": ("Vocabulary", MODELS, presets.vocab_of, "V: a model, its id on Hugging Face, or a number."),
@@ -44,7 +42,7 @@ FORM: dict[str, tuple[str, Any, Any, str]] = {
     "dtypes": ("dtype", {name: name for name in map(short_name, presets.DTYPES)}, str, "Of the logits."),
     "modes": ("Mode", selection.MODE_WORDS, str, "In place: the gradient is written over the logits."),
     "temperatures": ("Temperature", TEMPERATURES, str, "In the call."),
-    "layouts": ("Layout", LAYOUTS, str, "slice: as logits[:, :-1]; rows: with gaps."),
+    "layouts": ("Layout", dict.fromkeys(presets.FEWEST_ROWS), str, "slice: as logits[:, :-1]; rows: with gaps."),
     "labels": ("Labels a position", {}, presets.labels_of, "K; type a number."),
     "hidden": ("Hidden size", {}, presets.hidden_of, "From hidden states instead of logits; type a number."),
     "memory_limits": ("Memory limit", {}, presets.memory_of, "From hidden states; type such as 512MiB."),
@@ -106,7 +104,7 @@ def _form(frames: Frames, running: bool) -> None:
     parts += [f"at most about {duration(round(check.most_seconds))}{likely}"] if check.to_measure else []
     if check.largest is not None:
         free = f"{size(check.free_bytes)} are free on {plain(request.device)}"
-        parts.append(f"the largest, {plain(short(check.largest))}, needs {size(check.needed_bytes)}; {free}")
+        parts.append(f"the largest, {plain(in_one_line(check.largest))}, needs {size(check.needed_bytes)}; {free}")
     st.markdown("; ".join(parts) + ".")
     for show, sentences in ((st.warning, check.warnings), (st.error, check.obstacles)):
         for sentence in sentences:
@@ -142,6 +140,8 @@ def _fill_in(frames: Frames, profile: Profile | None) -> None:
         return
     grid: dict[str, Any] = dict.fromkeys(("vocabs", "rows", "dtypes", "modes"), ())
     requests = [one for one in requests if replace(one, **grid) == replace(requests[0], **grid)]
+    if is_open and len(requests) < len(problems):
+        st.caption(f"{len(requests):,} of {plural(len(problems), 'undecided problem')}; the others have other options.")
     for name in FORM:  # of what is decided between them nothing is measured again
         state[f"run_{name}"] = list(dict.fromkeys(str(value) for one in requests for value in getattr(one, name)))
     state["run_others"] = [words for words, (name, on) in SWITCHES.items() if on in getattr(requests[0], name)]
@@ -170,7 +170,7 @@ def _asked() -> Request | None:
             label,
             list(known),
             key=f"run_{name}",
-            format_func=partial(_words, known),
+            format_func=partial(lambda words, value: words.get(value) or value, known),
             placeholder="as in the preset",
             accept_new_options=name in ("vocabs", "rows", "labels", "hidden", "memory_limits"),
             help=meaning,
@@ -188,10 +188,6 @@ def _asked() -> Request | None:
     except LogProbsError as error:
         st.error(plain(error, 600))
         return None
-
-
-def _words(known: dict[str, str | None], value: str) -> str:
-    return known.get(value) or value
 
 
 def _seconds_before(frames: Frames, device: str) -> list[float]:
@@ -252,13 +248,12 @@ def _outcome(run: ProfileRun, seen: Seen, *, died: bool) -> None:
 
 def _progress(run: ProfileRun, seen: Seen) -> None:
     elapsed = time.time() - run.started_at
-    view, left = outlook(seen, run.request.seconds + runs.READY_S, elapsed), ""
-    if view.seconds_left is not None:
-        left = f", {'about' if view.measured else 'at most about'} {duration(round(view.seconds_left))} left"
+    view = outlook(seen, run.request.seconds + runs.READY_S, elapsed)
+    left = "" if view.seconds_left is None else f", about {duration(round(view.seconds_left))} left"
     said = f"{seen.finished} of {plural(len(seen.problems), 'problem')} after {duration(round(elapsed))}{left}"
     st.progress(view.share, text=said if seen.problems else "starting")
     if seen.current is not None:
-        st.write(f"{plain(short(seen.current))}: {plain(seen.doing)}")
+        st.write(f"{plain(in_one_line(seen.current))}: {plain(seen.doing)}")
 
 
 # The machine

@@ -6,16 +6,16 @@ from typing import Any
 
 import pandas as pd
 
-from compiled_logprobs.decision import Decision, short, winner_in_words
+from compiled_logprobs.decision import Decision, winner_in_words
 from compiled_logprobs.problem import mode_name, short_name
 from compiled_logprobs.store.transfer import Imported
 from compiled_logprobs_dashboard.frames import Frames, against, device_name, published
-from compiled_logprobs_dashboard.humanize import significant, size, times
+from compiled_logprobs_dashboard.humanize import in_one_line, significant, size, times
 from compiled_logprobs_dashboard.looks import UNDECIDED, WRONG, plain_line
 from compiled_logprobs_dashboard.machine import NOT_TOLD, GpuLook, Host, process
 from compiled_logprobs_dashboard.progress import Loss
 
-FIRST = ["device", "torch", "source", "here", "decisions", "wrong", "undecided", "stale", "measured_at"]
+FIRST = ["device", "torch", "source", "here", "decisions", "wrong", "undecided", "stale", "measured"]
 DECIDED = ["N", "V", "dtype", "mode", "winner", "check", "speed-up", "over", "ms", "memory"]
 DEVICES = ["device", "memory %", "memory", "busy %", "power %", "power", "clock", "°C", "held down by"]
 
@@ -44,7 +44,7 @@ def losses(found: Sequence[Loss]) -> pd.DataFrame:
     """A row for each problem without a decision, and for each backend that failed."""
     rows = []
     for loss in found:
-        problem = "" if loss.problem is None else short(loss.problem)
+        problem = "" if loss.problem is None else in_one_line(loss.problem)
         rows.append((problem, plain_line(loss.backend or "all"), plain_line(loss.outcome), plain_line(loss.reason)))
     return pd.DataFrame(rows, columns=["problem", "backend", "outcome", "reason"])
 
@@ -56,23 +56,21 @@ def stored(frames: Frames) -> pd.DataFrame:
     flags = table.assign(stale=table["stale"].notna(), undecided=~table["is_decided"], wrong=table["key"].isin(bad))
     counts = flags.groupby(["source", "environment"])[["wrong", "undecided", "stale"]].sum().reset_index()
     found = frames.environments.merge(counts, on=["source", "environment"])
+    found["measured"] = found.pop("measured_at").str[:16].str.replace("T", " ")
+    found = found.rename(columns=lambda name: name.replace("_", " ").replace("cpu", "CPU").replace("gpu", "GPU"))
     return found[[*FIRST, *(name for name in found if name not in FIRST)]]
 
 
 def imported(found: Sequence[Imported]) -> pd.DataFrame:
     """A row a decision of an archive, or of what else is in there: its fate and why, and what it is."""
-    rows = [
-        (
-            entry.fate,
-            "" if entry.decision is None else plain_line(device_name(entry.decision.environment), 80),
-            plain_line(entry.name, 100) if entry.decision is None else short(entry.decision.problem),
-            "" if entry.decision is None else plain_line(winner_in_words(entry.decision), 60),
-            "" if entry.decision is None else entry.decision.measured_at,
-            plain_line(entry.why),
-        )
-        for entry in found
-    ]
-    return pd.DataFrame(rows, columns=["fate", "device", "problem", "chosen", "measured_at", "why"])
+    rows = []
+    for entry in found:
+        told, one = ("", plain_line(entry.name, 100), "", ""), entry.decision
+        if one is not None:
+            what = (plain_line(device_name(one.environment), 80), in_one_line(one.problem))
+            told = (*what, plain_line(winner_in_words(one), 60), one.measured_at[:16].replace("T", " "))
+        rows.append((entry.fate, *told, plain_line(entry.why)))
+    return pd.DataFrame(rows, columns=["fate", "device", "problem", "chosen", "measured", "why"])
 
 
 # The machine
@@ -97,19 +95,14 @@ def devices(looks: Sequence[GpuLook], host: Host) -> pd.DataFrame:
 
 def processes(looks: Sequence[GpuLook]) -> tuple[pd.DataFrame, list[str]]:
     """A row a process that computes on a GPU, and the GPUs that do not tell theirs."""
-    rows = [
-        (
-            plain_line(look.label.partition(":")[0]),
-            running.pid,
-            *map(plain_line, process(running.pid)),
-            size_or(running.memory_bytes),
-        )
-        for look in looks
-        for running in look.snapshot.processes or ()
-    ]
+    rows = []
+    for look in looks:
+        for running in look.snapshot.processes or ():
+            user, command = map(plain_line, process(running.pid))
+            gpu = plain_line(look.label.partition(":")[0])
+            rows.append((gpu, running.pid, user, size_or(running.memory_bytes), command))
     silent = [plain_line(look.label, 60) for look in looks if look.snapshot.processes is None]
-    table = pd.DataFrame(rows, columns=["GPU", "process", "user", "command", "memory"])
-    return table[["GPU", "process", "user", "memory", "command"]], silent
+    return pd.DataFrame(rows, columns=["GPU", "process", "user", "memory", "command"]), silent
 
 
 def throttling(reasons: tuple[str, ...] | None) -> str:

@@ -14,7 +14,7 @@ from compiled_logprobs.errors import InputError
 from compiled_logprobs.machine.environment import environments
 from compiled_logprobs.problem import Problem, results_of, short_name
 from compiled_logprobs.tuning.presets import FIELDS
-from compiled_logprobs_dashboard.frames import against, published
+from compiled_logprobs_dashboard.frames import against, ends, published
 from compiled_logprobs_dashboard.humanize import significant, size, times
 from compiled_logprobs_dashboard.looks import UNDECIDED, WRONG, looks, outcome, plain_line
 from compiled_logprobs_dashboard.runs import Request
@@ -70,9 +70,7 @@ def ranking(decision: Decision, among: Iterable[str] = ()) -> pd.DataFrame:
                 "backend": f"{look[name].letter}  {plain_line(name, 60)}",
                 "outcome": UNDECIDED if is_open else outcome(candidate.outcome),
                 "ms": None if candidate.seconds is None else candidate.seconds * 1e3,
-                "speed-up": None if speedup is None else speedup.median,
-                "low": None if speedup is None else speedup.low,
-                "high": None if speedup is None else speedup.high,
+                **dict(zip(("speed-up", "low", "high"), ends(speedup), strict=True)),
                 "over eager": None if is_itself or candidate.speedup is None else candidate.speedup.median,
                 "tokens": None if not candidate.seconds else decision.timed.rows / candidate.seconds,
                 "roof": candidate.percent_of_bandwidth,
