@@ -1,5 +1,8 @@
 """Profiles, and dates of one, side by side; and one problem over time."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 from compiled_logprobs_dashboard.charts import overview as charts
 from compiled_logprobs_dashboard.tables import compare as tables
@@ -68,10 +71,56 @@ def test_times_over_dates(dated):
     assert len(figure.data) == 3 and figure.layout.yaxis.ticktext[0] == "0" and "ms" in figure.layout.yaxis.ticktext[1]
 
 
+def test_no_line_goes_through_a_date_on_which_a_backend_was_wrong(load, scenario):
+    bad = dataclasses.replace(stores.wrong_sign(stores.problem(64)), measured_at=stores.EARLIER)
+    for decision in (stores.good(stores.problem(64), measured_at="2026-09-20T12:00:00Z"), bad):
+        stores.publish(scenario("no profile"), decision)
+    stores.publish(scenario("no profile"), stores.good(stores.problem(64)))
+    frames, profile = load()
+    past = tables.history(frames, stores.problem(64), frames.facts(profile)["device"])
+    assert past["label"].nunique() == 3 and past.loc[past["is_wrong"], "seconds"].isna().all()
+    by = {trace.name: trace for trace in charts.trend(past).data}
+    line, cross = by["C compiled"], by["✗ WRONG there, so not drawn"]
+    assert np.isnan(line.y).tolist() == [False, True, False] and line.connectgaps is False
+    assert list(cross.x) == [line.x[1]] and cross.text == ("C",) and not np.isnan(by["P cpp"].y).any()
+
+
+def test_a_candidate_that_was_timed_and_failed_a_check_is_in_no_line(load, scenario):
+    failed = stores.wrong_sign().candidates["compiled"].checks
+    candidates = stores.with_changes(stores.good_candidates(), "compiled", checks=failed)
+    stores.publish(scenario("no profile"), stores.good(stores.problem(64), candidates=candidates))
+    frames, profile = load()
+    past = tables.history(frames, stores.problem(64), frames.facts(profile)["device"]).set_index("backend")
+    assert past.loc["compiled", "is_wrong"] and np.isnan(past.loc["compiled", "seconds"])
+
+
 def test_times_over_versions(load):
     frames, profile = load("many")
     past = tables.history(frames, stores.problem(), frames.facts(profile)["device"])
     assert past["torch"].nunique() == 2, "the same device under another torch"
+
+
+def test_what_is_compared_first(load, scenario):
+    """A profile with its last day before; else with one of the same device, which need not be the first."""
+    frames, profile = load("many")
+    here, earlier = stores.here().fingerprint(), stores.an_earlier_torch().fingerprint()
+    assert tables.usual(frames, profile) == [earlier, here]
+    assert tables.usual(frames, frames.profiles[earlier]) == [here, earlier]
+    for day in ("2026-11-21", "2026-11-22"):
+        stores.publish(scenario("no profile"), stores.good(measured_at=f"{day}T12:00:00Z"))
+    frames, profile = load()
+    assert tables.usual(frames, profile) == [f"{here}@2026-11-21", here]
+
+
+@pytest.mark.slow
+def test_nothing_is_compared_unasked_where_nothing_was_measured(scenario):
+    where, gpu = scenario("other device"), stores.H100.fingerprint()
+    stores.publish(where, stores.good(), stores.an_earlier_torch())
+    at = opened(tab="compare")
+    assert "The first call of a new shape measures it" in text_of(at) and not charts_of(at) and not at.exception
+    at = opened(tab="compare", profile=gpu)
+    assert at.query_params["sides"] == [stores.an_earlier_torch().fingerprint(), gpu] and not at.exception
+    assert "was not measured twice on this device" in text_of(at)
 
 
 @pytest.mark.slow

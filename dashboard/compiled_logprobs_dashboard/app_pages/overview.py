@@ -7,8 +7,8 @@ import streamlit as st
 from compiled_logprobs_dashboard import selection
 from compiled_logprobs_dashboard.charts import overview as charts
 from compiled_logprobs_dashboard.frames import Frames, Profile
-from compiled_logprobs_dashboard.humanize import plural
-from compiled_logprobs_dashboard.looks import UNDECIDED, plain
+from compiled_logprobs_dashboard.humanize import in_one_line, plural
+from compiled_logprobs_dashboard.looks import UNDECIDED, plain, plain_line
 from compiled_logprobs_dashboard.tables import compare
 from compiled_logprobs_dashboard.tables import overview as tables
 
@@ -50,7 +50,7 @@ def show() -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         st.title("Overview")
         tab = selection.switch("What", TABS, "tab")
-    if tab == "compare":
+    if tab == "compare" and (profile is not None or st.session_state.get("sides")):
         _compare(frames, profile)
     elif profile is None:
         selection.nothing_here(frames)
@@ -99,12 +99,10 @@ def _view(frames: Frames, profile: Profile, part: pd.DataFrame) -> tuple[Any, ..
 def _compare(frames: Frames, profile: Profile | None) -> None:
     known = compare.sides(frames)
     if len(known) < 2:
-        words = "There is one profile, measured once. Measure again, on another device or with another torch,"
+        words = "There is one profile, measured on one day. Measure again, on another device or with another torch,"
         st.info(f"{words} or bring in a profile on the page Measure.", title="Nothing to compare with")
         return
-    mine = [name for name, side in known.items() if side.profile == profile]
-    others = [name for name in known if name not in mine]
-    usual = [mine[1], mine[0]] if len(mine) > 1 else [*mine, *others][:2]
+    usual = [] if profile is None else compare.usual(frames, profile)
     st.session_state["sides"] = [name for name in st.session_state.get("sides", []) if name in known] or usual
     words = "Profiles, or one as it was at the end of a day: what is measured again keeps the decisions before."
     more: Any = {"format_func": lambda name: compare.side_in_words(frames, known[name]), "help": words}
@@ -131,10 +129,14 @@ def _compare(frames: Frames, profile: Profile | None) -> None:
     shown_device = base.profile if profile is None else profile
     problem = bucket(selection.shape_of(frames, shown_device))
     past = compare.history(frames, problem, frames.facts(shown_device)["device"])
-    if past["label"].nunique() > 1:
-        st.subheader(f"{plain(problem)} over time")
-        alt = f"Times over {past['label'].nunique()} measurements."
+    words, count = plain(in_one_line(problem)), past["label"].nunique()
+    if count > 1:
+        st.subheader(f"{words} over time")
+        bad = ", ".join(plain_line(name, 40) for name in sorted(past.loc[past["is_wrong"], "backend"].unique()))
+        alt = f"Times over {count} measurements." + (f" Wrong somewhere, and not drawn there: {bad}." if bad else "")
         selection.chart(charts.trend(past, among=frames.backends), alt=alt, key="trend")
+    else:
+        st.caption(f"Nothing is shown over time: {words} was not measured twice on this device.")
 
 
 show()

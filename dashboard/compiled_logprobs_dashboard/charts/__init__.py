@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io
 
-from compiled_logprobs_dashboard.looks import Look, plain_in_chart, plain_line
+from compiled_logprobs_dashboard.looks import BAD, WRONG, Look, plain_in_chart, plain_line
 
 TEMPLATE = "compiled_logprobs"
 MOST_TICKS = 12
@@ -45,6 +45,15 @@ def line_of(x: Any, y: Any, name: str, look: Look, **options: Any) -> go.Scatter
     marker = {"symbol": look.symbol, "color": look.colour, **options.pop("marker", {})}
     line = {"color": look.colour, "dash": look.dash, **options.pop("line", {})}
     return go.Scatter(x=x, y=y, mode="lines+markers", name=name, line=line, marker=marker, connectgaps=False, **options)
+
+
+def cross(at: "pd.Series[Any]", letters: list[str], values: "pd.Series[float]", **options: Any) -> go.Scatter:
+    """Red crosses where backends of these letters were wrong, at the least of `values`, which are drawn."""
+    style = {"marker": {"symbol": "x", "size": 14, "color": BAD}, "textfont": {"color": BAD}}
+    style |= {"mode": "markers+text", "textposition": "top center", "cliponaxis": False}
+    bottom = float(values.min()) if values.notna().any() else 1.0
+    name = f"{WRONG} WRONG there, so not drawn"
+    return go.Scatter(x=at, y=[bottom] * len(at), text=letters, name=name, **style, **options)
 
 
 def interval(middle: Any, low: Any, high: Any, colour: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from compiled_logprobs.tuning.presets import MODELS
-from compiled_logprobs_dashboard.charts import categories, in_rgb, interval, line_of, name_of, new_figure, upward
+from compiled_logprobs_dashboard.charts import categories, cross, in_rgb, interval, line_of, name_of, new_figure, upward
 from compiled_logprobs_dashboard.humanize import duration
 from compiled_logprobs_dashboard.looks import BAD, DOUBTFUL, GOOD, NEUTRAL, WRONG, Look, looks, plain_in_chart
 
@@ -130,13 +130,17 @@ def changes(table: pd.DataFrame, base: str) -> go.Figure:
 
 
 def trend(table: pd.DataFrame, *, among: Iterable[str] = ()) -> go.Figure:
-    """`tables.compare.history`: a call's time of each backend by the date of measuring, with its noise."""
+    """`tables.compare.history`: a call's time of each backend by date, with its noise; where it was wrong, a cross."""
     axis = upward([*table["seconds"], *table["high"]], "time of a call", duration, log=False)
     table = table.assign(label=table["label"].map(lambda label: plain_in_chart(label, 90)))
-    figure = new_figure(340, xaxis=categories(list(dict.fromkeys(table["label"]))), yaxis=axis, showlegend=True)
-    for name, look in looks(table["backend"], among).items():
-        part = table[table["backend"] == name]
+    places, named = table[["label"]].drop_duplicates(), looks(table["backend"], among)
+    figure = new_figure(340, xaxis=categories(list(places["label"])), yaxis=axis, showlegend=True)
+    for name, look in named.items():
+        part = places.merge(table[table["backend"] == name], on="label", how="left")
         bars = interval(part["seconds"], part["low"], part["high"], look.colour)
         hover = {"hovertext": part["seconds"].map(duration), "hoverinfo": "text+name", "error_y": bars}
         figure.add_trace(line_of(part["label"], part["seconds"], name_of(name, look), look, **hover))
+    if len(bad := table[table["is_wrong"]]):
+        letters = [named[name].letter for name in bad["backend"]]
+        figure.add_trace(cross(bad["label"], letters, table["seconds"], hoverinfo="x+text+name"))
     return figure

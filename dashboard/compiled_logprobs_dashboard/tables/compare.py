@@ -15,7 +15,7 @@ from compiled_logprobs_dashboard.looks import plain_line
 
 COLUMNS = ["problem", "verdict", "change", "low", "high", "ms", "base ms", "winner", "base winner", "side"]
 VERDICTS = ("slower", "faster", "noise not known", "within noise")
-HISTORY = ["measured_at", "label", "torch", "backend", "chosen", "seconds", "low", "high"]
+HISTORY = ["measured_at", "label", "torch", "backend", "chosen", "is_wrong", "seconds", "low", "high"]
 _NOT_FACTS = ("source", "environment", "device", "here", "decisions", "measured_at")
 
 
@@ -42,6 +42,15 @@ def days(frames: Frames, profile: Profile) -> list[str]:
     """On which days something of a profile was measured, the last of which is how it is now."""
     moments = pd.concat([frames.of(profile)["measured_at"], frames.past.of(profile)["measured_at"]])
     return sorted({moment[:10] for moment in moments if moment[:4].isdigit()})
+
+
+def usual(frames: Frames, profile: Profile) -> list[str]:
+    """What to compare first, the base before: `profile` with its last day before, else with one of its device."""
+    known, device = sides(frames), frames.facts(profile)["device"]
+    mine = [name for name, side in known.items() if side.profile == profile]
+    others = [name for name in known if name not in mine]
+    others.sort(key=lambda name: frames.facts(known[name].profile)["device"] != device)
+    return [mine[-1] if len(mine) > 1 else others[0], mine[0]]
 
 
 def side_in_words(frames: Frames, side: Side) -> str:
@@ -142,20 +151,20 @@ def history(frames: Frames, problem: Problem, device: str) -> pd.DataFrame:
     """What each backend took for `problem` on `device`, whatever the date, the versions and the source.
 
     Returns:
-        One row a decision and timed candidate, oldest first: measured_at, label (a place on an axis), torch, backend,
-        chosen, seconds (a call of N rows), low and high (its noise).
+        One row a decision and candidate that was timed or wrong, oldest first: measured_at, label (a place on an axis),
+        torch, backend, chosen, is_wrong, seconds (a call of N rows; missing where wrong), low and high (its noise).
     """
     parts, devices = [], frames.environments.set_index(["source", "environment"])[["device", "torch"]]
     for found in (frames.past, frames):
         decided = found.decisions[found.decisions["problem"].map(lambda other: other == problem).astype(bool)]
         decided = decided.drop(columns=["device"], errors="ignore").join(devices, on=["source", "environment"])
         decided = decided[decided["device"] == device]
-        timed = found.candidates[found.candidates["outcome"].isin(MEASURED)]
+        timed = found.candidates[found.candidates["outcome"].isin(MEASURED) | found.candidates["is_wrong"]]
         columns = ["key", "environment", "timed_rows", "is_decided", "torch", "measured_at"]
         table = timed.merge(decided[columns], on="key", suffixes=("_then", ""))
         table = table[table["measured_at_then"] == table["measured_at"]]
         width = _width(table).where(table["ratio_low"] < table["ratio_high"]).groupby(table["key"]).transform("max")
-        seconds = table["seconds"] * problem.rows / table["timed_rows"]
+        seconds = (table["seconds"] * problem.rows / table["timed_rows"]).where(~table["is_wrong"])
         more = {"chosen": table["chosen"] & table["is_decided"], "low": seconds * np.exp(-width)}
         parts.append(table.assign(seconds=seconds, high=seconds * np.exp(width), **more))
     both = pd.concat(parts).drop_duplicates(["environment", "backend", "measured_at"])  # once, also from two sources
