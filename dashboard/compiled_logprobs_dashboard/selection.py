@@ -94,17 +94,13 @@ def _one_of(*valid: str) -> Callable[[str], str]:
     return parse
 
 
-def _option(text: str) -> str:
-    return text if fields_of(text) else ""
-
-
 SELECTED: dict[str, Callable[[str], Any]] = {
     "profile": str,
     "vocab": lambda text: str(presets.vocab_of(text)),
     "rows": presets.rows_of,
     "dtype": lambda text: short_name(presets.dtype_of(text)),
     "mode": presets.mode_of,
-    "options": _option,
+    "options": lambda text: text if fields_of(text) else "",
 }
 """On every page: the key of the widget, which is the parameter in the address, and from its text to its value."""
 THIS = ("shape", "undecided")
@@ -212,6 +208,9 @@ def settle(frames: Frames) -> None:
         if asked not in (None, HERE):
             state[NOTES].append(f"There is no profile {asked!r:.60} here; the box above has those that there are.")
         state["profile"] = next(iter(named)) if is_here else HERE
+    is_other = state.get(SEEN, {}).get("profile", state["profile"]) != state["profile"]
+    if is_other and not (state[FOLLOWED] and "free" in st.query_params):
+        state["free"] = None  # of the device that was looked at before
     profile = profile_of(frames)
     table = frames.decisions.iloc[:0] if profile is None else frames.of(profile)
     for column, value in {"mode": "backward", "dtype": "bfloat16", "vocab": MODELS["qwen3"]}.items():

@@ -17,7 +17,7 @@ from compiled_logprobs_dashboard.tables import shape as tables
 from compiled_logprobs.decision import Speedup
 from compiled_logprobs.problem import as_it_lies
 from tests.helpers import dashboard_stores as stores
-from tests.helpers.dashboard_pages import links_of, opened, table_of, text_of
+from tests.helpers.dashboard_pages import charts_of, links_of, opened, table_of, text_of
 
 QWEN, GIB = stores.QWEN, 2**30
 FASTER = "Use cpp: 8.00x (7.60 to 8.40) faster than plain log_softmax, "
@@ -192,6 +192,17 @@ def test_the_line_where_memory_runs_out(along):
     assert fits["cpp"] == pytest.approx(8 * GIB / (2 * QWEN * 2), abs=1) and fits["eager"] < fits["cpp"]
 
 
+def test_memory_is_not_carried_on_to_where_a_backend_was_wrong(along, scenario):
+    stores.publish(scenario("no profile"), stores.good(stores.problem(64)))
+    stores.publish(scenario("no profile"), stores.wrong_sign(stores.problem(512)))
+    points = along(None).points
+    figure = charts.scaling(points, "rows", "memory", capacity=8.0 * GIB)
+    assert len([trace for trace in figure.data if not trace.name and trace.hovertext]) == 2
+    assert set(scaling.largest(points, 8.0 * GIB)["backend"]) == {"cpp", "eager"}
+    stores.publish(scenario("no profile"), stores.good(stores.problem(2048)))  # right again at a larger N
+    assert "compiled" in set(scaling.largest(along(None).points, 8.0 * GIB)["backend"])
+
+
 def test_what_an_earlier_decision_timed_has_no_band(along, scenario):
     candidates = stores.good_candidates()
     candidates["compiled"] = dataclasses.replace(candidates["compiled"], measured_at="2026-01-01T00:00:00Z")
@@ -207,15 +218,18 @@ def test_idioms_that_people_use_are_further_lines_where_their_results_lie_in_the
     where = scenario("many")
     row = {"rows": 512, "vocab": QWEN, "dtype": "bfloat16", "device": "cpu", "mode": "backward", "kind": "peer"}
     row |= {"outcome": "measured", "candidate": "torch.compile", "ms": 50.0, "extra_multiple": 2.0}
-    others = [{**row, "kind": "ours"}, {**row, "vocab": 7}, {**row, "outcome": "wrong"}, {**row, "mode": "forward"}]
+    others = [{**row, "kind": "ours"}, {**row, "vocab": 7}, {**row, "outcome": "oom"}, {**row, "mode": "forward"}]
     told = {"environment": stores.here().to_dict(), "rows": [row, *others]}
+    told["rows"] += [{**row, "rows": 64}, {**row, "rows": 2048}, {**row, "candidate": "late", "outcome": "wrong"}]
+    told["rows"] += [{**row, "candidate": "late", "rows": 64}, {**row, "candidate": "late", "rows": 2048}]
     (where.root / "peers.json").write_text(json.dumps(told))
     (where.root / "peers-b.json").write_text('{"rows": 1}')
     points = along(None).points
-    (peer,) = points[points["is_peer"]].to_dict("records")
-    assert (peer["backend"], peer["seconds"], peer["rows"]) == ("torch.compile", 0.05, 512)
-    names = {trace.name for trace in charts.scaling(points, "rows", "time").data}
-    assert "torch.compile (peer)" in names and not along(None, "rows", temperature="number").points["is_peer"].any()
+    assert of(points, "torch.compile")["seconds"] == 0.05 and len(points[points["is_peer"]]) == 6
+    by = {trace.name: trace for trace in charts.scaling(points, "rows", "time").data}
+    assert not np.isnan(by["torch.compile (peer)"].y).any() and by["✗ WRONG there, so not drawn"].text == ("peer",)
+    assert np.isnan(by["late (peer)"].y).tolist() == [False, True, False], "where it was wrong, no line"
+    assert not along(None, "rows", temperature="number").points["is_peer"].any()
 
 
 def test_of_many_the_nearest_are_drawn_and_axes_have_round_marks(along, monkeypatch):
@@ -245,6 +259,7 @@ def test_the_page(scenario):
     )
     assert "part=run" in links_of(at)["**Measure again**"] and "this=shape" in links_of(at)["**Measure again**"]
     assert table_of(at, "outcome")["outcome"].iloc[0] == "★ chosen" and "use cpp" in at.success[0].value
+    assert "tab=compare" in links_of(at)["Over time"] and "rows=2000" in links_of(at)["Over time"]
     at.number_input(key="free").set_value(0.001).run()
     assert "use fewer rows" in at.warning[0].value
     at.number_input(key="rows").set_value(1).run()
@@ -253,6 +268,28 @@ def test_the_page(scenario):
     at.number_input(key="rows").set_value(512).run()
     assert "Not measured" in text_of(at) and "Nothing was timed in this profile" in text_of(at)
     assert "this=shape" in links_of(at)["**Measure this shape**"]
+
+
+@pytest.mark.slow
+def test_the_free_memory_is_that_of_the_profile(scenario):
+    scenario("many")
+    at, gpu = opened("shape", rows=2048, metric="memory"), stores.H100.fingerprint()
+    at.selectbox(key="profile").select(gpu).run()
+    assert "fits into 80 GiB" in text_of(at) and "free" not in at.query_params
+    at.number_input(key="free").set_value(1.0).run()
+    assert "fits into 1 GiB" in text_of(at) and at.query_params["free"] == "1.0"
+    at.selectbox(key="profile").select(stores.here().fingerprint()).run()
+    assert "fits into 1 GiB" not in text_of(at) and at.number_input(key="free").value is None and not at.exception
+    assert "fits into 40 GiB" in text_of(opened("shape", rows=2048, metric="memory", profile=gpu, free=40))
+
+
+@pytest.mark.slow
+def test_of_a_part_of_the_columns_the_limit_is_in_proportion(scenario):
+    posed = stores.problem()._replace(hidden=4096, memory_limit=2**30)
+    stores.publish(scenario("no profile"), stores.good(posed, measured_vocab=QWEN // 4))
+    at = opened("shape")
+    shapes = json.loads(charts_of(at)[0].spec)["layout"]["shapes"]
+    assert shapes[0]["x0"] == 2**28 and "the limit in proportion to the columns" in text_of(at) and not at.exception
 
 
 @pytest.mark.slow

@@ -116,23 +116,24 @@ def _scaling(frames: Frames, profile: Profile, problem: Problem, decision: Decis
 def _trade_off(frames: Frames, decision: Decision) -> None:
     points, left_out = tables.trade_off(decision)
     if len(points):
-        is_whole = decision.timed == decision.problem
-        figure = charts.trade_off(points, decision.problem.memory_limit if is_whole else None, among=frames.backends)
+        whole, timed = decision.problem, decision.timed
+        limit = whole.memory_limit and whole.memory_limit * timed.vocab // whole.vocab
+        figure = charts.trade_off(points, limit, among=frames.backends)
         fastest, least = (points.loc[points[name].idxmin()] for name in ("seconds", "bytes"))
         words = f"Time against memory. The fastest: {duration(fastest['seconds'])} and {size(fastest['bytes'])}, "
         words += f"{fastest['backend']}; the least memory: {size(least['bytes'])}, {least['backend']}."
         selection.chart(figure, alt=plain_line(words), key="trade_off")
-        st.caption(plain(words) + ("" if is_whole else f" Timed with {decision.timed_in_words}, so without the limit."))
+        part = f" Timed with {decision.timed_in_words}, the limit in proportion to the columns."
+        st.caption(plain(words) + ("" if timed == whole else part))
     selection.say_left_out(left_out)
 
 
 def _free(frames: Frames, profile: Profile) -> float | None:
     known, words = scaling.capacity(frames, profile), "What a model and other tensors hold has to be taken off."
-    if known is not None:
-        st.session_state.setdefault("free", round(known / GIB, 1))
-    options: Any = {"value": None, "placeholder": "not known", "help": words, "width": 200}
+    usual = "not known" if known is None else f"{known / GIB:,.1f}, all of it"
+    options: Any = {"value": None, "placeholder": usual, "help": words, "width": 200}
     given = st.number_input("Free memory, GiB", 0.0, 2.0**20, key="free", **options)
-    return given * GIB if given else None
+    return given * GIB if given else known
 
 
 def _use(problem: Problem, answer: Answer, decision: Decision | None) -> None:
@@ -149,6 +150,7 @@ def _use(problem: Problem, answer: Answer, decision: Decision | None) -> None:
     if decision is not None:
         where = {"backend": decision.chosen, "check": "log_prob_sign"}
         selection.link("correctness", "Its checks, input by input", icon=":material/fact_check:", **where)
+        selection.link("overview", "Over time", icon=":material/timeline:", tab="compare")
         selection.download("This decision (JSON)", decision.to_json, "decision.json", "application/json")
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 import plotly.graph_objects as go
 
-from compiled_logprobs_dashboard.charts import across, interval, line_of, name_of, new_figure, upward
+from compiled_logprobs_dashboard.charts import across, cross, interval, line_of, name_of, new_figure, upward
 from compiled_logprobs_dashboard.humanize import duration, percent, rate, size
-from compiled_logprobs_dashboard.looks import BAD, NEUTRAL, WRONG, looks, plain_in_chart
+from compiled_logprobs_dashboard.looks import BAD, NEUTRAL, looks, plain_in_chart
 
 TITLES = {"rows": "N, tokens (logarithmic)", "vocab": "V, vocabulary (logarithmic)"}
 GREY: dict[str, Any] = {"color": NEUTRAL, "dash": "dot"}
@@ -61,7 +61,7 @@ def scaling(
     ends += [*points["least"], capacity] if metric == "memory" else [100.0] if metric == "% of roof" else []
     axis = upward(ends, about.title, about.words, log=about.is_logarithmic, base=2 if metric == "memory" else 10)
     figure = new_figure(400, xaxis=across(points[along], TITLES[along]), yaxis=axis, showlegend=True)
-    places, known = pd.DataFrame({along: sorted(points[along].unique())}), points["y"].dropna()
+    places = pd.DataFrame({along: sorted(points[along].unique())})
     ours, bad = points[~points["is_peer"]], points[points["state"] == "wrong"]
     named = looks(ours["backend"].unique(), among)
     for name, look in named.items():
@@ -76,17 +76,15 @@ def scaling(
             figure.add_trace(line_of(part[along], part["y"], name_of(name, look), look, **more))
         if metric == "memory" and capacity is not None and along == "rows" and mine["memory"].notna().any():
             _to_the_limit(figure, mine, capacity, look.colour)
-    for number, (name, part) in enumerate(points[points["is_peer"]].sort_values(along).groupby("backend")):
+    for number, (name, peer) in enumerate(points[points["is_peer"]].groupby("backend")):
+        part = places.merge(peer.drop_duplicates(along), on=along, how="left")
         line = {"color": NEUTRAL, "width": 1, "dash": ("dot", "dash", "longdash", "dashdot")[number % 4]}
         marker = {"symbol": number % 30 + 100, "color": NEUTRAL, "size": 8}
         title = f"{plain_in_chart(name, 40)} (peer)"
         figure.add_scatter(x=part[along], y=part["y"], name=title, line=line, marker=marker, **_told(part))
     if len(bad):
-        bottom = [float(known.min()) if len(known) else 1.0] * len(bad)
-        letters, title = [named[name].letter for name in bad["backend"]], f"{WRONG} WRONG there, so not drawn"
-        style = {"marker": {"symbol": "x", "size": 14, "color": BAD}, "textfont": {"color": BAD}}
-        style |= {"mode": "markers+text", "text": letters, "textposition": "top center"}
-        figure.add_scatter(x=bad[along], y=bottom, name=title, **style, **_told(bad))
+        letters = [named[name].letter if name in named else "peer" for name in bad["backend"]]
+        figure.add_trace(cross(bad[along], letters, points["y"], **_told(bad)))
     if metric == "memory":
         least = points.drop_duplicates(along).sort_values(along)
         figure.add_scatter(x=least[along], y=least["least"], mode="lines", name="the least possible", line=GREY)
@@ -120,10 +118,10 @@ def trade_off(points: pd.DataFrame, limit: int | None, *, among: Iterable[str] =
 
 
 def _to_the_limit(figure: go.Figure, mine: pd.DataFrame, capacity: float, colour: str) -> None:
-    """Go on, as the last point has it, to where the memory is full."""
+    """Go on, as the last point has it, to where the memory is full; not where more rows were wrong."""
     last = mine[mine["memory"].notna()].sort_values("rows").iloc[-1]
     full = capacity / (last["memory"] / last["rows"])
-    if full > last["rows"]:
+    if full > last["rows"] and not mine.loc[mine["state"] == "wrong", "rows"].gt(last["rows"]).any():
         line, words = {"color": colour, "dash": "dot", "width": 1}, ["", f"full at N {full:,.0f}"]
         told = {"hovertext": words, "hoverinfo": "text", "mode": "lines", "showlegend": False}
         figure.add_scatter(x=[last["rows"], full], y=[last["memory"], capacity], line=line, **told)

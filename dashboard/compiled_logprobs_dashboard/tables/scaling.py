@@ -126,17 +126,19 @@ def _peers(
 ) -> Iterator[dict[str, Any]]:
     """What idioms that people use took, where a results file of this environment lies in a store."""
     wanted: dict[str, Any] = {"mode": KINDS.get(mode_name(as_it_lies(problem))), "dtype": short_name(problem.dtype)}
-    wanted |= {"kind": "peer", "outcome": "measured"} | ({"vocab": problem.vocab} if along == "rows" else {})
+    wanted |= {"kind": "peer"} | ({"vocab": problem.vocab} if along == "rows" else {})
     for path in (path for store in frames.stores.values() for path in sorted(store.root.glob(PEERS))):
         try:
             told = json.loads(read_bytes(path, 16 * LIMIT) or b"{}")
             if told["environment"]["fingerprint"] != profile.environment:
                 continue
             for row in told["rows"]:
-                if wanted.items() <= row.items() and (along == "rows" or row["rows"] in n):
+                is_told = row["outcome"] in ("measured", "wrong") and (along == "rows" or row["rows"] in n)
+                if wanted.items() <= row.items() and is_told:
                     of = problem._replace(rows=int(row["rows"]), vocab=int(row["vocab"]))
-                    figures = _figures(of, float(row["ms"]) / 1e3, row.get("extra_multiple"))
-                    fixed = {"state": "measured", "note": "by benchmarks.peers", "is_peer": True}
+                    seconds = float(row["ms"]) / 1e3 if row["outcome"] == "measured" else None
+                    figures = _figures(of, seconds, None if seconds is None else row.get("extra_multiple"))
+                    fixed = {"state": row["outcome"], "note": "by benchmarks.peers", "is_peer": True}
                     yield {"backend": str(row["candidate"]), **fixed, **figures}
         except (ProfileError, ValueError, KeyError, TypeError, AttributeError):
             continue  # a file of another form
@@ -163,9 +165,11 @@ def capacity(frames: Frames, profile: Profile) -> float | None:
 def largest(points: pd.DataFrame, free: float) -> pd.DataFrame:
     """The largest N that fits into `free` bytes: backend and rows, by the memory at the largest N that was measured.
 
-    Both the logits and the extra memory grow with N. What a model or other tensors hold has to be taken off before.
+    Memory grows with N; who was wrong at a larger one is left out. What else is held has to be taken off before.
     """
     last = points[points["memory"].notna()].sort_values("rows").drop_duplicates("backend", keep="last")
+    wrong = points[points["state"] == "wrong"].groupby("backend")["rows"].max()
+    last = last[~(last["backend"].map(wrong) > last["rows"])]
     fits = pd.DataFrame({"backend": last["backend"], "rows": (free / (last["memory"] / last["rows"])).floordiv(1)})
     return fits.sort_values("rows", ascending=False, kind="stable", ignore_index=True)
 
