@@ -69,8 +69,8 @@ def profile(
             min=1.0,
             show_default=False,
             help="Seconds for timing each problem, once all is compiled and checked; fewer rows are timed where it "
-            "would take longer. By default 60, with the preset rl 25. What was left undecided before gets three times "
-            "what it took then, up to 600, if that is more.",
+            f"would take longer. By default {BUDGET_S:.0f}, with the preset rl {presets.PRESETS['rl'].budget_s:.0f}. "
+            "What was left undecided before gets three times what it took then, up to 600, if that is more.",
         ),
     ] = None,
     out: Annotated[
