@@ -142,5 +142,5 @@ def trend(table: pd.DataFrame, *, among: Iterable[str] = ()) -> go.Figure:
         figure.add_trace(line_of(part["label"], part["seconds"], name_of(name, look), look, **hover))
     if len(bad := table[table["is_wrong"]]):
         letters = [named[name].letter for name in bad["backend"]]
-        figure.add_trace(cross(bad["label"], letters, table["seconds"], hoverinfo="x+text+name"))
+        figure.add_trace(cross(bad["label"], letters, 0 * table["seconds"], hoverinfo="x+text+name"))
     return figure
