@@ -157,7 +157,7 @@ def check_values(
     """Raise InputError for a label outside of the vocabulary, by default that of `logits`, or a temperature of a row
     that counts."""
     vocab = vocab or logits.shape[-1]
-    counts = labels != ignore_index
+    counts = labels.long() != ignore_index  # torch cuts it off for an int32: -2**63 would be 0
     bad = ((labels < 0) | (labels >= vocab)) & counts
     if bad.any():
         got, valid = _first("labels", labels, bad), f"0 to {vocab - 1} (the vocabulary has {vocab})"

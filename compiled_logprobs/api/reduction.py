@@ -24,5 +24,5 @@ def cross_entropy_of(
         return losses
     total = losses.sum()
     if reduction == "mean":
-        total = total / (labels != ignore_index).sum()
+        total = total / (labels.long() != ignore_index).sum()
     return total.to(dtype)

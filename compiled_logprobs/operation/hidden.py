@@ -291,7 +291,7 @@ def inputs_of(
     t = temperature.reshape(rows).contiguous() if isinstance(temperature, Tensor) else temperature
     counting = None
     if not (hidden.is_cuda and torch.cuda.is_current_stream_capturing()):  # where nothing waits for the device
-        counts = (y_NK != ignore_index).any(-1)
+        counts = (y_NK.long() != ignore_index).any(-1)  # torch cuts it off for an int32: -2**63 would be 0
         if not bool(counts.all()):
             counting = counts.nonzero().squeeze(-1)
             y_NK = y_NK.index_select(0, counting)

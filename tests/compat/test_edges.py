@@ -190,6 +190,18 @@ def test_errors_of_the_originals_stay_value_errors():
         rlinf.compute_logprobs_from_logits(X, LABELS, "triton")
 
 
+def test_heads_take_labels_in_int32():
+    """Token 0 too, which torch takes for what is ignored, a number that no int32 holds."""
+    hidden, weight, labels = torch.randn(1, 4, 8), torch.randn(20, 8), torch.tensor([[3, 0, 19, 7]])
+    for function in (
+        lambda labels: verl.linear_cross_entropy(hidden, weight, labels)[0],
+        lambda labels: verl.FusedLinearForPPO()(hidden, weight, labels)[0],
+    ):
+        assert torch.equal(function(labels.int()), function(labels))
+        with pytest.raises(InputError, match=r"labels\[.*2\] = 20; 0 to 19"):
+            function(torch.tensor([[1, 2, 20, 3]]).int())
+
+
 @pytest.fixture
 def world():
     """Two ranks, of which this is one; what they say to each other is made up."""
