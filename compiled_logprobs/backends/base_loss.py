@@ -34,7 +34,8 @@ class LossBackend(HiddenBackend):
         if problem.temperature != "none":
             return "has neither a temperature nor a scale of the logits; 1.0 is valid"
         if asked := results_of(problem):
-            return f"computes log-probabilities alone, without {', '.join(asked)}"
+            why = ", which a vocabulary that is split over ranks needs" if problem.logsumexp else ""
+            return f"computes log-probabilities alone, without {', '.join(asked)}{why}"
         return None
 
     def forward(

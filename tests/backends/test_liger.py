@@ -55,7 +55,8 @@ def test_the_real_kernel_passes_the_check_in_the_interpreter():
         ({"memory_limit": 2**30}, "keeps within no limit"),
         ({"labels_per_row": 3}, "takes one label a row, not 3"),
         ({"temperature": "per_token"}, "has neither a temperature nor a scale of the logits; 1.0 is valid"),
-        ({"entropy": True, "argmax": True}, "computes log-probabilities alone, without entropy, argmax"),
+        ({"entropy": True, "argmax": True}, "computes log-probabilities alone, without entropy, argmax$"),
+        ({"logsumexp": True}, "without logsumexp, which a vocabulary that is split over ranks needs"),
     ],
 )
 def test_what_does_not_fit_is_said(installed, changes, reason):
