@@ -79,7 +79,8 @@ def has_saved_tensor_hooks(otherwise: bool) -> bool:
     return otherwise if _top_hooks is None else _top_hooks(True) is not None
 
 
-def check_logits(logits: Tensor) -> None:
+def check_logits(logits: Tensor, *, least_columns: int = 1) -> None:
+    """Raise InputError for what are no logits. Of a vocabulary that is split over ranks one may have no columns."""
     if not isinstance(logits, Tensor):
         raise InputError(f"got logits of type {type(logits).__name__}; a torch.Tensor [..., V] is valid.")
     if is_dtensor(logits):
@@ -95,7 +96,7 @@ def check_logits(logits: Tensor) -> None:
             f"got logits of dtype {short_name(logits.dtype)}; {', '.join(map(short_name, DTYPES))} are valid. "
             "Convert them, e.g. logits.float()."
         )
-    if logits.ndim == 0 or logits.shape[-1] == 0:
+    if logits.ndim == 0 or logits.shape[-1] < least_columns:
         raise InputError(
             f"got logits of shape {list(logits.shape)}; [..., V] with a vocabulary V of at least 1 is valid. "
             "The last dimension is the vocabulary."

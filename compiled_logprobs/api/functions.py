@@ -68,9 +68,9 @@ def log_probs_from_logits(
         inplace_backward: write the gradient over `logits`, which saves its memory. Nothing else may need their values
             by then: whoever saved them for its own backward gets autograd's error (a second slice of the same tensor
             too), but a plain read afterwards finds the gradient and cannot be detected. Not for leaf tensors. Where
-            memory overlaps (an expanded tensor), where the last stride is not 1, and under hooks on saved tensors (as a
-            checkpoint has), the gradient gets memory of its own. In a graph of torch.compile it is a permission, used
-            by Inductor for logits that the graph computed, and that nothing needs any more.
+            memory overlaps (an expanded tensor), where the last stride is not 1, for a DTensor, and under hooks on
+            saved tensors (as a checkpoint has), the gradient gets memory of its own. In a graph of torch.compile it is
+            a permission, used by Inductor for logits that the graph computed, and that nothing needs any more.
         out_dtype: dtype of the results; None is the dtype of `logits`.
         backend: "auto", or the name of one of `backends()`, which then runs or raises. In the recomputation of a
             checkpoint "auto" is what the last forward took; in a CUDA graph's capture what is warm, or an error. In the
@@ -98,6 +98,7 @@ def log_probs_from_logits(
     if group is not None or vocab_size is not None or vocab_start_index is not None or is_dtensor(logits):
         if inplace_backward:
             check_not_leaf(logits)
+            inplace_backward = not is_dtensor(logits)  # whose version no write to its local tensor changes
         logits, part = part_of(logits, group, vocab_start_index, vocab_size)
         labels = of_all_rows(labels)
         temperature = of_all_rows(temperature) if isinstance(temperature, Tensor) else temperature
@@ -179,6 +180,8 @@ def _computed(
         check_not_leaf(logits)
     of_backend = wanted if part is None else part.wanted_of_backend(wanted)
     problem = problem_of(logits, labels, temperature, of_backend, masked_logits, inplace_backward, out_dtype)
+    if part is not None:
+        backend = part.backend_of(backend, problem)
     serving: ForwardBackward = Auto(problem, logits) if backend == "auto" else named_backend(backend, problem)
     results = compute(
         serving if part is None else Shard(serving, *part),
@@ -253,7 +256,7 @@ def entropy_from_logits(
     Arguments and errors are those of `log_probs_from_logits`. A token of probability 0 counts 0.
     """
     if not is_dtensor(logits):
-        check_logits(logits)
+        check_logits(logits, least_columns=int(group is None))
     _, entropy = log_probs_from_logits(
         logits,
         torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device),

@@ -135,6 +135,8 @@ def _computed(
         hidden, weight, bias, labels, temperature, of_backend, softcap, memory_limit, out_dtype
     )
     check_limit(problem)
+    if part is not None:
+        backend = part.backend_of(backend, problem)
     serving: Any = Auto(problem, hidden) if backend == "auto" else named_backend(backend, problem)
     serving = serving if part is None else HiddenShard(serving, *part)
     logits_backend = logits_backend_on(hidden.device)

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compiled_logprobs.arguments import is_dtensor, ranks_of
+from compiled_logprobs.arguments import check_logits, is_dtensor, ranks_of
+from compiled_logprobs.backends import EAGER, get_backend
 from compiled_logprobs.errors import InputError
 from compiled_logprobs.operation.contract import Wanted
+from compiled_logprobs.problem import Problem
 
 
 class Part(NamedTuple):
@@ -29,6 +31,13 @@ class Part(NamedTuple):
                 "valid there, since it would need a collective of its own. Ask for it on gathered logits."
             )
         return wanted._replace(logsumexp=True)
+
+    def backend_of(self, name: str, problem: Problem) -> str:
+        """The name of what computes this rank's columns: where it has none, eager, since a named one may need some."""
+        if name == "auto" or self.columns:
+            return name
+        get_backend(name, problem)  # raises where there is none of this name, as on the other ranks
+        return EAGER
 
     def error_in_graph(self) -> InputError:
         """What a call in a graph is told."""
@@ -52,6 +61,7 @@ def part_of(
                 "DTensor alone, whose placements say which columns lie here, or logits.to_local() and the group."
             )
         return _part_of_dtensor(logits)
+    check_logits(logits, least_columns=int(group is None))
     ranks = 1 if group is None else ranks_of(group)
     held = logits.shape[-1]
     if vocab_start_index is not None and (group is None or vocab_size is None):
@@ -80,7 +90,10 @@ def part_of(
 def part_of_weight(
     weight: Tensor, bias: Tensor | None, group: Any, vocab_start_index: int | None, vocab_size: int | None
 ) -> tuple[Tensor, Tensor | None, Part | None]:
-    """The same of a weight [columns, H] and a bias [columns]; a rank without columns has one with a bias of -inf."""
+    """The same of a weight [columns, H] and a bias [columns]; a rank without columns has one with a bias of -inf.
+
+    Both stay differentiable in what was given, though with nothing but zeros.
+    """
     if group is vocab_start_index is vocab_size is None:
         return weight, bias, None
     held = weight.shape[0]
@@ -88,7 +101,8 @@ def part_of_weight(
     columns = logits.shape[-1] if part is None else part.columns
     if columns == 0:
         weight = functional.pad(weight[:0], (0, 0, 0, 1))
-        return weight, weight.new_full((1,), -torch.inf), part
+        bias = weight.new_empty(0) if bias is None else bias[:0]
+        return weight, functional.pad(bias, (0, 1), value=-torch.inf), part
     if columns < held:
         weight, bias = weight[:columns], None if bias is None else bias[:columns]
     return weight, bias, part
@@ -116,8 +130,9 @@ def _part_of_dtensor(logits: Any) -> tuple[Tensor, Part | None]:
     ]
     held = [logits.placements[dim] for dim in split]
     if len(split) > 1 or not all(placement.is_shard(last) or placement.is_shard(-1) for placement in held):
+        summed = ", ".join("Replicate()" if each.is_partial() else repr(each) for each in logits.placements)
         remedy = (
-            "Call logits.redistribute(...) first, which adds the partial sums up"
+            f"Call logits.redistribute(placements=[{summed}]) first, which adds the partial sums up"
             if any(placement.is_partial() for placement in held)
             else "Pass logits.to_local() and the labels of its rows, and where the vocabulary is split as well, "
             "group=device_mesh.get_group(...) of that dimension, vocab_start_index and vocab_size"

@@ -187,7 +187,7 @@ class HiddenShard:
             return gradients
         total = gradients.hidden.to(accumulation_dtype(gradients.hidden.dtype))
         distributed.all_reduce(total, distributed.ReduceOp.SUM, group=self._group)
-        return gradients._replace(hidden=total.to(gradients.hidden.dtype))
+        return gradients._replace(hidden=gradients.hidden.copy_(total))
 
 
 def exchange(inputs: Inputs, part: Results, is_here: Tensor, wanted: Wanted, own: Span, group: Any) -> Results:
@@ -198,11 +198,9 @@ def exchange(inputs: Inputs, part: Results, is_here: Tensor, wanted: Wanted, own
     # What needs no maximum is done while it is under way: the operations are small, but each shows.
     rows = clean(inputs, own.vocab)
     sums = sums_of(rows, part, is_here, wanted)
-    layout = torch.tensor(
-        [own.columns, mark(own.start + own.columns) - mark(own.start)], dtype=torch.float64, device=top.device
-    )
+    layout = _layout_of(own, top)
     maximum.wait()
-    packed = torch.cat([*(added.flatten() for added in sums(top)), layout]).to(top.dtype)
+    packed = torch.cat([*(added.flatten() for added in sums(top)), *layout]).to(top.dtype)
     distributed.all_reduce(packed, distributed.ReduceOp.SUM, group=group)
     whole = packed.double()
     is_torn = _is_torn(own, whole[-2:])
@@ -210,12 +208,21 @@ def exchange(inputs: Inputs, part: Results, is_here: Tensor, wanted: Wanted, own
     return of_whole_rows(rows, wanted, top, whole if is_torn is None else whole.masked_fill(is_torn, math.nan))
 
 
+def _layout_of(own: Span, top: Tensor) -> list[Tensor]:
+    """This rank's part, as two numbers for `_is_torn` to see added up, on the device of `top`."""
+    numbers = [own.columns, mark(own.start + own.columns) - mark(own.start)]
+    if top.is_cpu:
+        return [torch.tensor(numbers, dtype=torch.float64)]
+    # Filled in there: a copy from the host would wait for the device, and could not be captured in a CUDA graph.
+    return [torch.full((1,), number, dtype=torch.float64, device=top.device) for number in numbers]
+
+
 def _is_torn(own: Span, layout: Tensor) -> Tensor | None:
     """Whether the parts of the ranks are not each column of the vocabulary once. On a CPU that is an error;
     elsewhere, where no value is looked at, it makes all rows NaN."""
     whole = [own.vocab, mark(own.vocab) - mark(0)]
     if not layout.is_cpu:
-        return (layout != layout.new_tensor(whole)).any()
+        return (layout[0] != whole[0]) | (layout[1] != whole[1])
     columns, marks = layout.tolist()
     if [columns, marks] != whole:
         wrong = f"of {int(columns)} columns in all" if columns != own.vocab else "that overlap"

@@ -82,34 +82,61 @@ def every_result_and_gradient_is_that_of_the_whole() -> None:
             for count in (1, 3):
                 compare(backend, group, kind, count, torch.float32)
         compare(backend, PAIR, "unequal", 1, torch.bfloat16)
+    per_token = torch.linspace(0.5, 2.0, ROWS)
+    of_each = ("eager", "cpp")[RANK % 2]
+    compare(of_each, WORLD, "unequal", 3, torch.float32, temperature=per_token, ignore_index=5, masked_logits=True)
+    compare(of_each, WORLD, "unequal", 1, torch.float16, out_dtype=torch.float16)
 
 
-def compare(backend: str, group: distributed.ProcessGroup, kind: str, count: int, dtype: torch.dtype) -> None:
+def compare(
+    backend: str,
+    group: distributed.ProcessGroup,
+    kind: str,
+    count: int,
+    dtype: torch.dtype,
+    *,
+    temperature: float | Tensor = TEMPERATURE,
+    ignore_index: int = -100,
+    out_dtype: torch.dtype = torch.float32,
+    masked_logits: bool = False,
+) -> None:
     x, y = inputs(count, dtype)
+    y = y.masked_fill(y == -100, ignore_index)
     start, end = bounds(group.size(), group.rank(), kind)
     generator = torch.Generator().manual_seed(1)
-    g, h, z = (torch.randn(*shape, generator=generator) for shape in ((ROWS, count), (ROWS,), (ROWS,)))
+    g, h, z = (torch.randn(*shape, generator=generator).to(out_dtype) for shape in ((ROWS, count), (ROWS,), (ROWS,)))
     leaf = x[:, start:end].clone().requires_grad_()
     part = leaf * 1
     before = part.detach().clone()
     where = {} if kind == "equal" else {"vocab_start_index": start, "vocab_size": VOCAB}
+    options = {
+        "temperature": temperature,
+        "masked_logits": masked_logits,
+        "out_dtype": out_dtype,
+        "backend": backend,
+        "group": group,
+        **where,
+    }
     out = clp.log_probs_from_logits(
         part,
         y,
-        temperature=TEMPERATURE,
+        ignore_index=ignore_index,
         return_entropy=True,
         return_logsumexp=True,
         return_sum_p_squared=True,
-        backend=backend,
-        group=group,
-        **where,
+        **options,
     )
     torch.autograd.backward([out.log_probs, out.entropy, out.logsumexp], [g, h, z])
     assert torch.equal(part.nan_to_num(), before.nan_to_num()), "the logits were changed"
-    true = reference(x, y, TEMPERATURE, grad_log_probs=g, grad_entropy=h, grad_logsumexp=z)
+    upstream = {"grad_log_probs": g.float(), "grad_entropy": h.float(), "grad_logsumexp": z.float()}
+    true = reference(x, y, temperature, ignore_index=ignore_index, **upstream)
     what = f"{backend}, {kind}, {count} labels, {dtype}"
     for name in ("log_probs", "entropy", "logsumexp", "sum_p_squared"):
-        assert_near(getattr(out, name), getattr(true, name), f"{name} of {what}")
+        assert_near(getattr(out, name), getattr(true, name), f"{name} of {what}", out_dtype)
+    if kind == "none on the last":
+        counts = (y != ignore_index).any(-1)
+        alone = clp.entropy_from_logits(part, **options)
+        assert_near(alone[counts], true.entropy[counts], f"entropy alone of {what}")
     assert_near(leaf.grad, true.gradient[:, start:end], f"gradient of {what}", dtype)
     assert_same_on(group, *out)
 
@@ -127,6 +154,7 @@ def from_hidden_states_it_is_that_of_the_whole_too() -> None:
     of_hidden, of_weight, of_bias = torch.autograd.grad(logits, exact, true.gradient)
     for backend, group, kind in (
         ("chunked_vocab", PAIR, "equal"),
+        ("chunked_vocab", PAIR, "none on the last"),
         ("whole", WORLD, "unequal"),
         ("auto", WORLD, "none on the last"),
     ):
@@ -149,10 +177,38 @@ def from_hidden_states_it_is_that_of_the_whole_too() -> None:
         for name in ("log_probs", "entropy"):
             torch.testing.assert_close(getattr(out, name).double(), getattr(true, name), rtol=1e-5, atol=1e-5, msg=what)
         torch.testing.assert_close(own[0].grad.double(), of_hidden, rtol=1e-5, atol=3e-5)
-        if end > start:
-            torch.testing.assert_close(own[1].grad.double(), of_weight[start:end], rtol=1e-5, atol=3e-5)
-            torch.testing.assert_close(own[2].grad.double(), of_bias[start:end], rtol=1e-5, atol=3e-5)
+        torch.testing.assert_close(own[1].grad.double(), of_weight[start:end], rtol=1e-5, atol=3e-5)
+        torch.testing.assert_close(own[2].grad.double(), of_bias[start:end], rtol=1e-5, atol=3e-5)
         assert_same_on(group, *out, own[0].grad)
+
+
+def options_and_no_rows_from_hidden_states_are_those_of_the_whole() -> None:
+    """A scale, and half precision by autocast; no label that counts, and none at all; the mean of a loss."""
+    generator = torch.Generator().manual_seed(6)
+    rows = 80  # more than a chunk
+    hidden, weight = torch.randn(rows, 32, generator=generator), torch.randn(VOCAB, 32, generator=generator)
+    y = torch.randint(VOCAB, (rows,), generator=generator)
+    y[3:7] = -100
+    start, end = bounds(RANKS, RANK, "unequal")
+    where = {"group": WORLD, "vocab_start_index": start, "vocab_size": VOCAB}
+
+    def check(some: slice, labels: Tensor, rtol: float, **options: object) -> None:
+        own, whole = ([x.clone().requires_grad_() for x in (hidden[some], w)] for w in (weight[start:end], weight))
+        loss = clp.cross_entropy_from_hidden(*own, labels, **where, **options)
+        of_own = torch.autograd.grad(loss, own)
+        true = clp.cross_entropy_from_hidden(*whole, labels, **{**options, "backend": "eager"})
+        of_hidden, of_weight = torch.autograd.grad(true, whole)
+        near = {"rtol": rtol, "atol": rtol * of_weight.abs().max().nan_to_num().item() + 1e-6, "equal_nan": True}
+        torch.testing.assert_close((loss, *of_own), (true, of_hidden, of_weight[start:end]), **near)
+        assert_same_on(WORLD, loss, of_own[0])
+
+    everything = slice(rows)
+    check(everything, y, 1e-5, logit_scale=2.0, softcap=3.0, backend="chunked_64")
+    check(everything, y, 1e-5, reduction="sum", temperature=TEMPERATURE, backend=("eager", "chunked_64")[RANK % 2])
+    check(everything, torch.full_like(y, -100), 1e-5, reduction="sum", backend="chunked_64")
+    check(slice(0), y[:0], 1e-5, reduction="sum")
+    with torch.autocast("cpu", torch.bfloat16):
+        check(everything, y, 2e-2, backend="whole")
 
 
 def padding_counts_as_no_column_and_gets_no_gradient() -> None:
@@ -171,7 +227,7 @@ def padding_counts_as_no_column_and_gets_no_gradient() -> None:
 
 
 def a_dtensor_says_itself_what_it_holds() -> None:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     x, y = inputs(1, torch.float32, special=False)
     mesh = init_device_mesh("cpu", (RANKS,))
@@ -186,6 +242,10 @@ def a_dtensor_says_itself_what_it_holds() -> None:
     square = init_device_mesh("cpu", (2, 2))
     out = clp.log_probs_from_logits(distribute_tensor(x, square, [Replicate(), Shard(1)]), y[:, 0])
     assert_near(out, true.log_probs[:, 0], "log_probs of two dimensions of a mesh")
+    leaf = (x / RANKS).requires_grad_()
+    summed = DTensor.from_local(leaf, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
+    out = clp.log_probs_from_logits(summed, y[:, 0])
+    assert_near(out, true.log_probs[:, 0], "log_probs of partial sums")
     both = distribute_tensor(x, square, [Shard(0), Shard(1)])
     raises("to_local.. and the labels.* group=device_mesh.get_group", lambda: clp.entropy_from_logits(both))
     raises(
@@ -272,6 +332,7 @@ if __name__ == "__main__":
         padding_counts_as_no_column_and_gets_no_gradient,
         a_dtensor_says_itself_what_it_holds,
         from_hidden_states_it_is_that_of_the_whole_too,
+        options_and_no_rows_from_hidden_states_are_those_of_the_whole,
         nothing_is_sent_but_one_maximum_and_one_sum,
         what_does_not_fit_is_an_error_on_all_ranks,
         a_rank_that_raises_keeps_nobody_for_longer_than_the_timeout,
