@@ -12,6 +12,9 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from queue import Empty, Queue
 from typing import Any, Literal
 
@@ -44,36 +47,43 @@ class Worker:
     """One process of the worker program; a context manager that ends it."""
 
     def __init__(self) -> None:
-        try:
-            # Python passes over entries of other types; and no variable can hold one with a separator in it.
-            entries = (entry for entry in sys.path if isinstance(entry, str) and os.pathsep not in entry)
-            folder = _current_folder()
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "compiled_logprobs.tuning.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                # It imports what this process would import, from no other place, and never tunes by itself.
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(os.path.join(folder, entry) for entry in entries),
-                    "PYTHONSAFEPATH": "1",
-                    MODE_VARIABLE: "off",
-                },
-                cwd=folder,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,  # a group of its own, to be killed as one; Ctrl-C is for the parent
-            )
-        except OSError as error:
-            raise WorkerLost("crashed", f"the worker program cannot be started: {error}") from error
+        # Python passes over entries of other types; and no variable can hold one with a separator in it.
+        entries = (entry for entry in sys.path if isinstance(entry, str) and os.pathsep not in entry)
+        folder = _current_folder()
+        start = partial(
+            subprocess.Popen[str],
+            [sys.executable, "-m", "compiled_logprobs.tuning.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # It imports what this process would import, from no other place, and never tunes by itself.
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(os.path.join(folder, entry) for entry in entries),
+                "PYTHONSAFEPATH": "1",
+                MODE_VARIABLE: "off",
+            },
+            cwd=folder,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # a group of its own, to be killed as one; Ctrl-C is for the parent
+        )
         self._lines: Queue[str | None] = Queue()
         """What it wrote, and None when it has ended: the end of the pipe may never come, children may hold it open."""
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        threading.Thread(target=self._read_events, daemon=True, name="worker events").start()
-        threading.Thread(target=self._read_errors, daemon=True, name="worker errors").start()
-        threading.Thread(target=self._await_end, daemon=True, name="worker end").start()
+        started: Future[subprocess.Popen[str]] = Future()
+        threading.Thread(target=self._start, args=(start, started), daemon=True, name="worker end").start()
+        try:
+            self._process = started.result()
+        except OSError as error:
+            raise WorkerLost("crashed", f"the worker program cannot be started: {error}") from error
+        try:
+            threading.Thread(target=self._read_events, daemon=True, name="worker events").start()
+            threading.Thread(target=self._read_errors, daemon=True, name="worker errors").start()
+        except RuntimeError:  # no room for another thread
+            self.end()
+            raise
 
     def __enter__(self) -> "Worker":
         return self
@@ -103,6 +113,9 @@ class Worker:
             process = psutil.Process(self._process.pid)
             for each in (process, *process.children(recursive=True)):
                 each.nice(19 if os.name == "posix" else psutil.IDLE_PRIORITY_CLASS)
+        with contextlib.suppress(OSError, AttributeError):  # Windows has no groups
+            if os.getpgid(self._process.pid) == self._process.pid:  # all threads of its group; Linux has one for each
+                os.setpriority(os.PRIO_PGRP, self._process.pid, 19)
 
     def end(self) -> None:
         """Kill the process and all that it started."""
@@ -138,8 +151,16 @@ class Worker:
             while line := stream.readline(LONGEST_LINE):
                 self._lines.put(line)
 
-    def _await_end(self) -> None:
-        self._process.wait()
+    def _start(self, start: Callable[[], "subprocess.Popen[str]"], started: "Future[subprocess.Popen[str]]") -> None:
+        """Start the process and wait for its end: what the system takes for its parent is the thread that started it,
+        not the process, and it ends with its parent."""
+        try:
+            process = start()
+        except BaseException as error:  # noqa: BLE001 - the caller's, who waits for it
+            started.set_exception(error)
+            return
+        started.set_result(process)
+        process.wait()
         time.sleep(GRACE_S)
         self._lines.put(None)
 

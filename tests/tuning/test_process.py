@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -90,14 +92,38 @@ def test_silence_is_a_timeout_and_a_job_that_is_none_ends_it_with_what_it_said(m
     assert not any(thread.is_alive() for thread in threads)
 
 
+TWO_THREADS = """
+import threading, time
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+print(flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have a priority for all threads of a process")
+def test_all_its_threads_give_way():
+    worker = object.__new__(Worker)
+    command, pipe = [sys.executable, "-c", TWO_THREADS], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True) as worker._process:
+        worker._process.stdout.readline()
+        worker.give_way()
+        threads = [int(task.name) for task in Path(f"/proc/{worker._process.pid}/task").iterdir()]
+        assert [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads] == [19, 19]
+        worker.end()
+
+
 @pytest.mark.slow
 def test_it_ends_when_there_is_nobody_to_send_jobs(monkeypatch, tmp_path):
-    """It starts though the current folder was removed."""
+    """It starts though the current folder was removed, and outlives the thread that started it."""
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    with Worker() as worker:
-        assert worker.next_event(within=START_S) == {"event": "ready"}
+    with ThreadPoolExecutor(1) as threads:
+        started = threads.submit(Worker).result()
+        event = threads.submit(started.next_event, within=START_S)
+    with started as worker:
+        assert event.result() == {"event": "ready"}
         worker._process.stdin.close()
         assert worker._process.wait(20.0) == 0
 
