@@ -121,16 +121,31 @@ class Measurement:
         self._candidates, self._plain, self._plain_s = dict(candidates), Run(PLAIN), plain_s
         self._on_step, self._look_at_results = on_step, look_at_results
         self._whole, self._logits_backend = whole or problem, logits_backend
-        self._left: set[str] = set()
+        self._left: dict[str, str] = {}
 
     def times(self) -> dict[str, list[float]]:
         """Seconds by candidate and round, of those that have run in every round."""
         timed = (run for run in self.runs.values() if run.alive and run.name not in self._left)
         return {run.name: run.seconds for run in timed if run.seconds}
 
-    def leave(self, name: str) -> None:
-        """Time it in no further round."""
-        self._left.add(name)
+    def leave(self, name: str, other: str) -> None:
+        """Time it in no further round, unless `other`, which is far ahead of it, fails."""
+        self._left[name] = other
+
+    def bring_back(self) -> bool:
+        """Time those again that were left for one that has failed, if there are any.
+
+        Only the rounds that they have had count for all.
+        """
+        back = [name for name, other in self._left.items() if not self.runs[other].alive]
+        if not back:
+            return False
+        common = min(len(self.runs[name].seconds) for name in back)
+        for run in (*self.runs.values(), self._plain):
+            del run.seconds[common:], run.host_seconds[common:]
+        for name in back:
+            del self._left[name]
+        return True
 
     def host_times(self) -> dict[str, list[float]]:
         """Seconds until the same calls returned; none on a CPU, where they would be the same ones."""
@@ -144,7 +159,7 @@ class Measurement:
         return {run.name: run.extra_bytes for run in self.runs.values() if run.alive}
 
     def rounds(self, most: int = 2**31) -> Generator[int, None, None]:
-        """Compile, measure memory, then time: yields the number of rounds done, after each.
+        """Compile, measure memory, then time: yields the number of rounds that count, after each.
 
         Ends after `most` rounds, or when no candidate is left. What making the inputs raises is raised here: it
         concerns all of them.
@@ -156,15 +171,15 @@ class Measurement:
             self._attempt(name, "memory", inputs)
         self._begin_plain(inputs)
         order = random.Random(self.seed)
-        for done in range(1, most + 1):
-            names = [name for name, run in self.runs.items() if run.alive and name not in self._left]
-            if not names:
+        for turn in range(1, most + 1):
+            runs = [run for run in self.runs.values() if run.alive and run.name not in self._left]
+            if not runs:
                 return
-            if self._plain.alive:
-                names.append(PLAIN)
+            done = 1 + len(runs[0].seconds)
+            names = [run.name for run in (*runs, self._plain) if run.alive]
             order.shuffle(names)
             for name in names:  # all on the same input: they are compared within the round
-                self._attempt(name, "time", inputs, done % BUFFERS)
+                self._attempt(name, "time", inputs, turn % BUFFERS)
             yield done
 
     def look_at(self, name: str) -> None:

@@ -24,9 +24,9 @@ MOST = 0.7
 """Share of the rounds in which a candidate that is not clearly faster has to be faster by the margin, to replace the
 baseline or the incumbent: under heavy-tailed noise, one median of equal candidates lies beyond the margin too often."""
 
-BEHIND, BEHIND_ROUNDS, BEHIND_SURE = 1.25, 8, 0.99
-"""How many times as long as another a candidate has to take, after at least so many rounds, with an interval that is so
-sure of itself, to be timed no further."""
+BEHIND, BEHIND_ROUNDS, BEHIND_SURE = 1.25, (8, 12), 0.99
+"""How many times as long as another a candidate has to take, both in so many first rounds and in all of so many or
+more, with intervals that are so sure of themselves, to be timed no further. A bad start alone costs nobody a place."""
 
 
 class Interval(NamedTuple):
@@ -79,18 +79,20 @@ def fewest_rounds(candidates: int) -> int:
 
 def far_behind(times: Mapping[str, Sequence[float]], keep: str | None = None) -> dict[str, str]:
     """Candidates that no round can save, each with one that is far ahead of it: their time is better spent on telling
-    the others apart. Never the first, which is the baseline, nor `keep`, nor one of only two."""
+    the others apart. Never the first, which is the baseline, nor `keep`, nor the fastest of the others."""
     baseline, *others = times
-    if len(times[baseline]) < BEHIND_ROUNDS or len(others) < 2:
+    first, least = BEHIND_ROUNDS
+    if len(times[baseline]) < least or len(others) < 2:
         return {}
     logs = {name: [math.log(seconds) for seconds in series] for name, series in times.items()}
-    fastest = min(logs, key=lambda name: median(logs[name]))
+    in_order = sorted(logs, key=lambda name: median(logs[name]))
+    fastest, kept = in_order[0], {baseline, keep, next(name for name in in_order if name != baseline)}
 
     def is_behind(name: str) -> bool:
         differences = [a - b for a, b in zip(logs[name], logs[fastest], strict=True)]
-        return interval(differences, BEHIND_SURE).low > math.log(BEHIND)
+        return all(interval(part, BEHIND_SURE).low > math.log(BEHIND) for part in (differences[:first], differences))
 
-    return {name: fastest for name in others if name != keep and is_behind(name)}
+    return {name: fastest for name in others if name not in kept and is_behind(name)}
 
 
 def select(

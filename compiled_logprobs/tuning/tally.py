@@ -101,8 +101,7 @@ class Tally:
         self.step, self._step_began = "start", time.monotonic()
         self._seconds.clear()
         self._host_seconds.clear()
-        self.alive += self._behind
-        self._behind.clear()
+        self._bring_back(list(self._behind))
         self._enter(in_rounds=False)
 
     @property
@@ -169,6 +168,7 @@ class Tally:
     def lose(self, name: str, outcome: Outcome, reason: str) -> None:
         self.alive.remove(name)
         self._note(name, outcome=outcome, reason=reason)
+        self._bring_back([behind for behind, other in self._behind.items() if other == name])
 
     def lose_program(self, outcome: Outcome, reason: str) -> bool:
         """Have the loss of the program cost the candidate at work; False if there is none.
@@ -277,6 +277,16 @@ class Tally:
             reason += f" in the first {len(series)} rounds, and timed no further"
             verdicts[name] = Candidate("slower", reason, speedup=speedup)
         return verdicts
+
+    def _bring_back(self, names: Sequence[str]) -> None:
+        """Have those that were behind run again: only the rounds that they have had count for all."""
+        common = min((len(self._seconds[name]) for name in names if name in self._seconds), default=None)
+        if common is not None:
+            for series in (*self._seconds.values(), *self._host_seconds.values()):
+                del series[common:]
+        for name in names:
+            del self._behind[name]
+        self.alive = [name for name in self.candidates if name in (*self.alive, *names)]
 
     def _enter(self, *, in_rounds: bool) -> None:
         now = time.monotonic()

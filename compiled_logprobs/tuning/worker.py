@@ -258,7 +258,8 @@ class Job:
         began = time.monotonic()
         with Watch(provider) as watch:
             for done in chain([] if first is None else [first], rounds):
-                self._lose_failed(measurement)
+                if self._lose_failed(measurement):
+                    continue
                 if done == 1:
                     for name, size in measurement.extra_bytes().items():
                         multiple = measurement.runs[name].extra_multiple
@@ -270,14 +271,14 @@ class Job:
                 self._emit("round", seconds=seconds, host_seconds=host_seconds, plain=plain[-1] if plain else None)
                 if times and self._problem.memory_limit is None:  # with one, the fastest may prove to take too much
                     for name, other in far_behind(times, keep=self._order["incumbent"]).items():
-                        measurement.leave(name)
+                        measurement.leave(name, other)
                         self._emit("behind", candidate=name, other=other)
                     times = measurement.times()
                 fewest = fewest_rounds(len(times))  # fewer cannot speak for any candidate
                 before, began = began, time.monotonic()
                 # By the second, when none of its code is new: others may be at work since the first calls were timed.
                 is_late = done == 2 and began + (fewest - done) * (began - before) > ends
-                helps = 2 * sum(seconds.values()) > began - before  # else it is what comes before each call
+                helps = 2 * sum([*seconds.values(), *plain[-1:]]) > began - before  # not what comes before each call
                 if is_late and helps and self._order["strict"] and self._sizes.smaller(problem) is not None:
                     rounds.close()
                     return False
@@ -346,10 +347,12 @@ class Job:
             **options,
         )
 
-    def _lose_failed(self, measurement: Measurement) -> None:
+    def _lose_failed(self, measurement: Measurement) -> bool:
+        """Whether others run again, which were far behind one that has failed, so that this round counts for nobody."""
         for name, run in measurement.runs.items():
             if not run.alive and name not in self._lost:
                 self._lose(name, run.outcome, run.reason)
+        return measurement.bring_back()
 
     def _lose(self, name: str, outcome: str, reason: object) -> None:
         self._lost.add(name)

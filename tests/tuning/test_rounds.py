@@ -90,9 +90,26 @@ def test_what_is_left_is_timed_in_no_further_round():
     measurement = Measurement(PLAIN, {"eager": Eager(), "other": Watched()}, seed=1)
     for done in measurement.rounds(5):
         if done == 2:
-            measurement.leave("other")
+            measurement.leave("other", "eager")
     assert {name: len(run.seconds) for name, run in measurement.runs.items()} == {"eager": 5, "other": 2}
     assert set(measurement.times()) == {"eager"}
+
+
+def test_what_was_left_for_one_that_fails_is_timed_again_beside_what_it_had_before():
+    candidates = {"eager": Eager(), "fast": Watched(), "slow": Watched()}
+    measurement = Measurement(PLAIN, candidates, seed=1, plain_s=60.0)
+    counted = []
+    for done in measurement.rounds(8):
+        counted.append(done)
+        if len(counted) == 3:
+            measurement.leave("slow", "fast")
+            assert not measurement.bring_back()
+        if len(counted) == 5:
+            measurement.runs["fast"].outcome = "failed"
+            assert measurement.bring_back() and not measurement.bring_back()
+    assert counted == [1, 2, 3, 4, 5, 4, 5, 6]
+    assert {name: len(series) for name, series in measurement.times().items()} == {"eager": 6, "slow": 6}
+    assert len(measurement.plain_times()) == len(measurement.runs["slow"].host_seconds) == 6
 
 
 @pytest.mark.parametrize("problem", [PLAIN, WITH_GRADIENT, IN_PLACE], ids=["forward", "with gradient", "in place"])

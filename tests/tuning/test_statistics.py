@@ -30,7 +30,7 @@ class Machine:
         self.drift = 0.0
 
     def round(self):
-        order = list(self.speedups)
+        order = list(self.times)
         self.random.shuffle(order)
         for name in order:
             self.drift = 0.95 * self.drift + self.random.gauss(0.0, 0.004)
@@ -41,9 +41,16 @@ class Machine:
                 noise += math.log1p(self.tails * (self.random.paretovariate(1.0) - 1.0))
             self.times[name].append(math.exp(noise) / self.speedups[name])
 
+    def leave(self, keep=None):
+        """Time in no further round what is far behind."""
+        for name in far_behind(self.times, keep):
+            del self.times[name]
+
     def tune(self, **options):
         for rounds in range(1, LOOKS[-1] + 1):
             self.round()
+            if rounds <= LOOKS[1]:  # all of them would take the test too long
+                self.leave(options.get("incumbent"))
             selection = select(self.times, **options)
             if selection is not None:
                 assert selection.rounds == rounds
@@ -60,12 +67,18 @@ def share(selections, name):
 
 
 def test_what_is_far_behind_needs_no_further_round_and_what_is_near_does():
-    times = steady(BEHIND_ROUNDS, far=2.0, near=0.6, fastest=0.5)
+    first, least = BEHIND_ROUNDS
+    times = steady(least, far=2.0, near=0.6, fastest=0.5)
     assert far_behind(times) == {"far": "fastest"}
-    assert far_behind(times, keep="far") == far_behind(steady(BEHIND_ROUNDS - 1, far=2.0, fastest=0.5)) == {}
+    assert far_behind(times, keep="far") == far_behind(steady(least - 1, far=2.0, fastest=0.5)) == {}
     times["far"][3] = 0.1  # one lucky round is enough to go on
     assert far_behind(times) == {}
     assert far_behind(steady(far=2.0)) == {}  # of two, both are looked at to the end
+    assert far_behind(steady(a=2.0, b=3.0)) == {"b": "eager"}, "eager is not to be the only one"
+    times = steady(least + 8, slow_at_first=0.6, fastest=0.5)
+    times["slow_at_first"][:first] = [9.0] * first  # as while memory is handed out
+    for rounds in range(1, least + 9):
+        assert far_behind({name: series[:rounds] for name, series in times.items()}) == {}
     wrongly = 0
     for seed in range(SEEDS):
         machine = Machine({"eager": 1.0, "a": 1.0, "b": 1.1}, seed, spikes=0.2)
@@ -155,6 +168,8 @@ def test_under_heavy_noise_equal_candidates_tie_and_a_slower_one_does_not_win(sp
             machine = Machine({"eager": 1.0, **speedups}, seed, spikes, tails)
             for _ in range(25):
                 machine.round()
+                if selections is equal:
+                    machine.leave()
             if "cpp" in speedups:  # whose gradient's memory has to be handed out
                 slow = machine.random.sample(range(25), 5)
                 machine.times["cpp"] = [6.0 * s if i in slow else s for i, s in enumerate(machine.times["cpp"])]

@@ -102,6 +102,17 @@ def test_one_that_is_far_behind_runs_again_where_the_program_is_lost(scripted):
     assert [name for name, _ in workers.jobs[1]["candidates"]] == ["eager", "b"]
 
 
+def test_one_that_was_far_behind_serves_where_that_other_proves_to_be_wrong(scripted):
+    """By the rounds that it had."""
+    behind = {"event": "behind", "candidate": "b", "other": "a"}
+    first, rest = rounds(12, eager=2.0, a=0.1, b=1.0, plain=3.0), rounds(8, eager=2.0, a=0.1, plain=3.0)
+    lost = {"event": "lost", "candidate": "a", "outcome": "wrong", "reason": "row 0 is off by 1"}
+    scripted([*ready("eager", "a", "b"), *first, behind, *rest, step("a", "full size"), lost])
+    decision, evidence = decide()
+    assert outcomes(decision) == {"eager": "slower", "a": "wrong", "b": "chosen"} and decision.rounds == 12
+    assert {name: len(series) for name, series in evidence.seconds.items()} == {"eager": 12, "b": 12, PLAIN: 12}
+
+
 def test_where_plain_torch_fails_in_a_round_it_has_no_line(scripted):
     scripted([*ready("eager", "a"), *rounds(19, eager=2.0, a=1.0, plain=3.0), *rounds(1, eager=2.0, a=1.0)])
     decision, evidence = decide("a")

@@ -20,11 +20,13 @@ from compiled_logprobs.machine.bandwidth import Bandwidth
 from compiled_logprobs.machine.clock import MIB, extra_peak_bytes, why_no_peak
 from compiled_logprobs.machine.environment import fingerprint_of
 from compiled_logprobs.problem import Problem, bucket, problem_to_dict
+from compiled_logprobs.tuning import rounds as rounds_module
 from compiled_logprobs.tuning import sizes as sizes_module
 from compiled_logprobs.tuning import tuner as tuner_module
 from compiled_logprobs.tuning import worker as worker_module
 from compiled_logprobs.tuning.sizes import sizes_of
-from compiled_logprobs.tuning.statistics import fewest_rounds
+from compiled_logprobs.tuning.statistics import BEHIND_ROUNDS, LOOKS, fewest_rounds
+from compiled_logprobs.tuning.tally import Tally
 from compiled_logprobs.tuning.tuner import Tuner
 from compiled_logprobs.tuning.worker import Job, bytes_of_check
 from tests.helpers.backends_for_tuning import (
@@ -233,15 +235,19 @@ def test_n_does_not_shrink_because_compiling_and_checking_took_long(monkeypatch,
     assert now[0] == 1000.0 and measuring["rows"] == problem.rows
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_n_shrinks_where_rounds_take_longer_than_the_first_calls_told(monkeypatch, strict):
+@pytest.mark.parametrize(("strict", "plain"), [(False, False), (True, False), (True, True)])
+def test_n_shrinks_where_rounds_take_longer_than_the_first_calls_told(monkeypatch, strict, plain):
     """As where other programs have begun to work: a budget that may not be exceeded has rounds enough all the same."""
-    now, forward = [0.0], Eager.forward
+    now, forward, plain_forward = [0.0], Eager.forward, rounds_module.plain
 
     def slowly(self, inputs, wanted):
         rows = inputs.logits.shape[:-1].numel()
         now[0] += rows / 256 if rows > 16 else 1e-4
         return forward(self, inputs, wanted)
+
+    def more_slowly(logits, *arguments, **options):
+        now[0] += 1.2 * len(logits) / 256
+        return plain_forward(logits, *arguments, **options)
 
     def timed(call, device, **options):
         before = now[0]
@@ -252,14 +258,50 @@ def test_n_shrinks_where_rounds_take_longer_than_the_first_calls_told(monkeypatc
     monkeypatch.setattr(clock, "time_call", timed)
     monkeypatch.setattr(worker_module, "measured_bandwidth", lambda device: Bandwidth(1e10, 1e10, 1e10, 1))
     monkeypatch.setattr(Eager, "forward", slowly)
+    monkeypatch.setattr(rounds_module, "plain", more_slowly)
     monkeypatch.setitem(sizes_module.PILOT_LOGITS, "cpu", 2**14)
-    told = run_here(Problem("cpu", 256, 1024, torch.float32), seconds=12.0, strict=strict)
+    seconds = 24.0 if plain else 12.0
+    told = run_here(Problem("cpu", 256, 1024, torch.float32), seconds=seconds, strict=strict, plain=plain)
     *_, measuring = of("measuring", told)
     rounds = of("round", told[told.index(measuring) :])
     assert (measuring["rows"] < 256) == strict and len(rounds) >= fewest_rounds(1)
+    if plain:
+        return  # there is no time for the rest
     without, with_bandwidth = told[-3], told[-1]
     assert without["event"] == with_bandwidth["event"] == "circumstances", "what nobody chooses by comes last"
     assert not without["bandwidth"] and with_bandwidth["bandwidth"]["read"] == 1e10
+
+
+def test_what_was_behind_one_that_fails_runs_again_and_the_listener_counts_the_same_rounds(monkeypatch):
+    at, timed_calls = [], []
+
+    def timed(call, device, **options):
+        call()
+        timed_calls.append(at[-1])
+        if (
+            at[-1] == ("fast", "time") and timed_calls.count(at[-1]) > 2 + BEHIND_ROUNDS[-1] + 3
+        ):  # two before the rounds
+            raise RuntimeError("it broke")
+        seconds = {"eager": 1.0, "fast": 0.1, "slow": 0.5}[at[-1][0]]
+        return clock.Time(seconds, seconds)
+
+    monkeypatch.setattr(Job, "_step", lambda self, name, step: at.append((name, step)))
+    monkeypatch.setattr(clock, "time_call", timed)
+    monkeypatch.setattr(clock, "flush_cache", lambda device: None)
+    monkeypatch.setattr(worker_module, "measured_bandwidth", lambda device: Bandwidth(1e10, 1e10, 1e10, 1))
+    target = "tests.helpers.backends_for_tuning:Right"
+    names, problem = ["eager", "fast", "slow"], Problem("cpu", 64, 512, torch.float32)
+    with registered(fast=target, slow=target):
+        told = run_here(problem, candidates=[[name, target] for name in names], checked=names, seconds=1000.0)
+        tally = Tally(problem, names, None)
+        for event in told:
+            tally.hear(event)
+        decision, evidence = tally.decide(CPU, short=True, tuning_seconds=1.0)
+    assert [event["other"] for event in of("behind", told)] == ["fast"]
+    assert decision.candidates["fast"].outcome == "failed" and decision.chosen == "slow" and decision.settled
+    assert {name: len(series) for name, series in evidence.seconds.items()} == dict.fromkeys(
+        ("eager", "slow"), LOOKS[0]
+    )
 
 
 def test_the_first_calls_keep_an_accelerator_busy(monkeypatch):
