@@ -136,6 +136,16 @@ class Memory:
                 self.choices.pop(key, None)
         self.cool()
 
+    def undecided_of(self, problem: Problem) -> Undecided | None:
+        """What measuring came to for the bucket of `problem`; or at another N, as long as that is getting ready."""
+        top = bucket(problem)
+        if top in self.undecided:
+            return self.undecided[top]
+        for other, tried in list(self.undecided.items()):
+            if other._replace(rows=top.rows) == top and tried.is_getting_ready():
+                return tried._replace(reason=f"at {other.rows} rows {tried.reason}")
+        return None
+
     def put_aside(self, backend: str, problem: Problem, error: BaseException) -> bool:
         """Let `backend`, which raised `error`, not serve the bucket of `problem`; whether that is new, at any N."""
         top = bucket(problem)

@@ -232,7 +232,7 @@ def is_checked(context: Context, choice: Choice) -> bool | None:
         return True
     if decision is not None and decision.problem._replace(rows=problem.rows) == problem:
         return True
-    tried = context.memory.undecided.get(bucket(problem))
+    tried = context.memory.undecided_of(problem)
     if tried is not None and choice.backend in tried.headway.passed:
         return True
     return context.memory.checks.get((choice.backend, problem._replace(rows=0), False))
@@ -269,7 +269,7 @@ def why_not_measure(context: Context) -> str | None:
         return f"the process has used up its {PROBLEMS_A_PROCESS * policy.budget_s:g} s for measuring"
     if is_settled(context):
         return "it has been measured already, without a choice that may serve now"
-    if (tried := context.memory.undecided.get(bucket(problem))) is not None:
+    if (tried := context.memory.undecided_of(problem)) is not None:
         return tried.why
     return None
 
@@ -369,7 +369,7 @@ def _others_can_run(problem: Problem) -> bool:
 def _first_that_passes(context: Context, choices: Iterable[Choice]) -> Choice | None:
     """The first whose backend passes the short check, which a walk that only looks leaves open; eager for a while where
     memory is too short for the check, or where what is not ready is compiled and checked in the background."""
-    tried = context.memory.undecided.get(bucket(context.problem))
+    tried = context.memory.undecided_of(context.problem)
     for choice in choices:
         passes = is_checked(context, choice)
         if passes is None and context.tune is not None:

@@ -192,6 +192,7 @@ def tune_in_call(context: Context, standing: Decision | None) -> Choice | str:
                 return _as_stored(context)
             if not is_alone:
                 raise TuningFailed("another process was measuring on this device all the time")
+            headway.read()  # who had the lock may have been at the same kind of problem
             with Tuner(device, short=True) as tuner:
                 left = max(0.0, began + seconds - time.monotonic()) if in_all else seconds
                 try:
@@ -238,7 +239,8 @@ def meanwhile(context: Context, choice: Choice) -> Choice:
         return choice
     thread = context.memory.compiling.get(key)
     if thread is None:
-        if context.tune is None or (headway := headway_of(context.environment, problem)).has_compiled(name):
+        headway = headway_of(context.environment, problem, begins=False)
+        if context.tune is None or headway.has_compiled(name):
             return choice
         if device.type != "cpu":
             say(f"{name}, which serves {describe(problem)}, is compiled in this call, the first time on this machine")

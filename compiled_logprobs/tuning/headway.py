@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from compiled_logprobs.backends import code_of, is_built_in
+from compiled_logprobs.decision import Check, from_plain, parse_json
 from compiled_logprobs.errors import ProfileError
 from compiled_logprobs.policy import BUDGET_S
-from compiled_logprobs.problem import Problem, problem_name
+from compiled_logprobs.problem import Problem, bucket, problem_name
 from compiled_logprobs.store.files import LIMIT, read_bytes, write_bytes
 from compiled_logprobs.tuning.process import Event
 
@@ -23,6 +24,16 @@ MOST_CUTS = 2
 one decides without it."""
 SHRINKS = 2
 """After so many processes that had less and less to time, and no time for it, the next ones have more time."""
+MOST_SLOW = 16
+"""More processes than are ever too slow for one problem: what a broken file says beyond it counts as so many."""
+
+_FIELDS = {
+    "loaded": {"fingerprint"},
+    "compiled": set[str](),
+    "first_call": {"seconds"},
+    "checked": {"rows", "fewer_for_memory", "checks", "repeatable", "row_invariant"},
+}
+"""What an event that is left behind says beside its kind and its candidate. The second kind is of no worker program."""
 
 
 @dataclass
@@ -30,6 +41,7 @@ class Headway:
     """Of one kind of problem, whatever its N.
 
     What cannot be read was never there; where nothing can be left behind, nobody is the first, and nothing is known.
+    Several processes may write, since some go on in the background: each reads again before it adds its own.
     """
 
     path: Path | None
@@ -52,16 +64,19 @@ class Headway:
         if kind == "loaded" and self._fingerprint(name) != event["fingerprint"]:
             self.said[name] = {kind: event}
         elif kind == "first_call" or (kind == "checked" and all(check["passed"] for check in event["checks"])):
-            said = self.said.setdefault(name, {})
-            if kind not in said:  # it has come further than ever
-                said[kind] = event
+            if kind not in self.said.get(name, {}):  # it has come further than ever
+                self.read()
+                self.said.setdefault(name, {})[kind] = event
                 self.cut.pop(name, None)
                 self.keep()
-        elif kind == "lost":
-            self.said.pop(name, None)
+        elif kind == "lost" and name in self.said:
+            self.read()
+            del self.said[name]
+            self.keep()
 
     def note_cut(self, name: str | None, *, in_rounds: bool) -> None:
         """Note that a budget ended while the candidate `name` was at work."""
+        self.read()
         if in_rounds:
             self.too_slow += 1
         elif name is not None:
@@ -70,6 +85,7 @@ class Headway:
 
     def settle(self) -> None:
         """Keep what is compiled alone: the problem is decided."""
+        self.read()
         self.cut, self.too_slow = {}, 0
         for said in self.said.values():
             said.pop("checked", None)
@@ -84,11 +100,13 @@ class Headway:
 
     def has_compiled(self, name: str) -> bool:
         """Whether the backend called `name` has run here, so that it finds what it compiles in its cache."""
-        return self.path is None or "first_call" in self.said.get(name, {})
+        return self.path is None or bool({"first_call", "compiled"} & self.said.get(name, {}).keys())
 
     def note_compiled(self, name: str, fingerprint: str) -> None:
         """Note that the backend called `name`, of this code, is compiled outside of the worker program."""
-        self.said[name] = {"loaded": {"fingerprint": fingerprint}, "first_call": {}}
+        self.read()
+        said = {"loaded": {"fingerprint": fingerprint}, "compiled": {}}
+        self.said[name] = {kind: {"event": kind, "candidate": name, **event} for kind, event in said.items()}
         self.keep()
 
     @property
@@ -96,12 +114,27 @@ class Headway:
         """The candidates that have passed the check."""
         return [name for name, said in list(self.said.items()) if "checked" in said]
 
+    def read(self) -> bool:
+        """Take over what processes have left behind by now; whether any has begun."""
+        try:
+            data = None if self.path is None else read_bytes(self.path, LIMIT)
+            if data is None:
+                return False
+            kept = from_plain(parse_json(data), _Kept)
+        except ProfileError:
+            return True
+        self.cut, self.too_slow = kept.cut, min(max(0, kept.too_slow), MOST_SLOW)
+        for name, events in kept.said.items():
+            if self._is_known(name, events):
+                self.said[name] = events | self.said.get(name, {})
+        return True
+
     def keep(self) -> bool:
         """Leave it behind; whether that is possible."""
         if self.path is None:
             return False
         with suppress(OSError):
-            kept = {name: value for name, value in asdict(self).items() if name in _KEPT}
+            kept = asdict(_Kept(self.said, self.cut, self.too_slow))
             write_bytes(self.path, json.dumps(kept, allow_nan=False).encode())
             return True
         self.path = None
@@ -111,32 +144,38 @@ class Headway:
         fingerprint: str | None = self.said.get(name, {}).get("loaded", {}).get("fingerprint")
         return fingerprint
 
+    def _is_known(self, name: str, events: dict[str, Event]) -> bool:
+        """Whether that was said of a candidate's present code, and in the form of this release."""
+        fingerprint = events.get("loaded", {}).get("fingerprint")
+        if not is_built_in(name) or fingerprint != code_of(name, self.problem):
+            return False
+        for kind, event in events.items():
+            is_its = event.get("event") == kind and event.get("candidate") == name
+            if not is_its or kind not in _FIELDS or not event.keys() >= _FIELDS[kind]:
+                return False
+        with suppress(ProfileError):
+            from_plain(events.get("checked", {}).get("checks", ()), tuple[Check, ...])
+            return self._fingerprint(name) in (None, fingerprint)
+        return False
 
-_KEPT = ("said", "cut", "too_slow")
+
+@dataclass
+class _Kept:
+    """What lies in the file."""
+
+    said: dict[str, dict[str, Event]]
+    cut: dict[str, int]
+    too_slow: int
 
 
-def headway_of(environment: str, problem: Problem) -> Headway:
+def headway_of(environment: str, problem: Problem, *, begins: bool = True) -> Headway:
     """What was left behind for the kind of `problem`, in the environment of this fingerprint; a mark that somebody has
-    begun, from now on."""
-    kind, folder = problem._replace(rows=0), cache_folder()
-    if folder is None:
-        return Headway(None, kind)
-    headway = Headway(folder / "compiled-logprobs" / environment / f"{problem_name(kind)}.json", kind)
-    assert headway.path is not None
-    try:
-        data = read_bytes(headway.path, LIMIT)
-        if data is not None:
-            kept = json.loads(data)
-            headway.cut = {str(name): int(count) for name, count in kept["cut"].items()}
-            headway.too_slow = int(kept["too_slow"])
-            said = {name: dict(events) for name, events in kept["said"].items() if is_built_in(name)}
-            headway.said = {
-                name: events for name, events in said.items() if events["loaded"]["fingerprint"] == code_of(name, kind)
-            }
-            return headway
-    except (ProfileError, ValueError, TypeError, KeyError, AttributeError):
-        return Headway(headway.path, kind)
-    headway.is_first = headway.keep()
+    begun, from now on, unless this only looks."""
+    kind, folder = bucket(problem)._replace(rows=0), cache_folder()
+    path = None if folder is None else folder / "compiled-logprobs" / environment / f"{problem_name(kind)}.json"
+    headway = Headway(path, kind)
+    if not headway.read() and begins:
+        headway.is_first = headway.keep()
     return headway
 
 

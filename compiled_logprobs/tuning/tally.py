@@ -91,8 +91,9 @@ class Tally:
         for event in (event for said in headway.said.values() if "checked" in said for event in said.values()):
             if event["candidate"] in self.alive:
                 self.hear(event)
-        for name, count in headway.cut.items():
-            if name in self.alive and count >= MOST_CUTS:
+        out = {name: count for name, count in headway.cut.items() if name in self.alive and count >= MOST_CUTS}
+        if len(out) < len(self.alive):  # else none would ever be tried again
+            for name, count in out.items():
                 self.lose(name, "timeout", f"it was not ready in time in {count} processes")
 
     def begin(self) -> None:

@@ -260,7 +260,12 @@ def get_ready_apart(worker: Worker, headway: Headway | None) -> threading.Thread
 
     atexit.register(end)
     thread = threading.Thread(target=finish, daemon=True, name="getting ready")
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # no room for another thread
+        atexit.unregister(end)
+        worker.end()
+        raise
     return thread
 
 

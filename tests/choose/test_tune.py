@@ -1,5 +1,6 @@
 """Measuring: once, within a budget, alone on the device; on demand; and of a stale decision only what has changed."""
 
+import contextlib
 import dataclasses
 import sys
 import threading
@@ -106,6 +107,33 @@ def test_what_is_ready_serves_until_the_rest_is_compiled(fake, left_behind, cloc
     assert chosen() == ("cpp", "default rule")
 
 
+def test_another_n_is_not_measured_beside_what_is_compiled_in_the_background(fake, left_behind, clock, monkeypatch):
+    """What passes the check there serves it, too."""
+    monkeypatch.setattr("compiled_logprobs.choose.rule.check_backend", lambda *_, **__: pytest.fail("it checked"))
+    others = [LARGE._replace(rows=rows) for rows in (2048, 4096, 8192)]
+    fake.answer, fake.getting_ready = raising(TuningFailed("the budget ended")), Mock()
+    assert [chosen(), chosen(others[0])] == [("eager", "default rule")] * 2 and len(fake.asked) == 1
+    why = rule.why_not_measure(rule.context_of(others[0], CPU, Policy()))
+    assert why.startswith("at 1024 rows measuring came to no decision: the budget ended; the rest is compiled in the b")
+    memory.MEMORY.undecided[LARGE].headway.said["cpp"] = {"checked": {}}
+    assert chosen(others[1]) == ("cpp", "default rule") and len(fake.asked) == 1
+    fake.getting_ready.is_alive.return_value, fake.answer = False, decided
+    clock[0] += memory.READY_S + 1
+    assert chosen(others[2])[1] == "tuned here" and len(fake.asked) == 2
+    assert "came to no decision" in rule.why_not_measure(rule.context_of(LARGE, CPU, Policy()))
+
+
+def test_what_another_process_left_behind_while_this_waited_for_it_counts(fake, left_behind, monkeypatch):
+    @contextlib.contextmanager
+    def wait(device, within):
+        headway_of(fingerprint_of(CPU), LARGE).note_cut(None, in_rounds=True)
+        yield True
+
+    monkeypatch.setattr(tune, "alone_on", wait)
+    chosen()
+    assert fake.options[0]["in_all"] and fake.options[0]["headway"].too_slow == 1
+
+
 def test_the_first_process_has_its_budget_for_all_of_it(fake, left_behind, monkeypatch, capsys):
     """What it leaves undecided is stored by the next one, which has time to compile."""
     fake.answer = undecided
@@ -141,7 +169,9 @@ def test_what_a_decision_chose_is_compiled_in_the_background(
     going_on.is_alive.return_value = False
     clock[0] += memory.READY_S + 1
     assert chosen() == ("compiled", "near") and len(started) == 1
-    headway_of(fingerprint_of(CPU), LARGE).note_compiled("compiled", Compiled().fingerprint())
+    left = headway_of(fingerprint_of(CPU), LARGE)
+    assert left.is_first, "nobody has begun to measure"
+    left.note_compiled("compiled", Compiled().fingerprint())
     monkeypatch.setattr(memory, "MEMORY", Memory())
     assert chosen() == ("compiled", "near") and len(started) == 1
 

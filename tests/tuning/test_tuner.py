@@ -19,9 +19,10 @@ from compiled_logprobs.machine import clock
 from compiled_logprobs.problem import Problem
 from compiled_logprobs.tuning import headway as headway_module
 from compiled_logprobs.tuning import tuner as tuner_module
-from compiled_logprobs.tuning.headway import MOST_CUTS, headway_of
+from compiled_logprobs.tuning.headway import MOST_CUTS, MOST_SLOW, headway_of
 from compiled_logprobs.tuning.statistics import fewest_rounds
-from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on
+from compiled_logprobs.tuning.tally import Tally
+from compiled_logprobs.tuning.tuner import Tuner, TuningFailed, alone_on, get_ready_apart
 from tests.helpers.backends_for_tuning import FOLDER_VARIABLE, has_ended, pids, registered
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.scripted_worker import CHECK, CRASH, HANG, ScriptedWorkers, Takes, checked, ready, rounds, step
@@ -455,12 +456,83 @@ def test_what_was_left_behind_counts_for_the_same_code_alone(left_behind, monkey
     assert headway_of("here", PROBLEM).passed == ["eager"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"said": {"cpp": 3}, "cut": {}, "too_slow": 0}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{}", b"[]", b"[" * 100_000, b'{"said": {"cpp": 3}, "cut": {}, "too_slow": 0}'),
+        *(b'{"said": {}, "cut": {"cpp": 1e999}, "too_slow": 0}', b'{"said": {}, "cut": {}, "too_slow": Infinity}'),
+    ],
+)
 def test_what_cannot_be_read_was_never_left_behind(left_behind, content):
     headway = headway_of("here", PROBLEM)
     headway.path.write_bytes(content)
     again = headway_of("here", PROBLEM)
-    assert not (again.said or again.is_first or again.has_compiled("cpp"))
+    assert not (again.said or again.cut or again.is_first or again.has_compiled("cpp"))
+
+
+def known(*names):
+    """What is said of our own until they have passed the check, but for the steps."""
+    events = (event for event in checked(*names) if event["event"] != "step")
+    return [
+        {**event, "fingerprint": code_of(event["candidate"])} if "fingerprint" in event else event for event in events
+    ]
+
+
+@pytest.mark.parametrize(
+    "check", [{}, {"event": "checked", "candidate": "cpp"}, {**known("cpp")[-1], "checks": [{"name": 3}]}]
+)
+def test_what_another_release_left_behind_in_another_form_is_not_known(left_behind, check):
+    headway = headway_of("here", PROBLEM)
+    headway.said = {"cpp": {event["event"]: event for event in known("cpp")}}
+    headway.keep()
+    assert headway_of("here", PROBLEM).passed == ["cpp"]
+    headway.said["cpp"]["checked"], headway.too_slow = check, 10**6
+    headway.keep()
+    again = headway_of("here", PROBLEM)
+    assert again.passed == [] and again.too_slow == MOST_SLOW and again.budget(20.0) == 20.0
+    assert Tally(PROBLEM, ["eager", "cpp"], None, 20.0, headway=again).passed == []
+
+
+def test_what_a_call_compiled_and_a_later_program_checked_has_passed(left_behind):
+    headway = headway_of("here", PROBLEM)
+    headway.note_compiled("cpp", code_of("cpp"))
+    headway = headway_of("here", PROBLEM)
+    assert headway.has_compiled("cpp") and not headway.passed
+    for event in known("cpp"):
+        headway.hear(event)
+    tally = Tally(PROBLEM, ["eager", "cpp"], None, 20.0, headway=headway_of("here", PROBLEM))
+    assert tally.passed == ["cpp"] and tally.candidates["cpp"].first_call_seconds == 2.0
+
+
+def test_one_that_goes_on_in_the_background_keeps_what_others_have_written_meanwhile(left_behind):
+    background, other = headway_of("here", PROBLEM), headway_of("here", PROBLEM)
+    for event in known("eager"):
+        other.hear(event)
+    other.note_cut("compiled", in_rounds=False)
+    other.note_cut(None, in_rounds=True)
+    for event in known("cpp"):
+        background.hear(event)
+    other.note_cut("compiled", in_rounds=False)
+    left = headway_of("here", PROBLEM)
+    assert (left.passed, left.cut, left.too_slow) == (["eager", "cpp"], {"compiled": 2}, 1)
+
+
+def test_where_all_were_cut_all_are_tried_again(left_behind):
+    headway = headway_of("here", PROBLEM)
+    headway.cut = {"eager": MOST_CUTS, "cpp": MOST_CUTS + 1}
+    assert Tally(PROBLEM, ["eager", "cpp"], None, 20.0, headway=headway).alive == ["eager", "cpp"]
+    assert Tally(PROBLEM, ["eager", "cpp", "compiled"], None, 20.0, headway=headway).alive == ["compiled"]
+
+
+def test_without_room_for_a_thread_nothing_goes_on(scripted, monkeypatch):
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    workers = scripted([])
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(RuntimeError, match="new thread"):
+        get_ready_apart(workers._start(), None)
+    assert workers.ended == 1
 
 
 def test_where_nothing_can_be_left_behind_nobody_is_the_first(left_behind):
