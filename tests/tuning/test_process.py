@@ -109,8 +109,9 @@ def test_all_its_threads_give_way():
         worker._process.stdout.readline()
         worker.give_way()
         threads = [int(task.name) for task in Path(f"/proc/{worker._process.pid}/task").iterdir()]
-        assert [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads] == [19, 19]
+        priorities = [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads]
         worker.end()
+    assert priorities == [19, 19]
 
 
 @pytest.mark.slow
