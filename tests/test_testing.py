@@ -37,7 +37,7 @@ def test_a_right_function_passes_as_it_is_called():
         (lambda x, y: (good(x, y), None), r"returns 2 results \(\[12\], NoneType\) where one is expected"),
         (
             lambda x, y: good(x.cuda(), y.cuda()).cpu(),
-            r"raises .*\. The inputs are on a CPU: check it on a machine with",
+            r"raises .*\. The inputs are on a CPU: check it where its device is",
         ),
     ],
     ids=["meta", "a tuple", "cuda"],

@@ -75,7 +75,7 @@ def likely_causes(
             causes.append(f"{'fails' if 'result_type' in failed else 'raises'} for an ordinary input: {raised}")
             if device.type == "cpu" and any(word in str(raised).lower() for word in ("cuda", "triton", "gpu")):
                 causes[-1] += (
-                    ". The inputs are on a CPU: check it on a machine with its device, or name that by --device"
+                    ". The inputs are on a CPU: check it where its device is, or name that by device= (--device)"
                 )
     causes += [words for name, words in ALWAYS.items() if name in failed]
     return list(dict.fromkeys(causes))
@@ -88,14 +88,14 @@ def _about_calling(probe: Probe, failed: frozenset[str], ignore_index: bool) -> 
         for what, expressions in probe.function.other_calls:
             other = replace(probe, function=probe.function.called_with(**expressions))
             if other.raises(other.logits, other.labels) is None:
-                yield f'takes {what}: say --call "{other.function.call}"'
+                yield f'takes {what}: say call="{other.function.call}" (--call)'
                 return
         return
     raised = probe.raises(probe.logits, probe.some_ignored) if ignore_index else None
     if raised is not None:
         yield (
             f"has no ignored labels, and raises {raised.partition(':')[0]} for those of {IGNORE_INDEX}: mask them "
-            "first, or leave them out of the check with --no-ignore-index"
+            "first, or leave them out of the check with ignore_index=False (--no-ignore-index)"
         )
     for count, what in ((0, "an empty batch"), (1, "a batch of one row")):
         raised = probe.raises(probe.logits[:count], probe.labels[:count])
@@ -191,7 +191,7 @@ def _about_ignored(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
     if "ignored_rows" not in failed:
         return
     rows, ignored = probe.run(labels=probe.some_ignored).rows(), probe.some_ignored == IGNORE_INDEX
-    remedy = "Mask them, or check with --no-ignore-index"
+    remedy = "Mask them, or check with ignore_index=False (--no-ignore-index)"
     for name in results_of(probe.problem):
         result, due = probe.run(labels=probe.some_ignored, asked=name).other(), -1 if name == "argmax" else 0
         if result is not None and bool((result[ignored] != due).any()):

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from compiled_logprobs.check.cases import BLOCK_EDGES
 from compiled_logprobs.check.probe import ROWS, Got, Probe
-from compiled_logprobs.check.readings import CLOSE, COARSELY, LOSS, OF_FLOAT32, imprecision, log_probs_of, read, same
+from compiled_logprobs.check.readings import (
+    CLOSE,
+    COARSELY,
+    LOG_PROB,
+    LOSS,
+    OF_FLOAT32,
+    imprecision,
+    log_probs_of,
+    read,
+    same,
+)
 
 VALUES = frozenset({"log_prob_error", "log_prob_rmse"})
 FAR, NEAR = 1e4, 200.0
@@ -34,8 +44,7 @@ def about_values(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
         yield from _about_the_last_rows(rows, log_probs_of(got.model, probe.labels, probe.temperature))
         return
     for words in reading.words:
-        log_prob = "returns the log-probability: negative where a loss must be positive. Say --returns log_prob"
-        yield log_prob if probe.sign < 0 and words == LOSS else words
+        yield LOG_PROB if probe.sign < 0 and words == LOSS else words
     if reading.words:
         return
     first, coarse = got.first(), list[str]()

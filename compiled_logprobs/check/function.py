@@ -25,7 +25,7 @@ RETURNS = {f"return_{name}": name for name in RESULTS}
 OPTIONS = ("temperature", "ignore_index", *RETURNS, "masked_logits", "inplace_backward", "out_dtype")
 """What a call may name beside f, logits and labels."""
 
-CALL = "--call"
+CALL = "<call>"
 """Stands for a file in the traceback of what a call raises."""
 
 
@@ -42,7 +42,7 @@ class Function:
     """What a call has to name beside f."""
     known: tuple[str, ...] = OPTIONS
     """What else it may name."""
-    example = "e.g. --call \"f(labels, logits, temp=temperature, reduction='none')\""
+    example = "e.g. call=\"f(labels, logits, temp=temperature, reduction='none')\" (--call)"
 
     def __init__(self, function: Callable[..., Any], call: str | None = None, returns: Returns = "log_prob") -> None:
         if returns not in ("log_prob", "loss"):

@@ -105,7 +105,7 @@ class HiddenFunction(Function):
 
     given = ("hidden", "weight", "labels")
     known = OPTIONS_FROM_HIDDEN
-    example = 'e.g. --call "f(hidden, weight, labels, bias=bias, temperature=temperature)"'
+    example = 'e.g. call="f(hidden, weight, labels, bias=bias, temperature=temperature)" (--call)'
     frozen = False
     """Whether no gradient in the weight is asked for."""
 

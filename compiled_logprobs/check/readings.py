@@ -34,7 +34,10 @@ LESS_EXACT = (
 )
 LOSS = (
     "returns the loss: positive where a log-probability must be negative, as abs() leaves it. Negate it, or, if a loss "
-    "is what it is for, say --returns loss"
+    'is what it is for, say returns="loss" (--returns loss)'
+)
+LOG_PROB = (
+    'returns the log-probability: negative where a loss must be positive. Say returns="log_prob" (--returns log_prob)'
 )
 
 

@@ -43,8 +43,6 @@ INVARIANCE_ELEMENTS = 2**24
 """Logits of the input with many rows, unless a quarter of the free memory holds less."""
 BYTES_OF_MANY = 65
 """What it takes for each of these logits, the comparison with float64 included (measured with eager on a CPU)."""
-
-
 LITTLE = 2.0
 """How many times its limit an error is that tells of rounding alone."""
 
@@ -154,6 +152,8 @@ def check_backend(
                 chosen = _cases(subject, checked, short, ignore_index, elsewhere)
                 _check(subject, checked, chosen, notes, generator, short, said, yardsticks)
             result = notes.report(checked)
+            if not all(check.passed for check in result.checks):
+                said(f"{checked}: likely causes")
             return notes, result, _causes(subject, result, notes, place, seed, ignore_index)
 
     outcomes: Future[list[tuple[Notes, ProblemReport, list[str]]]] = Future()

@@ -62,7 +62,7 @@ def test_a_call_with_logits_and_labels_in_each_others_place_is_said_to_be(call, 
         return good(logits, labels) if logits.ndim == 2 else good(logits[0], labels[0])[None]
 
     report = clp.check_backend(batched, PROBLEM, call=call)
-    assert report.causes[0] == f'takes logits and labels the other way round: say --call "{swapped}"'
+    assert report.causes[0] == f'takes logits and labels the other way round: say call="{swapped}" (--call)'
     assert clp.check_backend(batched, PROBLEM, call=swapped).passed
 
 
@@ -72,7 +72,7 @@ def test_a_function_of_batches_is_said_to_be_one():
         return torch.stack([good(logits[i], labels[i]) for i in range(batch)])
 
     report = clp.check_backend(batched, PROBLEM)
-    assert report.causes == ('takes a batch of sequences: say --call "f(logits[None], labels[None])"',)
+    assert report.causes == ('takes a batch of sequences: say call="f(logits[None], labels[None])" (--call)',)
 
 
 def test_what_raises_is_named_with_its_line():
@@ -98,7 +98,8 @@ def test_several_things_wrong_at_once_are_all_named():
 
 def test_a_log_probability_where_a_loss_was_promised():
     assert clp.check_backend(good, PROBLEM, returns="loss").causes == (
-        "returns the log-probability: negative where a loss must be positive. Say --returns log_prob",
+        'returns the log-probability: negative where a loss must be positive. Say returns="log_prob" '
+        "(--returns log_prob)",
     )
 
 

@@ -69,7 +69,7 @@ def test_the_options_in_a_call_are_tried_and_no_others():
     ],
 )
 def test_a_call_that_is_none_is_refused_with_an_example(call, said):
-    with pytest.raises(clp.InputError, match=rf"got call .*{said}.*Valid is e.g. --call \"f\(labels, logits"):
+    with pytest.raises(clp.InputError, match=rf"got call .*{said}.*Valid is e.g. call=\"f\(labels, logits"):
         clp.check_backend(good, call=call)
 
 
@@ -111,7 +111,7 @@ def test_a_signature_that_raises_is_said_to(error):
 @pytest.mark.parametrize(
     ("given", "options", "said"),
     [
-        (with_a_required_length, {}, "missing a required argument: 'length'. Say how it is called, e.g. --call"),
+        (with_a_required_length, {}, "missing a required argument: 'length'. Say how it is called, e.g. call="),
         (torch.rsub, {}, "whose signature cannot be read"),
         (None, {}, "got 'None' of type NoneType, which cannot be called; a function of .* or the name of a backend"),
         (torch.nn.CrossEntropyLoss, {}, "got the class CrossEntropyLoss; a function is valid, or an instance"),

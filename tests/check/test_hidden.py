@@ -54,7 +54,7 @@ def test_arguments_in_another_order_are_said_to_be():
 
     problem = PROBLEM._replace(vocab=37)
     report = clp.check_backend(labels_second, problem, call="f(hidden, weight, labels)")
-    assert report.causes[0] == 'takes the labels before the weight: say --call "f(hidden, labels, weight)"'
+    assert report.causes[0] == 'takes the labels before the weight: say call="f(hidden, labels, weight)" (--call)'
     assert_log_probs(labels_second, problem, call="f(hidden, labels, weight)", from_hidden=True, short=True)
     with pytest.raises(AssertionError, match="likely cause: returns the loss"):
         assert_log_probs(lambda hidden, weight, labels: -functions.whole(hidden, weight, labels), problem, short=True)

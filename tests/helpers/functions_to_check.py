@@ -911,7 +911,7 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
     ],
     "runs": [
         ("has no ignored labels, and raises RuntimeError for those of -100", without_ignored),
-        ('takes logits and labels the other way round: say --call "f(labels, logits)"', labels_first),
+        ('takes logits and labels the other way round: say call="f(labels, logits)" (--call)', labels_first),
         ("raises for an ordinary input: SystemExit: 0", leaves_the_program),
         ("raises for an empty batch (ValueError: need at least one row", needs_a_row),
     ],
