@@ -183,7 +183,7 @@ def _about_entropy(probe: HiddenProbe, failed: frozenset[str]) -> Iterator[str]:
     log_p = _logits(given).log_softmax(-1)
     truth, entropy = -(log_p.exp() * log_p).sum(-1), results[1].detach().double()
     wrong = (entropy - truth).abs() > CLOSE * truth.abs().max()
-    if bool(wrong.any()) and not bool(wrong.all()):
+    if bool(wrong.any()) and not bool(wrong[0]):  # else it is wrong throughout
         first = int(wrong.nonzero()[0])
         for size in (*SHIFTS, first):
             if same(entropy[wrong], truth.roll(size)[wrong], COARSELY):

@@ -61,6 +61,8 @@ def _reading(gradient: Tensor, upstream: Tensor, probe: Probe) -> str | None:
         "lacks the division by the temperature": true * t * g,
         "divides by the temperature twice": true / t * g,
     }
+    if bool(gradient.masked_fill(at_label > 0, 0.0).any()):  # however small beside what is at the label
+        del readings["leaves out the softmax: it is at the label alone"]
     if words := _first_that_fits(gradient, readings):
         return words
     is_right = words == ""

@@ -16,6 +16,7 @@ from tests.helpers.backends_for_tuning import registered
 from tests.helpers.functions_to_check import (
     PROBLEM,
     RIGHT_FUNCTIONS,
+    by_the_compiled_backend,
     float64_throughout,
     good,
     label_logit_minus_logsumexp,
@@ -33,7 +34,11 @@ def test_the_mean_square_has_verdicts_of_its_own():
 
 
 @pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 24), marks=pytest.mark.slow)], ids=["few", "many"])
-@pytest.mark.parametrize("right", RIGHT_FUNCTIONS, ids=lambda right: right.__name__)
+@pytest.mark.parametrize(
+    "right",
+    [pytest.param(right, marks=[pytest.mark.slow] * (right is by_the_compiled_backend)) for right in RIGHT_FUNCTIONS],
+    ids=lambda right: right.__name__,
+)
 def test_no_right_function_is_stopped(right, seeds):
     """Small problems, in alternating dtypes, with and without a gradient, and with whatever options a function has."""
     dtypes = torch.float32, torch.bfloat16, torch.float16

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from compiled_logprobs import log_probs_from_logits
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.check.function import with_all_results
 from compiled_logprobs.problem import Problem
@@ -196,6 +197,14 @@ def sorted_first(logits: Tensor, labels: Tensor) -> Tensor:
         return zero_ignored(label_values(x, labels) - x.sort(-1).values.logsumexp(-1), labels).clamp(max=0.0)
 
 
+def by_the_compiled_backend(
+    logits: Tensor, labels: Tensor, temperature: float | Tensor = 1.0, return_entropy: bool = False
+) -> Any:
+    return log_probs_from_logits(
+        logits, labels, temperature=temperature, return_entropy=return_entropy, backend="compiled"
+    )
+
+
 def original(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A framework's own (see `compat_originals`), and ignored labels masked before and after, as its callers do."""
 
@@ -237,6 +246,7 @@ RIGHT_FUNCTIONS = [
             functional.pad(x.float() / t, (0, 0, 0, 1))[None], functional.pad(y, (1, 0))[None], 0, x.shape[-1], None
         )[0],
     ),
+    by_the_compiled_backend,
 ]
 
 
@@ -556,9 +566,10 @@ def ignores_100_whatever_it_is_told(logits: Tensor, labels: Tensor, ignore_index
     return good(logits, labels.clamp(min=-1).masked_fill(labels < 0, IGNORE_INDEX))
 
 
-def ignores_padding(logits: Tensor, labels: Tensor) -> Tensor:
-    """Padding has token 1 in this model, and is masked without having been asked."""
-    return good(logits, labels).masked_fill(labels == 1, 0.0)
+def ignores_what_follows_the_end(logits: Tensor, labels: Tensor) -> Tensor:
+    """Token 2 ends an answer in this model, and what follows is taken for padding without having been asked."""
+    ended = (labels == 2).cumsum(0) - (labels == 2).long()
+    return good(logits, labels).masked_fill(ended > 0, 0.0)
 
 
 def divides_by_the_number_of_labels(logits: Tensor, labels: Tensor) -> Tensor:
@@ -749,7 +760,7 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
         ("gives the old result for new values in the same memory", remembered_by_address),
         ("takes one temperature for all rows", first_temperature_for_all),
         ("reads the labels as if they were contiguous", lambda x, y: good(x, as_contiguous(y))),
-        ("gives 0 for label 1: takes it for one to ignore", ignores_padding),
+        ("gives 0 for label 3 and 15 and 16 and others", ignores_what_follows_the_end),
         (ORDINARY + "a vocabulary of 128256, ", columns_of_16_bits, None),
         (ORDINARY + "a vocabulary of 32000, ", vectors_without_a_last_step, None),
         (ORDINARY + "1037 rows of 131", one_block_of_rows, None),
@@ -828,7 +839,7 @@ OF_REASONS: dict[str, list[tuple[Any, ...]]] = {
         ),
         (
             "the gradient is wrong where the upstream gradient is small",
-            with_gradient(of_the_saved(lambda g: g.clamp(-8.0, 8.0))),
+            with_gradient(of_the_saved(lambda g: g.where(g.abs() > 2.0**-16, 0.0))),
         ),
         (
             "takes the gradient of logits that were changed in place",

@@ -96,6 +96,10 @@ class _Chunked(torch.autograd.Function):
         t, scale, cap = options
         t = t[n] if isinstance(t, Tensor) else t
         bias = None if wrong == "no bias" else bias
+        if wrong == "a last block without its mask":  # verl-project/verl#2899: what is not there is read as 0
+            beyond = -len(weight) % 1024
+            weight = functional.pad(weight, (0, 0, 0, beyond))
+            bias = None if bias is None else functional.pad(bias, (0, beyond))
         if wrong == "cap after temperature" and cap is not None:
             return torch.log_softmax(cap * torch.tanh(logits_of(hidden, weight, bias, t, scale, None) / cap), -1)
         return torch.log_softmax(logits_of(hidden, weight, bias, t, scale, cap), -1)
@@ -113,7 +117,7 @@ class _Chunked(torch.autograd.Function):
         beside[:-1] |= ignored[1:]
         for n in _chunks(len(labels), wrong):
             t_n = t[n, None] if isinstance(t, Tensor) else t
-            log_p = _Chunked.log_probs(hidden[n], weight, bias, n, ctx.options, wrong)
+            log_p = _Chunked.log_probs(hidden[n], weight, bias, n, ctx.options, wrong)[:, : len(weight)]
             p = log_p.exp()
             g, h = (x[n, None].masked_fill(ignored[n, None], 0.0) for x in gradients)
             if wrong == "mean from above":
@@ -202,6 +206,7 @@ WRONG_FUNCTIONS = [
         torch.bfloat16,
     ),
     WrongFromHidden("temperature twice", "gradient_error", "the values are right, and the gradient divides by the"),
+    WrongFromHidden("a last block without its mask", "log_prob_error", "counts columns that are not there"),
     WrongFromHidden("no bias", "bias_gradient_error", "leaves the bias out"),
     WrongFromHidden("entropy of the chunk before", "entropy_error", "gives rows the entropy of the chunk before"),
     WrongFromHidden("filters", "gradient_error", "the values are right, and the gradient is 0 where it is small"),

@@ -46,13 +46,6 @@ def with_total(logits: Tensor, labels: Tensor, total: Tensor) -> Tensor:
     return zero_ignored(label_values(logits.float(), labels) - total, labels)
 
 
-@reported("log_prob_error", "counts columns that are not there", "verl-project/verl#2899")
-def padding_of_the_last_block(logits: Tensor, labels: Tensor) -> Tensor:
-    """The last block of columns is filled up with logits of 0, each of which adds exp(0) to the sum."""
-    filled = functional.pad(logits.float(), (0, -logits.shape[-1] % 1024))
-    return with_total(logits, labels, filled.logsumexp(-1))
-
-
 @reported("log_prob_error", "masks columns that are not there with a finite number", "unslothai/unsloth#10616")
 def padding_at_minus_the_softcap(logits: Tensor, labels: Tensor) -> Tensor:
     """Columns beyond the vocabulary are masked before the logits are capped softly, and so are -30 instead of -inf."""
@@ -409,11 +402,20 @@ def gradient_of_ignored_labels(x: Tensor, labels: Tensor, upstream: Tensor) -> T
     return (one_hot(x, labels) * kept(labels) - x.float().softmax(-1)) * upstream
 
 
-@reported("gradient_row_sum", GRADIENT + "smooths the labels, by 0.1", "linkedin/Liger-Kernel#1268")
+@reported("gradient_row_sum", GRADIENT + "smooths the labels, by 0.1", "NVIDIA/Megatron-LM#7464")
 @with_gradient
-def label_smoothing_in_the_gradient(x: Tensor, labels: Tensor, upstream: Tensor) -> Tensor:
-    """The label's share is reduced by the smoothing, whose other share is not added."""
-    return (slope(x, labels) - 0.1 * one_hot(x, labels) * kept(labels)) * upstream
+def label_smoothing_over_the_own_shard(x: Tensor, labels: Tensor, upstream: Tensor) -> Tensor:
+    """Labels are smoothed, and each of two shards spreads all that the label loses over its own columns."""
+    spread = torch.cat([torch.full_like(shard, 0.1 / shard.shape[-1]) for shard in x.float().tensor_split(2, -1)], -1)
+    return torch.where(kept(labels), slope(x, labels) - 0.1 * one_hot(x, labels) + spread, 0.0) * upstream
+
+
+@reported("gradient_error", "loses labels that are nearly certain", "linkedin/Liger-Kernel#1329", BFLOAT16)
+@with_gradient
+def the_labels_share_added_afterwards(x: Tensor, labels: Tensor, upstream: Tensor) -> Tensor:
+    """The gradient is stored in the logits' memory without the label's share, read from there, and completed."""
+    stored = (-x.float().softmax(-1) * kept(labels) * upstream).to(x.dtype)
+    return stored + one_hot(x, labels) * kept(labels) * upstream
 
 
 @reported("gradient_error", GRADIENT + "is also that of a z-loss, 0.0001 times", "linkedin/Liger-Kernel#234")
