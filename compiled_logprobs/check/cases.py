@@ -18,7 +18,8 @@ BLOCK_EDGES = (16, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 IGNORE_INDEX = -100
 PADDING = 16
 """Elements of memory before and after the logits, and between strided rows."""
-REAL_VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
+QWEN = 151936
+REAL_VOCABULARIES = (32000, 50257, 128256, QWEN, 262144)
 """Llama 2, GPT-2, Llama 3, Qwen and Gemma: multiples of 128, of which one a power of 2, and an odd one; the most above
 2^16."""
 MANY_ROWS, FEW_COLUMNS = (1024, 1037), 131
@@ -81,8 +82,9 @@ def cases(
             another problem or copied before. It is not asked about +inf, where a label's logit minus logsumexp is -inf
             and log_softmax NaN; nor about ignored rows that hold NaN, to which plain torch gives a gradient of 0 * NaN.
         options: of `log_probs_from_logits`, those that somebody's function takes.
-        elsewhere: also a few rows of the vocabularies that models have, and many rows of a small one. Of the former a
-            backend gets one, since `compiled` takes time for each, and tuning checks a backend at the problem's own.
+        elsewhere: also a few rows of the vocabularies that models have, and many rows of a small one. A backend gets
+            one of the former in half precision, and the latter in float32, since `compiled` takes time for each size
+            and dtype, and tuning checks a backend at the problem's own.
     """
     top = bucket(problem).rows
     few = min(7, top)
@@ -115,7 +117,7 @@ def cases(
         Case("wide", few, lambda x_NV, _: x_NV.mul_(20.0), labels=(17,), ignored=0.0),
         *_odd_labels(min(3, top), ignore_index=not foreign or "ignore_index" in options),
         *(_foreign(few, one_a_token="temperature" in options) if foreign else []),
-        *(_elsewhere(REAL_VOCABULARIES if foreign else (151936,)) if elsewhere else []),
+        *(_elsewhere(problem, foreign=foreign) if elsewhere else []),
         *(Case(f"{n} rows", n, through_others=n == top) for n in dict.fromkeys((bottom, top)) if n not in (1, few)),
     ]
 
@@ -184,11 +186,12 @@ def _foreign(few: int, *, one_a_token: bool) -> list[Case]:
     return cases
 
 
-def _elsewhere(vocabularies: tuple[int, ...]) -> list[Case]:
-    return [
-        *(Case(f"a vocabulary of {vocab}", 3, vocab=vocab, ignored=0.0) for vocab in vocabularies),
-        *(Case(f"{rows} rows of {FEW_COLUMNS}", rows, vocab=FEW_COLUMNS) for rows in MANY_ROWS),
-    ]
+def _elsewhere(problem: Problem, *, foreign: bool) -> list[Case]:
+    vocabularies = [Case(f"a vocabulary of {vocab}", 3, vocab=vocab, ignored=0.0) for vocab in REAL_VOCABULARIES]
+    rows = [Case(f"{rows} rows of {FEW_COLUMNS}", rows, vocab=FEW_COLUMNS) for rows in MANY_ROWS]
+    if foreign:
+        return [*vocabularies, *rows]
+    return rows if problem.dtype == torch.float32 else [case for case in vocabularies if case.vocab == QWEN]
 
 
 def _favour(x_NV: Tensor, generator: torch.Generator) -> None:
@@ -319,6 +322,8 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
         return False
     if not left.is_floating_point():
         return torch.equal(left, right)
+    if _same_memory(left.detach().contiguous(), right.detach().contiguous()):
+        return True
     return _same_memory(*(x.detach().masked_fill(x.isnan(), torch.nan).contiguous() for x in (left, right)))
 
 

@@ -133,17 +133,20 @@ def _all_cases(problem: Problem, short: bool, own: bool, options: Collection[str
         mistake = "takes the temperatures of other rows, or one for all, where each token comes with its own"
         cases.append(_option("a temperature a token in chunks", mistake, tempered="per_token", may_refuse=True))
     if "memory_limit" in options:
-        # Of few columns where each row is a chunk of its own, which takes long.
-        limits = (1.0, 263), (1.02, 1031), (1.3, 1031)
-        cases += [HiddenCase(f"{n:g} times the least memory", 333, columns=v, limit=n, exact=True) for n, v in limits]
+        # Few rows and columns where each row is a chunk of its own, which takes long.
+        limits = (1.0, 70, 263), (1.02, 150, 1031), (1.3, 333, 1031)
+        cases += [
+            HiddenCase(f"{least:g} times the least memory", rows, columns=columns, limit=least, exact=True)
+            for least, rows, columns in limits
+        ]
     if own:
         cases.append(HiddenCase("three labels a row", 333, columns=263, exact=True, labels_per_row=3))
-    if elsewhere:
+    if elsewhere and (problem.dtype == torch.float32 or not own):
         cases.append(HiddenCase("4200 rows of 37", 4200, columns=37, exact=True))
-        if not problem.entropy and problem.dtype == torch.float32:  # which takes seconds
-            cases.append(
-                HiddenCase("all of 151936 tokens", 5, columns=151936, hidden=LEAST_HIDDEN, exact=True, ignored=0.0)
-            )
+    if elsewhere and not problem.entropy and problem.dtype == torch.float32:  # which takes seconds
+        cases.append(
+            HiddenCase("all of 151936 tokens", 5, columns=151936, hidden=LEAST_HIDDEN, exact=True, ignored=0.0)
+        )
     return cases
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.check.calls import from_a_model, kept_modes, typed
-from compiled_logprobs.check.cases import Case
+from compiled_logprobs.check.cases import QWEN, Case
 from compiled_logprobs.check.function import Function
 from compiled_logprobs.check.hidden_cases import HiddenCase, HiddenCaseInputs
 from compiled_logprobs.check.hidden_function import HiddenArguments, HiddenFunction, NamedHiddenBackend
@@ -27,8 +27,8 @@ COLUMNS_OF_LOGITS = 2**14
 vocabulary is a case of its own."""
 SAFE_LIMIT = 2**26
 """Bytes that a function may take beside its arguments which says nothing of its least."""
-SMALLEST_LARGE, LARGE = 2**14, 151936
-"""Vocabularies."""
+SMALLEST_LARGE = 2**14
+"""Of vocabularies."""
 GRADIENTS: dict[str, Kind] = {"hidden": "hidden_gradient", "weight": "weight_gradient", "bias": "bias_gradient"}
 
 
@@ -51,10 +51,11 @@ def of_embedded_logits(problem: Problem, *, frozen: bool) -> Problem:
 def can_embed(case: Case, problem: Problem) -> bool:
     """Whether logits of this kind can be: one that is not finite would spoil its whole column, as 0 * NaN is NaN.
 
-    Large vocabularies take long: there is one, where nothing is asked for but log-probabilities.
+    Large vocabularies take long: there is one, where nothing is asked for but log-probabilities. Many rows are among
+    the operation's own cases.
     """
-    is_quick = case.vocab is None or case.vocab < SMALLEST_LARGE or (case.vocab == LARGE and not problem.entropy)
-    return is_quick and not (case.special or case.strided) and case.column_step == 1
+    is_quick = case.vocab is None or case.vocab < SMALLEST_LARGE or (case.vocab == QWEN and not problem.entropy)
+    return is_quick and case.rows <= ROWS_OF_LOGITS and not (case.special or case.strided) and case.column_step == 1
 
 
 def check_from_hidden(

@@ -157,10 +157,12 @@ def reference_from_hidden(
 
 def _rows(x_NV: Tensor, y_NK: Tensor, t_N: Tensor, ignore_index: int) -> Reference:
     ignored_NK, invalid_N = _special(x_NV.shape[-1], y_NK, t_N, ignore_index)
-    log_p_NV = torch.log_softmax(x_NV / t_N[:, None], -1)
+    tempered_NV = x_NV / t_N[:, None]
+    log_p_NV = torch.log_softmax(tempered_NV, -1)
+    p_NV = log_p_NV.exp()
     log_p_NK = log_p_NV.gather(-1, y_NK.clamp(0, x_NV.shape[-1] - 1))
     # A token of probability 0 counts 0, as p log p does in the limit.
-    h_N = -(log_p_NV.exp() * log_p_NV.masked_fill(log_p_NV == -torch.inf, 0.0)).sum(-1)
+    h_N = -(p_NV * log_p_NV.masked_fill(log_p_NV == -torch.inf, 0.0)).sum(-1)
     # A row that is all -inf, or holds +inf, has no probabilities, though torch gives it a logsumexp.
     invalid_N = invalid_N | log_p_NV.isnan().any(-1)
 
@@ -170,9 +172,9 @@ def _rows(x_NV: Tensor, y_NK: Tensor, t_N: Tensor, ignore_index: int) -> Referen
     return Reference(
         log_p_NK.masked_fill(invalid_N[:, None], torch.nan).masked_fill(ignored_NK, 0.0),
         of_rows(h_N, 0.0, torch.nan),
-        of_rows((x_NV / t_N[:, None]).logsumexp(-1), 0.0, torch.nan),
+        of_rows(tempered_NV.logsumexp(-1), 0.0, torch.nan),
         of_rows(x_NV.detach().argmax(-1), -1, -1),
-        of_rows(log_p_NV.detach().exp().square().sum(-1), 0.0, torch.nan),
+        of_rows(p_NV.detach().square().sum(-1), 0.0, torch.nan),
     )
 
 

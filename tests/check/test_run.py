@@ -232,12 +232,16 @@ def test_the_callers_random_numbers_are_the_same_after_a_check():
 
 
 def test_the_default_inputs_cover_the_vocabularies_that_models_have():
-    foreign, own = (
-        {(case.vocab, case.rows) for case in cases(PROBLEM, short=False, foreign=foreign, elsewhere=True) if case.vocab}
-        for foreign in (True, False)
-    )
+    def sizes(problem, *, foreign):
+        chosen = cases(problem, short=False, foreign=foreign, elsewhere=True)
+        return {(case.vocab, case.rows) for case in chosen if case.vocab}
+
+    in_half = PROBLEM._replace(dtype=torch.bfloat16)
+    foreign = sizes(PROBLEM, foreign=True)
     assert foreign == {(vocab, 3) for vocab in (32000, 50257, 128256, 151936, 262144)} | {(131, 1024), (131, 1037)}
-    assert own == {(151936, 3), (131, 1024), (131, 1037)}
+    assert sizes(in_half, foreign=True) == foreign
+    assert sizes(PROBLEM, foreign=False) == {(131, 1024), (131, 1037)}
+    assert sizes(in_half, foreign=False) == {(151936, 3)}
 
 
 def test_which_backends_declare_row_invariance():
