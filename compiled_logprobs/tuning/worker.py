@@ -290,16 +290,16 @@ class Job:
             torch.cuda.empty_cache()  # what plain torch took is in nobody's way
         self._look_at_winner(measurement, seconds_a_logit)
         seen = None if (summary := watch.summary()) is None else asdict(summary)
-        found: dict[str, Any] = {"telemetry": seen, "telemetry_reason": provider.reason}
-        self._emit("circumstances", bandwidth={}, percent={}, **found)
+        why = provider.reason
+        self._emit("circumstances", bandwidth={}, percent={}, telemetry=seen, telemetry_reason=why)
         is_over = self._order["strict"] and time.monotonic() > self._ends
         # Last, since it may take seconds of a small budget; from hidden states it is products that take the time.
         if problem.hidden is None and measurement.times() and not is_over:
             self._step(None, "time")
-            bandwidth = measured_bandwidth(self._device)
+            speed = measured_bandwidth(self._device)
             medians = {name: median(series) for name, series in measurement.times().items()}
-            percent = {name: percent_of_bandwidth(problem, a_call, bandwidth) for name, a_call in medians.items()}
-            self._emit("circumstances", bandwidth=asdict(bandwidth), percent=percent, **found)
+            percent = {name: percent_of_bandwidth(problem, a_call, speed) for name, a_call in medians.items()}
+            self._emit("circumstances", bandwidth=asdict(speed), percent=percent, telemetry=seen, telemetry_reason=why)
         return True
 
     def _look_at_winner(self, measurement: Measurement, seconds_a_logit: float) -> None:
