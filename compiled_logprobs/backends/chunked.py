@@ -23,10 +23,11 @@ from compiled_logprobs.operation.hidden import (
     at_rows,
     gradient_in_place,
 )
+from compiled_logprobs.operation.products import BLOCK, add_product, multiply
 from compiled_logprobs.problem import Problem, accumulation_dtype, of_logits
 
 WORKSPACE = 2**24
-"""Bytes that a backend over logits may take beside them."""
+"""Bytes that a product, or a backend over logits, may take beside them."""
 WORKSPACE_OF_EAGER = 2**25 + 2**23
 """The same of eager, whose copies are of 2^20 logits in float32, as measured on a CPU."""
 MIB = 2**20
@@ -62,7 +63,8 @@ class Chunked(HiddenBackend):
         return None
 
     def least_memory(self, problem: Problem) -> int:
-        return min(self._bytes(problem, 1), self._bytes(problem, problem.rows))
+        of_a_row = self._bytes(problem, 1)
+        return of_a_row if self._rows is not None else min(of_a_row, self._bytes(problem, problem.rows))
 
     def forward(
         self, inputs: HiddenInputs, wanted: Wanted, logits_backend: LogitsBackend, *, keep: bool
@@ -109,7 +111,7 @@ class Chunked(HiddenBackend):
         return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
     def _rows_within(self, problem: Problem, limit: int) -> int:
-        if self._bytes(problem, problem.rows) <= limit:
+        if self._rows is None and self._bytes(problem, problem.rows) <= limit:
             return problem.rows
         fixed, a_row = self._bytes(problem, 0), self._bytes(problem, 1) - self._bytes(problem, 0)
         return max(1, (limit - fixed) // a_row)
@@ -120,14 +122,10 @@ class Chunked(HiddenBackend):
         a_logit = size + problem.softcap * wide
         sums = 0
         if rows < problem.rows and problem.needs_grad and size < wide:
-            block = min(problem.vocab, _BLOCK)
+            block = min(problem.vocab, BLOCK)
             sums = problem.weight_grad * (problem.vocab * wide + block * (size + wide)) * (problem.hidden or 1)
         workspace = WORKSPACE if self._uses is None else WORKSPACE_OF_EAGER
         return workspace + rows * problem.vocab * a_logit + sums
-
-
-_BLOCK = 2**11
-"""Columns of the vocabulary whose part of the weight's gradient is rounded at once."""
 
 
 class _Sums:
@@ -139,32 +137,21 @@ class _Sums:
         new = hidden.new_empty if inputs.counting is None else hidden.new_zeros
         self._hidden = new(hidden.shape) if needs.hidden else None
         self._bias = hidden.new_zeros(len(weight), dtype=wide) if needs.bias else None
-        self._weight = self._part = None
-        if needs.weight and (is_one or weight.dtype == wide):
-            self._weight = (weight.new_empty if is_one else weight.new_zeros)(weight.shape)
-        elif needs.weight:
-            self._weight = weight.new_zeros(weight.shape, dtype=wide)
-            self._part = weight.new_empty(min(len(weight), _BLOCK), weight.shape[-1])
+        self._weight = None
+        if needs.weight:
+            self._weight = weight.new_empty(weight.shape) if is_one else weight.new_zeros(weight.shape, dtype=wide)
 
     def add(self, gradient_CV: Tensor, hidden_CH: Tensor, rows: slice) -> None:
         inputs = self._inputs
         if self._hidden is not None and inputs.counting is None:
-            torch.mm(gradient_CV, inputs.weight, out=self._hidden[rows])
+            multiply(gradient_CV, inputs.weight, self._hidden[rows])
         elif self._hidden is not None and inputs.counting is not None:
-            self._hidden.index_copy_(0, inputs.counting[rows], gradient_CV @ inputs.weight)
+            of_rows = multiply(gradient_CV, inputs.weight, torch.empty_like(hidden_CH))
+            self._hidden.index_copy_(0, inputs.counting[rows], of_rows)
         if self._bias is not None:
             self._bias += gradient_CV.sum(0, dtype=self._bias.dtype)
-        if self._weight is None:
-            return
-        if self._is_one:
-            torch.mm(gradient_CV.T, hidden_CH, out=self._weight)
-        elif self._part is None:
-            self._weight.addmm_(gradient_CV.T, hidden_CH)
-        else:  # a block after another, so that what is rounded takes little memory
-            for start in range(0, len(self._weight), _BLOCK):
-                columns = slice(start, start + _BLOCK)
-                block = self._weight[columns]
-                block += torch.mm(gradient_CV[:, columns].T, hidden_CH, out=self._part[: len(block)])
+        if self._weight is not None:
+            (multiply if self._is_one else add_product)(gradient_CV.T, hidden_CH, self._weight)
 
     def gradients(self) -> Gradients:
         dtype = self._inputs.hidden.dtype

@@ -15,6 +15,7 @@ from torch import Tensor
 from compiled_logprobs.backends.base import HiddenBackend
 from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted, clean
 from compiled_logprobs.operation.hidden import Gradients, HiddenInputs, LogitsBackend, Needs, Scratch, gradient_in_place
+from compiled_logprobs.operation.products import add_product, multiply
 from compiled_logprobs.operation.shards import Columns, highest, of_whole_rows, sums_of
 from compiled_logprobs.problem import Problem, accumulation_dtype, of_logits
 
@@ -24,7 +25,7 @@ ELEMENTS_ELSEWHERE = 2**27
 LEAST = 128
 """Columns; chunks are multiples of it, so that they lie as well in memory as the weight does."""
 WORKSPACE = 2**24
-"""Bytes that a backend over logits may take beside them."""
+"""Bytes that a product, or a backend over logits, may take beside them."""
 MIB = 2**20
 
 
@@ -87,18 +88,15 @@ class ChunkedVocab(HiddenBackend):
         of_hidden = torch.zeros_like(hidden_NH, dtype=wide) if needs.hidden else None
         chunks = list(self._chunks(inputs))
         scratch = Scratch(inputs, chunks[0].stop * len(hidden_NH))
-        product = torch.empty_like(hidden_NH) if of_hidden is not None and wide != hidden_NH.dtype else None
         for columns in chunks:
             chunk, serving = scratch.multiply(hidden_NH, all_rows, columns), self._of(columns, inputs, logits_backend)
             gradient_NB = gradient_in_place(serving, chunk, inputs.softcap, stats, upstream)
             if of_weight is not None:
-                torch.mm(gradient_NB.T, hidden_NH, out=of_weight[columns])
+                multiply(gradient_NB.T, hidden_NH, of_weight[columns])
             if of_bias is not None:
                 of_bias[columns] = gradient_NB.sum(0, dtype=wide)
-            if of_hidden is not None and product is not None:
-                of_hidden += torch.mm(gradient_NB, weight[columns], out=product)
-            elif of_hidden is not None:
-                of_hidden.addmm_(gradient_NB, weight[columns])
+            if of_hidden is not None:
+                add_product(gradient_NB, weight[columns], of_hidden)
         if of_hidden is not None:
             of_hidden = of_hidden.to(weight.dtype)
             if inputs.counting is not None:

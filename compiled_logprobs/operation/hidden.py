@@ -27,6 +27,7 @@ from compiled_logprobs.operation.autograd import (
     refuse_forward_mode,
 )
 from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
+from compiled_logprobs.operation.products import multiply
 from compiled_logprobs.problem import Problem, accumulation_dtype
 
 
@@ -94,11 +95,8 @@ class Scratch:
         inputs = self._inputs
         weight = inputs.weight[columns]
         z = self._z[: len(hidden_CH) * len(weight)].view(len(hidden_CH), len(weight))
-        if inputs.bias is None:
-            torch.mm(hidden_CH, weight.T, out=z)
-        else:
-            torch.addmm(inputs.bias[columns], hidden_CH, weight.T, out=z)
-        return self.cap(z, rows)
+        bias = None if inputs.bias is None else inputs.bias[columns]
+        return self.cap(multiply(hidden_CH, weight.T, z, bias), rows)
 
     def cap(self, z: Tensor, rows: slice) -> Chunk:
         """The same, of a product that is known."""

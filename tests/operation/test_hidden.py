@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import compiled_logprobs as lp
 from compiled_logprobs import InputError, LogProbsError, cross_entropy_from_hidden, log_probs_from_hidden
+from compiled_logprobs.backends import get_backend
+from compiled_logprobs.machine.clock import extra_peak_bytes
+from compiled_logprobs.problem import Problem
 
 NAMES = lp.backends(from_hidden=True)
 ROWS, HIDDEN, VOCAB = 150, 48, 700
@@ -101,6 +104,28 @@ def test_gradients_in_half_precision_are_as_exact_as_those_of_plain_torch(name, 
     got = gradients([log_probs_from_hidden(**given, backend=name)], tensors, upstream)
     for mine, theirs, right in zip(got, plain, exact, strict=True):
         assert (mine.double() - right).square().mean() <= 1.5**2 * (theirs.double() - right).square().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["chunked_64", "chunked_vocab"])
+def test_the_memory_that_a_call_may_take_is_kept(name, dtype):
+    """As measured, at a size at which all logits, or a second gradient of the weight, would be too much."""
+    rows, size, vocab = 512, 256, 32000
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(n, size, generator=generator).to(dtype).requires_grad_() for n in (rows, vocab))
+    labels = torch.randint(vocab, (rows,), generator=generator)
+    problem = Problem("cpu", rows, vocab, dtype, hidden=size, needs_grad=True, weight_grad=True)
+    least = get_backend(name, problem).least_memory(problem)
+    returned = 4 * rows + dtype.itemsize * size * (rows + vocab)
+    limit = least + 8 * MIB
+
+    def call():
+        results = log_probs_from_hidden(hidden, weight, labels, memory_limit=limit, backend=name)
+        return results, torch.autograd.grad(results.sum(), (hidden, weight))
+
+    call()
+    assert extra_peak_bytes(call, "cpu") - returned <= limit
 
 
 @pytest.mark.parametrize("name", NAMES)
