@@ -4,6 +4,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Annotated, Any, Literal
 
 import typer
@@ -23,7 +24,7 @@ from compiled_logprobs.cli.options import (
     subject_of,
 )
 from compiled_logprobs.cli.output import Column, print_json, print_line, print_table, printable
-from compiled_logprobs.cli.problems import completed_by
+from compiled_logprobs.cli.problems import completed_by, split
 from compiled_logprobs.decision import Check
 from compiled_logprobs.errors import BackendUnavailable
 from compiled_logprobs.problem import Problem, short_name
@@ -70,11 +71,12 @@ def check(
         ),
     ] = False,
     vocab: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             show_default=False,
-            help="Size of the vocabulary, or a model such as qwen3; by default 32771 (8209 from hidden states), and a "
-            "few rows of those that models have.",
+            metavar="V|MODEL[,...]",
+            help="Sizes of the vocabulary, or models such as qwen3, one after another; by default 32771 (8209 from "
+            "hidden states), and a few rows of those that models have.",
         ),
     ] = None,
     device: Where = None,
@@ -105,15 +107,17 @@ def check(
             subjects = [(name, hidden) for name, hidden in subjects if hidden or not from_hidden]
         else:
             subjects = [(subject_of(target), from_hidden)]
-        for subject, is_from_hidden in subjects:
+        sizes: list[int | None] = [vocab_of(text) for text in split(vocab)]
+        for (subject, is_from_hidden), size in product(subjects, sizes or [None]):
+            at_size = f" at a vocabulary of {size}" if len(sizes) > 1 else ""
             try:
-                with busy(f"checking {target or subject}") as tell, first_lines():
+                with busy(f"checking {target or subject}{at_size}") as tell, first_lines():
                     report = check_backend(
                         subject,
                         ignore_index=ignore_index,
                         device=device,
                         seed=seed,
-                        vocab=None if vocab is None else vocab_of(vocab),
+                        vocab=size,
                         call=call,
                         returns=returns,
                         from_hidden=is_from_hidden,
@@ -128,6 +132,8 @@ def check(
             else:
                 reports.append(report)
                 if not as_json:
+                    if len(sizes) > 1:
+                        print_line(f"With a vocabulary of {size}:")
                     print_report(report, verbose=verbose, brief=target is None)
     if as_json:
         print_json({"reports": [report.to_dict() for report in reports], "unavailable": unavailable})

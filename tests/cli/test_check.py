@@ -101,6 +101,14 @@ def test_the_options_reach_the_check(run, judged):
     assert asked.items() <= judged.items()
 
 
+def test_several_vocabularies_are_checked_one_after_another(run, judged):
+    result = run("check", f"{FUNCTIONS}:good", "--vocab", "gpt2,32000", "--vocab", "qwen3")
+    assert re.findall("^With a vocabulary of (.*):$", result.stdout, re.M) == ["50257", "32000", "151936"]
+    assert judged["vocab"] == 151936
+    result = run("check", f"{FUNCTIONS}:good", "--vocab", "32000,")
+    assert result.exit_code == 2 and "in which a value is empty" in result.stderr
+
+
 def test_a_backend_of_ones_own_is_checked_as_one(run, judged):
     assert run("check", f"{FUNCTIONS}:Borrowed").stdout.startswith("borrowed: passed 6 of 6 checks\n")
 
