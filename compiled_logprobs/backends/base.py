@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compiled_logprobs.backends.fingerprint import digest_of
 from compiled_logprobs.machine.clock import total_memory
-from compiled_logprobs.operation import contract, formula, hidden, products, shards
+from compiled_logprobs.operation import chunks, contract, formula, hidden, products, shards
 from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
 from compiled_logprobs.operation.hidden import Gradients, HiddenInputs, LogitsBackend, Needs
 from compiled_logprobs.problem import Problem
@@ -89,7 +89,9 @@ class HiddenBackend(AnyBackend):
     def fingerprint(self) -> str:
         """The same, with what is common to backends over hidden states."""
         own = Path(inspect.getfile(type(self)))
-        return digest_of(own, *(Path(str(part.__file__)) for part in (hidden, products, shards, formula, contract)))
+        return digest_of(
+            own, *(Path(str(part.__file__)) for part in (hidden, chunks, products, shards, formula, contract))
+        )
 
     def least_memory(self, problem: Problem) -> int | None:
         """Bytes that it takes beside arguments, results and gradients, if it has to; None where nobody knows."""

@@ -13,16 +13,9 @@ from torch import Tensor
 
 from compiled_logprobs.backends.base import SHARE_OF_MEMORY, HiddenBackend, why_not_at_once
 from compiled_logprobs.machine.clock import total_memory
+from compiled_logprobs.operation.chunks import Scratch, gradient_in_place, spread
 from compiled_logprobs.operation.contract import Results, Upstream, Wanted
-from compiled_logprobs.operation.hidden import (
-    Gradients,
-    HiddenInputs,
-    LogitsBackend,
-    Needs,
-    Scratch,
-    at_rows,
-    gradient_in_place,
-)
+from compiled_logprobs.operation.hidden import Gradients, HiddenInputs, LogitsBackend, Needs, at_rows
 from compiled_logprobs.operation.products import BLOCK, add_product, multiply
 from compiled_logprobs.problem import Problem, accumulation_dtype, of_logits
 
@@ -56,23 +49,24 @@ class Chunked(HiddenBackend):
             return f"its chunks of {self._rows} rows would hold all of the {problem.rows}, as `whole` has them"
         if not self._may_be_fewer and (reason := why_not_at_once(problem)):
             return reason
-        rows = problem.rows if self._rows is None else self._rows
-        least = self.least_memory(problem) if self._may_be_fewer else self._bytes(problem, rows)
-        if problem.memory_limit is not None and least > problem.memory_limit:
+        least = self.least_memory(problem)
+        if least is not None and problem.memory_limit is not None and least > problem.memory_limit:
             return f"it takes {least / MIB:.1f} MiB, and may take {problem.memory_limit / MIB:.1f}"
         return None
 
-    def least_memory(self, problem: Problem) -> int:
-        of_a_row = self._bytes(problem, 1)
-        return of_a_row if self._rows is not None else min(of_a_row, self._bytes(problem, problem.rows))
+    def least_memory(self, problem: Problem) -> int | None:
+        if self._rows is not None:
+            return self._bytes(problem, 1) if problem.rows > self._rows else None
+        of_all = self._bytes(problem, problem.rows)
+        return min(self._bytes(problem, 1), of_all) if self._may_be_fewer else of_all
 
     def forward(
         self, inputs: HiddenInputs, wanted: Wanted, logits_backend: LogitsBackend, *, keep: bool
     ) -> tuple[Results, Tensor | None]:
         chunks, parts = list(self._chunks(inputs)), []
-        scratch = Scratch(inputs, chunks[0].stop * len(inputs.weight))
+        scratch = Scratch(inputs, chunks[0].stop, len(inputs.weight))
         for rows in chunks:
-            chunk = scratch.multiply(inputs.hidden_of(rows), rows)
+            chunk = scratch.multiply(scratch.hidden_of(rows), rows)
             serving = logits_backend(of_logits(inputs.problem, len(chunk.z)), self._uses)
             parts.append(serving.forward(chunk.inputs, wanted))
         if len(chunks) > 1:
@@ -89,10 +83,10 @@ class Chunked(HiddenBackend):
         needs: Needs,
     ) -> Gradients:
         chunks = list(self._chunks(inputs)) if kept is None else [slice(0, len(inputs.labels))]
-        scratch = Scratch(inputs, chunks[0].stop * len(inputs.weight), is_known=kept is not None)
+        scratch = Scratch(inputs, chunks[0].stop, len(inputs.weight), is_known=kept is not None)
         sums = _Sums(inputs, needs, is_one=len(chunks) == 1)
         for rows in chunks:
-            hidden_CH = inputs.hidden_of(rows)
+            hidden_CH = scratch.hidden_of(rows)
             chunk = scratch.multiply(hidden_CH, rows) if kept is None else scratch.cap(kept, rows)
             serving = logits_backend(of_logits(inputs.problem, len(chunk.z)), self._uses)
             of_rows = stats[:, rows].contiguous()
@@ -117,15 +111,14 @@ class Chunked(HiddenBackend):
         return max(1, (limit - fixed) // a_row)
 
     def _bytes(self, problem: Problem, rows: int) -> int:
-        """Beside arguments, results and gradients, with so many rows a chunk."""
-        size, wide = problem.dtype.itemsize, accumulation_dtype(problem.dtype).itemsize
-        a_logit = size + problem.softcap * wide
+        """Beside arguments, results and gradients, so many rows a chunk, copied where some are ignored."""
+        size, wide, hidden = problem.dtype.itemsize, accumulation_dtype(problem.dtype).itemsize, problem.hidden or 1
+        a_row = problem.vocab * (size + problem.softcap * wide) + hidden * size
         sums = 0
-        if rows < problem.rows and problem.needs_grad and size < wide:
-            block = min(problem.vocab, BLOCK)
-            sums = problem.weight_grad * (problem.vocab * wide + block * (size + wide)) * (problem.hidden or 1)
+        if rows < problem.rows and problem.needs_grad and problem.weight_grad and size < wide:
+            sums = (problem.vocab * wide + min(problem.vocab, BLOCK) * size) * hidden
         workspace = WORKSPACE if self._uses is None else WORKSPACE_OF_EAGER
-        return workspace + rows * problem.vocab * a_logit + sums
+        return workspace + rows * a_row + sums
 
 
 class _Sums:
@@ -134,20 +127,15 @@ class _Sums:
     def __init__(self, inputs: HiddenInputs, needs: Needs, *, is_one: bool) -> None:
         hidden, weight, self._inputs, self._needs, self._is_one = inputs.hidden, inputs.weight, inputs, needs, is_one
         wide = accumulation_dtype(hidden.dtype)
-        new = hidden.new_empty if inputs.counting is None else hidden.new_zeros
-        self._hidden = new(hidden.shape) if needs.hidden else None
+        self._hidden = hidden.new_empty(hidden.shape) if needs.hidden else None
         self._bias = hidden.new_zeros(len(weight), dtype=wide) if needs.bias else None
         self._weight = None
         if needs.weight:
             self._weight = weight.new_empty(weight.shape) if is_one else weight.new_zeros(weight.shape, dtype=wide)
 
     def add(self, gradient_CV: Tensor, hidden_CH: Tensor, rows: slice) -> None:
-        inputs = self._inputs
-        if self._hidden is not None and inputs.counting is None:
-            multiply(gradient_CV, inputs.weight, self._hidden[rows])
-        elif self._hidden is not None and inputs.counting is not None:
-            of_rows = multiply(gradient_CV, inputs.weight, torch.empty_like(hidden_CH))
-            self._hidden.index_copy_(0, inputs.counting[rows], of_rows)
+        if self._hidden is not None:
+            multiply(gradient_CV, self._inputs.weight, self._hidden[rows])
         if self._bias is not None:
             self._bias += gradient_CV.sum(0, dtype=self._bias.dtype)
         if self._weight is not None:
@@ -156,7 +144,7 @@ class _Sums:
     def gradients(self) -> Gradients:
         dtype = self._inputs.hidden.dtype
         weight, bias = (None if x is None else x.to(dtype) for x in (self._weight, self._bias))
-        return Gradients(self._hidden, weight, bias)
+        return Gradients(None if self._hidden is None else spread(self._hidden, self._inputs.counting), weight, bias)
 
 
 def _joined(parts: list[Results]) -> Results:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from compiled_logprobs.backends.base import HiddenBackend
+from compiled_logprobs.operation.chunks import Scratch, gradient_in_place, spread
 from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted, clean
-from compiled_logprobs.operation.hidden import Gradients, HiddenInputs, LogitsBackend, Needs, Scratch, gradient_in_place
-from compiled_logprobs.operation.products import add_product, multiply
+from compiled_logprobs.operation.hidden import Gradients, HiddenInputs, LogitsBackend, Needs
+from compiled_logprobs.operation.products import BLOCK, add_product, multiply
 from compiled_logprobs.operation.shards import Columns, highest, of_whole_rows, sums_of
 from compiled_logprobs.problem import Problem, accumulation_dtype, of_logits
 
@@ -36,26 +37,26 @@ class ChunkedVocab(HiddenBackend):
     summary = "a part of the vocabulary at a time, whose logits backward computes again"
 
     def why_not(self, problem: Problem) -> str | None:
-        if problem.vocab <= LEAST:
-            return f"it has no more than {LEAST} columns"
         least = self.least_memory(problem)
+        if least is None:
+            return f"it has no more than {LEAST} columns"
         if problem.memory_limit is not None and least > problem.memory_limit:
             return f"it takes {least / MIB:.1f} MiB, and may take {problem.memory_limit / MIB:.1f}"
         return None
 
-    def least_memory(self, problem: Problem) -> int:
-        return self._bytes(problem, LEAST)
+    def least_memory(self, problem: Problem) -> int | None:
+        return self._bytes(problem, LEAST) if problem.vocab > LEAST else None
 
     def forward(
         self, inputs: HiddenInputs, wanted: Wanted, logits_backend: LogitsBackend, *, keep: bool
     ) -> tuple[Results, None]:
         all_rows = slice(0, len(inputs.labels))
-        hidden_NH = inputs.hidden_of(all_rows)
         parts: list[Results] = []
         here: list[Tensor] = []
         argmax: Tensor | None = None
         chunks = list(self._chunks(inputs))
-        scratch = Scratch(inputs, chunks[0].stop * len(hidden_NH))
+        scratch = Scratch(inputs, len(inputs.labels), chunks[0].stop)
+        hidden_NH = scratch.hidden_of(all_rows)
         for columns in chunks:
             chunk = scratch.multiply(hidden_NH, all_rows, columns)
             part, is_here = self._of(columns, inputs, logits_backend).forward(chunk.inputs, wanted)
@@ -81,13 +82,14 @@ class ChunkedVocab(HiddenBackend):
         needs: Needs,
     ) -> Gradients:
         all_rows, weight, bias = slice(0, len(inputs.labels)), inputs.weight, inputs.bias
-        hidden_NH = inputs.hidden_of(all_rows)
         of_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight else None
         of_bias = torch.empty_like(bias) if needs.bias and bias is not None else None
-        wide = accumulation_dtype(hidden_NH.dtype)
-        of_hidden = torch.zeros_like(hidden_NH, dtype=wide) if needs.hidden else None
+        wide = accumulation_dtype(inputs.hidden.dtype)
+        of_hidden = inputs.hidden.new_empty(inputs.hidden.shape) if needs.hidden else None
+        of_rows = None if of_hidden is None else of_hidden[all_rows].to(wide).zero_()
         chunks = list(self._chunks(inputs))
-        scratch = Scratch(inputs, chunks[0].stop * len(hidden_NH))
+        scratch = Scratch(inputs, len(inputs.labels), chunks[0].stop)
+        hidden_NH = scratch.hidden_of(all_rows)
         for columns in chunks:
             chunk, serving = scratch.multiply(hidden_NH, all_rows, columns), self._of(columns, inputs, logits_backend)
             gradient_NB = gradient_in_place(serving, chunk, inputs.softcap, stats, upstream)
@@ -95,12 +97,12 @@ class ChunkedVocab(HiddenBackend):
                 multiply(gradient_NB.T, hidden_NH, of_weight[columns])
             if of_bias is not None:
                 of_bias[columns] = gradient_NB.sum(0, dtype=wide)
-            if of_hidden is not None:
-                add_product(gradient_NB, weight[columns], of_hidden)
-        if of_hidden is not None:
-            of_hidden = of_hidden.to(weight.dtype)
-            if inputs.counting is not None:
-                of_hidden = torch.zeros_like(inputs.hidden).index_copy_(0, inputs.counting, of_hidden)
+            if of_rows is not None:
+                add_product(gradient_NB, weight[columns], of_rows)
+        if of_hidden is not None and of_rows is not None:
+            if of_rows.dtype != of_hidden.dtype:
+                of_hidden[all_rows] = of_rows
+            spread(of_hidden, inputs.counting)
         return Gradients(of_hidden, of_weight, of_bias)
 
     def _chunks(self, inputs: HiddenInputs) -> Iterator[slice]:
@@ -123,9 +125,12 @@ class ChunkedVocab(HiddenBackend):
     @staticmethod
     def _bytes(problem: Problem, columns: int) -> int:
         """Beside arguments, results and gradients, with so many columns a chunk."""
-        size, wide = problem.dtype.itemsize, accumulation_dtype(problem.dtype).itemsize
-        sums = problem.rows * (problem.hidden or 1) * (wide + size) if problem.needs_grad and size < wide else 0
-        return WORKSPACE + problem.rows * columns * (size + problem.softcap * wide) + sums
+        size, wide, hidden = problem.dtype.itemsize, accumulation_dtype(problem.dtype).itemsize, problem.hidden or 1
+        copied = problem.rows * hidden * size  # where some are ignored
+        sums = 0
+        if problem.needs_grad and size < wide:
+            sums = (problem.rows * wide + min(problem.rows, BLOCK) * size) * hidden
+        return WORKSPACE + problem.rows * columns * (size + problem.softcap * wide) + copied + sums
 
 
 def _highest(parts: list[Results]) -> Tensor:

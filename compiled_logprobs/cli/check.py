@@ -107,7 +107,7 @@ def check(
             subjects = [(name, hidden) for name, hidden in subjects if hidden or not from_hidden]
         else:
             subjects = [(subject_of(target), from_hidden)]
-        sizes: list[int | None] = [vocab_of(text) for text in split(vocab)]
+        sizes: list[int | None] = [*dict.fromkeys(vocab_of(text) for text in split(vocab))]
         for (subject, is_from_hidden), size in product(subjects, sizes or [None]):
             at_size = f" at a vocabulary of {size}" if len(sizes) > 1 else ""
             try:

@@ -26,8 +26,7 @@ from compiled_logprobs.operation.autograd import (
     refuse_double_backward,
     refuse_forward_mode,
 )
-from compiled_logprobs.operation.contract import Inputs, Results, Upstream, Wanted
-from compiled_logprobs.operation.products import multiply
+from compiled_logprobs.operation.contract import Results, Upstream, Wanted
 from compiled_logprobs.problem import Problem, accumulation_dtype
 
 
@@ -35,10 +34,6 @@ class LogitsBackend(Protocol):
     """What computes from logits, for a problem that these pose: that of this name, or the one that is chosen."""
 
     def __call__(self, problem: Problem, name: str | None = None) -> ForwardBackward: ...
-
-
-PIECE = 2**20
-"""Elements that are in the accumulation dtype at once where a soft cap is undone."""
 
 
 class HiddenInputs(NamedTuple):
@@ -62,49 +57,12 @@ class HiddenInputs(NamedTuple):
     counting: Tensor | None
     """[M] int64: the rows that count; None where all do."""
 
-    def hidden_of(self, rows: slice) -> Tensor:
-        """[C, H], of the rows that count."""
-        return self.hidden[rows] if self.counting is None else self.hidden.index_select(0, self.counting[rows])
-
-
-class Chunk(NamedTuple):
-    """The logits of some rows, or of some columns."""
-
-    z: Tensor
-    """In the dtype of the hidden states."""
-    inputs: Inputs
-    """What a backend over logits is given: z with its cap, in the accumulation dtype where there is one, else z."""
-
-
-class Scratch:
-    """Memory in which one chunk after another is computed.
-
-    Were it taken anew for each, what is allocated in between would lie in the holes, and a process would take more with
-    each chunk.
-    """
-
-    def __init__(self, inputs: HiddenInputs, logits: int, *, is_known: bool = False) -> None:
-        """Have room for chunks of at most so many logits, or for no product where it is known."""
-        self._inputs, hidden = inputs, inputs.hidden
-        self._z = hidden.new_empty(0 if is_known else logits)
-        is_capped = inputs.softcap is not None
-        self._x = hidden.new_empty(logits, dtype=accumulation_dtype(hidden.dtype)) if is_capped else None
-
-    def multiply(self, hidden_CH: Tensor, rows: slice, columns: slice = slice(None)) -> Chunk:
-        """The logits [C, columns] of these rows, until the next ones are asked for."""
-        inputs = self._inputs
-        weight = inputs.weight[columns]
-        z = self._z[: len(hidden_CH) * len(weight)].view(len(hidden_CH), len(weight))
-        bias = None if inputs.bias is None else inputs.bias[columns]
-        return self.cap(multiply(hidden_CH, weight.T, z, bias), rows)
-
-    def cap(self, z: Tensor, rows: slice) -> Chunk:
-        """The same, of a product that is known."""
-        inputs, x = self._inputs, z
-        if self._x is not None and inputs.softcap is not None:
-            x = cap(z, inputs.softcap, self._x[: z.numel()].view(z.shape))
-        t = inputs.temperature[rows] if isinstance(inputs.temperature, Tensor) else inputs.temperature
-        return Chunk(z, Inputs(x, inputs.labels[rows], t, inputs.ignore_index))
+    def hidden_of(self, rows: slice, memory: Tensor | None = None) -> Tensor:
+        """[C, H], of the rows that count; a copy, where there has to be one, lies in `memory`, if that is given."""
+        if self.counting is None:
+            return self.hidden[rows]
+        counting = self.counting[rows]
+        return torch.index_select(self.hidden, 0, counting, out=None if memory is None else memory[: len(counting)])
 
 
 class Needs(NamedTuple):
@@ -143,34 +101,6 @@ class FromHidden(Protocol):
         logits_backend: LogitsBackend,
         needs: Needs,
     ) -> Gradients: ...
-
-
-def cap(z: Tensor, softcap: float, out: Tensor) -> Tensor:
-    """c tanh(z / c), in `out`, whose dtype is the accumulation dtype: a division in half precision would round."""
-    return out.copy_(z).div_(softcap).tanh_().mul_(softcap)
-
-
-class Differentiates(Protocol):
-    """What computes from logits, backward alone."""
-
-    def backward(self, inputs: Inputs, stats: Tensor, upstream: Upstream, *, inplace: bool) -> Tensor: ...
-
-
-def gradient_in_place(
-    backend: Differentiates, chunk: Chunk, softcap: float | None, stats: Tensor, upstream: Upstream
-) -> Tensor:
-    """dz, over the memory of the chunk's z."""
-    z, inputs = chunk
-    gradient = backend.backward(inputs, stats, upstream, inplace=True)
-    if softcap is None:
-        return gradient
-    step = max(1, PIECE // z.shape[-1])
-    slope = torch.empty_like(gradient[:step])
-    for start in range(0, len(z), step):
-        piece = z[start : start + step]
-        part = cap(piece, softcap, slope[: len(piece)]).div_(softcap).square_().neg_().add_(1.0)
-        piece.copy_(part.mul_(gradient[start : start + step]))
-    return z
 
 
 def at_rows(upstream: Upstream, rows: slice | Tensor) -> Upstream:

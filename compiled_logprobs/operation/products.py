@@ -18,7 +18,7 @@ from torch import Tensor
 from compiled_logprobs.problem import accumulation_dtype
 
 TILE = 2**10
-"""Of M, of N and of K: three tiles in float32 are at once in memory, at most 12 MiB."""
+"""Rows or columns of a tile, at most; three tiles in float32 are in memory at once, at most 12 MiB."""
 BLOCK = 2**11
 """Rows of a product that are in half precision at once, where it is added to a sum in float32."""
 _INSTRUCTIONS = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"}, torch.float16: {"avx512_fp16", "amx_fp16"}}
@@ -51,11 +51,12 @@ def _needs_tiles(a: Tensor) -> bool:
 
 @cache
 def _cpu_flags() -> frozenset[str]:
-    """What the CPU has; nothing where the system does not say it."""
+    """What the CPU has; nothing where neither the system nor torch says it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return frozenset()
+        known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return frozenset(name for name, is_there in known.items() if is_there is True)
     named = (line.partition(":") for line in lines)
     return next(
         (frozenset(flags.split()) for name, _, flags in named if name.strip() in ("flags", "Features")), frozenset()
@@ -77,13 +78,13 @@ def _by_tiles(a: Tensor, b: Tensor, out: Tensor, start: Tensor | None) -> Tensor
         else:
             total.copy_(start[rows, columns])
         for terms in _slices(k, TILE):
-            total.addmm_(_copied(a[rows, terms], of_a), _copied(b[terms, columns], of_b))
+            total.addmm_(_copy(a[rows, terms], of_a), _copy(b[terms, columns], of_b))
         tile.copy_(total)
     return out
 
 
-def _copied(tile: Tensor, memory: Tensor) -> Tensor:
-    """It in `memory`, in the order in which it lies: a copy across that order would be slow."""
+def _copy(tile: Tensor, memory: Tensor) -> Tensor:
+    """Copy a tile into `memory`, in the order in which it lies: a copy across that order would be slow."""
     if tile.stride(0) == 1:
         return memory[: tile.numel()].view(tile.T.shape).copy_(tile.T).T
     return memory[: tile.numel()].view(tile.shape).copy_(tile)

@@ -151,12 +151,14 @@ class LogitsBackendCalled:
 def limit_within(backend: HiddenBackend, part: Problem, whole: Problem) -> int | None:
     """The limit of memory that has `backend` cut `part` into chunks as the limit of `whole` does that.
 
-    What is beyond the least that it can do with goes into longer chunks, or more of them: that is in proportion to V.
+    What is beyond the least that it can do with goes into longer chunks, or more of them: that is in proportion to what
+    a row takes, its logits and a copy of its hidden state.
     """
     if whole.memory_limit is None or part == whole:
         return whole.memory_limit
     least, of_part = backend.least_memory(whole), backend.least_memory(part)
-    more = (whole.memory_limit - (least or 0)) * part.vocab // whole.vocab
+    hidden = whole.hidden or 0
+    more = (whole.memory_limit - (least or 0)) * (part.vocab + hidden) // (whole.vocab + hidden)
     return max(1, (of_part or 0) + more)
 
 

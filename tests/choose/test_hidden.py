@@ -105,7 +105,7 @@ def test_eager_goes_by_fewer_rows_where_all_logits_are_too_many(monkeypatch):
     log_probs_from_hidden(hidden, weight, labels, backend="eager")
     monkeypatch.setattr(chunked, "WORKSPACE_OF_EAGER", 0)
     for module in (base, chunked):
-        monkeypatch.setattr(module, "total_memory", lambda device_type: 4 * 100 * 4100 * 4)
+        monkeypatch.setattr(module, "total_memory", lambda device_type: 4 * 100 * (4100 + 64) * 4)
     log_probs_from_hidden(hidden, weight, labels, backend="eager")
     assert seen == [300, 100, 100, 100]
 

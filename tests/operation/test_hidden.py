@@ -1,5 +1,6 @@
 """Log-probabilities from hidden states: values and gradients against float64, for every backend and option."""
 
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import compiled_logprobs as lp
 from compiled_logprobs import InputError, LogProbsError, cross_entropy_from_hidden, log_probs_from_hidden
-from compiled_logprobs.backends import get_backend
+from compiled_logprobs.backends import get_backend, why_not
 from compiled_logprobs.machine.clock import extra_peak_bytes
 from compiled_logprobs.problem import Problem
 
@@ -106,15 +107,29 @@ def test_gradients_in_half_precision_are_as_exact_as_those_of_plain_torch(name, 
         assert (mine.double() - right).square().mean() <= 1.5**2 * (theirs.double() - right).square().mean()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 100), (64, 100), (64, 1000), (64, 8000), (300, 1000)])
+def test_the_least_that_an_error_names_can_be_had(rows, vocab, dtype):
+    hidden, weight = torch.randn(rows, 64).to(dtype), torch.randn(vocab, 64).to(dtype)
+    with pytest.raises(InputError) as refused:
+        log_probs_from_hidden(hidden, weight, torch.zeros(rows, dtype=torch.int64), memory_limit=1)
+    least = int(re.search(r"at least (\d+) bytes", str(refused.value))[1])
+    problem = Problem("cpu", rows, vocab, dtype, hidden=64)
+    assert [name for name in NAMES if why_not(name, problem._replace(memory_limit=least)) is None]
+    assert not [name for name in NAMES if why_not(name, problem._replace(memory_limit=least - 1)) is None]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["chunked_64", "chunked_vocab"])
-def test_the_memory_that_a_call_may_take_is_kept(name, dtype):
-    """As measured, at a size at which all logits, or a second gradient of the weight, would be too much."""
-    rows, size, vocab = 512, 256, 32000
+@pytest.mark.parametrize(
+    ("name", "rows", "size", "vocab"), [("chunked_64", 512, 256, 32000), ("chunked_vocab", 2048, 2048, 2048)]
+)
+def test_the_memory_that_a_call_may_take_is_kept(name, rows, size, vocab, dtype):
+    """As measured, where all logits, a second gradient of the weight, or many copies of what counts are too much."""
     generator = torch.Generator().manual_seed(5)
     hidden, weight = (torch.randn(n, size, generator=generator).to(dtype).requires_grad_() for n in (rows, vocab))
     labels = torch.randint(vocab, (rows,), generator=generator)
+    labels[::100] = -100
     problem = Problem("cpu", rows, vocab, dtype, hidden=size, needs_grad=True, weight_grad=True)
     least = get_backend(name, problem).least_memory(problem)
     returned = 4 * rows + dtype.itemsize * size * (rows + vocab)

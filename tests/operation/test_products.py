@@ -1,5 +1,7 @@
 """Products in half precision: sums in float32, rounded once, with and without the CPU's instructions."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -52,14 +54,20 @@ def test_rows_without_number_and_a_part_of_a_larger_tensor_are_served():
     assert bool((out[37:] == 7.0).all()) and not bool((out[:37] == 7.0).all())
 
 
-def test_without_a_list_of_instructions_there_are_none(monkeypatch):
+@pytest.mark.parametrize(
+    ("known", "expected"), [({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "x"}, {"avx512_bf16"}), (None, set())]
+)
+def test_without_a_list_of_the_system_torch_says_what_it_knows(known, expected, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(products.Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError))
-    assert products._cpu_flags.__wrapped__() == frozenset()
+    monkeypatch.setattr(products.Path, "read_text", Mock(side_effect=FileNotFoundError))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    if known is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert products._cpu_flags.__wrapped__() == expected
 
 
-@pytest.mark.parametrize("line", ["flags\t\t: fpu avx512_bf16 sse", "Features\t: fp asimd avx512_bf16"])
+@pytest.mark.parametrize("line", ["flags\t\t: fpu avx512_bf16 sse", "Features\t: fp asimd bf16"])
 def test_the_list_of_instructions_is_read(line, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(products.Path, "read_text", lambda *_, **__: f"processor\t: 0\nbugs\t: none\n{line}\n")
-    assert "avx512_bf16" in products._cpu_flags.__wrapped__()
+    assert products._cpu_flags.__wrapped__() & products._INSTRUCTIONS[torch.bfloat16]

@@ -228,7 +228,7 @@ def test_within_a_limit_the_program_decides_for_the_fastest_that_keeps_it():
     with registered(from_hidden=True, at_once="AtOnce", forgets="ForgetsTheWeight"), Tuner(CPU, short=True) as tuner:
         decision, evidence = tuner.decide(problem, 2.0, names=names)
     found = {name: (candidate.outcome, candidate.reason) for name, candidate in decision.candidates.items()}
-    assert found["whole"] == ("unsupported", "it takes 80.0 MiB, and may take 48.0")
+    assert found["whole"] == ("unsupported", "it takes 80.2 MiB, and may take 48.0")
     assert found["forgets"][0] == "wrong" and "weight_gradient_error" in found["forgets"][1]
     outcome, reason = found["at_once"]
     assert outcome != "chosen" and (
