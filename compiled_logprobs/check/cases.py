@@ -26,6 +26,13 @@ MANY_ROWS, FEW_COLUMNS = (1024, 1037), 131
 """As many rows as a block or a small grid has, and more, with so few columns that they take no time."""
 
 
+ROUNDS_PROBABILITIES = (
+    "loses labels that are nearly certain: a probability is rounded to half precision before it is subtracted from "
+    "1, or before its logarithm is taken, or autograd adds two gradients in half precision. Convert the logits to "
+    "float32 once, and keep probabilities in it until then"
+)
+
+
 @dataclass(frozen=True)
 class Case:
     """One kind of input."""
@@ -111,7 +118,7 @@ def cases(
         *most,
         *_nearly_certain(few),
         Case("shifted down by 1e4", few, lambda x_NV, _: x_NV.sub_(1e4)),
-        Case("likely labels", few, _favour, largest_is_the_label=True, temperature=1.0),
+        Case("likely labels", few, _favour, largest_is_the_label=True, temperature=1.0, mistake=ROUNDS_PROBABILITIES),
         Case("rows far apart", few, _draw_apart),
         Case("all equal", few, lambda x_NV, _: x_NV.copy_(x_NV[:, :1].clone()), through_others=False),
         Case("wide", few, lambda x_NV, _: x_NV.mul_(20.0), labels=(17,), ignored=0.0),
@@ -129,17 +136,12 @@ def _draw_apart(x_NV: Tensor, _: torch.Generator) -> None:
 
 def _nearly_certain(few: int) -> list[Case]:
     """Labels of 0.99 < p < 1, the bulk of what a model is trained on late: in one row, and in all."""
-    mistake = (
-        "loses labels that are nearly certain: a probability is rounded to half precision before it is subtracted from "
-        "1, or before its logarithm is taken, or autograd adds two gradients in half precision. Convert the logits to "
-        "float32 once, and keep probabilities in it until then"
-    )
 
     def in_one(x_NV: Tensor, generator: torch.Generator) -> None:
         _almost_decide(x_NV[len(x_NV) // 2 :][:1], generator)
 
     return [
-        Case(name, few, fill, ignored=0.0, largest_is_the_label=True, temperature=1.0, mistake=mistake)
+        Case(name, few, fill, ignored=0.0, largest_is_the_label=True, temperature=1.0, mistake=ROUNDS_PROBABILITIES)
         for name, fill in (("one nearly certain label", in_one), ("nearly certain labels", _almost_decide))
     ]
 

@@ -10,7 +10,7 @@ import compiled_logprobs as clp
 from compiled_logprobs.backends.eager import Eager
 from compiled_logprobs.check.report import MEANING
 from tests.helpers.backends_for_tuning import registered
-from tests.helpers.functions_to_check import PROBLEM, WRONG_FUNCTIONS, good, positive
+from tests.helpers.functions_to_check import PROBLEM, WRONG_FUNCTIONS, good, labels_remembered_by_shape, positive
 from tests.helpers.reported_functions import REPORTED_FUNCTIONS
 
 
@@ -43,6 +43,12 @@ def test_each_kind_of_check_stops_one():
     alone.add("same_on_ranks")
     of_logits = {name for name in MEANING if not name.startswith(("hidden_", "weight_", "bias_", "frozen_"))}
     assert of_logits - {wrong.reason for wrong in WRONG_FUNCTIONS} == alone
+
+
+def test_what_a_function_remembers_of_an_earlier_check_leads_to_no_other_cause():
+    for seed in (0, 1, 2):
+        report = check_backend(labels_remembered_by_shape, PROBLEM, seed=seed)
+        assert report.causes[0].startswith("goes by earlier labels for others of the same shape")
 
 
 def test_a_cause_says_with_which_logits_it_was_seen():
