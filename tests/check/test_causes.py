@@ -47,7 +47,7 @@ def test_each_kind_of_check_stops_one():
 
 def test_what_a_function_remembers_of_an_earlier_check_leads_to_no_other_cause():
     for seed in (0, 1, 2):
-        report = check_backend(labels_remembered_by_shape, PROBLEM, seed=seed)
+        report = clp.check_backend(labels_remembered_by_shape, PROBLEM, seed=seed)
         assert report.causes[0].startswith("goes by earlier labels for others of the same shape")
 
 
