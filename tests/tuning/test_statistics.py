@@ -171,7 +171,7 @@ def test_under_heavy_noise_equal_candidates_tie_and_a_slower_one_does_not_win(sp
                 if selections is equal:
                     machine.leave()
             if "cpp" in speedups:  # whose gradient's memory has to be handed out
-                slow = machine.random.sample(range(25), 5)
+                slow = machine.random.sample(range(25), 10)
                 machine.times["cpp"] = [6.0 * s if i in slow else s for i, s in enumerate(machine.times["cpp"])]
             selections.append(select(machine.times, final=True))
     assert share(equal, "eager") >= 0.99
@@ -265,7 +265,7 @@ def test_an_incumbent_is_replaced_by_a_clear_win_only():
 def test_measuring_goes_on_between_looks_and_while_undecided():
     assert select(steady(19, a=0.5)) is None
     assert select(steady(21, a=0.5)) is None
-    wavering = {"eager": [1.0] * 20, "a": [0.9, 1.1] * 10}
+    wavering = {"eager": [1.0] * 20, "a": ([0.9, 1.1, 1.1] * 7)[:20]}
     assert select(wavering) is None
     last = select(wavering, final=True)
     assert last.chosen == "eager" and last.code == "LEAST_REGRET" and not last.settled
@@ -275,17 +275,15 @@ def test_measuring_goes_on_between_looks_and_while_undecided():
     )
 
 
-def test_what_the_rounds_do_not_settle_goes_to_the_best_median():
+def test_what_the_rounds_do_not_settle_goes_to_the_best_lower_quartile():
     slow = {"eager": [1.0] * 20, "compiled": [0.6] * 20}
-    cpp = [0.3] * 13 + [5.0] * 7  # as when its memory has to be handed out
+    cpp = [0.3] * 8 + [5.0] * 12  # as when its memory has to be handed out, or another process is busy
     last = select({**slow, "cpp": cpp}, final=True)
     assert (last.chosen, last.code, last.settled) == ("cpp", "LEAST_REGRET", False)
-    assert last.reason.endswith("20 rounds do not tell cpp from eager, compiled, and cpp has the best median")
+    assert last.reason.endswith("20 rounds do not tell cpp from eager, compiled, and cpp has the best lower quartile")
     assert {last.verdicts[name].outcome for name in slow} == {"tie"}
-    assert select({**slow, "cpp": [0.59] * 13 + [5.0] * 7}, final=True).chosen == "compiled"  # within the margin
-    assert (
-        select({"eager": slow["eager"], "a": cpp[:12] + [5.0] * 8}, final=True).chosen == "eager"
-    )  # in too few rounds
+    assert select({**slow, "cpp": [0.59] * 8 + [5.0] * 12}, final=True).chosen == "compiled"  # within the margin
+    assert select({"eager": slow["eager"], "a": [5.0, *cpp[1:]]}, final=True).chosen == "eager"  # in too few rounds
     kept = {"eager": [1.0] * 20, "compiled": [0.6] * 20, "cpp": [0.59] * 11 + [0.7] * 9}
     assert select(kept, incumbent="compiled", final=True).chosen == "compiled"
 
