@@ -1,6 +1,6 @@
 """Choosing by paired rounds: which candidate, if any, is clearly faster than the baseline, and when to stop measuring.
 
-All times are compared within a round, as logarithms of ratios: what slows a whole round down cancels. Medians and
+Times are compared within a round, as logarithms of ratios: what slows a whole round down cancels. Medians and
 intervals of these come from order statistics, so nothing is assumed about how the noise is distributed, and one round
 with a hiccup counts no more than any other.
 """
@@ -210,6 +210,7 @@ class _Bench:
             name
             for name in self._logs
             if not any(self.is_faster(other, than=name) for other in self._logs if other != name)
+            and self.may_be_faster(name, than=otherwise)
             and self._low(name) < self._low(otherwise) - self._margin
             and (not in_most or self._is_in_most(name, otherwise))
         ]
