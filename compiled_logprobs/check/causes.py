@@ -18,6 +18,7 @@ from compiled_logprobs.check.causes_of_results import about_results
 from compiled_logprobs.check.causes_of_values import VALUES, about_nan, about_values
 from compiled_logprobs.check.function import Function
 from compiled_logprobs.check.hidden_function import HiddenFunction
+from compiled_logprobs.check.over_ranks import FunctionOverRanks
 from compiled_logprobs.check.probe import ROWS, Got, Probe, Raised
 from compiled_logprobs.check.readings import CLOSE, COARSELY, log_probs_of, same
 from compiled_logprobs.problem import Problem, results_of, short_name
@@ -151,8 +152,9 @@ def _about_kind(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
         yield f"returns {short_name(first.dtype)}{steps}: give float32"
 
 
-_NEW_SIZES = itertools.cycle(range(1, 100))
-"""Rows beyond `ROWS`: others in each check of a process, since a function may remember those of earlier ones."""
+_NEW_SIZES = itertools.cycle(range(142, 252))
+"""Rows, as no other input has: others in each check of a process, since a function may remember those of earlier
+ones."""
 
 
 def _about_state(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
@@ -185,7 +187,10 @@ def _about_state(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
         with suppress(Raised):
             is_right = []
             for order in ((probe.some_ignored, probe.labels), (probe.labels,)):
-                rows = torch.arange(ROWS + next(_NEW_SIZES), device=memory.device) % ROWS
+                size = next(_NEW_SIZES)
+                if isinstance(probe.function, FunctionOverRanks):
+                    (size, *_) = probe.function.told(size)  # which one rank may have counted on by itself
+                rows = torch.arange(size, device=memory.device) % ROWS
                 for labels in order:
                     due = log_probs_of(memory, labels.clamp(min=0), probe.temperature)
                     due = due.masked_fill(labels == IGNORE_INDEX, 0.0)[rows]
