@@ -16,6 +16,8 @@ from compiled_logprobs.problem import short_name
 
 GRADIENT = frozenset({"gradient_flows", "gradient_error", "gradient_rmse", "gradient_sign", "gradient_row_sum"})
 BEGINNING = "the values are right, and the gradient"
+FACTOR = "has a factor in each row"
+"""What is said where nothing more definite fits: so has, nearly, what smooths the labels."""
 
 
 def about_gradient(probe: Probe, failed: frozenset[str]) -> Iterator[str]:
@@ -70,9 +72,9 @@ def _reading(gradient: Tensor, upstream: Tensor, probe: Probe) -> str | None:
     if is_right and is_rounded:
         return "is rounded to bfloat16, whatever the logits are"
     exact = is_right and probe.problem.dtype == torch.float32
-    words = "" if is_right and not exact else _about_upstream(gradient, true, upstream.double(), exact=exact)
-    if words:
-        return words
+    of_upstream = "" if is_right and not exact else _about_upstream(gradient, true, upstream.double(), exact=exact)
+    if of_upstream and not of_upstream.startswith(FACTOR):
+        return of_upstream
     if words := _about_zeros(gradient, true * g, probe):
         return words
     measured = {f"is {1 + share(true * g):.4g} times the right one": (1 + share(true * g)) * true * g}
@@ -88,7 +90,7 @@ def _reading(gradient: Tensor, upstream: Tensor, probe: Probe) -> str | None:
     if words and is_right:  # what is measured on the numbers fits rounding, too
         off = [float((gradient - values).abs().max()) for values in (true * g, measured[words])]
         words = "" if off[0] < 4 * off[1] or off[0] < CLOSE * float(true.abs().max()) else words
-    return words or ("" if is_right else None)
+    return words or of_upstream or ("" if is_right else None)
 
 
 def _first_that_fits(gradient: Tensor, readings: dict[str, Tensor]) -> str | None:
@@ -117,7 +119,7 @@ def _about_upstream(gradient: Tensor, true: Tensor, upstream: Tensor, *, exact: 
     }
     factors = taken / upstream
     least, most = float(factors.min()), float(factors.max())
-    words = f"has a factor in each row, {least:.3g} to {most:.3g}, as where it is clipped"
+    words = f"{FACTOR}, {least:.3g} to {most:.3g}, as where it is clipped"
     words = words if most - least > COARSELY * abs(most) else ""
     return next((words for words, values in readings.items() if same(taken, values, COARSELY)), words)
 
