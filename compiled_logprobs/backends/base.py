@@ -93,6 +93,11 @@ class HiddenBackend(AnyBackend):
             own, *(Path(str(part.__file__)) for part in (hidden, chunks, products, shards, formula, contract))
         )
 
+    def memory_of_a_step(self, problem: Problem) -> int:
+        """What a chunk takes for each row or column that it is longer, in proportion: it tells how a part of the
+        vocabulary is cut into chunks as the whole is."""
+        return problem.vocab
+
     def least_memory(self, problem: Problem) -> int | None:
         """Bytes that it takes beside arguments, results and gradients, if it has to; None where nobody knows."""
         return None

@@ -60,6 +60,9 @@ class Chunked(HiddenBackend):
         of_all = self._bytes(problem, problem.rows)
         return min(self._bytes(problem, 1), of_all) if self._may_be_fewer else of_all
 
+    def memory_of_a_step(self, problem: Problem) -> int:
+        return self._bytes(problem, 1) - self._bytes(problem, 0) if problem.rows > 1 else problem.vocab
+
     def forward(
         self, inputs: HiddenInputs, wanted: Wanted, logits_backend: LogitsBackend, *, keep: bool
     ) -> tuple[Results, Tensor | None]:

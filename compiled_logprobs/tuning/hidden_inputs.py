@@ -151,14 +151,13 @@ class LogitsBackendCalled:
 def limit_within(backend: HiddenBackend, part: Problem, whole: Problem) -> int | None:
     """The limit of memory that has `backend` cut `part` into chunks as the limit of `whole` does that.
 
-    What is beyond the least that it can do with goes into longer chunks, or more of them: that is in proportion to what
-    a row takes, its logits and a copy of its hidden state.
+    What is beyond the least that it can do with goes into longer chunks, or more of them.
     """
     if whole.memory_limit is None or part == whole:
         return whole.memory_limit
     least, of_part = backend.least_memory(whole), backend.least_memory(part)
-    hidden = whole.hidden or 0
-    more = (whole.memory_limit - (least or 0)) * (part.vocab + hidden) // (whole.vocab + hidden)
+    steps = (whole.memory_limit - (least or 0)) / backend.memory_of_a_step(whole)
+    more = int(steps * backend.memory_of_a_step(part))
     return max(1, (of_part or 0) + more)
 
 

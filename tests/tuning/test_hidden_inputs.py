@@ -106,9 +106,10 @@ def test_candidates_get_the_logits_backend_that_was_named_where_it_can_run():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "softcap"), [(1024, False), (4096, True)])
 @pytest.mark.parametrize("name", ["eager", "chunked_256", "chunked_vocab"])
-def test_a_part_of_the_vocabulary_has_the_chunks_of_the_whole(name, dtype):
-    backend, whole = named(name), LARGE._replace(dtype=dtype)
+def test_a_part_of_the_vocabulary_has_the_chunks_of_the_whole(name, hidden, softcap, dtype):
+    backend, whole = named(name), LARGE._replace(dtype=dtype, hidden=hidden, softcap=softcap)
     part = whole._replace(vocab=12288)
     whole = whole._replace(memory_limit=backend.least_memory(whole) + 48 * MIB)
     limit = limit_within(backend, part, whole)
