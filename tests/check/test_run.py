@@ -174,9 +174,11 @@ class AnotherPathForMore(Eager):
 
 
 def test_bits_that_depend_on_what_else_is_asked_for_are_no_invariant_rows():
-    problem = Problem("cpu", 64, 301, torch.float32)
-    with registered(another_path_for_more=AnotherPathForMore()):
-        alone, more = (clp.check_backend("another_path_for_more", problem._replace(argmax=n)) for n in (False, True))
+    problem, name = Problem("cpu", 64, 301, torch.float32), "another_path_for_more"
+    with registered(
+        another_path_for_more=AnotherPathForMore()
+    ):  # which rounds once more: the values may be off as well
+        alone, more = (clp.check_backend(name, problem._replace(argmax=n), seed=0) for n in (False, True))
     assert alone.passed and more.reasons == ["row_invariance"]
     (failed,) = [check for check in more.checks if not check.passed]
     assert failed.detail.endswith("log-probabilities have other bits where nothing else is asked for")
